@@ -1,0 +1,133 @@
+"Masks: exact round trips, boxes and points by hand, overlaps by counting."
+import json
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from hypothesis.extra.numpy import arrays
+from dr2seg_lib.masks import box_iou, box_of, decode, encode, iou, point_of, ratio
+
+masks = arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 24)))
+coordinate = st.integers(-50, 50)
+
+
+def region(h, w, x1, y1, x2, y2):
+    mask = np.zeros((h, w), bool)
+    mask[y1:y2 + 1, x1:x2 + 1] = True
+    return mask
+
+
+@given(masks)
+def test_rle_round_trip_through_json(mask):
+    rle = json.loads(json.dumps(encode(mask)))
+    assert rle['size'] == list(mask.shape) and isinstance(rle['counts'], str)
+    back = decode(rle)
+    assert back.dtype == bool and np.array_equal(back, mask)
+
+
+def test_rle_takes_any_memory_layout():
+    mask = region(9, 14, 3, 2, 8, 5)
+    assert encode(mask) == encode(np.asfortranarray(mask)) == encode(mask.T.copy().T) == encode(np.repeat(mask, 2, axis=1)[:, ::2])
+    assert encode(mask.astype(np.uint8)) == encode(mask)
+
+
+def test_rle_wants_two_axes():
+    with pytest.raises(ValueError, match=r'\[H,W\].*\(3, 4, 1\)'): encode(np.zeros((3, 4, 1), bool))
+
+
+def test_box_is_inclusive():
+    assert box_of(region(20, 30, 4, 7, 11, 9)) == (4, 7, 11, 9)
+    assert box_of(region(20, 30, 29, 19, 29, 19)) == (29, 19, 29, 19)
+
+
+def test_box_and_point_are_plain_ints():
+    mask = region(20, 30, 4, 7, 11, 9)
+    assert all(type(v) is int for v in (*box_of(mask), *point_of(mask)))
+
+
+@pytest.mark.parametrize('mask, point', [
+    (region(20, 30, 10, 5, 14, 9), (12, 7)),       # the middle of a 5×5 square
+    (region(20, 30, 10, 5, 10, 5), (10, 5)),       # a single pixel
+    (np.ones((7, 5), bool), (2, 2)),               # beyond the border is background; of equals, the first in reading order
+    (region(20, 30, 0, 0, 4, 4), (2, 2)),          # cut off by a corner: still its middle, not the corner
+])
+def test_point_by_hand(mask, point):
+    assert point_of(mask) == point
+
+
+def test_point_of_a_ring_is_on_the_ring():
+    y, x = np.mgrid[:50, :50]
+    r = np.hypot(x - 25, y - 25)
+    ring = (r < 20) & (r > 10)
+    px, py = point_of(ring)
+    assert ring[py, px] and 14 <= r[py, px] <= 16
+
+
+@given(masks.filter(np.any))
+def test_point_is_as_deep_as_any_pixel(mask):
+    from scipy.ndimage import distance_transform_edt
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    x, y = point_of(mask)
+    x1, y1, x2, y2 = box_of(mask)
+    assert mask[y, x] and depth[y, x] == depth.max() and x1 <= x <= x2 and y1 <= y <= y2
+
+
+@pytest.mark.parametrize('f', [box_of, point_of])
+def test_empty_mask_has_neither(f):
+    with pytest.raises(ValueError, match='empty mask'): f(np.zeros((4, 4), bool))
+
+
+def test_iou_counts():
+    a, b = region(10, 10, 0, 0, 3, 3), region(10, 10, 2, 2, 5, 5)   # 16 and 16 pixels, 4 shared
+    assert iou(a, b) == (4, 28) and ratio(*iou(a, b)) == 4/28
+    assert iou(a, b, ignore=region(10, 10, 2, 2, 2, 2)) == (3, 27)  # one of the shared
+    assert iou(a, b, ignore=region(10, 10, 0, 0, 0, 0)) == (4, 27)  # one of a's own
+    assert all(type(v) is int for v in iou(a, b))
+
+
+def test_union_zero_is_right():
+    nothing = np.zeros((5, 5), bool)
+    assert iou(nothing, nothing) == (0, 0) and ratio(0, 0) == 1.
+    assert ratio(*iou(nothing, region(5, 5, 0, 0, 1, 1))) == 0.
+    full = ~nothing
+    assert ratio(*iou(full, nothing, ignore=full)) == 1.
+
+
+def test_iou_wants_one_size():
+    with pytest.raises(ValueError, match='one size'): iou(np.zeros((5, 5), bool), np.zeros((1, 5), bool))
+
+
+def test_iou_leaves_its_arguments_alone():
+    a, b, ignore = np.ones((4, 4), bool), np.ones((4, 4), bool), np.ones((4, 4), bool)
+    iou(a, b, ignore)
+    assert a.all() and b.all() and ignore.all()
+
+
+@pytest.mark.parametrize('a, b, want', [
+    ([0, 0, 9, 9], [0, 0, 4, 9], 50/100),
+    ([0, 0, 9, 9], [5, 0, 14, 9], 50/150),
+    ([0, 0, 9, 9], [9, 9, 18, 18], 1/199),     # boxes are inclusive: these share one pixel
+    ([0, 0, 9, 9], [10, 0, 19, 9], 0),
+    ([3, 3, 3, 3], [3, 3, 3, 3], 1),
+    ([9, 9, 0, 0], [9, 9, 0, 0], 0),           # inside out
+    ([9, 0, 0, 9], [0, 0, 9, 9], 0),
+])
+def test_box_iou_by_hand(a, b, want):
+    assert box_iou([a], [b])[0, 0] == pytest.approx(want) == box_iou([b], [a])[0, 0]
+
+
+def test_box_iou_shapes():
+    assert box_iou(np.zeros((3, 4)), np.zeros((5, 4))).shape == (3, 5)
+    assert box_iou([], [[0, 0, 1, 1]]).shape == (0, 1)
+
+
+@given(*[st.tuples(st.integers(0, 15), st.integers(0, 15), st.integers(0, 4), st.integers(0, 4))]*2)
+def test_box_iou_is_the_iou_of_the_filled_boxes(a, b):
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+    a, b = (ax, ay, ax + aw, ay + ah), (bx, by, bx + bw, by + bh)
+    assert box_iou([a], [b])[0, 0] == pytest.approx(ratio(*iou(region(20, 20, *a), region(20, 20, *b))))
+
+
+@given(st.lists(st.tuples(*[coordinate]*4), max_size=5), st.lists(st.tuples(*[coordinate]*4), max_size=5))
+def test_box_iou_of_anything_is_a_ratio(a, b):
+    out = box_iou(a, b)
+    assert out.shape == (len(a), len(b)) and ((0 <= out) & (out <= 1)).all() and np.allclose(out, box_iou(b, a).T)
