@@ -1,0 +1,69 @@
+"What a rollout records, and that the second pass sees nothing but image and description."
+import dataclasses
+
+import pytest
+import torch
+
+from dr2seg_lib import dialogue
+from dr2seg_lib.policy import Policy
+from dr2seg_lib.rollout import Clock, Response, ask_descriptions, responses, roll_out
+from dr2seg_lib.scenes import MiniReasonSeg
+
+SAMPLES = [MiniReasonSeg("val")[i] for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def policy(): return Policy.load()
+
+
+@pytest.fixture(scope="module")
+def rolled(policy): return roll_out(policy, SAMPLES, dialogue.dr2seg, dialogue.vision_reasoner, n=4, seed=3)
+
+
+def test_shape_and_record(policy, rolled):
+    assert [len(g.first) for g in rolled.groups] == [4, 4, 4] == [len(g.second) for g in rolled.groups]
+    for g in rolled.groups:
+        for one, two in zip(g.first, g.second):
+            assert "".join(one.tokens) == one.text and len(one.tokens) == len(one.entropy) == len(one.margin)
+            assert one.think_tokens == len(policy.tokenizer(dialogue.reasoning(one.text), add_special_tokens=False)["input_ids"])
+            assert (two is None) == (one.parsed.description is None)
+
+
+def test_texts_decode_from_the_sampled_tokens(policy, rolled):
+    texts = policy.tokenizer.batch_decode([row[m] for row, m in zip(rolled.done.ids, rolled.done.mask)], skip_special_tokens=True)
+    assert texts == [r.text for g in rolled.groups for r in g.first]
+
+
+def test_second_pass_depends_on_image_and_description_alone(policy, rolled):
+    said = lambda text: Response(text, dialogue.parse(text), [text], [0.0], [1.0], 1)
+    two_chains = [[said(f"<think>{t}</think><description>the red ball</description><answer>[]</answer>") for t in ("a.", "something else.")]]
+    asked = []
+    def prompt(d): asked.append(d); return dialogue.vision_reasoner(d)
+    greedy = ask_descriptions(policy, policy.encode([SAMPLES[0].image]), two_chains, prompt, 64, 0, None)
+    assert asked == ["the red ball"] and greedy[0][0].text == greedy[0][1].text # one prompt, read once for both
+
+
+def test_no_description_no_second_pass(policy):
+    silent = [[Response("<think>a.</think><answer>[]</answer>", dialogue.parse("<think>a.</think><answer>[]</answer>"), ["x"], [0.0], [1.0], 1)]]
+    assert ask_descriptions(policy, policy.encode([SAMPLES[0].image]), silent, dialogue.vision_reasoner, 8, 1.0, 0) == [[None]]
+
+
+def test_one_pass_recipes_ask_once(policy):
+    clock = Clock()
+    rolled = roll_out(policy, SAMPLES[:1], dialogue.vision_reasoner, None, n=2, seed=0, clock=clock)
+    assert rolled.groups[0].second == [None, None] and set(clock) == {"first", "second"}
+
+
+def test_answer_entropy_looks_inside_the_answer_alone():
+    r = Response("<think>a.</think><answer>[1]</answer>", None, ["<think>", "a.", "</think>", "<answer>", "[1", "]", "</answer>"], [9, 9, 9, 9, 1, 3, 9], [1] * 7, 1)
+    assert r.answer_entropy == 2.0
+    assert dataclasses.replace(r, text="a.b", tokens=["a.", "b"], entropy=[1, 2]).answer_entropy == 1.5
+    cut = dataclasses.replace(r, text="<answer>[1", tokens=["<answer>", "[1"], entropy=[1, 3])
+    assert cut.answer_entropy == 2.0 # never closed: the whole response
+
+
+def test_padding_after_the_end_is_dropped(policy):
+    prefix = policy.read([dialogue.dr2seg(s.query) for s in SAMPLES], policy.encode([s.image for s in SAMPLES]))
+    done = policy.generate(prefix, 2, 200, seed=0)
+    assert done.mask.sum(1).min() < done.ids.shape[1]
+    for r, m in zip(responses(policy, done), done.mask): assert len(r.tokens) in (m.sum() - 1, m.sum()) and "<|im_end|>" not in r.text
