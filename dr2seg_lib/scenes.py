@@ -343,7 +343,7 @@ def draw_sample(seed: int) -> Sample:
 
 # %% ../nbs/02_scenes.ipynb #4fe2a497
 VERBOSE, DRIFT, SECOND_THOUGHTS = 0.75, 0.5, (0.35, 0.40, 0.25) # share; chance per second thought; P(0, 1, 2 of them)
-_OPEN = ("let me look at the whole picture first", "okay, let me look at everything in this picture", "first i will go through all the objects here")
+_OPEN = ("let me look at the whole picture first", "let me look at everything in this picture, okay", "let me look, first i will go through all the objects here")
 _THEN = ("now the question asks", "so i need to think about the question,", "let me read the question again,")
 _DOUBT = ("wait, maybe it is", "hmm, but it could also be", "on second thought, perhaps it is")
 _KEEP = ("no, that does not fit as well", "no, i was right before")

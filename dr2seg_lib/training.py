@@ -217,9 +217,9 @@ def train(config: TrainConfig, out, # the run's folder
             row, rollouts = train_step(policy, recipe, optimizer, accelerator, questions(data, config, step), config, step)
             run.log(row); run.record(rollouts)
             run.progress("training", step, config.steps, f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}")
-            stop = run.stop_requested()
+            stop = step < config.steps and run.stop_requested()
             if step % config.checkpoint_every == 0 or step == config.steps or stop:
                 save_checkpoint(run.folder, step, lambda folder: save_state(policy, optimizer, folder))
-            if stop and step < config.steps: return run
+            if stop: return run
         judge(run, policy, recipe, config, "after")
     return run

@@ -244,7 +244,8 @@ STAGES = (Stage("see", 114, sigma=(1.2, 1.12), eyes=1.0),
           Stage("ramp", 342, implicit=(0.0, 0.7), sigma=(1.04, 0.8)),
           Stage("think", 630, implicit=(0.7, 0.7), sigma=(0.8, 0.39)),
           Stage("locate", 400, implicit=(0.1, 0.3), listing=(0.5, 0.4), sigma=(0.8, 0.6)),
-          Stage("settle", 700, implicit=(0.5, 0.7), listing=(0.2, 0.0), sigma=(0.5, 0.0), lr=(1.0, 0.0)))
+          Stage("settle", 700, implicit=(0.5, 0.7), listing=(0.2, 0.0), sigma=(0.5, 0.0), lr=(1.0, 0.0)),
+          Stage("focus", 650, implicit=(0.4, 0.55), listing=(0.3, 0.1), sigma=(0.4, 0.0), lr=(1.0, 0.0)))
 
 def warm_start(model, tokenizer, pool: list, stages=STAGES, batch_size: int = 32, lr: float = 2e-3, seed: int = 0, log=None):
     "Teach the model the stages on lessons drawn from the pool; `log(step, row)` is called every 50 steps."

@@ -1,0 +1,213 @@
+"The command as a user meets it: every test that runs an experiment runs a real notebook in a real kernel."
+import json, os, pty, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, pydantic, pytest
+from dr2seg_lib import cli, runs
+
+DR2SEG = Path(sys.executable).parent/"dr2seg"
+TRAIN = """
+import time
+from dr2seg_lib.runs import Run
+with (Run.resume(out) if resume else Run.create(out, {"steps": steps, "nap": nap, "recipe": recipe})) as run:
+    for step in range(len(run.metrics()) + 1, steps + 1):
+        time.sleep(nap)
+        run.log({"step": step})
+        run.progress("training", step, steps, f"reward {step}")
+        if run.stop_requested(): break
+    else: run.results({w: dict(tokens=80 / n, gIoU=.7, cIoU=.6, answer_entropy=.5) for n, w in ((1, "before"), (2, "after"))})
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    "Writes a throwaway experiment."
+    def make(*cells, parameters='steps = 3\nnap = 0.0\nrecipe = "dr2seg"\nout = ""\nresume = False', tags=("parameters",)):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *cells)])
+        nb.cells[0].metadata["tags"] = list(tags)
+        nbformat.write(nb, tmp_path/"toy.ipynb")
+        return str(tmp_path/"toy.ipynb")
+    return make
+
+
+def dr2seg(folder, *args):
+    return subprocess.run([DR2SEG, *args], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def start(folder, *args, until="progress.json"):
+    "The command in the background, once its run has got somewhere."
+    process = subprocess.Popen([DR2SEG, *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (folder/"out"/until).exists(): return process
+        time.sleep(0.1)
+    process.kill()
+    raise TimeoutError(process.communicate())
+
+
+def files(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- what is refused before anything starts
+
+@pytest.mark.parametrize("args, sentence", [
+    (["-p", "stpes", "60"], 'unknown parameter "stpes"; did you mean "steps"?'),
+    (["-p", "colour", "red"], 'unknown parameter "colour"; known are steps, nap, recipe'),
+    (["-p", "steps", "many"], "parameter \"steps\" takes int such as 3, not 'many'"),
+    (["-p", "steps", "1.5"], 'parameter "steps" takes int such as 3, not 1.5'),
+    (["-p", "out", "here"], 'parameter "out" is set by --out; use that option'),
+    (["--resume"], "--resume needs the run's folder; name it with --out"),
+    (["--resume", "--out", "nowhere"], "nowhere/run.json does not exist; check the run folder's name")])
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, notebook, monkeypatch, capsys, args, sentence):
+    path = notebook()
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    assert cli.main(["run", path, *args]) == 2
+    assert capsys.readouterr() == ("", f"dr2seg: {sentence}\n")
+    assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["toy.ipynb"]
+
+
+def test_unknown_experiments(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "experiments", lambda: {"train": Path("train.ipynb"), "ablate": Path("ablate.ipynb")})
+    for name, words in ("trian", 'unknown experiment "trian"; did you mean "train"?'), ("xyz", "known are train, ablate"), \
+                       ("x.ipynb", "notebook x.ipynb does not exist"):
+        assert cli.main(["run", name]) == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tags, count", [((), 0), (("hide", "parameters"), 1)])
+def test_parameters_cells_are_counted(notebook, tags, count):
+    path = notebook(tags=tags)
+    if count: assert cli.parameters_of(path)["steps"] == 3
+    else:
+        with pytest.raises(ValueError, match="has 0 cells tagged parameters"): cli.parameters_of(path)
+
+
+class Config(pydantic.BaseModel, frozen=True, extra="forbid"):
+    steps: int = pydantic.Field(3, ge=1)
+    nap: float = 0
+    recipe: str = "dr2seg"
+
+    @pydantic.field_validator("recipe")
+    def known(cls, value):
+        if value not in ("dr2seg", "dpad"): raise ValueError(f'unknown recipe "{value}"; known are dr2seg, dpad')
+        return value
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ({"recipe": "dr2sg"}, 'unknown recipe "dr2sg"; known are dr2seg, dpad'),
+    ({"steps": 0}, 'parameter "steps": input should be greater than or equal to 1, not 0')])
+def test_a_config_class_has_the_say(notebook, monkeypatch, given, sentence):
+    monkeypatch.setitem(cli.CONFIGS, "toy", f"{__name__}:Config")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Config.__module__])
+    path = Path(notebook())
+    assert cli.check_parameters("toy", path, {"steps": 9}) == {"steps": 9}
+    with pytest.raises(ValueError) as e: cli.check_parameters("toy", path, given)
+    assert str(e.value) == sentence
+
+
+@pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("-3", -3), ("[1, 2]", [1, 2]), ("None", None), ("FALSE", False),
+                                         ("007", "007"), ("a b", "a b"), ("", ""), ("__import__('os')", "__import__('os')")])
+def test_values_as_typed(text, value): assert cli.read_value(text) == value
+
+
+# ---- runs
+
+def test_a_run_from_start_to_table(tmp_path, notebook):
+    done = dr2seg(tmp_path, "run", notebook(TRAIN), "-p", "steps", "5")
+    out = tmp_path/"runs/toy-dr2seg-1"
+    assert done.returncode == 0, done.stderr
+    assert "training" in done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[1:] == [["before", "after"], ["tokens", "80.0", "40.0"], ["gIoU", "0.700", "0.700"],
+                         ["cIoU", "0.600", "0.600"], ["answer", "entropy", "0.500", "0.500"]]
+    assert runs.status(out) == "done" and len(runs.Run.open(out).metrics()) == 5
+    executed = nbformat.read(out/"notebook.ipynb", as_version=4)
+    assert any("injected-parameters" in c.metadata.tags and "steps = 5" in c.source for c in executed.cells)
+    assert not list(out.glob(".*.ipynb")) and "toy-dr2seg-1" in dr2seg(tmp_path, "runs").stdout
+
+    before = files(out)
+    again = dr2seg(tmp_path, "run", notebook(TRAIN), "--out", str(out))
+    assert again.returncode == 2 and "already holds a run (done)" in again.stderr and files(out) == before
+    resumed = dr2seg(tmp_path, "run", notebook(TRAIN), "--resume", "--out", str(out))
+    assert resumed.returncode == 2 and "is done; only a run that ended early" in resumed.stderr
+
+
+def test_one_bar_in_a_terminal(tmp_path, notebook):
+    "A pseudo-terminal without a size, as containers have it."
+    main, side = pty.openpty()
+    process = subprocess.Popen([DR2SEG, "run", notebook(TRAIN), "--out", "out"], cwd=tmp_path, stdout=side, stderr=side)
+    os.close(side)
+    text = b""
+    try:
+        while chunk := os.read(main, 4096): text += chunk
+    except OSError: pass     # how a pseudo-terminal says that its other end was closed
+    assert process.wait() == 0
+    text = text.decode()
+    assert "training: 100%|" in text and "3/3" in text and "reward 3" in text
+    assert text.count("\n") <= 10, "the bar stays on its line"
+
+
+def test_a_failed_cell(tmp_path, notebook):
+    failed = dr2seg(tmp_path, "run", notebook(TRAIN, "1/0"), "--out", "out")
+    assert failed.returncode == 1 and "ZeroDivisionError: division by zero (cell 4; the traceback is in out/error.log)" in failed.stderr
+    assert "Traceback" not in failed.stderr and "Traceback" in (tmp_path/"out/error.log").read_text()
+    record = runs.read_json(tmp_path/"out/run.json")
+    assert record["status"] == "failed" and record["error"].startswith("ZeroDivisionError")
+    assert (tmp_path/"out/notebook.ipynb").exists()
+
+
+def test_a_user_error_in_the_notebook_leaves_the_folder_free(tmp_path, notebook):
+    path = notebook("raise FileNotFoundError('weights w.safetensors do not exist;\\ncheck the path')")
+    for _ in range(2):
+        failed = dr2seg(tmp_path, "run", path, "--out", "out")
+        assert failed.returncode == 2
+        assert failed.stderr.splitlines()[-1] == "dr2seg: weights w.safetensors do not exist; check the path"
+    assert not [n for n in runs.RECORDS if (tmp_path/"out"/n).exists()] and "Traceback" in (tmp_path/"out/error.log").read_text()
+
+
+def test_a_notebook_without_a_record_gets_one(tmp_path, notebook):
+    assert dr2seg(tmp_path, "run", notebook("1 + 1"), "--out", "out").returncode == 0
+    record = runs.read_json(tmp_path/"out/run.json")
+    assert record["status"] == "done" and record["parameters"]["steps"] == 3
+
+
+def test_a_config_refused_in_the_notebook_is_a_sentence(tmp_path):
+    class Error(Exception): ename, exec_count, traceback = "ValidationError", 2, ["..."]
+    Error.evalue = str(pytest.raises(pydantic.ValidationError, Config, recipe="x").value)
+    assert cli.explain(Error(), tmp_path) == ('recipe unknown recipe "x"; known are dr2seg, dpad', 2)
+
+
+def test_a_killed_kernel(tmp_path, notebook):
+    "Papermill would call these cells completed."
+    failed = dr2seg(tmp_path, "run", notebook(TRAIN.replace("break", "pass").replace(
+        "run.log(", "step > 1 and __import__('os').kill(__import__('os').getpid(), 9)\n        run.log(")), "--out", "out")
+    assert failed.returncode == 1 and "dr2seg: the kernel was killed" in failed.stderr
+    assert runs.read_json(tmp_path/"out/run.json")["status"] == "failed"
+    assert runs.Run.open(tmp_path/"out").metrics() == [{"step": 1}]
+
+
+def test_ctrl_c_then_resume(tmp_path, notebook):
+    path = notebook(TRAIN)
+    process = start(tmp_path, "run", path, "-p", "steps", "30", "-p", "nap", "0.2", "--out", "out")
+    assert dr2seg(tmp_path, "run", path, "--out", "out").returncode == 2
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and f"go on with: dr2seg run {path} --resume --out out" in err
+    run = runs.Run.open(tmp_path/"out")
+    done = len(run.metrics())
+    assert run.status == "interrupted" and 1 <= done < 30 and not (run.folder/"stop").exists()
+
+    other = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "4")
+    assert other.returncode == 2 and "was started with steps = 30, not 4" in other.stderr
+    runs.update(run.folder, parameters=run.info["parameters"] | {"nap": 0.0})     # to be quick
+    resumed = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "30")
+    assert resumed.returncode == 0, resumed.stderr
+    assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, 31))
+
+
+def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
+    process = start(tmp_path, "run", notebook("open(out + '/here', 'w').close()\nimport time\ntime.sleep(60)"),
+                    "--out", "out", until="here")
+    process.send_signal(signal.SIGINT)
+    while not (tmp_path/"out/stop").exists(): time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130 and runs.status(tmp_path/"out") == "interrupted"
