@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
@@ -183,6 +184,22 @@ def read(self: Policy, texts: list[str], # B user texts
 
 # %% ../nbs/05_policy.ipynb #bf75be9e
 @patch
+@contextmanager
+def folded(self: Policy):
+    "Inside, a LoRA adapter of an fp32 policy is part of the weights it adapts."
+    layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 else []
+    layers = [m for m in layers if not m.disable_adapters]
+    kept = [m.base_layer.weight.data for m in layers]
+    for m, w in zip(layers, kept):
+        m.base_layer.weight.data = w + m.get_delta_weight("default")
+        m.enable_adapters(False)
+    try: yield
+    finally:
+        for m, w in zip(layers, kept):
+            m.base_layer.weight.data = w
+            m.enable_adapters(True)
+
+@patch
 @torch.no_grad()
 def generate(self: Policy, prefix: Prefix, # B prompts
              n: int = 1, # answers a prompt
@@ -191,6 +208,11 @@ def generate(self: Policy, prefix: Prefix, # B prompts
              seed: int | None = None, # of the sampling; None: torch's global generator
             ) -> Completions: # R = B*n rows, those of one prompt adjacent
     "Sample n answers to each prompt until the end-of-turn token or `max_new_tokens`."
+    with self.folded(): return self._sample(prefix, n, max_new_tokens, temperature, seed)
+
+@patch
+def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed: int | None) -> Completions:
+    "The loop of `generate`."
     device, eos = prefix.logits.device, self.tokenizer.eos_token_id
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     rows = torch.arange(len(prefix.start), device=device).repeat_interleave(n)
