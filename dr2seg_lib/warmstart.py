@@ -105,8 +105,11 @@ def list_all(rng, scene: Scene) -> tuple[str, str, list]: # query, chain, the th
     return "everything in this picture", scenes._tour(rng, scene, things) + ".", things
 
 def point_out(rng, scene: Scene) -> tuple[str, str, list]: # query, chain, things
-    "A question that names its one or two targets."
-    things = [scene.things[i] for i in rng.permutation(len(scene.things))[:2 if rng.random() < .15 else 1]]
+    "A question that names its one or two targets; things that share a colour, the hardest to tell apart, come first two times in three."
+    shares = lambda t: sum(o.colour == t.colour for o in scene.things) > 1
+    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
+    if rng.random() < 2 / 3: things.sort(key=shares, reverse=True)
+    things = things[:2 if rng.random() < .2 else 1]
     return describe(things, scene), scenes.think_direct(rng, scene, things), things
 
 def puzzle_out(rng, scene: Scene, q) -> tuple[str, str, list]: # query, chain, things it ends on
@@ -245,7 +248,9 @@ STAGES = (Stage("see", 114, sigma=(1.2, 1.12), eyes=1.0),
           Stage("think", 630, implicit=(0.7, 0.7), sigma=(0.8, 0.39)),
           Stage("locate", 400, implicit=(0.1, 0.3), listing=(0.5, 0.4), sigma=(0.8, 0.6)),
           Stage("settle", 700, implicit=(0.5, 0.7), listing=(0.2, 0.0), sigma=(0.5, 0.0), lr=(1.0, 0.0)),
-          Stage("focus", 650, implicit=(0.4, 0.55), listing=(0.3, 0.1), sigma=(0.4, 0.0), lr=(1.0, 0.0)))
+          Stage("focus", 650, implicit=(0.4, 0.55), listing=(0.3, 0.1), sigma=(0.4, 0.0), lr=(1.0, 0.0)),
+          Stage("tell apart", 380, implicit=(0.05, 0.25), listing=(0.1, 0.1), sigma=(0.3, 0.3), eyes=0.0),
+          Stage("finish", 420, implicit=(0.6, 0.6), listing=(0.05, 0.05), sigma=(0.2, 0.0), eyes=0.0, lr=(1.0, 0.0)))
 
 def warm_start(model, tokenizer, pool: list, stages=STAGES, batch_size: int = 32, lr: float = 2e-3, seed: int = 0, log=None):
     "Teach the model the stages on lessons drawn from the pool; `log(step, row)` is called every 50 steps."
