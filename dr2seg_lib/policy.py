@@ -8,6 +8,7 @@ __all__ = ['EMBEDDED', 'LORA_TARGETS', 'image_features', 'Recorder', 'Shared', '
 
 # %% ../nbs/05_policy.ipynb #d598d1d0
 import copy
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,7 @@ def generate(self: Policy, prefix: Prefix, # B prompts
 @patch
 def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed: int | None) -> Completions:
     "The loop of `generate`."
+    if not prefix.logits.isfinite().all(): raise FloatingPointError("the policy's logits are not numbers; lower lr, then resume from the last checkpoint")
     device, eos = prefix.logits.device, self.tokenizer.eos_token_id
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     rows = torch.arange(len(prefix.start), device=device).repeat_interleave(n)
@@ -268,7 +270,9 @@ def add_lora(self: Policy, rank: int = 64, alpha: int = 64, norm: bool = False, 
             ) -> Policy:
     "Put a fresh LoRA adapter on the language model."
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=["language_model.norm"] if norm else None)
-    self.adapter = get_peft_model(self.model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning) # of transformers, at peft's way of asking it
+        self.adapter = get_peft_model(self.model, config)
     self.adapter.train(False)
     return self
 
