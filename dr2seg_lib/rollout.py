@@ -31,7 +31,8 @@ class Response:
     @property
     def answer_entropy(self) -> float:
         "Mean entropy of the tokens inside `<answer>` (the paper's Fig. 4); of the whole response where there is none."
-        inside = [e for (lo, hi), e in zip(self._spans, self.entropy) if lo >= self._answer[0] and hi <= self._answer[1]]
+        first, last = self._answer
+        inside = [e for (lo, hi), e in zip(self._spans, self.entropy) if lo >= first and hi <= last]
         return float(np.mean(inside or self.entropy))
 
     @property

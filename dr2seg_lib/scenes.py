@@ -8,7 +8,7 @@ __all__ = ['SIDE', 'COLOURS', 'SHAPES', 'DIFFICULTY', 'LIKE', 'USE', 'EDGES', 'K
            'draw_puzzle', 'MiniReasonSeg', 'draw_sample', 'think_concise', 'think_verbose', 'think_direct']
 
 # %% ../nbs/02_scenes.ipynb #1ecb90bc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2

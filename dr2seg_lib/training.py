@@ -102,7 +102,7 @@ def update(policy: Policy, optimizer, accelerator: Accelerator, rolled: Rollouts
            advantage: Tensor, # [B,n]
            config: TrainConfig, clock: Clock) -> dict: # loss, kl, grad_norm
     "One GRPO update, or `config.updates` of them, on a step's rollouts."
-    done, n, parts = rolled.done, advantage.shape[1], chunks(rolled, advantage.shape[1], config.chunk)
+    done, parts = rolled.done, chunks(rolled, advantage.shape[1], config.chunk)
     total, A, stats, old = done.mask.sum(), advantage.flatten().to(done.ids.device), dict(loss=0.0, kl=0.0), {}
     def score(groups, rows, T): return policy.logprobs(policy.read([rolled.texts[g] for g in groups], [rolled.seen[g] for g in groups]), done.ids[rows, :T], done.mask[rows, :T])
     with clock("reference"), policy.reference():

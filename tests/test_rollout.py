@@ -2,7 +2,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 from dr2seg_lib import dialogue
 from dr2seg_lib.policy import Policy

@@ -1,6 +1,5 @@
 "The loop: same seed, same metrics; stop and resume; what a run leaves behind."
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,12 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from dr2seg_lib import recipes, training
+from dr2seg_lib import recipes
 from dr2seg_lib.cli import parameters_of
 from dr2seg_lib.evaluation import load_data
 from dr2seg_lib.policy import Policy
-from dr2seg_lib.runs import Run, latest_checkpoint, read_json, read_jsonl, save_checkpoint
-from dr2seg_lib.training import TrainConfig, chunks, prepared, questions, save_state, train, train_step, update
+from dr2seg_lib.runs import Run, latest_checkpoint, read_json, save_checkpoint
+from dr2seg_lib.training import TrainConfig, prepared, questions, save_state, train, train_step
 
 SMALL = dict(steps=2, prompts=2, samples=3, rank=4, alpha=4, eval_samples=0, max_new_tokens=60, checkpoint_every=1)
 timeless = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
@@ -80,7 +79,7 @@ def test_saved_adapter_is_plain_peft(whole):
 
 
 def test_a_user_recipe_trains_by_name(tmp_path):
-    mine = recipes.register(dataclasses.replace(recipes.visionreasoner, name="mine", total=lambda terms: terms["accuracy"]))
+    recipes.register(dataclasses.replace(recipes.visionreasoner, name="mine", total=lambda terms: terms["accuracy"]))
     try: run = train(TrainConfig(**SMALL | dict(recipe="mine", steps=1, kl=0)), tmp_path / "run")
     finally: del recipes.RECIPES["mine"]
     row = run.metrics()[0]

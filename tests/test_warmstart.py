@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 
-from dr2seg_lib import dialogue, scenes
+from dr2seg_lib import dialogue
 from dr2seg_lib.policy import EMBEDDED, Policy
 from dr2seg_lib.scenes import draw_puzzle
-from dr2seg_lib.warmstart import STAGES, Stage, lesson, make_tokenizer, soft_labels, starting_quality
+from dr2seg_lib.warmstart import STAGES, Stage, lesson, make_tokenizer, soft_labels
 from dr2seg_lib.warmstart import _draw_page
 
 
