@@ -153,7 +153,7 @@ def explain(error: Exception, out: Path) -> tuple[str, int]:  # one sentence, ex
     if type(error).__name__ == "DeadKernelError": return "the kernel was killed, perhaps for memory; its last words, if any, are in kernel.log", 1
     if not hasattr(error, "ename"): return f"papermill failed: {type(error).__name__}: {' '.join(str(error).split())}", 1
     trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-    runs.write_text(out/"error.log", trace + "\n")
+    with suppress(OSError): runs.write_text(out/"error.log", trace + "\n") # a full disk is what it may be about
     text = " ".join(error.evalue.split())
     if error.ename == "ValidationError": text = re.sub(r"^\d+ validation errors? for \w+ | \[type=.*|Value error, ", "", text)
     if error.ename in USER_ERRORS and not (out/"metrics.jsonl").exists(): return text, 2
@@ -171,7 +171,8 @@ def settle(out: Path, parameters: dict, error: Exception | None, asked: int) -> 
     if stopped or runs.status(out) == "interrupted":
         runs.update(out, status="interrupted", error=None)
         return "interrupted", 130
-    if error: runs.update(out, status="failed", error=sentence)
+    if error:
+        with suppress(OSError): runs.update(out, status="failed", error=sentence)
     return sentence, code
 
 # %% ../nbs/16_cli.ipynb #a27f39b5

@@ -46,9 +46,10 @@ def image_features(visual, # vision tower of a Qwen2.5-VL
 
 # %% ../nbs/05_policy.ipynb #e3cb6dd6
 class Recorder:
-    "Keeps keys and values [B,H,P,d] of every layer while a prompt is read."
-    def __init__(self): self.layers = []
+    "Keeps keys and values [B,H,P,d] of every layer while a prompt is read, behind those that were read `before`."
+    def __init__(self, before=None): self.before, self.layers = before, []
     def update(self, k, v, layer, *_):
+        if self.before is not None: k, v = (torch.cat(pair, 2) for pair in zip(self.before[layer], (k, v)))
         self.layers.append((k, v))
         return k, v
 
@@ -81,6 +82,12 @@ class Prefix:
     def rows(self, index: Tensor) -> "Prefix":
         "The prompts of these indices, repeats allowed."
         return Prefix([(k[index], v[index]) for k, v in self.layers], self.pad[index], self.start[index], self.logits[index])
+
+    def heads(self, index: Tensor, H: int) -> list: # keys and values of each layer, [len(index),heads,H,d]
+        "The first H columns, padding aside, of the prompts of these indices."
+        columns = (self.pad.sum(1)[index, None] + torch.arange(H, device=index.device))[:, None]
+        heads = lambda x: x[index[:, None, None], torch.arange(x.shape[1], device=index.device)[:, None], columns]
+        return [(heads(k), heads(v)) for k, v in self.layers]
 
 @dataclass
 class Completions:
@@ -169,6 +176,8 @@ def _hidden(self: Policy, embeds: Tensor, positions: Tensor, mask: Tensor, cache
 @patch
 def read(self: Policy, texts: list[str], # B user texts
          seen: list[Seen], # the image of each
+         again: Prefix | None = None, # prompts about the same images, read by the same weights: their columns up to the image's end are used again
+         of: Tensor | None = None, # [B] the row of `again` that holds each text's image
         ) -> Prefix:
     "Read B prompts, images before text, once. Under autograd the prefix carries gradients."
     ids, attention = self.tokenize(texts, seen)
@@ -177,9 +186,15 @@ def read(self: Policy, texts: list[str], # B user texts
                                                    image_grid_thw=torch.stack([s.grid for s in seen]).to(ids.device))
     embeds = self.model.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter(is_image[..., None], torch.cat([s.tokens for s in seen]).to(embeds.dtype))
-    pad, cache = attention == 0, Recorder()
-    mask = look_mask(pad[:, :0], ids.shape[1], embeds.dtype).masked_fill(pad[:, None, None], torch.finfo(embeds.dtype).min)
-    hidden = self._hidden(embeds, positions, mask, cache)
+    pad, H, before = attention == 0, 0, None
+    if again is not None: # what is left to read is the text, right-aligned behind H columns that hold no padding
+        H = int(is_image[0].nonzero()[-1]) + 2 - int(pad[0].sum()) # every image has as many tokens: `encode` squashes to the frame
+        before = again.heads(of, H)
+        pad = torch.arange(ids.shape[1], device=ids.device) < pad.sum(1, keepdim=True) + H
+        pad[:, :H] = False
+    cache = Recorder(before)
+    mask = look_mask(pad[:, :H], ids.shape[1] - H, embeds.dtype).masked_fill(pad[:, None, None], torch.finfo(embeds.dtype).min)
+    hidden = self._hidden(embeds[:, H:], positions[..., H:], mask, cache)
     return Prefix(cache.layers, pad, positions.amax((0, 2)) + 1, self.model.lm_head(hidden[:, -1]).float())
 
 # %% ../nbs/05_policy.ipynb #bf75be9e
@@ -205,18 +220,24 @@ def generate(self: Policy, prefix: Prefix, # B prompts
              n: int = 1, # answers a prompt
              max_new_tokens: int = 256,
              temperature: float = 1.0, # 0: greedy
-             seed: int | None = None, # of the sampling; None: torch's global generator
+             seed: int | list[int] | None = None, # of the sampling: one for all rows, or one a row; None: torch's global generator
             ) -> Completions: # R = B*n rows, those of one prompt adjacent
     "Sample n answers to each prompt until the end-of-turn token or `max_new_tokens`."
     with self.folded(): return self._sample(prefix, n, max_new_tokens, temperature, seed)
 
+def _draws(seed, R: int, T: int) -> Tensor: # [R,T] in [0,1)
+    "The random number of every row's every token."
+    made = lambda s: torch.Generator().manual_seed(s)
+    if isinstance(seed, list): return torch.stack([torch.rand(T, generator=made(s)) for s in seed])
+    return torch.rand(R, T, generator=None if seed is None else made(seed))
+
 @patch
-def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed: int | None) -> Completions:
+def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed) -> Completions:
     "The loop of `generate`."
     if not prefix.logits.isfinite().all(): raise FloatingPointError("the policy's logits are not numbers; lower lr, then resume from the last checkpoint")
     device, eos = prefix.logits.device, self.tokenizer.eos_token_id
-    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     rows = torch.arange(len(prefix.start), device=device).repeat_interleave(n)
+    draws = _draws(seed, len(rows), max_new_tokens).to(device) if temperature else None
     R, cache, alive = len(rows), Growing(prefix.layers, rows, max_new_tokens), torch.arange(len(rows), device=device)
     ids = torch.full((R, max_new_tokens), self.tokenizer.pad_token_id, device=device)
     stats = torch.zeros(4, R, max_new_tokens, device=device) # mask, logp, entropy, margin
@@ -225,7 +246,10 @@ def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperatu
     for t in range(max_new_tokens):
         logp = logits.log_softmax(-1)
         p = logp.exp()
-        token = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
+        if temperature == 0: token = logits.argmax(-1)
+        else: # the token at which the cumulative probability passes the draw
+            reached = (logits / temperature).softmax(-1).cumsum(-1)
+            token = torch.searchsorted(reached, draws[alive, t:t + 1] * reached[:, -1:], right=True)[:, 0].clamp(max=reached.shape[1] - 1)
         top = p.topk(2, -1).values
         new = torch.stack([(~done).float(), logp.gather(1, token[:, None])[:, 0], -(p * logp).nan_to_num().sum(-1), top[:, 0] - top[:, 1]])
         live = ~done

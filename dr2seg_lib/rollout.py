@@ -14,7 +14,7 @@ import torch
 
 from . import dialogue
 from .dialogue import Parsed
-from .policy import Completions, Policy, Seen
+from .policy import Completions, Policy, Prefix, Seen
 from .samples import Sample
 
 # %% ../nbs/07_rollout.ipynb #b11f5c72
@@ -79,9 +79,12 @@ class Rollouts:
 
 # %% ../nbs/07_rollout.ipynb #6641ae3e
 def ask_descriptions(policy: Policy, seen: list[Seen], # B images
+                     prefix: Prefix, # the first pass's prompts, whose images need not be read again
                      first: list, # B lists of n Response
                      prompt: Callable[[str], str], # second-pass prompt of a description
-                     max_new_tokens: int, temperature: float, seed: int | None) -> list[list[Response | None]]: # B lists of n
+                     max_new_tokens: int, temperature: float,
+                     seeds: list[int] | None, # one for each of the B*n answers
+                    ) -> list[list[Response | None]]: # B lists of n
     "The second pass: the same model, asked again with the description alone (Eq. 1)."
     asked = {} # (image, description) -> rollouts that gave it
     for b, group in enumerate(first):
@@ -89,10 +92,13 @@ def ask_descriptions(policy: Policy, seen: list[Seen], # B images
             if r.parsed.description is not None: asked.setdefault((b, r.parsed.description), []).append((b, i))
     second = [[None] * len(group) for group in first]
     if not asked: return second
-    prefix = policy.read([prompt(d) for _, d in asked], [seen[b] for b, _ in asked])
+    of = torch.tensor([b for b, _ in asked], device=prefix.start.device)
+    prefix = policy.read([prompt(d) for _, d in asked], [seen[b] for b, _ in asked], prefix, of)
     rows = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(v) for v in asked.values()]))
-    done = policy.generate(prefix.rows(rows), 1, max_new_tokens, temperature, seed)
-    for (b, i), r in zip((at for v in asked.values() for at in v), responses(policy, done)): second[b][i] = r
+    places = [at for v in asked.values() for at in v]
+    seeds = seeds and [seeds[b * len(first[0]) + i] for b, i in places]
+    done = policy.generate(prefix.rows(rows.to(of.device)), 1, max_new_tokens, temperature, seeds)
+    for (b, i), r in zip(places, responses(policy, done)): second[b][i] = r
     return second
 
 def roll_out(policy: Policy, samples: list[Sample],
@@ -100,19 +106,20 @@ def roll_out(policy: Policy, samples: list[Sample],
              second_prompt: Callable[[str], str] | None, # second-pass prompt of a description; None: one pass only
              n: int = 8, # answers a sample
              max_new_tokens: int = 256, temperature: float = 1.0,
-             seed: int | None = None, # of the sampling in both passes
+             seed: int | None = None, # of the sampling: answer r takes `seed + 2r`, its second pass `seed + 2r + 1`, whatever else is in the batch
              clock=None, # a `Clock`: seconds by stage are added to it
             ) -> Rollouts:
     "Ask every sample n times and, if the recipe wants it, ask again about each description."
     clock = Clock() if clock is None else clock
     with torch.no_grad(), clock("first"):
         seen, texts = policy.encode([s.image for s in samples]), [prompt(s.query) for s in samples]
-        done = policy.generate(policy.read(texts, seen), n, max_new_tokens, temperature, seed)
+        prefix = policy.read(texts, seen)
+        seeds = None if seed is None else [seed + 2 * r for r in range(len(samples) * n)]
+        done = policy.generate(prefix, n, max_new_tokens, temperature, seeds)
         flat = responses(policy, done)
         first = [flat[i:i + n] for i in range(0, len(flat), n)]
     with torch.no_grad(), clock("second"):
-        again = None if seed is None else seed + 1
-        second = ask_descriptions(policy, seen, first, second_prompt, max_new_tokens, temperature, again) if second_prompt else [[None] * n for _ in first]
+        second = ask_descriptions(policy, seen, prefix, first, second_prompt, max_new_tokens, temperature, seeds and [s + 1 for s in seeds]) if second_prompt else [[None] * n for _ in first]
     return Rollouts([Group(s, f, g) for s, f, g in zip(samples, first, second)], texts, seen, done)
 
 # %% ../nbs/07_rollout.ipynb #c142c22d

@@ -8,6 +8,8 @@ from dr2seg_lib.policy import Policy, look_mask
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.warmstart import make_model, make_processor, make_tokenizer
 
+SEED = 2 # random weights may say <|image_pad|>, behind which the oracle would look for an image; not with this seed
+
 
 @pytest.fixture(scope="module")
 def policy():
@@ -26,7 +28,9 @@ def asked(policy):
     texts = [dialogue.dr2seg(s.query) for s in samples]
     seen = policy.encode([s.image for s in samples])
     assert len({len(policy.tokenizer(t)["input_ids"]) for t in texts}) > 1
-    return samples, texts, seen, policy.generate(policy.read(texts, seen), n=4, max_new_tokens=24, seed=1)
+    done = policy.generate(policy.read(texts, seen), n=4, max_new_tokens=24, seed=SEED)
+    assert (done.ids != policy.model.config.image_token_id).all()
+    return samples, texts, seen, done
 
 
 def plain_logprobs(policy, samples, texts, seen, done):
@@ -59,11 +63,23 @@ def test_sampling_records_what_scoring_finds(policy, asked):
     assert (done.mask.int().diff(dim=1) <= 0).all() # a row, once ended, stays ended
 
 
+def test_second_prompt_reads_only_its_text(policy, asked):
+    "Behind the image of a first prompt, a second one gives the logits, answers and scores of a prompt read whole."
+    _, texts, seen, done = asked
+    of = torch.tensor([2, 0, 2, 1])
+    again = [dialogue.vision_reasoner(d) for d in ("the ring", "the large red ball and the small blue star", "the black moon", "the cross")]
+    prefix = policy.read(texts, seen)
+    short, whole = policy.read(again, [seen[i] for i in of], prefix, of), policy.read(again, [seen[i] for i in of])
+    assert (short.logits - whole.logits).abs().max() < 1e-5 and torch.equal(short.start, whole.start)
+    assert torch.equal(policy.generate(short, 2, 16, seed=3).ids, policy.generate(whole, 2, 16, seed=3).ids)
+    assert (policy.logprobs(short, done.ids[:8], done.mask[:8]) - policy.logprobs(whole, done.ids[:8], done.mask[:8])).abs().max() < 1e-5
+
+
 def test_same_seed_same_answers(policy, asked):
     _, texts, seen, done = asked
     prefix = policy.read(texts, seen)
-    assert torch.equal(policy.generate(prefix, 4, 24, seed=1).ids, done.ids)
-    assert not torch.equal(policy.generate(prefix, 4, 24, seed=2).ids, done.ids)
+    assert torch.equal(policy.generate(prefix, 4, 24, seed=SEED).ids, done.ids)
+    assert not torch.equal(policy.generate(prefix, 4, 24, seed=SEED + 1).ids, done.ids)
 
 
 def test_reference_is_the_adapter_off(policy, asked):
@@ -90,3 +106,21 @@ def test_look_mask_by_hand():
 
 def test_missing_files_are_named(tmp_path, policy):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"): policy.load_adapter(tmp_path)
+
+
+def test_an_answer_depends_on_its_own_seed_alone(policy, asked):
+    _, texts, seen, _ = asked
+    prefix, seeds = policy.read(texts, seen), list(range(12))
+    together = policy.generate(prefix, 4, 24, seed=seeds)
+    alone = policy.generate(prefix.rows(torch.tensor([1])), 4, 24, seed=seeds[4:8])
+    T = min(together.ids.shape[1], alone.ids.shape[1])
+    assert torch.equal(together.ids[4:8, :T], alone.ids[:, :T]) and not torch.equal(together.ids[:4], together.ids[4:8])
+
+
+def test_draws_follow_the_distribution(policy, asked):
+    "First tokens of many answers against the softmax they are drawn from."
+    _, texts, seen, _ = asked
+    prefix = policy.read(texts[:1], seen[:1])
+    first = policy.generate(prefix, 4096, 1, seed=5).ids[:, 0].bincount(minlength=prefix.logits.shape[1]) / 4096
+    p = prefix.logits[0].softmax(-1)
+    assert (first - p).abs().max() < 5 * (p.max() / 4096) ** 0.5

@@ -17,12 +17,13 @@ def tokens_of(text): return re.findall(r"</?\w+>| ?\w+|\W", text)
 
 def answer(rng, puzzle, sample, verbose, shift=0, first=True):
     "A response as the embedded policy writes it, and the mask that follows from it."
-    chain, held = (think_verbose if verbose else think_concise)(rng, puzzle.scene, puzzle.question)
-    if not first: chain = think_direct(rng, puzzle.scene, held)
+    targets = puzzle.question.targets
+    chain = (think_verbose if verbose else think_concise)(rng, puzzle.scene, puzzle.question)
+    if not first: chain = think_direct(rng, puzzle.scene, targets)
     masks = puzzle.scene.masks()
-    guess = np.roll(np.any([masks[puzzle.scene.things.index(t)] for t in held], 0), rng.integers(-shift, shift + 1, 2) if shift else 0, (0, 1))
+    guess = np.roll(np.any([masks[puzzle.scene.things.index(t)] for t in targets], 0), rng.integers(-shift, shift + 1, 2) if shift else 0, (0, 1))
     found = [type(t)(tuple(v // 2 for v in t.box), tuple(v // 2 for v in t.point)) for t in sample.targets]
-    text = format_response(chain, describe(held, puzzle.scene) if first else None, found)
+    text = format_response(chain, describe(targets, puzzle.scene) if first else None, found)
     return text, len(tokens_of(chain)), guess
 
 

@@ -33,18 +33,25 @@ def test_texts_decode_from_the_sampled_tokens(policy, rolled):
     assert texts == [r.text for g in rolled.groups for r in g.first]
 
 
-def test_second_pass_depends_on_image_and_description_alone(policy, rolled):
+@pytest.fixture(scope="module")
+def shown(policy):
+    "One encoded image, and a first prompt read about it."
+    seen = policy.encode([SAMPLES[0].image])
+    return seen, policy.read([dialogue.dr2seg(SAMPLES[0].query)], seen)
+
+
+def test_second_pass_depends_on_image_and_description_alone(policy, shown):
     said = lambda text: Response(text, dialogue.parse(text), [text], [0.0], [1.0], 1)
     two_chains = [[said(f"<think>{t}</think><description>the red ball</description><answer>[]</answer>") for t in ("a.", "something else.")]]
     asked = []
     def prompt(d): asked.append(d); return dialogue.vision_reasoner(d)
-    greedy = ask_descriptions(policy, policy.encode([SAMPLES[0].image]), two_chains, prompt, 64, 0, None)
+    greedy = ask_descriptions(policy, *shown, two_chains, prompt, 64, 0, None)
     assert asked == ["the red ball"] and greedy[0][0].text == greedy[0][1].text # one prompt, read once for both
 
 
-def test_no_description_no_second_pass(policy):
+def test_no_description_no_second_pass(policy, shown):
     silent = [[Response("<think>a.</think><answer>[]</answer>", dialogue.parse("<think>a.</think><answer>[]</answer>"), ["x"], [0.0], [1.0], 1)]]
-    assert ask_descriptions(policy, policy.encode([SAMPLES[0].image]), silent, dialogue.vision_reasoner, 8, 1.0, 0) == [[None]]
+    assert ask_descriptions(policy, *shown, silent, dialogue.vision_reasoner, 8, 1.0, 0) == [[None]]
 
 
 def test_one_pass_recipes_ask_once(policy):
@@ -66,3 +73,11 @@ def test_padding_after_the_end_is_dropped(policy):
     done = policy.generate(prefix, 2, 200, seed=0)
     assert done.mask.sum(1).min() < done.ids.shape[1]
     for r, m in zip(responses(policy, done), done.mask): assert len(r.tokens) in (m.sum() - 1, m.sum()) and "<|im_end|>" not in r.text
+
+
+def test_a_group_depends_on_its_own_seeds_alone(policy, rolled):
+    "So that processes which share a step's questions sample what one process would."
+    n = len(rolled.groups[0].first)
+    alone = roll_out(policy, SAMPLES[1:2], dialogue.dr2seg, dialogue.vision_reasoner, n=n, seed=3 + 2 * n)
+    texts = lambda group: [r and r.text for r in group.first + group.second]
+    assert texts(alone.groups[0]) == texts(rolled.groups[1])

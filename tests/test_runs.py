@@ -58,6 +58,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert runs.read_json(tmp_path/"a.json") == 1
 
 
+def test_a_full_disk_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(OSError, match="metrics.jsonl cannot be written .No space left on device.; free space"):
+        with Run.create(tmp_path/"run", {}, bar=False) as run:
+            (run.folder/"metrics.jsonl").symlink_to("/dev/full")
+            run.log({"step": 1})
+    (tmp_path/"run"/"metrics.jsonl").unlink()
+    assert runs.status(tmp_path/"run") == "failed" and "free space" in runs.read_json(tmp_path/"run"/"run.json")["error"]
+    def full(folder): raise RuntimeError("file write failed")
+    with pytest.raises(OSError, match="checkpoint of step 3 cannot be written to .*file write failed"): runs.save_checkpoint(tmp_path/"run", 3, full)
+
+
 def test_rows_are_strict_json(tmp_path):
     "A browser refuses NaN."
     with Run.create(tmp_path/"r", {"lr": float("inf")}, bar=False) as run: run.log({"step": 1, "kl": float("nan")})

@@ -62,6 +62,24 @@ def test_chunks_change_memory_only(tmp_path):
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4) and rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
 
 
+def test_two_processes_give_the_metrics_of_one(tmp_path):
+    settings = SMALL | dict(prompts=4, eval_samples=5, record=4)
+    one, two = (train(TrainConfig(**settings | dict(processes=n)), tmp_path / str(n)) for n in (1, 2))
+    numbers = lambda row: {k: v for k, v in row.items() if isinstance(v, float) and k != "tokens_per_second"} | row["terms"]
+    assert [numbers(r) for r in two.metrics()] == [pytest.approx(numbers(r), abs=1e-5) for r in one.metrics()]
+    said = lambda run: [(r["step"], r["sample"], r["rollout"], r["first"]["text"], r["second"] and r["second"]["text"]) for r in run.rollouts()]
+    assert said(two) == said(one) and len(said(one)) == 2 * 4 * 3
+    for when in ("before", "after"):
+        a, b = (read_json(run.folder / "results.json")[when] for run in (one, two))
+        assert a["n"] == b["n"] == 5 and a["gIoU"] == pytest.approx(b["gIoU"], abs=1e-5)
+    a, b = (load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors")) for run in (one, two))
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_questions_must_be_shared_evenly():
+    with pytest.raises(ValidationError, match="prompts: 8 questions a step cannot be shared by 3 processes; use a multiple of it"): TrainConfig(processes=3)
+
+
 def test_stop_file_ends_after_the_step(tmp_path, monkeypatch):
     log = Run.log
     def log_then_stop(self, row): log(self, row); (self.folder / "stop").touch()

@@ -1,11 +1,17 @@
 "The embedded policy's making: lossless tokenizer, exact batches; and the quality of the one that ships."
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from dr2seg_lib import dialogue
 from dr2seg_lib.policy import EMBEDDED, Policy
+from dr2seg_lib.runs import Run, read_json
 from dr2seg_lib.scenes import draw_puzzle
-from dr2seg_lib.warmstart import STAGES, Stage, lesson, make_tokenizer, soft_labels
+from dr2seg_lib.warmstart import FRAME, STAGES, Stage, lesson, make_model, make_tokenizer, soft_numbers
 from dr2seg_lib.warmstart import _draw_page
 
 
@@ -31,9 +37,25 @@ def test_prompts_are_short(tokenizer):
 
 
 def test_soft_labels():
-    rows = soft_labels(200, 5, 1.0)
-    assert np.allclose(rows.sum(1), 1) and rows[40].argmax() == 45 and rows[40, 44] == rows[40, 46] and rows[:, :5].sum() == 0
-    assert (soft_labels(200, 5, 0).max(1).values == 1).all()
+    rows = soft_numbers(1.0)
+    assert np.allclose(rows.sum(1), 1) and rows[40].argmax() == 40 and rows[40, 39] == rows[40, 41]
+    assert (soft_numbers(0).argmax(1) == torch.arange(FRAME + 1)).all()
+
+
+def test_near_numbers_begin_alike(tokenizer):
+    zero = tokenizer.convert_tokens_to_ids("0")
+    rows = make_model(tokenizer).get_input_embeddings().weight[zero:zero + FRAME + 1]
+    close = torch.nn.functional.cosine_similarity(rows[:-1], rows[1:]), torch.nn.functional.cosine_similarity(rows[:-20], rows[20:])
+    assert close[0].min() > close[1].max() and close[0].max() < 0.999
+
+
+def test_the_experiment_makes_a_policy_that_loads(tmp_path):
+    done = subprocess.run([Path(sys.executable).with_name("dr2seg"), "run", "warmstart_policy", "-p", "effort", "0.002", "-p", "pool", "64",
+                           "-p", "quality_samples", "4", "--out", tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Policy.load(str(tmp_path / "run" / "policy")).frame == FRAME
+    rows, quality = Run.open(tmp_path / "run").metrics(), read_json(tmp_path / "run" / "results.json")["quality"]
+    assert rows[-1]["stage"] == "finish" and set(quality) == {"referring", "implicit", "implicit, no description"}
 
 
 def test_stages_run_linearly():
