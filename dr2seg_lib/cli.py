@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'PART', 'USER_ERRORS', 'experiments', 'find_experiment', 'parameters_of', 'read_value', 'check_type',
            'check_parameters', 'kernel_class', 'Lines', 'execute', 'explain', 'settle', 'summary', 'prepare',
-           'prepare_resume', 'run', 'show_runs', 'parser', 'main']
+           'prepare_resume', 'run', 'show_runs', 'check', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #12fd3536
 import argparse, ast, difflib, importlib, json, os, re, signal, sys, time
@@ -245,6 +245,20 @@ def show_runs(args) -> int:
     return 0
 
 # %% ../nbs/16_cli.ipynb #e3d02a80
+def check(args) -> int: # exit code, 1 when a record is broken
+    "Reads a whole data set and says what is in it."
+    from tqdm.auto import tqdm
+    from dr2seg_lib import readers
+    bar = tqdm(desc="reading", unit=" samples", mininterval=1, disable=not sys.stderr.isatty())
+    try: report = readers.check(args.data, progress=lambda split, i, n: bar.update())
+    except (ValueError, FileNotFoundError) as e:
+        print(f"dr2seg: {e}", file=sys.stderr)
+        return 2
+    finally: bar.close()
+    print(report)
+    return 1 if report.broken else 0
+
+# %% ../nbs/16_cli.ipynb #63ade64b
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
     top = argparse.ArgumentParser(prog="dr2seg", description="A workbench for reasoning segmentation research.")
@@ -260,6 +274,9 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("runs", help="list runs and what has become of them")
     p.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs")
     p.set_defaults(run=show_runs)
+    p = commands.add_parser("check", help="read a data set, count what is in it and name every broken record")
+    p.add_argument("data", metavar="DATA", help="a folder or file, or a data set of the hub")
+    p.set_defaults(run=check)
     return top
 
 def main(argv: list[str] | None = None) -> int:  # exit code

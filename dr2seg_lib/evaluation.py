@@ -13,6 +13,7 @@ import torch
 
 from . import dialogue, masks
 from .policy import Policy
+from .readers import open_data
 from .rollout import Response, responses
 from .samples import Sample, Target
 from .scenes import MiniReasonSeg
@@ -56,11 +57,10 @@ def strata(rows: list[dict]) -> dict: # {tag: {value: {gIoU, tokens, n}}}
     return {tag: by(tag) for tag in rows[0]["tags"]}
 
 # %% ../nbs/11_evaluation.ipynb #7dbb7494
-def load_data(name: str, # "mini"
+def load_data(name: str, # "mini", a folder or file in a format of `readers`, or a data set of the hub
               split: str, limit: int | None = None) -> Sequence[Sample]:
     "A split of a data set by name."
-    if name != "mini": raise ValueError(f"data: '{name}' is unknown; use mini (the embedded MiniReasonSeg).")
-    return MiniReasonSeg(split, limit)
+    return MiniReasonSeg(split, limit) if name == "mini" else open_data(name, split, limit)
 
 def answer_greedily(policy: Policy, samples: list[Sample], prompt: Callable, max_new_tokens: int = 256) -> list[Response]:
     "One greedy answer a sample."

@@ -39,7 +39,8 @@ class TrainConfig(BaseModel):
     recipe: str = Field("dr2seg", description="method: a name in recipes.RECIPES")
     model: str = Field("embedded", description="policy: embedded, a local folder or a hub id")
     segmenter: str = Field("embedded", description="segmenter of the evaluation")
-    data: str = Field("mini", description="data set")
+    data: str = Field("mini", description="data set: mini, a path or a hub id")
+    eval_data: str = Field("", description="data set of the evaluation; empty: the val split of data")
     seed: int = Field(0, ge=0)
     steps: int = Field(60, ge=1)
     prompts: int = Field(8, ge=1, description="questions a step")
@@ -87,7 +88,8 @@ class TrainConfig(BaseModel):
     @field_validator("data")
     @classmethod
     def _readable(cls, name):
-        load_data(name, "train")
+        try: load_data(name, "train")
+        except FileNotFoundError as e: raise ValueError(f"data: {e} The embedded world is called mini.") from None
         return name
 
 # %% ../nbs/12_training.ipynb #1db29796
@@ -229,7 +231,7 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
     path = run.folder / "results.json"
     results = read_json(path) if path.exists() else {}
     if when in results or not config.eval_samples: return
-    data, W = load_data(config.data, "val", config.eval_samples), accelerator.num_processes
+    data, W = load_data(config.eval_data or config.data, "val", config.eval_samples), accelerator.num_processes
     own = data if W == 1 else [data[i] for i in range(accelerator.process_index, len(data), W)]
     summary, rows = evaluate(policy, load_segmenter(config.segmenter), own, recipe.prompt,
                              max_new_tokens=config.max_new_tokens, progress=lambda i, n: run.progress(f"evaluating {when}", i, n))

@@ -211,3 +211,15 @@ def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130 and runs.status(tmp_path/"out") == "interrupted"
+
+
+def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
+    from PIL import Image
+    (tmp_path/"images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path/"images"/"a.png")
+    good = dict(id="a", image="images/a.png", query="what is it?", polygon=[[[2, 2], [20, 2], [20, 20]]])
+    (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n")
+    assert cli.main(["check", str(tmp_path)]) == 0 and "nothing broken" in capsys.readouterr().out
+    (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | dict(id="b", image="../a.png")) + "\n")
+    assert cli.main(["check", str(tmp_path)]) == 1 and "1 broken:" in capsys.readouterr().out
+    assert cli.main(["check", str(tmp_path/"nothing")]) == 2 and "does not exist" in capsys.readouterr().err
