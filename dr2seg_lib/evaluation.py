@@ -60,7 +60,9 @@ def strata(rows: list[dict]) -> dict: # {tag: {value: {gIoU, tokens, n}}}
 def load_data(name: str, # "mini", a folder or file in a format of `readers`, or a data set of the hub
               split: str, limit: int | None = None) -> Sequence[Sample]:
     "A split of a data set by name."
-    return MiniReasonSeg(split, limit) if name == "mini" else open_data(name, split, limit)
+    if name == "mini": return MiniReasonSeg(split, limit)
+    try: return open_data(name, split, limit)
+    except FileNotFoundError as e: raise FileNotFoundError(f"data: {e} The embedded world is called mini.") from None
 
 def answer_greedily(policy: Policy, samples: list[Sample], prompt: Callable, max_new_tokens: int = 256) -> list[Response]:
     "One greedy answer a sample."

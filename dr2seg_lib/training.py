@@ -89,7 +89,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _readable(cls, name):
         try: load_data(name, "train")
-        except FileNotFoundError as e: raise ValueError(f"data: {e} The embedded world is called mini.") from None
+        except FileNotFoundError as e: raise ValueError(str(e)) from None
         return name
 
 # %% ../nbs/12_training.ipynb #1db29796

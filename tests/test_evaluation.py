@@ -55,4 +55,4 @@ def test_same_answers_in_any_batch_size():
 
 
 def test_unknown_data_is_named():
-    with pytest.raises(ValueError, match="data: 'coco' is unknown"): load_data("coco", "val")
+    with pytest.raises(FileNotFoundError, match="data: coco does not exist.*called mini"): load_data("coco", "val")
