@@ -166,7 +166,7 @@ def metrics(step: int, groups: list, terms: dict, reward: Tensor, stats: dict, l
                 lr=lr, seconds=dict(clock, total=sum(clock.values())), tokens_per_second=spoken / max(clock["first"] + clock["second"], 1e-9), **stats)
 
 def records(step: int, groups: list, terms: dict, reward: Tensor, advantage: Tensor) -> list[dict]:
-    "The rollout records of groups."
+    "The rollout records of a step's first groups; the other arguments may have more."
     return [dict(step=step, sample=g.sample.id, query=g.sample.query, tags=g.sample.tags, rollout=i, first=one.record(),
                  second=two.record() if two else None, description=one.parsed.description, terms={k: v[b, i].item() for k, v in terms.items()},
                  reward=reward[b, i].item(), advantage=advantage[b, i].item())
@@ -222,8 +222,7 @@ def train_step(policy: Policy, recipe: Recipe, optimizer, accelerator: Accelerat
         advantage = grpo.advantages(reward, config.advantage_scale)
     stats = update(policy, optimizer, accelerator, rolled, advantage, config, clock)
     groups, terms, reward, advantage = gathered(accelerator, rolled.groups, terms, reward, advantage)
-    first = {k: v[:config.record] for k, v in terms.items()}
-    return metrics(step, groups, terms, reward, stats, lr, clock), records(step, groups[:config.record], first, reward, advantage)
+    return metrics(step, groups, terms, reward, stats, lr, clock), records(step, groups[:config.record], terms, reward, advantage)
 
 # %% ../nbs/12_training.ipynb #6e39a069
 def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, config: TrainConfig, when: str): # when: "before" or "after"
