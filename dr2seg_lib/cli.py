@@ -222,6 +222,9 @@ def run(args) -> int:  # exit code
     except (ValueError, FileNotFoundError) as e:
         print(f"dr2seg: {e}", file=sys.stderr)
         return 2
+    except OSError as e:
+        print(f"dr2seg: {e.filename} cannot be written ({e.strerror}); grant permission, or choose another folder with --out", file=sys.stderr)
+        return 2
     print(f"{args.experiment} → {out}", flush=True)
     for left in "stop", "error.log": (out/left).unlink(missing_ok=True)     # of the run that is now resumed
     declared = parameters_of(notebook)

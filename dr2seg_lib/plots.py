@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'GREY', 'RECIPES', 'OTHERS', 'STYLE', 'GREATEST', 'HEALTH', 'STAGES', 'TRUTH', 'PREDICTION', 'Interval',
-           'mean_interval', 'bootstrap', 'Table', 'table', 'change', 'before_after_table', 'arms_table', 'colours',
-           'Figure', 'panels', 'svg', 'number', 'series', 'smooth', 'bundle', 'by_arm', 'training_curves',
-           'reward_terms', 'health', 'stage_seconds', 'before_after', 'overlay']
+           'mean_interval', 'bootstrap', 'Table', 'table', 'change', 'before_after_table', 'arms_table', 'strata_table',
+           'over_seeds', 'colours', 'Figure', 'panels', 'svg', 'number', 'series', 'smooth', 'bundle', 'by_arm',
+           'training_curves', 'reward_terms', 'health', 'stage_seconds', 'before_after', 'overlay']
 
 # %% ../nbs/14_plots.ipynb #351ba4f7
 import io, re
@@ -135,6 +135,25 @@ def arms_table(
         found = {n: [r[n] for r in results if r.get(n) is not None] for n in MEASURES}
         rows.append(dict(arm=arm, seeds=len(results)) | {n: mean_interval(v) if v else None for n, v in found.items()})
     return table(rows, dict(arm=('', ''), seeds='d', **MEASURES))
+
+def strata_table(
+    arms:dict, # arm: list of results["after"], one a seed
+    tag:str, # e.g. "dimension"
+    measure:str='gIoU', # or tokens
+)->Table:
+    "One measure by the values of a tag: mean ± 95 % t-interval over seeds."
+    spec = MEASURES[measure][1]
+    values = sorted({v for results in arms.values() for r in results for v in r['strata'].get(tag, {})})
+    each = lambda results, v: [r['strata'][tag][v][measure] for r in results if v in r['strata'].get(tag, {})]
+    rows = [dict(arm=arm) | {v: mean_interval(found) if (found := each(results, v)) else None for v in values} for arm, results in arms.items()]
+    return table(rows, dict(arm=(measure, '')) | {v: spec for v in values})
+
+def over_seeds(
+    results:list, # results["after"], one a seed
+)->dict: # {measure: mean, measure_ci: [low, high]}
+    "Results of several seeds as one, with the t-interval over seeds in the place of the one over samples."
+    means = {n: mean_interval([r[n] for r in results]) for n in MEASURES if all(n in r for r in results)}
+    return {n: m.mean for n, m in means.items()} | {f'{n}_ci': [m.lo, m.hi] for n, m in means.items() if len(results) > 1}
 
 # %% ../nbs/14_plots.ipynb #969db504
 GREY = '#808893'
@@ -274,7 +293,7 @@ def training_curves(
     return fig
 
 # %% ../nbs/14_plots.ipynb #2f2c7c18
-GREATEST = dict(thinking_format=1, answer_format=2, non_repeat=1, accuracy=3, description=1, length=1)
+GREATEST = dict(thinking_format=1, answer_format=2, non_repeat=1, accuracy=3, description=1, length=1, iou=1, box=1, points=1, caption=1)
 
 def reward_terms(
     runs, # metrics rows; or {arm: rows}; or {arm: [rows, ...]}

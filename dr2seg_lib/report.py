@@ -288,7 +288,7 @@ def rollouts(
 def comparison(run:dict)->str:
     "Table 3 in miniature and the training curves of all arms."
     each = {}
-    for r in run['runs']: each.setdefault((r['info'].get('parameters') or {}).get('recipe', r['folder'].name), []).append(r)
+    for r in run['runs']: each.setdefault(re.sub(r'-s?\d+$', '', r['folder'].name), []).append(r) # an arm's runs differ in their seeds
     after = {arm: [r['results']['after'] for r in rs if r['results'].get('after')] for arm, rs in each.items()}
     after = {arm: rs for arm, rs in after.items() if rs}
     start = next((r['results']['before'] for r in run['runs'] if r['results'].get('before')), None)

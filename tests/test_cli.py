@@ -223,3 +223,14 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
     (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | dict(id="b", image="../a.png")) + "\n")
     assert cli.main(["check", str(tmp_path)]) == 1 and "1 broken:" in capsys.readouterr().out
     assert cli.main(["check", str(tmp_path/"nothing")]) == 2 and "does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
+    "As root nothing is forbidden, so the command gives its rights away first."
+    tmp_path.chmod(0o555)
+    script = f"""import os, pydantic, dr2seg_lib.training
+from dr2seg_lib import cli
+if os.geteuid() == 0: os.seteuid(65534)
+raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run cannot be written (Permission denied); grant permission" in done.stderr

@@ -77,7 +77,7 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
 
 
 def test_questions_must_be_shared_evenly():
-    with pytest.raises(ValidationError, match="prompts: 8 questions a step cannot be shared by 3 processes; use a multiple of it"): TrainConfig(processes=3)
+    with pytest.raises(ValidationError, match="prompts: 16 questions a step cannot be shared by 3 processes; use a multiple of it"): TrainConfig(processes=3)
 
 
 def test_stop_file_ends_after_the_step(tmp_path, monkeypatch):
