@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'PART', 'USER_ERRORS', 'experiments', 'find_experiment', 'parameters_of', 'read_value', 'check_type',
-           'check_parameters', 'kernel_class', 'Lines', 'execute', 'explain', 'settle', 'summary', 'prepare',
-           'prepare_resume', 'run', 'show_runs', 'check', 'parser', 'main']
+           'check_parameters', 'kernel_class', 'Lines', 'execute', 'explain', 'settle', 'unreadable', 'summary',
+           'prepare', 'prepare_resume', 'run', 'show_runs', 'check', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #12fd3536
 import argparse, ast, difflib, importlib, json, os, re, signal, sys, time
@@ -146,7 +146,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> tuple[Exception | No
     return work.exception(), len(asked)
 
 # %% ../nbs/16_cli.ipynb #98430543
-USER_ERRORS = "ValueError", "FileNotFoundError", "FileExistsError", "ValidationError"     # told in a sentence, exit code 2
+USER_ERRORS = "ValueError", "BrokenRecord", "FileNotFoundError", "FileExistsError", "ValidationError"     # told in a sentence, exit code 2
 
 def explain(error: Exception, out: Path) -> tuple[str, int]:  # one sentence, exit code
     "Says what ended a run. A cell's traceback goes to `error.log`."
@@ -176,6 +176,12 @@ def settle(out: Path, parameters: dict, error: Exception | None, asked: int) -> 
     return sentence, code
 
 # %% ../nbs/16_cli.ipynb #a27f39b5
+def unreadable(results: dict) -> list[str]:
+    "What could not be read, in lines for the terminal."
+    skipped, missed = results.get("skipped"), max(r.get("broken", 0) for r in (results, results.get("after") or {}))
+    lines = [f"{len(skipped)} of the training records cannot be read, others stood in for them: {next(iter(skipped))} (all in results.json)"] if skipped else []
+    return [""] + lines + ([f"{missed} of the evaluated records cannot be read and count as misses (see error in the predictions)"] if missed else []) if lines or missed else []
+
 def summary(out: Path) -> str:
     "What came out, as text for the terminal."
     results = runs.read_json(out/"results.json") if (out/"results.json").exists() else {}
@@ -183,8 +189,9 @@ def summary(out: Path) -> str:
     if "before" in results and "after" in results:
         lines.append(f"{'':16}{'before':>10}{'after':>10}")
         for name, form in ("tokens", ".1f"), ("gIoU", ".3f"), ("cIoU", ".3f"), ("answer_entropy", ".3f"):
-            pair = [format(results[when][name], form) for when in ("before", "after")]
+            pair = ["–" if results[when][name] is None else format(results[when][name], form) for when in ("before", "after")]
             lines.append(f"{name.replace('_', ' '):16}{pair[0]:>10}{pair[1]:>10}")
+    lines += unreadable(results)
     if (out/"report.html").exists(): lines += ["", f"report: {out/'report.html'}"]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ import pytest
 from dr2seg_lib import dialogue
 from dr2seg_lib.evaluation import bootstrap, evaluate, load_data, located, scored, summarise
 from dr2seg_lib.policy import Policy
+from dr2seg_lib.readers import BrokenRecord
 from dr2seg_lib.rollout import Response
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.segmenters import Segmenter, load_segmenter
@@ -29,7 +30,36 @@ def test_summary_by_hand():
     rows = [dict(i=i, u=u, iou=i / u, tokens=t, answer_entropy=e, format=1.0, tags={"kind": k}) for i, u, t, e, k in [(8, 10, 20, .1, "a"), (1, 2, 40, .3, "b"), (0, 8, 60, .5, "b")]]
     s = summarise(rows)
     assert s["gIoU"] == pytest.approx((.8 + .5) / 3) and s["cIoU"] == pytest.approx(9 / 20) and s["tokens"] == 40 and s["n"] == 3
-    assert s["strata"]["kind"]["b"] == dict(gIoU=.25, tokens=50, n=2)
+    b = s["strata"]["kind"]["b"]
+    assert (b["gIoU"], b["tokens"], b["n"]) == (.25, 50, 2) and b["cIoU"] == pytest.approx(.1) and b["gIoU_ci"] == [0, .5]
+    assert "N_acc" not in s and "broken" not in s
+
+
+def test_questions_without_an_answer_by_hand():
+    row = lambda u, targets: dict(i=0, u=u, iou=float(u == 0), tokens=5, answer_entropy=.1, format=1., targets=targets, tags={})
+    s = summarise([row(0, 0), row(7, 0), row(0, 0), row(9, 1)])
+    assert s["N_acc"] == pytest.approx(2 / 3) and s["gIoU"] == .5 and s["cIoU"] == 0
+
+
+def test_a_record_that_cannot_be_read_is_a_miss():
+    class Worn(list):
+        def __getitem__(self, i):
+            if i in (0, 3): raise BrokenRecord(f"record {i} is broken; mend it.")
+            return super().__getitem__(i)
+    data = Worn(MiniReasonSeg("val", 4))
+    policy, segmenter = Policy.load(), load_segmenter("grabcut")
+    summary, rows = evaluate(policy, segmenter, data, dialogue.dr2seg, batch_size=3)
+    whole, _ = evaluate(policy, segmenter, list(data)[1:3], dialogue.dr2seg)
+    assert [r["sample"] for r in rows] == ["#0", data[1].id, data[2].id, "#3"] and rows[3]["error"] == "record 3 is broken; mend it."
+    assert summary["n"] == 4 and summary["broken"] == 2 and summary["gIoU"] == pytest.approx(whole["gIoU"] / 2)
+    assert summary["cIoU"] == whole["cIoU"] and summary["tokens"] == whole["tokens"] and summary["strata"].keys() == whole["strata"].keys()
+
+
+def test_nothing_that_can_be_read_has_no_tokens():
+    class Worn(list):
+        def __getitem__(self, i): raise BrokenRecord("it is broken; mend it.")
+    summary, _ = evaluate(Policy.load(), None, Worn([1, 2]), dialogue.dr2seg)
+    assert summary["gIoU"] == 0 and summary["tokens"] is None and summary["broken"] == 2 and summary["strata"] == {}
     assert s["gIoU_ci"][0] <= s["gIoU"] <= s["gIoU_ci"][1]
 
 
