@@ -14,7 +14,7 @@ import dr2seg_lib
 from . import runs
 
 # %% ../nbs/16_cli.ipynb #6f296b74
-CONFIGS = {"train": "dr2seg_lib.training:TrainConfig"}     # experiment: module:class
+CONFIGS = {"train": "dr2seg_lib.training:TrainConfig", "evaluate": "dr2seg_lib.evaluation:EvaluateConfig"}     # experiment: module:class
 
 def experiments() -> dict[str, Path]:
     "The notebooks that `dr2seg run` knows by name: those of the checkout this package lies in."
@@ -178,9 +178,10 @@ def settle(out: Path, parameters: dict, error: Exception | None, asked: int) -> 
 # %% ../nbs/16_cli.ipynb #a27f39b5
 def unreadable(results: dict) -> list[str]:
     "What could not be read, in lines for the terminal."
-    skipped, missed = results.get("skipped"), max(r.get("broken", 0) for r in (results, results.get("after") or {}))
-    lines = [f"{len(skipped)} of the training records cannot be read, others stood in for them: {next(iter(skipped))} (all in results.json)"] if skipped else []
-    return [""] + lines + ([f"{missed} of the evaluated records cannot be read and count as misses (see error in the predictions)"] if missed else []) if lines or missed else []
+    skipped, missed, lines = results.get("skipped"), max(r.get("broken", 0) for r in (results, results.get("after") or {})), []
+    if skipped: lines.append(f"training records that cannot be read, passed over: {len(skipped)}, the first: {next(iter(skipped))} (all in results.json)")
+    if missed: lines.append(f"evaluated records that cannot be read, counted as misses: {missed} (they have an error in the predictions)")
+    return lines
 
 def summary(out: Path) -> str:
     "What came out, as text for the terminal."
@@ -191,7 +192,7 @@ def summary(out: Path) -> str:
         for name, form in ("tokens", ".1f"), ("gIoU", ".3f"), ("cIoU", ".3f"), ("answer_entropy", ".3f"):
             pair = ["–" if results[when][name] is None else format(results[when][name], form) for when in ("before", "after")]
             lines.append(f"{name.replace('_', ' '):16}{pair[0]:>10}{pair[1]:>10}")
-    lines += unreadable(results)
+    if told := unreadable(results): lines += ["", *told]
     if (out/"report.html").exists(): lines += ["", f"report: {out/'report.html'}"]
     return "\n".join(lines)
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import grpo
-from .evaluation import checked_data, evaluate, load_data, summarise
+from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, summarise
 from .policy import Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe
@@ -41,8 +41,8 @@ from .segmenters import load_segmenter
 class TrainConfig(BaseModel):
     "Parameters of a training run."
     model_config = ConfigDict(frozen=True, extra="forbid")
-    recipe: str = Field("dr2seg", description="method: a name in recipes.RECIPES")
-    model: str = Field("embedded", description="policy: embedded, a local folder or a hub id")
+    recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES")
+    model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
     segmenter: str = Field("embedded", description="segmenter of the evaluation")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     texts: Literal["all", "one"] = Field("all", description="ReasonSeg: each text of a file a question, or one of them, drawn anew in each pass")
@@ -78,19 +78,6 @@ class TrainConfig(BaseModel):
     def _shared(self):
         if self.prompts % self.processes: raise ValueError(f"prompts: {self.prompts} questions a step cannot be shared by {self.processes} processes; use a multiple of it")
         return self
-
-    @field_validator("recipe")
-    @classmethod
-    def _known(cls, name):
-        if name not in RECIPES: raise ValueError(f"recipe '{name}' is unknown; use one of {', '.join(RECIPES)}")
-        return name
-
-    @field_validator("model")
-    @classmethod
-    def _loadable(cls, name):
-        if name != "embedded" and "/" not in name and not Path(name).is_dir():
-            raise ValueError(f"model '{name}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
-        return name
 
     @model_validator(mode="after")
     def _readable(self):
@@ -259,7 +246,7 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
         summary = summarise(rows)
     if not accelerator.is_main_process: return
     write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)
-    run.results(results | {when: summary})
+    run.results(results | {"evaluation": about(data, config.eval_data or config.data, "val"), when: summary})
 
 def tell_skipped(run: Run):
     "What training could not read, with how often it was met, into the results."
