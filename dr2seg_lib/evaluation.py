@@ -167,15 +167,19 @@ class EvaluateConfig(BaseModel):
         return self
 
 # %% ../nbs/11_evaluation.ipynb #aeb967cf
-def load_policy(model: str, adapter: str = "", dtype: str = "float32") -> Policy:
-    "A policy, as it is or as training left it, on the GPU where there is one."
-    policy, weights = Policy.load(model, dtype=getattr(torch, dtype)), Path(adapter) / "weights.safetensors"
+def load_policy(model: str, adapter: str = "", dtype: str = "float32",
+                device: str | None = None) -> Policy: # None: the GPU where there is one
+    "A policy, as it is or as training left it."
+    try: policy, weights = Policy.load(model, dtype=getattr(torch, dtype)), Path(adapter) / "weights.safetensors"
+    except FileNotFoundError: raise
+    except OSError as e: # of transformers, in many lines
+        raise FileNotFoundError(f"model {model} cannot be loaded ({str(e).splitlines()[0]}); give a folder in the layout of transformers, or let the hub be reached") from None
     try:
         if adapter and weights.is_file():
             if policy.model.load_state_dict(load_file(str(weights)), strict=False).unexpected_keys: raise RuntimeError
         elif adapter: policy.load_adapter(adapter)
     except RuntimeError: raise ValueError(f"adapter {adapter} was made for another model than {model}; name the model it was trained on") from None
-    policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return policy
 
 # %% ../nbs/11_evaluation.ipynb #a2714404

@@ -17,7 +17,7 @@ from dr2seg_lib.policy import Policy
 from dr2seg_lib.readers import BrokenRecord
 from dr2seg_lib.runs import Run, latest_checkpoint, read_json, read_jsonl, save_checkpoint
 from dr2seg_lib.scenes import MiniReasonSeg
-from dr2seg_lib.training import TrainConfig, prepared, questions, save_state, train, train_step
+from dr2seg_lib.training import TrainConfig, preset, prepared, questions, save_state, train, train_step
 
 SMALL = dict(steps=2, prompts=2, samples=3, rank=4, alpha=4, eval_samples=0, max_new_tokens=60, checkpoint_every=1)
 timeless = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
@@ -199,6 +199,27 @@ def test_wrong_parameters_are_named(wrong, says):
 def test_the_notebook_declares_the_config():
     declared = parameters_of(Path(__file__).parents[1] / "nbs/experiments/train.ipynb")
     assert {k: v for k, v in declared.items() if k not in ("out", "resume")} == TrainConfig().model_dump()
+
+
+def test_presets_are_the_papers_settings(tmp_path):
+    with pytest.raises(ValueError, match="preset reasonseg_few_shot needs ReasonSeg's folder; name it by data"): preset("reasonseg_few_shot")
+    with pytest.raises(ValueError, match="preset few is unknown; use one of reasonseg_few_shot, visionreasoner_7k"): preset("few")
+    for split, n in dict(train=239, val=2).items():
+        folder = tmp_path / "ReasonSeg" / split
+        folder.mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (8, 8)).save(folder / f"{i}.jpg")
+            (folder / f"{i}.json").write_text(json.dumps(dict(text=["a", "b", "c"], shapes=[])))
+    few = TrainConfig(**preset("reasonseg_few_shot", data=str(tmp_path)))
+    assert few.steps == 5 * 14 and (few.recipe, few.texts, few.anchor, few.gamma, few.prompts, few.samples) == ("dr2seg", "one", 40, 0.05, 16, 8)
+    assert (few.tune, few.rank, few.alpha, few.lr, few.kl, few.clip, few.weight_decay, few.grad_norm) == ("lora", 64, 64, 1e-5, 5e-3, 0.2, 0.01, 1)
+    by_hand = preset("reasonseg_few_shot", data=str(tmp_path), prompts=8, anchor=45, steps=3)
+    assert (by_hand["steps"], by_hand["anchor"], by_hand["prompts"]) == (3, 45, 8)
+    assert preset("reasonseg_few_shot", data=str(tmp_path), prompts=8)["steps"] == 5 * 29
+    assert "steps" not in preset("reasonseg_few_shot", data=str(tmp_path), prompts="many")
+    seven = TrainConfig(**preset("visionreasoner_7k", data="mini", eval_data="mini"))
+    assert seven.recipe == "dr2seg_desc" and seven.steps == len(load_data("mini", "train")) // 16
+    assert recipes.RECIPES["dr2seg_desc"].total is recipes.summed, "no length factor"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
