@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'PART', 'USER_ERRORS', 'experiments', 'find_experiment', 'parameters_of', 'read_value', 'check_type',
-           'check_parameters', 'kernel_class', 'Lines', 'execute', 'explain', 'settle', 'summary', 'prepare',
-           'prepare_resume', 'run', 'show_runs', 'check', 'parser', 'main']
+           'check_parameters', 'kernel_class', 'Lines', 'execute', 'explain', 'settle', 'unreadable', 'summary',
+           'with_preset', 'prepare', 'prepare_resume', 'run', 'show_runs', 'check', 'segment', 'tables', 'parser',
+           'main']
 
 # %% ../nbs/16_cli.ipynb #12fd3536
 import argparse, ast, difflib, importlib, json, os, re, signal, sys, time
@@ -14,7 +15,7 @@ import dr2seg_lib
 from . import runs
 
 # %% ../nbs/16_cli.ipynb #6f296b74
-CONFIGS = {"train": "dr2seg_lib.training:TrainConfig"}     # experiment: module:class
+CONFIGS = {"train": "dr2seg_lib.training:TrainConfig", "evaluate": "dr2seg_lib.evaluation:EvaluateConfig"}     # experiment: module:class
 
 def experiments() -> dict[str, Path]:
     "The notebooks that `dr2seg run` knows by name: those of the checkout this package lies in."
@@ -146,7 +147,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> tuple[Exception | No
     return work.exception(), len(asked)
 
 # %% ../nbs/16_cli.ipynb #98430543
-USER_ERRORS = "ValueError", "FileNotFoundError", "FileExistsError", "ValidationError"     # told in a sentence, exit code 2
+USER_ERRORS = "ValueError", "BrokenRecord", "FileNotFoundError", "FileExistsError", "ValidationError"     # told in a sentence, exit code 2
 
 def explain(error: Exception, out: Path) -> tuple[str, int]:  # one sentence, exit code
     "Says what ended a run. A cell's traceback goes to `error.log`."
@@ -176,6 +177,13 @@ def settle(out: Path, parameters: dict, error: Exception | None, asked: int) -> 
     return sentence, code
 
 # %% ../nbs/16_cli.ipynb #a27f39b5
+def unreadable(results: dict) -> list[str]:
+    "What could not be read, in lines for the terminal."
+    skipped, missed, lines = results.get("skipped"), max(r.get("broken", 0) for r in (results, results.get("after") or {})), []
+    if skipped: lines.append(f"training records that cannot be read, passed over: {len(skipped)}, the first: {next(iter(skipped))} (all in results.json)")
+    if missed: lines.append(f"evaluated records that cannot be read, counted as misses: {missed} (they have an error in the predictions)")
+    return lines
+
 def summary(out: Path) -> str:
     "What came out, as text for the terminal."
     results = runs.read_json(out/"results.json") if (out/"results.json").exists() else {}
@@ -183,16 +191,25 @@ def summary(out: Path) -> str:
     if "before" in results and "after" in results:
         lines.append(f"{'':16}{'before':>10}{'after':>10}")
         for name, form in ("tokens", ".1f"), ("gIoU", ".3f"), ("cIoU", ".3f"), ("answer_entropy", ".3f"):
-            pair = [format(results[when][name], form) for when in ("before", "after")]
+            pair = ["–" if results[when][name] is None else format(results[when][name], form) for when in ("before", "after")]
             lines.append(f"{name.replace('_', ' '):16}{pair[0]:>10}{pair[1]:>10}")
+    if told := unreadable(results): lines += ["", *told]
     if (out/"report.html").exists(): lines += ["", f"report: {out/'report.html'}"]
     return "\n".join(lines)
 
 # %% ../nbs/16_cli.ipynb #7c29195a
+def with_preset(experiment: str, name: str, given: dict) -> dict:
+    "A published training's parameters, under those given."
+    from dr2seg_lib.training import PRESETS, preset
+    if experiment != "train": raise ValueError(f"presets are for train, not for {experiment}; leave --preset out")
+    if name not in PRESETS: raise ValueError(f'unknown preset "{name}"; {_did_you_mean(name, PRESETS)}')
+    return preset(name, **given)
+
 def prepare(args) -> tuple[Path, Path, dict]:  # notebook, run folder, parameters
     "All that can be found wrong before anything heavy starts."
     notebook = find_experiment(args.experiment)
     given = {name: read_value(text) for name, text in args.parameter}
+    if args.preset: given = with_preset(args.experiment, args.preset, given)
     if args.resume: return notebook, *prepare_resume(args, notebook, given)
     parameters = check_parameters(args.experiment, notebook, given)
     if args.out: runs.check_free(args.out)
@@ -261,6 +278,30 @@ def check(args) -> int: # exit code, 1 when a record is broken
     print(report)
     return 1 if report.broken else 0
 
+def segment(args) -> int: # exit code
+    "Segments one photo."
+    from transformers.utils.logging import disable_progress_bar
+    from dr2seg_lib import photo
+    disable_progress_bar()
+    try:
+        found = photo.segment(args.photo, args.query, args.box, args.point, args.model, args.adapter, args.segmenter, args.recipe)
+        paths = found.save(args.out)
+    except (ValueError, FileNotFoundError) as e:
+        print(f"dr2seg: {e}", file=sys.stderr)
+        return 2
+    print(found.note, *paths, sep="\n")
+    if args.box is None and args.model == "embedded": print("dr2seg: the embedded model knows only the drawn world of MiniReasonSeg; name one for photographs by --model", file=sys.stderr)
+    return 0
+
+def tables(args) -> int: # exit code
+    "Prints the papers' tables with one's own rows."
+    from dr2seg_lib.tables import side_by_side, written
+    try: print(written(side_by_side(args.runs), args.format))
+    except (ValueError, FileNotFoundError) as e:
+        print(f"dr2seg: {e}", file=sys.stderr)
+        return 2
+    return 0
+
 # %% ../nbs/16_cli.ipynb #63ade64b
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
@@ -271,6 +312,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("experiment", metavar="EXPERIMENT", help="a name in nbs/experiments, or a notebook's path")
     p.add_argument("-p", dest="parameter", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[],
                    help="set a parameter of the notebook; may be given again")
+    p.add_argument("--preset", metavar="NAME", help="start from a published training: reasonseg_few_shot or visionreasoner_7k; -p has precedence")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: the next free one in runs/)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.set_defaults(run=run)
@@ -280,6 +322,22 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("check", help="read a data set, count what is in it and name every broken record")
     p.add_argument("data", metavar="DATA", help="a folder or file, or a data set of the hub")
     p.set_defaults(run=check)
+    p = commands.add_parser("segment", help="segment one photo by a question, or by a box, into a picture and a JSON record",
+                            description="Writes PHOTO.segment.png and PHOTO.segment.json. With --box no policy is loaded, and with grabcut no weights at all.")
+    p.add_argument("photo", metavar="PHOTO", help="a JPEG, PNG, WebP or BMP")
+    p.add_argument("query", nargs="?", default="", metavar="QUESTION", help="what is looked for; may be left out with --box")
+    p.add_argument("--box", metavar="X1,Y1,X2,Y2", help="left, top, right and bottom edge, pixels")
+    p.add_argument("--point", metavar="X,Y", help="a pixel of the object (default: the middle of the box)")
+    p.add_argument("--model", default="embedded", help="embedded, a local folder or a hub id (default: embedded)")
+    p.add_argument("--adapter", default="", metavar="DIR", help="a checkpoint of a training run")
+    p.add_argument("--segmenter", default="", help="embedded, grabcut, a local folder or a hub id (default: grabcut with --box, else embedded)")
+    p.add_argument("--recipe", default="dr2seg", help="whose prompt is asked (default: dr2seg)")
+    p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where to (default: here)")
+    p.set_defaults(run=segment)
+    p = commands.add_parser("tables", help="print the papers' tables with the rows of runs beside them")
+    p.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of evaluate, ablate or train runs; none: the papers alone")
+    p.add_argument("--format", choices=("markdown", "latex", "html"), default="markdown", help="default: markdown")
+    p.set_defaults(run=tables)
     return top
 
 def main(argv: list[str] | None = None) -> int:  # exit code

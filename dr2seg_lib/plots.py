@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'GREY', 'RECIPES', 'OTHERS', 'STYLE', 'GREATEST', 'HEALTH', 'STAGES', 'TRUTH', 'PREDICTION', 'Interval',
-           'mean_interval', 'bootstrap', 'Table', 'table', 'change', 'before_after_table', 'arms_table', 'strata_table',
-           'over_seeds', 'colours', 'Figure', 'panels', 'svg', 'number', 'series', 'smooth', 'bundle', 'by_arm',
-           'training_curves', 'reward_terms', 'health', 'stage_seconds', 'before_after', 'overlay']
+           'mean_interval', 'bootstrap', 'Table', 'table', 'change', 'before_after_table', 'evaluation_table',
+           'arms_table', 'strata_table', 'over_seeds', 'colours', 'Figure', 'panels', 'svg', 'number', 'series',
+           'smooth', 'bundle', 'by_arm', 'training_curves', 'reward_terms', 'health', 'stage_seconds', 'before_after',
+           'overlay']
 
 # %% ../nbs/14_plots.ipynb #351ba4f7
 import io, re
@@ -124,6 +125,17 @@ def before_after_table(
         diff = change(name, before, after) or (Interval(new - old) if None not in (old, new) else None)
         rows.append(dict(measure=title, before=_cell(old, spec), after=_cell(new, spec), change=_cell(diff, '+' + spec)))
     return table(rows, dict(measure=('', ''), before='s', after='s', change='s'))
+
+def evaluation_table(
+    results:dict, # results.json of an evaluation
+)->Table:
+    "An evaluation and its strata, a line each, with 95 % bootstrap intervals over samples."
+    known = {k: v for k, v in (MEASURES | dict(N_acc=('N-acc', '.3f'))).items() if results.get(k) is not None}
+    def row(name, found):
+        given = {k: Interval(found[k], *found.get(f'{k}_ci', ())) for k in known if found.get(k) is not None}
+        return dict(of=name, n=found['n']) | given
+    strata = [row(f'{tag.replace("_", " ")}: {value}', found) for tag, values in results['strata'].items() for value, found in values.items()]
+    return table([row('all', results), *strata], dict(of=('', ''), n='d', **known))
 
 def arms_table(
     arms:dict, # arm: list of results["after"], one a seed

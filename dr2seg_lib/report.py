@@ -194,7 +194,7 @@ def chosen(
 
 def _told(when, row, sample): # one response to a sample with its picture
     if row is None: return ''
-    caption = f'<b>{when}</b> IoU {row["iou"]:.2f} · {row["tokens"]:.0f} tokens'
+    caption = f'<b>{when}</b> IoU {row["iou"]:.2f} · {row["tokens"] or 0:.0f} tokens'
     return f'<div>{picture(sample, row.get("rle"), caption)}{response(row["text"])}</div>'
 
 def sample_card(

@@ -43,6 +43,8 @@ class Sample:
     @property
     def mask(self)->np.ndarray: # [H,W] bool
         "The union of the targets' masks; empty without targets."
+        if any(t.mask is None for t in self.targets):
+            raise ValueError(f"sample {self.id}: its targets are boxes and points without masks; evaluate on a data set that has masks.")
         union = np.zeros(self.image.shape[:2], dtype=bool)
         for t in self.targets: union |= t.mask
         return union
