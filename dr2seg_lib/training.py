@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import grpo
 from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, load_policy, summarise
-from .policy import Policy
+from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe
 from .rollout import Clock, Rollouts, roll_out
@@ -59,6 +59,8 @@ class TrainConfig(BaseModel):
     tune: Literal["lora", "full"] = Field("lora", description="train an adapter, or all of the language model")
     rank: int = Field(32, ge=1, description="LoRA rank")
     alpha: int = Field(32, ge=1, description="LoRA alpha")
+    targets: tuple[Literal[PROJECTIONS], ...] = Field(PROJECTIONS, min_length=1, description="the projections of the language model that LoRA adapts")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights; LoRA's own are float32")
     lr: float = Field(1e-3, gt=0)
     norm_lr: float = Field(0.02, ge=0, description="learning rate of the final norm's gain; 0 leaves it frozen")
     schedule: Literal["constant", "linear"] = Field("linear", description="learning rate over the run; linear falls to 0")
@@ -75,6 +77,11 @@ class TrainConfig(BaseModel):
     processes: int = Field(1, ge=1, description="processes that share each step's questions")
 
     @model_validator(mode="after")
+    def _fine(self):
+        if self.dtype == "bfloat16" and (self.tune == "full" or self.norm_lr): raise ValueError("dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32")
+        return self
+
+    @model_validator(mode="after")
     def _shared(self):
         if self.prompts % self.processes: raise ValueError(f"prompts: {self.prompts} questions a step cannot be shared by {self.processes} processes; use a multiple of it")
         return self
@@ -89,7 +96,7 @@ class TrainConfig(BaseModel):
 
 # %% ../nbs/12_training.ipynb #97ccb08c
 PAPER = dict(model="Qwen/Qwen2.5-VL-7B-Instruct", segmenter="facebook/sam2.1-hiera-large", prompts=16, samples=8, temperature=1.0, max_new_tokens=512, anchor=40.0, gamma=0.05,
-             tune="lora", rank=64, alpha=64, lr=1e-5, norm_lr=0.0, schedule="constant", weight_decay=0.01, grad_norm=1.0, kl=5e-3, clip=0.2, updates=1, advantage_scale="group", chunk=1, eval_samples=200)
+             tune="lora", rank=64, alpha=64, lr=1e-5, norm_lr=0.0, dtype="bfloat16", schedule="constant", weight_decay=0.01, grad_norm=1.0, kl=5e-3, clip=0.2, updates=1, advantage_scale="group", chunk=1, eval_samples=200)
 PRESETS = dict(reasonseg_few_shot=PAPER | dict(epochs=5, recipe="dr2seg", texts="one"),
                visionreasoner_7k=PAPER | dict(epochs=1, recipe="dr2seg_desc", data="Ricky06662/VisionReasoner_multi_object_7k_840", eval_data="Ricky06662/ReasonSeg_val"))
 
@@ -219,8 +226,8 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     "The policy with what is trained, the recipe with its parameters, the optimizer."
     torch.manual_seed(config.seed)
     accelerator = Accelerator()
-    policy = load_policy(config.model, device=accelerator.device)
-    policy.add_lora(config.rank, config.alpha, norm=config.norm_lr > 0) if config.tune == "lora" else policy.unfreeze()
+    policy = load_policy(config.model, dtype=config.dtype, device=accelerator.device)
+    policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
     norm = [p for n, p in policy.trainable() if "language_model.norm" in n]
     rest = [p for n, p in policy.trainable() if "language_model.norm" not in n]
     groups = [dict(params=rest, lr=config.lr, base=config.lr)] + ([dict(params=norm, lr=config.norm_lr or config.lr, base=config.norm_lr or config.lr)] if norm else [])

@@ -225,3 +225,12 @@ def test_presets_are_the_papers_settings(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="lower lr"): train(TrainConfig(**SMALL | dict(lr=1e30, steps=4)), tmp_path / "run")
     assert Run.open(tmp_path / "run").status == "failed" and "lower lr" in read_json(tmp_path / "run/run.json")["error"]
+
+
+def test_bf16_weights_with_few_projections(tmp_path):
+    "As large models are trained: frozen weights in bf16, LoRA on two projections in fp32, loaded back by plain peft."
+    run = train(TrainConfig(**SMALL | dict(recipe="visionreasoner", steps=1, norm_lr=0, dtype="bfloat16", targets=["q_proj", "v_proj"])), tmp_path / "run")
+    saved = load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors"))
+    assert len(saved) == 4 * 2 * 2 and all(v.dtype == torch.float32 for v in saved.values()) and any("v_proj" in k and "lora_B" in k and v.any() for k, v in saved.items())
+    with pytest.raises(ValidationError, match="bfloat16 would lose the small steps"): TrainConfig(dtype="bfloat16")
+    with pytest.raises(ValidationError, match="targets"): TrainConfig(targets=["qkv"])
