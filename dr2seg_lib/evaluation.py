@@ -173,7 +173,7 @@ def load_policy(model: str, adapter: str = "", dtype: str = "float32",
     try: policy, weights = Policy.load(model, dtype=getattr(torch, dtype)), Path(adapter) / "weights.safetensors"
     except FileNotFoundError: raise
     except OSError as e: # of transformers, in many lines
-        raise FileNotFoundError(f"model {model} cannot be loaded ({str(e).splitlines()[0]}); give a folder in the layout of transformers, or let the hub be reached") from None
+        raise FileNotFoundError(f"model {model} cannot be loaded ({str(e).splitlines()[0]}); give a folder in the layout of transformers, or connect to the hub") from None
     try:
         if adapter and weights.is_file():
             if policy.model.load_state_dict(load_file(str(weights)), strict=False).unexpected_keys: raise RuntimeError
