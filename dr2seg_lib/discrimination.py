@@ -120,13 +120,13 @@ def token_scatter(
         plots._legend(fig, arms)
     return fig
 
-# %% ../nbs/20_discrimination.ipynb #8d2f6e23
+# %% ../nbs/20_discrimination.ipynb #ca4c112e
 def similarity_scatter(
     arms:dict, # {method: rows as `discriminated` gives them}
 )->Figure:
     "S1 against S2 of every sample, for captions and for reasoning."
     with rc_context(plots.STYLE):
-        fig, axes = plots.panels(['caption: S1 over S2', 'reasoning: TS1 over TS2'], height=3.1, width=7.4)
+        fig, axes = plots.panels(['caption: S1 over S2', 'reasoning: TS1 over TS2'], height=3.1, width=6.2)
         for ax, (a, b) in zip(axes, (('s1', 's2'), ('ts1', 'ts2'))):
             for rows, colour in zip(arms.values(), plots.colours(arms).values()):
                 ax.scatter([100*r[b] for r in rows], [100*r[a] for r in rows], s=9, color=colour, alpha=.45, lw=0, rasterized=True)
