@@ -360,8 +360,130 @@ function inspect(model, root) {
   return () => picture.observer.disconnect();
 }
 
+// ---- curves -------------------------------------------------------------------------------------------------------------------------
+function ticks(lo, hi) { // two to four round numbers between
+  const span = hi - lo || 1, raw = span / 3, ten = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find(m => m * ten >= raw) * ten, out = [];
+  for (let v = Math.ceil(lo / step - 1e-9) * step; v <= hi + 1e-9 * span; v += step) out.push(+v.toPrecision(6));
+  return out;
+}
+
+function smooth(values, keep = .6) { // exponential mean, unbiased from the first value on
+  let total = 0, weight = 0;
+  return values.map(v => { if (v === null) return null; total = keep * total + (1 - keep) * v; weight = keep * weight + 1 - keep; return total / weight; });
+}
+
+const LEFT = 34, WIDE = 264, HIGH = 104, BASE = 88; // of a chart, in its own units
+
+function chart({title, steps, last, lines, zero, top, bars}, hover) { // lines: [{values, colour, dash, label}]; bars: the same, stacked
+  const shown = bars || lines, all = bars ? steps.map((_, i) => bars.reduce((a, b) => a + (b.values[i] || 0), 0)) : lines.flatMap(l => l.values.filter(v => v !== null));
+  let lo = zero || bars ? 0 : Math.min(...all), hi = top || Math.max(...all);
+  if (!all.length) [lo, hi] = [0, 1];
+  if (hi - lo < 1e-9) { hi += Math.abs(hi) * .1 || 1; if (!zero && !bars) lo -= Math.abs(lo) * .1; }
+  if (!top) { hi += .06 * (hi - lo); if (!zero && !bars) lo -= .06 * (hi - lo); }
+  const end = Math.max(last || 0, steps.at(-1) || 1, 2), X = s => LEFT + (WIDE - LEFT - 6) * (s - 1) / (end - 1), Y = v => BASE - (BASE - 8) * (v - lo) / (hi - lo);
+  const svg = h("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "aria-label": title});
+  for (const v of ticks(lo, hi)) svg.append(h("line", {class: "d2-grid", x1: LEFT, x2: WIDE - 6, y1: Y(v), y2: Y(v)}), h("text", {x: LEFT - 6, y: Y(v) + 3, "text-anchor": "end"}, num(v)));
+  svg.append(h("text", {x: LEFT, y: HIGH - 3}, "1"), h("text", {x: WIDE - 6, y: HIGH - 3, "text-anchor": "end"}, String(end)));
+  const draw = values => { let d = "", pen = false; values.forEach((v, i) => { if (v === null) { pen = false; return; } d += `${pen ? "L" : "M"}${X(steps[i]).toFixed(1)} ${Y(v).toFixed(1)}`; pen = true; }); return d; };
+  if (bars) {
+    const width = Math.max(1, .8 * (WIDE - LEFT - 6) / Math.max(end - 1, 8));
+    steps.forEach((s, i) => { let low = 0; for (const b of bars) { const v = b.values[i] || 0; svg.append(h("rect", {x: X(s) - width / 2, width, y: Y(low + v), height: Math.max(0, Y(low) - Y(low + v)), fill: b.colour})); low += v; } });
+  } else for (const l of lines) {
+    if (!l.dash) svg.append(h("path", {d: draw(l.values), stroke: l.colour, class: "d2-raw"}));
+    svg.append(h("path", {d: draw(smooth(l.values)), stroke: l.colour, class: "d2-line", "stroke-dasharray": l.dash}));
+    const i = l.values.length - 1;
+    if (i >= 0 && l.values[i] !== null) svg.append(h("circle", {cx: X(steps[i]), cy: Y(smooth(l.values)[i]), r: 2.4, fill: l.colour}));
+  }
+  const rule = svg.appendChild(h("line", {class: "d2-rule", y1: 6, y2: BASE, visibility: "hidden"})), value = h("span", {class: "d2-value"});
+  const at = i => { // what stands at a step; null: the newest
+    const k = i === null ? steps.length - 1 : i;
+    rule.setAttribute("visibility", i === null ? "hidden" : "visible");
+    if (i !== null) { rule.setAttribute("x1", X(steps[k])); rule.setAttribute("x2", X(steps[k])); }
+    fill(value, k < 0 ? "" : bars ? `${num(all[k])} s` : shown.map((l, j) => h("b", {style: `color:${l.colour}`}, (j ? " → " : "") + num(l.values[k]))), k >= 0 && i !== null ? h("em", {}, `step ${steps[k]}`) : "");
+  };
+  at(null);
+  svg.addEventListener("mousemove", e => { const box = svg.getBoundingClientRect(), s = 1 + (end - 1) * ((e.clientX - box.left) / box.width * WIDE - LEFT) / (WIDE - LEFT - 6); let k = 0; steps.forEach((v, i) => { if (Math.abs(v - s) < Math.abs(steps[k] - s)) k = i; }); if (steps.length) hover(k); });
+  svg.addEventListener("mouseleave", () => hover(null));
+  const key = bars ? h("p", {class: "d2-key"}, bars.map(b => h("span", {}, h("i", {class: "d2-dot", style: `background:${b.colour}`}), `${b.label} ${num(mean(b.values.filter(v => v !== null)), 2)} s`))) : null;
+  return {at, box: h("figure", {class: bars ? "d2-plot d2-wide" : "d2-plot"}, h("figcaption", {}, title, value), svg, key || "")};
+}
+
+// ---- live -----------------------------------------------------------------------------------------------------------------------------
+function live(model, root) {
+  const pill = h("span", {class: "d2-pill"}), name = h("b", {class: "d2-name"}), lead = h("span", {class: "d2-lead"}), doing = h("span", {class: "d2-doing"}), bar = h("i"), error = h("p", {class: "d2-notice", hidden: true}), grid = h("div", {class: "d2-plots"});
+  const stop = h("button", {class: "d2-button", onclick: () => { stop.disabled = true; stop.textContent = "stopping…"; model.send({ask: "stop"}); }}, "Stop after this step");
+  root.append(h("div", {class: "d2-top"}, name, lead, pill, stop), error, h("div", {class: "d2-progress"}, h("div", {}, bar), doing), grid);
+  let charts = [], held = null;
+  const hover = k => { held = k; for (const c of charts) c.at(k); };
+  function said() {
+    const s = model.get("state"), about = model.get("about"), here = s.n ? clamp(s.i / s.n, 0, 1) : 0;
+    name.textContent = about.name; lead.textContent = about.lead;
+    pill.textContent = s.status; pill.className = `d2-pill d2-is-${s.status}`;
+    stop.hidden = s.status !== "running"; stop.disabled = s.stopping; stop.textContent = s.stopping ? "stopping after this step" : "Stop after this step";
+    bar.style.width = `${100 * here}%`;
+    doing.textContent = s.status === "waiting" ? "no run in this folder yet" : s.stage ? `${s.stage} ${s.i} of ${s.n}${s.note ? " · " + s.note : ""}` : "starting";
+    error.hidden = !s.error; error.textContent = s.error || "";
+  }
+  function draw() {
+    const c = model.get("columns"), about = model.get("about"), steps = c.step || [], accent = "var(--accent)", last = about.steps;
+    const one = (title, name, more = {}) => c[name] ? {title, steps, last, lines: [{values: c[name], colour: accent}], ...more} : null;
+    const terms = Object.keys(c).filter(k => k.startsWith("terms.")).map(k => k.slice(6)), stages = Object.keys(c).filter(k => k.startsWith("seconds.")).map(k => k.slice(8));
+    const order = Object.keys(about.stages); stages.sort((a, b) => (order.indexOf(a) + 99) % 99 - (order.indexOf(b) + 99) % 99);
+    const plots = [one("answer entropy, nats", "answer_entropy"),
+      c.tokens && {title: "reasoning tokens", steps, last, zero: true, lines: [{values: c.tokens, colour: accent}, ...(c.tokens_second ? [{values: c.tokens_second, colour: accent, dash: "4 3"}] : [])]},
+      one("accuracy", "accuracy", {zero: true, top: 1}), one("reward", "reward"), ...terms.map(k => ({title: words(k), steps, last, zero: about.greatest[k] !== undefined, top: about.greatest[k] && about.greatest[k] * 1.04, lines: [{values: c["terms." + k], colour: about.terms[k]}]})),
+      one("KL to the reference", "kl", {zero: true}),
+      stages.length && {title: "seconds a step", steps, last, bars: stages.map((k, i) => ({values: c["seconds." + k], colour: about.stages[k] || ["#a07a4a", "#6b8f5e", "#c2488f"][i % 3], label: k}))}].filter(Boolean);
+    charts = plots.map(p => chart(p, hover));
+    fill(grid, steps.length ? charts.map(c => c.box) : h("p", {class: "d2-meta"}, "The curves come with the first step."));
+    if (held !== null && held < steps.length) hover(held);
+  }
+  model.on("change:state", said); model.on("change:about", said); model.on("change:columns", draw);
+  said(); draw();
+}
+
+// ---- compare ----------------------------------------------------------------------------------------------------------------------------
+function compare(model, root) { const draw = () => { root.innerHTML = model.get("html"); }; model.on("change:html", draw); draw(); }
+
+// ---- ask ----------------------------------------------------------------------------------------------------------------------------------
+function ask(model, root) {
+  const picture = new Picture({draw: touch => model.send({ask: "segment", ...touch})}), enter = f => e => { if (e.key === "Enter" && !e.shiftKey) { e.preventDefault(); f(); } e.stopPropagation(); };
+  const send = what => () => { const m = what === "first" ? {query: query.value} : {description: description.value}; busy("thinking"); model.send({ask: what, ...m}); };
+  const query = h("textarea", {rows: 1, "aria-label": "question", spellcheck: "false", placeholder: "what would you ask about this picture?", onkeydown: enter(send("first"))}), description = h("textarea", {rows: 2, "aria-label": "description", spellcheck: "false", placeholder: "describe the target, then ask again", onkeydown: enter(send("second"))});
+  const first = h("div"), second = h("div"), status = h("p", {class: "d2-status"}), go = h("button", {class: "d2-button d2-main", onclick: send("first")}, "Ask"), again = h("button", {class: "d2-button", onclick: send("second")}, "Ask again"), wrong = h("p", {class: "d2-notice", hidden: true});
+  const use = which => h("button", {class: "d2-link", hidden: true, "data-pass": which, onclick: () => model.send({ask: "again", pass: which})}, "show its mask");
+  const shows = {first: use("first"), second: use("second")};
+  const layers = picture.controls({...(model.get("picture").truth ? {truth: "ground truth"} : {}), prediction: "mask", ...(model.get("picture").truth ? {difference: "difference"} : {}), contours: "contours", prompts: "box and point"});
+  root.append(h("div", {class: "d2-asked"}, query, go), wrong, h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, h("p", {class: "d2-keys"}, "Drag a box or click a point to segment; ", h("kbd", {}, "+"), h("kbd", {}, "−"), " zoom")),
+    h("div", {class: "d2-right d2-steps"}, h("section", {}, h("h6", {}, "first pass"), first, shows.first), h("section", {}, h("h6", {}, "description"), h("div", {class: "d2-asked"}, description, again)), h("section", {}, h("h6", {}, "second pass, asked about the description alone"), second, shows.second),
+      h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more"))));
+  const busy = text => { root.classList.toggle("d2-busy", !!text); go.disabled = again.disabled = !!text; };
+  const told = (box, which) => () => {
+    const p = model.get(which);
+    fill(box, p.html ? [h("div", {class: "d2-said", html: p.html}), h("p", {class: "d2-count d2-after"}, `${p.tokens} tokens, ${num(p.seconds, 2)} s`)] : h("p", {class: "d2-said d2-wait"}, model.get("busy") ? model.get("busy") + "…" : "–"));
+    shows[which].hidden = !p.html;
+    if (which === "first") { wrong.hidden = !p.error; wrong.textContent = p.error || ""; }
+  };
+  const drawn = () => {
+    const d = model.get("drawn");
+    picture.prompts = d.prompts || []; picture.mask("prediction", d.runs || null);
+    fill(status, d.by ? [h("b", {}, `Mask of ${d.by === "your box" || d.by === "your point" ? d.by : "the " + d.by}`), d.iou === null ? "" : `IoU ${fixed(d.iou)} · `, `${num(d.seconds, 2)} s`] : "");
+  };
+  const tell = {first: told(first, "first"), second: told(second, "second")};
+  model.on("change:first", tell.first); model.on("change:second", tell.second); model.on("change:drawn", drawn);
+  model.on("change:busy", () => { busy(model.get("busy")); tell.first(); tell.second(); });
+  model.on("change:query", () => { query.value = model.get("query"); }); model.on("change:description", () => { description.value = model.get("description"); });
+  root.addEventListener("keydown", e => { if (!e.target.matches("textarea,input") && picture.key(e.key)) e.preventDefault(); });
+  const p = model.get("picture");
+  picture.show(p.image, p.size); picture.mask("truth", p.truth);
+  if (picture.toggles.truth) picture.toggle("truth"); // one asks before one knows
+  query.value = model.get("query"); description.value = model.get("description");
+  tell.first(); tell.second(); drawn(); busy(model.get("busy"));
+  return () => picture.observer.disconnect();
+}
+
 // ---- the door -----------------------------------------------------------------------------------------------------------------------
-const VIEWS = {inspect};
+const VIEWS = {inspect, live, compare, ask};
 
 export default {
   render({model, el}) {
