@@ -66,14 +66,15 @@ def paired(
     both = [{r['sample']: r | dict(when=when) for r in rows} for when, rows in (('before', before), ('after', after))]
     return [[rows[s] for rows in both if s in rows] for s in dict.fromkeys([*both[0], *both[1]])]
 
-# %% ../nbs/19_inspector.ipynb #3ab41e69
+# %% ../nbs/19_inspector.ipynb #261dcdc5
 def factor_of(
     records:list, # of rollouts.jsonl
 )->str|None: # '': the terms are summed; a name: that term multiplies the sum of the others; None: neither
     "Which way of putting the terms together gives every recorded reward."
     def made(terms, factor): return sum(v for k, v in terms.items() if k != factor)*(terms[factor] if factor else 1)
     def fits(factor): return all((not factor or factor in r['terms']) and abs(made(r['terms'], factor) - r['reward']) < 1e-3*max(1, abs(r['reward'])) for r in records)
-    return next((k for k in ('', *dict.fromkeys(k for r in records for k in r['terms'])) if fits(k)), None)
+    names = list(dict.fromkeys(k for r in records for k in r['terms']))
+    return next((k for k in ('', *reversed(names)) if fits(k)), None) # a factor comes last, of two that would do too
 
 TERMS = dict(thinking_format='#76839a', answer_format='#98a4b6', non_repeat='#bac3d0', accuracy='#5470ee', description='#149a80', length='#c8780a')
 

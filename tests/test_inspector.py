@@ -1,0 +1,304 @@
+"The inspector: what a folder holds, how fast it is shown, and a real JupyterLab in a real browser."
+import json, os, shutil, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+import nbformat, numpy as np, pytest
+from dr2seg_lib import inspector, report, runs
+from dr2seg_lib.inspector import Live, Opened, compare, curves, differences, disagreements, factor_of, fitted, inspect, live, prompts, readable, run_lengths, runs_mask, term_colours, touched
+from dr2seg_lib.masks import encode
+from dr2seg_lib.samples import Sample, Target
+from test_report import BAD, Reader, make_run, metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory): return make_run(tmp_path_factory.mktemp("runs")/"dr2seg-1", steps=12, samples=16)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory): return make_run(tmp_path_factory.mktemp("runs")/"vr-1", steps=12, samples=16, recipe="visionreasoner", seed=1, end=70.)
+
+
+def copied(folder, to):
+    for p in folder.iterdir():
+        if p.is_file(): (to/p.name).write_bytes(p.read_bytes())
+    return to
+
+
+# ---- data
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 48)])
+def test_run_lengths_and_back(shape):
+    rng = np.random.default_rng(shape[0])
+    for mask in (rng.random(shape) < .5, np.zeros(shape, bool), np.ones(shape, bool)):
+        lengths = run_lengths(mask)
+        assert (runs_mask(lengths, shape[::-1]) == mask).all() and all(n > 0 for n in lengths[1:])
+        assert json.loads(json.dumps(lengths)) == lengths
+
+
+def test_large_pictures_shrink_with_everything_on_them():
+    image, mask = np.zeros((600, 2400, 3), np.uint8), np.zeros((600, 2400), bool)
+    mask[300:, 1200:] = True
+    small = fitted(mask)
+    assert fitted(image).shape == (256, 1024, 3) and small.dtype == bool and small[128:, 512:].all() and small.sum() == 128*512
+    assert prompts([Target((1200, 300, 2399, 599), (1800, 450))], (2400, 600), (1024, 256))[0]["box"][:2] == [512., 128.]
+
+
+def test_terms_make_the_reward(whole, other):
+    "The bars add up: what the view shows as paid is the reward that was recorded."
+    for folder in whole, other:
+        opened = Opened(folder)
+        assert opened.factor == "length"
+        for row in (r for g in opened.groups["rollouts"] for r in g):
+            paid = sum(v*row["terms"]["length"] for k, v in row["terms"].items() if k != "length")
+            assert paid == pytest.approx(row["reward"])
+    assert factor_of([dict(terms=dict(a=1., b=-.5), reward=.5)]) == "" and factor_of([dict(terms=dict(a=1., b=2.), reward=7.)]) is None
+    assert factor_of([dict(terms=dict(seg=3., used=.5), reward=1.5), dict(terms=dict(seg=2., used=1.), reward=2.)]) == "used"
+
+
+def test_colours_of_unknown_terms_differ():
+    colours = term_colours(["accuracy", "x", "y", "z"])
+    assert len(set(colours.values())) == 4
+
+
+def test_groups_and_fields(whole):
+    opened = Opened(whole)
+    index = inspector.columns(opened.groups["rollouts"])
+    assert {len(v) for v in index.values()} == {sum(map(len, opened.groups["rollouts"]))}
+    assert {"reward", "advantage", "tokens", "tokens_second", "entropy", "accuracy", "length", "difficulty", "kind"} <= set(index)
+    evaluation = inspector.columns(opened.groups["evaluation"])
+    assert set(evaluation["when"]) == {"before", "after"} and "iou" in evaluation and "step" not in evaluation
+
+
+def test_frame_of_the_policy(whole, tmp_path):
+    assert Opened(whole).frame == 112
+    copied(whole, tmp_path)
+    runs.update(tmp_path, parameters=runs.read_json(tmp_path/"run.json")["parameters"] | dict(model="Qwen/Qwen2.5-VL-7B-Instruct"))
+    assert Opened(tmp_path).frame == 840
+    runs.update(tmp_path, frame=448)
+    assert Opened(tmp_path).frame == 448
+
+
+def test_what_a_model_says_is_escaped(tmp_path):
+    said = dict(text=BAD, tokens=[BAD, BAD], entropy=[.1, 9.], think_tokens=2)
+    whole = f"<think>{BAD}</think><description>{BAD}</description><answer>{BAD}</answer>"
+    for row in dict(rollout=0, first=said, second=said, terms={BAD: 1.}, reward=1., advantage=0.), dict(text=whole, when="after", tokens=3, iou=0.):
+        shown = inspector.entry(dict(sample=BAD, query=BAD) | row, 0)
+        for html in (shown[k] for k in ("first", "second", "description") if k in shown):
+            page = Reader(html)
+            assert not page.open and not {"script", "img"} & set(page.tags)
+
+
+# ---- folders that are not whole
+
+def test_a_missing_file_is_said(whole, tmp_path):
+    copied(whole, tmp_path)
+    (tmp_path/"rollouts.jsonl").unlink()
+    widget = inspect(tmp_path)
+    assert widget.about["missing"] == "Not shown: rollouts.jsonl is not there." and widget.source == "evaluation" and widget.shown["entries"]
+    (tmp_path/"run.json").unlink()
+    assert "run.json is not there; rollouts.jsonl is not there" in inspect(tmp_path).about["missing"]
+
+
+def test_a_cut_file_is_said(whole, tmp_path):
+    copied(whole, tmp_path)
+    text = (tmp_path/"rollouts.jsonl").read_bytes()
+    (tmp_path/"rollouts.jsonl").write_bytes(text[:len(text)//2])
+    (tmp_path/"run.json").write_text('{"status": "do')
+    widget = inspect(tmp_path)
+    assert widget.about["missing"] == "Not shown: run.json is broken; 1 broken line of rollouts.jsonl." and widget.shown["entries"][0]["prompts"]
+
+
+def test_nothing_and_nowhere(tmp_path):
+    widget = inspect(tmp_path)
+    assert widget.shown == {} and widget._repr_mimebundle_()[0]["image/png"].startswith(b"\x89PNG")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; check"): inspect(tmp_path/"nowhere")
+
+
+def test_a_picture_that_cannot_be_had(whole, tmp_path):
+    copied(whole, tmp_path)
+    runs.write_jsonl(tmp_path/"rollouts.jsonl", [r | dict(sample="photo-7") for r in runs.read_jsonl(whole/"rollouts.jsonl")])
+    runs.update(tmp_path, parameters=runs.read_json(tmp_path/"run.json")["parameters"] | dict(data=str(tmp_path/"gone")))
+    widget = inspect(tmp_path)
+    assert widget.shown["image"] is None and "the picture of photo-7 cannot be had" in widget.shown["note"] and len(widget.shown["entries"]) == 8
+    assert widget.still()._repr_mimebundle_()[0]["image/png"] and "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
+
+
+def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
+    data = [Sample(f"photo-{i}", np.full((30, 40, 3), i, np.uint8), "?", ()) for i in range(50)]
+    monkeypatch.setattr(inspector, "load_data", lambda name, split, limit=None: data)
+    copied(whole, tmp_path)
+    config = inspector.SimpleNamespace(**runs.read_json(tmp_path/"run.json")["parameters"])
+    rows = runs.read_jsonl(whole/"rollouts.jsonl")
+    place = {}
+    for r in rows: place.setdefault(r["step"], []).append(r["sample"])
+    named = {(s, name): inspector.questions(data, config, s)[i].id for s, names in place.items() for i, name in enumerate(dict.fromkeys(names))}
+    runs.write_jsonl(tmp_path/"rollouts.jsonl", [r | dict(sample=named[r["step"], r["sample"]]) for r in rows])
+    opened = Opened(tmp_path)
+    for at, group in enumerate(opened.groups["rollouts"]): assert opened.sample("rollouts", at).id == group[0]["sample"]
+
+
+# ---- the widget, in time
+
+@pytest.fixture(scope="module")
+def thousand(whole, tmp_path_factory):
+    "A run of 1,000 rollouts."
+    folder = copied(whole, tmp_path_factory.mktemp("thousand"))
+    group = inspector.grouped(runs.read_jsonl(whole/"rollouts.jsonl"))[0]
+    runs.write_jsonl(folder/"rollouts.jsonl", [r | dict(step=1 + g//2, sample=f"mini-{1_000_000 + g}") for g in range(125) for r in group])
+    return folder
+
+
+def test_a_thousand_rollouts_open_in_two_seconds(thousand):
+    began = time.perf_counter()
+    widget = inspect(thousand)
+    opened = time.perf_counter() - began
+    assert len(widget.index["rollouts"]["group"]) == 1000 and opened < 2, f"{opened:.2f} s"
+    times = []
+    for at in range(1, 30):
+        began = time.perf_counter()
+        widget.at = at
+        times.append(time.perf_counter() - began)
+    assert widget.shown["at"] == 29 and max(times) < .2, f"{max(times):.3f} s"
+
+
+def test_traits_and_messages(whole):
+    widget, sent = inspect(whole), []
+    widget.send = lambda content, buffers=None: sent.append(content)
+    widget._asked(widget, dict(ask="mask", source="rollouts", at=1, rollout=2), [])
+    assert sent[0]["mask"] == "rollouts/1/2" and sum(sent[0]["runs"]) == 224*224 and 0 <= sent[0]["iou"] <= 1
+    assert ("rollouts", 1, 2) in widget.run.masks
+    widget.source = "evaluation"
+    assert widget.at == 0 and [e["name"] for e in widget.shown["entries"]] == ["before", "after"]
+    stored = widget.run.groups["evaluation"][0][0]
+    assert widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"]) and encode(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
+    widget.at = 10**6
+    assert widget.shown["at"] == 15
+    json.dumps({k: v for k, v in widget.get_state().items() if k in ("about", "index", "shown")}, allow_nan=False)
+
+
+def test_every_view_has_a_picture_for_where_no_widget_lives(whole, other):
+    for widget in inspect(whole), Live(whole), compare([whole, other]):
+        data, _ = widget._repr_mimebundle_()
+        assert data["image/png"].startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in data
+
+
+# ---- live
+
+def test_live_follows_and_stops(tmp_path):
+    rng = np.random.default_rng(0)
+    view = Live(tmp_path/"later", every=.05)
+    assert view.state["status"] == "waiting" and view.thread.is_alive()
+    with runs.Run.create(tmp_path/"later", dict(recipe="dr2seg", steps=9, seed=3), bar=False) as run:
+        for step in range(1, 10):
+            run.log(metrics(rng, step))
+            run.progress("training", step, 9)
+            if step == 4: view.stop()
+            if step > 4 and run.stop_requested(): break
+            time.sleep(.1)
+    view.thread.join(5)
+    assert step == 5 and view.columns["step"] == [1, 2, 3, 4, 5] and view.state["status"] == "interrupted" and not view.thread.is_alive()
+    assert set(view.columns) >= {"tokens", "kl", "terms.accuracy", "seconds.update"} and "seconds.total" not in view.columns
+
+
+def test_curves_of_a_long_run_are_thinned():
+    rng = np.random.default_rng(0)
+    rows = [metrics(rng, s) for s in range(1, 5001)]
+    began = time.perf_counter()
+    columns = curves(rows, 400)
+    assert time.perf_counter() - began < 1 and len(columns["step"]) == 400 and columns["step"][-1] == 5000
+    assert np.mean(columns["tokens"]) == pytest.approx(np.mean([r["tokens"] for r in rows]), rel=1e-2)
+    assert len(json.dumps(columns)) < 200_000
+
+
+def test_a_finished_run_needs_no_thread(whole):
+    view = live(whole)
+    assert view.state["status"] == "done" and not hasattr(view, "thread")
+    view.stop()
+    assert not (whole/"stop").exists()
+
+
+# ---- compare
+
+def test_comparison(whole, other):
+    view = compare([whole, other])
+    page = Reader(view.html)
+    assert not page.open and "dr2seg against visionreasoner" in view.html and view.html.count("<svg") == 2
+    a, b = (inspector.after(Opened(f)) for f in (whole, other))
+    won, lost = disagreements(a, b)
+    assert len(won) + len(lost) == sum((x["iou"] >= .5) != (y["iou"] >= .5) for x, y in zip(a, b))
+    assert view.html.count("<article") == min(len(won), 3) + min(len(lost), 3)
+    tokens = differences(dict(a=a, b=b)).rows[0]
+    assert float(tokens[3].split(" ±")[0].replace("−", "-")) == pytest.approx(float(tokens[2]) - float(tokens[1]), abs=.11)
+
+
+def test_seeds_make_a_band(whole, other, tmp_path):
+    second = make_run(tmp_path/"dr2seg-2", steps=12, samples=16, seed=5)
+    view = compare([whole, second, other])
+    assert {arm: len(v) for arm, v in view.arms.items()} == dict(dr2seg=2, visionreasoner=1) and "the band their range" in view.html
+    assert set(compare(dict(one=[whole], two=[second])).arms) == {"one", "two"}
+    assert list(compare([whole, second]).arms) == ["dr2seg-1", "dr2seg-2"]
+    with pytest.raises(ValueError, match="two runs or more"): compare([whole])
+
+
+def test_comparison_of_runs_that_are_not_whole(whole, tmp_path):
+    (tmp_path/"empty").mkdir()
+    view = compare([whole, tmp_path/"empty"])
+    assert "empty: Not shown: run.json is not there" in view.html and "Fewer than two" in view.html and not Reader(view.html).open
+
+
+# ---- touch
+
+def test_a_touch_is_a_box_and_a_point():
+    assert touched((0, 0, 10, 20), None, (50, 50)) .point == (5, 10)
+    assert touched(None, (3, 3), (50, 50), last=(0, 0, 9, 9)).box == (0, 0, 9, 9)
+    assert touched(None, (1, 49), (50, 50), last=(0, 0, 9, 9)).box == (0, 44, 6, 49)
+
+
+def test_ask_describe_and_segment_within_two_seconds():
+    view = inspector.Ask(about=2_000_049)
+    began = time.perf_counter()
+    said = view.ask()
+    asked = time.perf_counter() - began
+    assert asked < 2 and view.first["tokens"] == said.think_tokens and view.description == (said.parsed.description or "") and view.drawn["by"] == "first pass"
+    sample = view.sample
+    for content, by in (dict(ask="segment", box=sample.targets[0].box), "your box"), (dict(ask="segment", point=sample.targets[0].point), "your point"), (dict(ask="again", **{"pass": "first"}), "first pass"):
+        began = time.perf_counter()
+        view._asked(view, content, [])
+        assert time.perf_counter() - began < 2 and view.drawn["by"] == by
+        if by == "your box": assert view.drawn["iou"] > .7
+    began = time.perf_counter()
+    view._asked(view, dict(ask="second", description="the yellow moon"), [])
+    assert time.perf_counter() - began < 2 and view.second["html"] and view.busy == ""
+    view._asked(view, dict(ask="second", description=" "), [])
+    assert view.second == {} and view.busy == ""
+
+
+def test_second_pass_is_that_of_the_rollout():
+    "Asking again with the description it gave is the second pass."
+    from dr2seg_lib.recipes import dr2seg
+    from dr2seg_lib.rollout import roll_out
+    view = inspector.Ask(about=2_000_049)
+    said = view.ask()
+    group = roll_out(view.policy, [view.sample], lambda q: dr2seg.prompt(q, eval=True), dr2seg.second_prompt, 1, 256, temperature=0).groups[0]
+    assert said.text == group.first[0].text and (view.second["text"] if view.second else None) == (group.second[0].text if group.second[0] else None)
+
+
+def test_pictures_to_ask_about(tmp_path):
+    import cv2
+    cv2.imwrite(str(tmp_path/"photo.png"), np.full((20, 30, 3), (255, 0, 0), np.uint8)) # blue, in OpenCV's order
+    sample = inspector.picture_of(tmp_path/"photo.png")
+    assert sample.size == (30, 20) and sample.image[0, 0].tolist() == [0, 0, 255] and not sample.targets
+    (tmp_path/"words.txt").write_text("no picture")
+    with pytest.raises(FileNotFoundError, match="words.txt is no picture that can be read"): inspector.picture_of(tmp_path/"words.txt")
+
+
+def test_policy_of_a_run_without_checkpoint(whole):
+    with pytest.raises(ValueError, match="has no whole checkpoint yet"): inspector.policy_of(whole)
+
+
+def test_policy_of_a_checkpoint(tmp_path):
+    policy = inspector.policy_of("embedded").add_lora(4, 4)
+    runs.write_json(tmp_path/"run.json", dict(parameters=dict(model="embedded")))
+    path = runs.save_checkpoint(tmp_path, 3, lambda f: policy.adapter.save_pretrained(str(f)))
+    for source in tmp_path, path: assert inspector.policy_of(source).adapter is not None
