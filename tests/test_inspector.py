@@ -1,14 +1,13 @@
 "The inspector: what a folder holds, how fast it is shown, and a real JupyterLab in a real browser."
-import json, os, shutil, socket, subprocess, sys, time, urllib.request
-from pathlib import Path
-import nbformat, numpy as np, pytest
+import json, shutil, time
+import numpy as np, pytest
+import browser
+from browser import chromium
 from dr2seg_lib import inspector, report, runs
 from dr2seg_lib.inspector import Live, Opened, compare, curves, differences, disagreements, factor_of, fitted, inspect, live, prompts, readable, run_lengths, runs_mask, term_colours, touched
 from dr2seg_lib.masks import encode
 from dr2seg_lib.samples import Sample, Target
 from test_report import BAD, Reader, make_run, metrics
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +301,127 @@ def test_policy_of_a_checkpoint(tmp_path):
     runs.write_json(tmp_path/"run.json", dict(parameters=dict(model="embedded")))
     path = runs.save_checkpoint(tmp_path, 3, lambda f: policy.adapter.save_pretrained(str(f)))
     for source in tmp_path, path: assert inspector.policy_of(source).adapter is not None
+
+
+# ---- as it is used: JupyterLab in a browser
+
+needs_browser = pytest.mark.skipif(not chromium(), reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs")
+CELLS = ["from dr2seg_lib.inspector import Ask, compare, inspect, live", "w = inspect('dr2seg-1')\nw", "view = live('later')\nview", "a = Ask('embedded', 2_000_049)\na",
+         "from dr2seg_lib.training import TrainConfig, train\ntrain(TrainConfig(steps=30, prompts=2, samples=2, eval_samples=0), 'later').status"]
+
+
+@pytest.fixture(scope="module")
+def lab(whole, tmp_path_factory):
+    "The page of a notebook whose first four cells have been run."
+    if not chromium(): pytest.skip("no Chromium is found")
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(whole, folder/"dr2seg-1")
+    browser.notebook(folder/"views.ipynb", CELLS)
+    with browser.jupyterlab(folder) as address, browser.browser() as page:
+        page.errors = []
+        page.on("pageerror", lambda e: page.errors.append(str(e)))
+        browser.opened(page, address, "views.ipynb")
+        page.folder = folder
+        for _ in range(4): browser.command(page, "notebook:run-cell-and-select-next")
+        page.wait_for_selector(".d2-ask .d2-main")
+        yield page
+
+
+def magenta(picture): return int(((picture[..., 0] > 180) & (picture[..., 1] < 110) & (picture[..., 2] > 150)).sum())
+def cyan(picture): return int(((picture[..., 0] < 90) & (picture[..., 1] > 150) & (picture[..., 2] > 190)).sum())
+
+
+@needs_browser
+def test_inspector_in_the_browser(lab):
+    "The slider, the keys, the layers, the filter: what is drawn is what was chosen."
+    view, canvas = lab.locator(".d2-inspect"), ".d2-inspect canvas"
+    def settled(text): lab.wait_for_function("([t]) => { const r = document.querySelector('.d2-inspect'); return r.querySelector('.d2-meta').textContent.includes(t) && r.querySelector('.d2-status').textContent.includes('IoU') }", arg=[text])
+    settled("step 1")
+    lab.wait_for_timeout(300)
+    assert view.locator(".d2-card").count() == 8 and view.locator("button.d2-row").count() == 8
+    drawn = browser.pixels(lab, canvas)
+    assert magenta(drawn) > 100 and cyan(drawn) > 100
+    for layer, seen in ("prediction", magenta), ("truth", cyan):
+        view.locator(f".d2-{layer}").click()
+        lab.wait_for_timeout(100)
+        assert seen(browser.pixels(lab, canvas)) < 20
+        view.locator(f".d2-{layer}").click()
+    # the bars of a rollout add up to its reward
+    for row in range(8):
+        bars = view.locator("button.d2-row").nth(row)
+        reward, width = float(bars.locator("b").inner_text()), bars.evaluate("r => [...r.querySelectorAll('[data-term]')].reduce((a, e) => a + parseFloat(e.style.width), 0)")
+        scale = view.evaluate("r => Math.max(...[...r.querySelectorAll('.d2-stack')].map(s => [...s.children].reduce((a, e) => a + parseFloat(e.style.width), 0)))")
+        top = max(sum(v for k, v in e["terms"].items() if k != "length") for e in inspect(lab.folder/"dr2seg-1").shown["entries"]) if row == 0 else top
+        assert scale == pytest.approx(100, abs=.1) and width/100*top == pytest.approx(reward, abs=.01)
+    # the slider of steps, then the keys
+    slider, began = view.get_by_label("step", exact=True), time.perf_counter()
+    slider.evaluate("e => { e.value = e.max; e.dispatchEvent(new Event('input', {bubbles: true})) }")
+    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-meta').textContent.includes('step 12')")
+    assert time.perf_counter() - began < 1
+    settled("step 12")
+    view.locator("h4").click()
+    lab.keyboard.press("ArrowDown")
+    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output').textContent === '2 of 2'")
+    lab.keyboard.press("3")
+    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-card.d2-on').dataset.rollout === '2'")
+    lab.keyboard.press("ArrowLeft")
+    settled("step 7")
+    # zoom
+    before = browser.pixels(lab, canvas)
+    view.locator("canvas").focus()
+    lab.keyboard.press("+")
+    lab.wait_for_timeout(150)
+    assert (browser.pixels(lab, canvas) != before).mean() > .2
+    lab.keyboard.press("0")
+    # filter and sort
+    view.get_by_label("filter").fill("accuracy>=3")
+    lab.wait_for_function("() => document.querySelectorAll('.d2-inspect .d2-card.d2-dim').length > 0")
+    view.get_by_label("filter").fill("tokns>3")
+    assert "there is no field \"tokns\"" in view.locator(".d2-wrong").inner_text()
+    view.get_by_label("filter").fill("")
+    view.get_by_label("sort by").select_option("reward")
+    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-slider output').textContent.includes(' of ')")
+    view.locator("[data-source=evaluation]").click()
+    lab.wait_for_function("() => document.querySelectorAll('.d2-inspect .d2-card').length === 2")
+    assert not lab.errors
+
+
+@needs_browser
+def test_touch_in_the_browser(lab):
+    "A question, an edited description, a dragged box, a clicked point."
+    view = lab.locator(".d2-ask")
+    view.locator(".d2-main").scroll_into_view_if_needed()
+    view.locator(".d2-main").click()
+    view.locator("[data-pass=second]").wait_for()
+    said, description = view.locator(".d2-steps section").nth(2).inner_text(), view.get_by_label("description")
+    assert view.locator(".heat i").count() > 5 and description.input_value()
+    description.fill("the blue star at the top")
+    began = time.perf_counter()
+    view.get_by_text("Ask again").click()
+    lab.wait_for_function("([t]) => { const s = document.querySelectorAll('.d2-ask .d2-steps section')[2]; return s.innerText !== t && s.querySelector('.think, .raw') }", arg=[said])
+    assert time.perf_counter() - began < 2
+    box = view.locator("canvas").bounding_box()
+    x1, y1, x2, y2 = report.lookup("mini-2000049").targets[0].box
+    at = lambda x, y: (box["x"] + (x + .5)*box["width"]/224, box["y"] + (y + .5)*box["height"]/224)
+    began = time.perf_counter()
+    lab.mouse.move(*at(x1, y1)); lab.mouse.down(); lab.mouse.move(*at(x1 + 3, y1 + 3)); lab.mouse.move(*at(x2, y2)); lab.mouse.up()
+    lab.wait_for_function("() => document.querySelector('.d2-ask .d2-status').textContent.includes('your box')")
+    assert time.perf_counter() - began < 2
+    score = float(view.locator(".d2-status").inner_text().split("IoU ")[1].split(" ")[0])
+    assert score > .7 and magenta(browser.pixels(lab, ".d2-ask canvas")) > 100
+    lab.mouse.click(*at((x1 + x2)/2, (y1 + y2)/2))
+    lab.wait_for_function("() => document.querySelector('.d2-ask .d2-status').textContent.includes('your point')")
+    assert not lab.errors
+
+
+@needs_browser
+def test_live_in_the_browser(lab):
+    "Training in the next cell of the same notebook: the curves grow, and the button ends it after the step."
+    view = lab.locator(".d2-live")
+    assert "no run in this folder yet" in view.inner_text()
+    browser.command(lab, "notebook:run-cell-and-select-next")
+    lab.wait_for_function("() => document.querySelectorAll('.d2-live .d2-plot').length > 8")
+    view.get_by_text("Stop after this step").click()
+    lab.wait_for_function("() => document.querySelector('.d2-live .d2-pill').textContent === 'interrupted'")
+    steps = runs.read_jsonl(lab.folder/"later/metrics.jsonl")
+    assert 0 < len(steps) < 30 and runs.status(lab.folder/"later") == "interrupted" and not lab.errors
