@@ -297,7 +297,7 @@ def still(self:Opened, source:str, at:int, rollout:int)->plots.Figure:
 
 RUN = plots.RECIPES['dr2seg']
 
-# %% ../nbs/19_inspector.ipynb #ccd30a58
+# %% ../nbs/19_inspector.ipynb #f4abb05b
 STATIC = Path(dr2seg_lib.__file__).parent/'static'
 
 class View(anywidget.AnyWidget):
@@ -335,23 +335,26 @@ class Inspector(View):
         self.on_msg(self._asked)
         self._show()
 
+    @t.validate('at')
+    def _there(self, proposal): return min(max(proposal['value'], 0), max(0, len(self.run.groups[self.source]) - 1))
+
     @t.observe('at', 'source')
     def _show(self, change=None):
-        if not hasattr(self, 'run'): return
-        if change and change['name'] == 'source': self.at = 0
+        if change and change['name'] == 'source': self.at, self.rollout = 0, 0
         groups = self.run.groups[self.source]
-        self.shown = self.run.shown(self.source, min(max(self.at, 0), len(groups) - 1)) if groups else {}
+        self.shown = self.run.shown(self.source, self.at) if groups else {}
+        self.rollout = min(self.rollout, max(0, len(self.shown.get('entries', ())) - 1))
 
     def _asked(self, _, content, buffers):
         if content.get('ask') != 'mask': return
         where = content['source'], content['at'], content['rollout']
         self.send(dict(mask='{}/{}/{}'.format(*where)) | self.run.answer(*where))
 
-# %% ../nbs/19_inspector.ipynb #88ddeb04
+# %% ../nbs/19_inspector.ipynb #01a775e4
 @patch
 def still(self:Inspector)->plots.Figure:
     "A picture of what is shown."
-    if self.shown: return self.run.still(self.source, self.shown['at'], min(self.rollout, len(self.shown['entries']) - 1))
+    if self.shown: return self.run.still(self.source, self.at, self.rollout)
     return notice(self.about['missing'] or self.about['empty'])
 
 def inspect(
@@ -397,7 +400,7 @@ def curves(
     found = {n: averaged(n) for n in names}
     return dict(step=[rows[p[-1]]['step'] for p in parts]) | {n: v for n, v in found.items() if any(x is not None for x in v)}
 
-# %% ../nbs/19_inspector.ipynb #94e5b250
+# %% ../nbs/19_inspector.ipynb #1b3633e2
 import threading
 
 class Live(View):
@@ -412,13 +415,16 @@ class Live(View):
         every:float=1., # seconds between two looks
     ):
         self.folder = Path(getattr(run, 'folder', run))
-        self.tail, self.every, self.closed = Tail(self.folder/'metrics.jsonl'), every, threading.Event()
+        self.tail, self.every, self.closed, self.lock = Tail(self.folder/'metrics.jsonl'), every, threading.Event(), threading.Lock()
         super().__init__()
         self.on_msg(lambda _, content, buffers: self.stop() if content.get('ask') == 'stop' else None)
         if self.look(): self.thread = threading.Thread(target=self._follow, daemon=True); self.thread.start()
 
     def look(self)->bool: # whether there is more to come
         "Reads what is new."
+        with self.lock: return self._look()
+
+    def _look(self):
         try: info, status = runs.read_json(self.folder/'run.json'), runs.status(self.folder)
         except (FileNotFoundError, ValueError, KeyError): info, status = {}, 'waiting'
         if self.tail.news() or not self.columns: self.columns = curves(self.tail.rows)
@@ -635,14 +641,14 @@ def picture_of(
     if image is None: raise FileNotFoundError(f'{source} is no picture that can be read; give a file such as photo.jpg, an array, or a seed')
     return Sample(Path(source).name, image[..., ::-1].copy(), '', ())
 
-# %% ../nbs/19_inspector.ipynb #c6bdf7dc
+# %% ../nbs/19_inspector.ipynb #0e6704cc
 class Ask(View):
     "A picture to ask about, to describe and to point at."
     kind = t.Unicode('ask').tag(sync=True)
     picture = t.Dict().tag(sync=True) # image, size, truth
     query = t.Unicode().tag(sync=True)
     description = t.Unicode().tag(sync=True) # what the second pass is asked about
-    first = t.Dict().tag(sync=True) # html, tokens, seconds; or {"error"}
+    first = t.Dict().tag(sync=True) # html, text, tokens, seconds
     second = t.Dict().tag(sync=True) # likewise
     drawn = t.Dict().tag(sync=True) # runs, iou, prompts, seconds, by
     busy = t.Unicode().tag(sync=True) # what is under way
@@ -695,7 +701,7 @@ class Ask(View):
 
     def _told(self, said, began): return dict(html=pass_html(said.record()), tokens=said.think_tokens, seconds=time.perf_counter() - began, text=said.text)
 
-# %% ../nbs/19_inspector.ipynb #330caec0
+# %% ../nbs/19_inspector.ipynb #4b20e0ff
 def touched(
     box, # (x1,y1,x2,y2) or None
     point, # (x,y) or None
@@ -710,7 +716,7 @@ def touched(
 
 @patch
 def _asked(self:Ask, _, content, buffers):
-    what = content.get('ask')
+    what, wrong = content.get('ask'), ''
     try:
         if what == 'first': self.ask(content['query'])
         elif what == 'second': self.describe(content['description'])
@@ -720,7 +726,8 @@ def _asked(self:Ask, _, content, buffers):
             last = [v*scale for v in self.drawn['prompts'][0]['box']] if self.drawn.get('prompts') else None
             self.segment([touched(box, point, self.sample.size, last)], 'your box' if box else 'your point')
         elif what == 'again' and self.first: self.segment(located(self.second['text'] if content.get('pass') == 'second' else self.first['text'], self.policy.frame, self.sample.size), content['pass'] + ' pass')
-    except (ValueError, OSError, RuntimeError) as e: self.first, self.busy = dict(error=f'{type(e).__name__}: {e}'), ''
+    except (ValueError, OSError, RuntimeError) as e: self.busy, wrong = '', f'{type(e).__name__}: {e}'
+    self.send(dict(done=what, error=wrong))
 
 @patch
 def still(self:Ask)->plots.Figure:

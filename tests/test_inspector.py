@@ -167,8 +167,9 @@ def test_traits_and_messages(whole):
     widget._asked(widget, dict(ask="mask", source="rollouts", at=1, rollout=2), [])
     assert sent[0]["mask"] == "rollouts/1/2" and sum(sent[0]["runs"]) == 224*224 and 0 <= sent[0]["iou"] <= 1
     assert ("rollouts", 1, 2) in widget.run.masks
+    widget.rollout = 6
     widget.source = "evaluation"
-    assert widget.at == 0 and [e["name"] for e in widget.shown["entries"]] == ["before", "after"]
+    assert widget.at == widget.rollout == 0 and [e["name"] for e in widget.shown["entries"]] == ["before", "after"]
     stored = widget.run.groups["evaluation"][0][0]
     assert widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"]) and encode(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
     widget.at = 10**6
@@ -180,6 +181,16 @@ def test_every_view_has_a_picture_for_where_no_widget_lives(whole, other):
     for widget in inspect(whole), Live(whole), compare([whole, other]):
         data, _ = widget._repr_mimebundle_()
         assert data["image/png"].startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_plain_html_shows_the_picture(whole):
+    "A page made of a notebook that keeps no widgets has the still in their place."
+    import base64, nbformat
+    from nbconvert import HTMLExporter
+    data, meta = inspect(whole)._repr_mimebundle_()
+    output = nbformat.v4.new_output("display_data", data | {"image/png": base64.b64encode(data["image/png"]).decode()}, metadata=meta)
+    page, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("inspect(run)", outputs=[output])]))
+    assert "data:image/png;base64," in page
 
 
 # ---- live

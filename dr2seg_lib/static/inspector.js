@@ -158,6 +158,7 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
       }
       from = null; this.drawn = null; this.paint();
     });
+    c.addEventListener("pointercancel", () => { from = null; this.drawn = null; this.paint(); });
   }
   key(key) { // the keys that belong to the picture
     if (key === "+" || key === "=") this.zoom(1.5);
@@ -273,7 +274,7 @@ function inspect(model, root) {
   const search = h("input", {type: "search", class: "d2-filter", placeholder: "filter: accuracy>1 tokens<40 difficulty=hard", "aria-label": "filter", spellcheck: "false", oninput: arrange});
   const sort = h("select", {"aria-label": "sort by", onchange: arrange}), flip = h("button", {class: "d2-flip", title: "turn the order", "aria-label": "turn the order", "aria-pressed": "false", onclick: () => { flip.setAttribute("aria-pressed", flip.getAttribute("aria-pressed") !== "true"); arrange(); }}, "↓");
   const count = h("span", {class: "d2-count"}), wrong = h("p", {class: "d2-wrong", hidden: true}), question = h("h4"), meta = h("p", {class: "d2-meta"}), table = h("div"), cards = h("div", {class: "d2-cards"}), status = h("p", {class: "d2-status"});
-  const sources = Object.keys(index), tabs = sources.length > 1 ? h("div", {class: "d2-tabs"}, sources.map(s => h("button", {"data-source": s, onclick: () => { model.set("source", s); model.save_changes(); }}, s))) : null;
+  const sources = Object.keys(index), tabs = sources.length > 1 ? h("div", {class: "d2-tabs"}, sources.map(s => h("button", {"data-source": s, onclick: () => { if (s === model.get("source")) return; model.set("source", s); model.set("at", 0); model.set("rollout", 0); model.save_changes(); }}, s))) : null;
   const layers = picture.controls({truth: "ground truth", prediction: "prediction", difference: "difference", contours: "contours", prompts: "box and point"});
   const right = h("div", {class: "d2-right"}, question, meta, table, h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more"), cards);
   root.append(h("div", {class: "d2-top"}, h("b", {class: "d2-name"}, about.name), h("span", {class: "d2-lead"}, about.lead), tabs),
@@ -283,7 +284,7 @@ function inspect(model, root) {
 
   const columns = () => index[model.get("source")];
   const current = () => steps.find(s => s.groups.includes(model.get("at"))) || steps[0] || {groups: []};
-  function go(at) { if (at === undefined || at === model.get("at")) return; model.set({at, rollout: 0}); model.save_changes(); place(); }
+  function go(at) { if (at === undefined || at === model.get("at")) return; model.set("at", at); model.set("rollout", 0); model.save_changes(); place(); }
   function pick(rollout) { if (rollout === model.get("rollout")) return; model.set("rollout", rollout); model.save_changes(); }
   function fields() {
     const names = Object.keys(columns()).filter(k => !["group", "query", "step", "sample", "rollout"].includes(k));
@@ -329,7 +330,7 @@ function inspect(model, root) {
   }
   function choose() { // the chosen rollout's box, point and mask
     const s = model.get("shown"), e = s.entries && s.entries[model.get("rollout")];
-    if (!e) return;
+    if (!e || s.at !== model.get("at") || s.source !== model.get("source")) return; // the one it belongs to is on its way
     picture.prompts = e.prompts || [];
     const key = `${s.source}/${s.at}/${e.number}`, found = masks.get(key);
     picture.mask("prediction", found ? found.runs : null);
@@ -462,7 +463,6 @@ function ask(model, root) {
     const p = model.get(which);
     fill(box, p.html ? [h("div", {class: "d2-said", html: p.html}), h("p", {class: "d2-count d2-after"}, `${p.tokens} tokens, ${num(p.seconds, 2)} s`)] : h("p", {class: "d2-said d2-wait"}, model.get("busy") ? model.get("busy") + "…" : "–"));
     shows[which].hidden = !p.html;
-    if (which === "first") { wrong.hidden = !p.error; wrong.textContent = p.error || ""; }
   };
   const drawn = () => {
     const d = model.get("drawn");
@@ -471,14 +471,15 @@ function ask(model, root) {
   };
   const tell = {first: told(first, "first"), second: told(second, "second")};
   model.on("change:first", tell.first); model.on("change:second", tell.second); model.on("change:drawn", drawn);
-  model.on("change:busy", () => { busy(model.get("busy")); tell.first(); tell.second(); });
+  model.on("msg:custom", m => { if (m.done === undefined) return; busy(""); wrong.hidden = !m.error; wrong.textContent = m.error; });
+  model.on("change:busy", () => { if (model.get("busy")) busy(model.get("busy")); tell.first(); tell.second(); });
   model.on("change:query", () => { query.value = model.get("query"); }); model.on("change:description", () => { description.value = model.get("description"); });
   root.addEventListener("keydown", e => { if (!e.target.matches("textarea,input") && picture.key(e.key)) e.preventDefault(); });
   const p = model.get("picture");
   picture.show(p.image, p.size); picture.mask("truth", p.truth);
   if (picture.toggles.truth) picture.toggle("truth"); // one asks before one knows
   query.value = model.get("query"); description.value = model.get("description");
-  tell.first(); tell.second(); drawn(); busy(model.get("busy"));
+  tell.first(); tell.second(); drawn();
   return () => picture.observer.disconnect();
 }
 
