@@ -1,0 +1,124 @@
+"""A real JupyterLab in a real browser, for the tests and for the pictures of the README: python tests/browser.py RUN [OTHER] [--to docs]"""
+import argparse, json, os, shutil, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 600_000 # milliseconds: a busy machine is no failure
+NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+
+
+def chromium() -> str | None:
+    "Where a Chromium is; None where there is none."
+    return next((path for path in map(shutil.which, NAMES) if path), None)
+
+
+def notebook(path: Path, cells: list[str]):
+    "A notebook of these cells, not yet run."
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+    nbformat.write(nb, path)
+
+
+@contextmanager
+def jupyterlab(folder: Path):
+    "A server on a free port that serves a folder; gives its address."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    own = Path(folder)/".jupyter"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DR2SEG_WATCHED": "1", "HF_HUB_OFFLINE": "1", "JUPYTER_CONFIG_DIR": str(own), "JUPYTER_RUNTIME_DIR": str(own/"runtime"),
+                        "JUPYTERLAB_SETTINGS_DIR": str(own/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(own/"workspaces")}
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.collaborative=False"]
+    log = open(Path(folder)/"jupyter.log", "w")
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
+    try:
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE/1000
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api/status", timeout=5)
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > until: raise RuntimeError(f"JupyterLab did not start: {Path(log.name).read_text()[-2000:]}")
+                time.sleep(.3)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+
+
+@contextmanager
+def browser(width=1440, height=1000):
+    "A page of a headless Chromium."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        with play.chromium.launch(executable_path=chromium(), timeout=PATIENCE, args=["--no-sandbox", "--force-color-profile=srgb"]) as app:
+            page = app.new_page(viewport=dict(width=width, height=height), device_scale_factor=2)
+            page.set_default_timeout(PATIENCE)
+            yield page
+
+
+def command(page, name: str, args: dict | None = None):
+    "Runs a command of JupyterLab."
+    page.evaluate("([name, args]) => window.jupyterapp.commands.execute(name, args)", [name, args or {}])
+
+
+def opened(page, address: str, name: str):
+    "Opens a notebook, alone in the window, its kernel ready."
+    page.goto(f"{address}/lab/tree/{name}")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.evaluate("() => window.jupyterapp.restored")
+    if page.locator("#jp-left-stack:visible").count(): command(page, "application:toggle-left-area")
+    page.wait_for_function("() => { const p = window.jupyterapp.shell.currentWidget; return p && p.sessionContext && p.sessionContext.session && p.sessionContext.session.kernel && p.sessionContext.session.kernel.status === 'idle' }")
+
+
+def theme(page, dark: bool):
+    "JupyterLab's dark theme or its light one."
+    command(page, "apputils:change-theme", dict(theme="JupyterLab Dark" if dark else "JupyterLab Light"))
+    page.wait_for_selector(f'body[data-jp-theme-light="{"false" if dark else "true"}"]', state="attached")
+    page.wait_for_timeout(400)
+
+
+def pixels(page, selector: str):
+    "What a canvas holds: [H,W,4] uint8."
+    import base64, io
+    import numpy as np
+    from PIL import Image
+    uri = page.locator(selector).first.evaluate("c => c.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+VIEWS = dict(inspector="inspect('{run}')", live="live('{run}')", compare="compare(['{run}', '{other}'])", ask="a = Ask('{model}', 2_000_049); a")
+
+
+def pictures(run: Path, other: Path | None, to: Path):
+    "Each view in light and dark, as PNG files."
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        views = {k: v.format(run=run, other=other, model="embedded" if not (run/"checkpoints").exists() else run) for k, v in VIEWS.items() if other or k != "compare"}
+        notebook(Path(folder)/"views.ipynb", ["from dr2seg_lib.inspector import *\nfrom dr2seg_lib.inspector import Ask, compare, inspect, live", *views.values()])
+        with jupyterlab(folder) as address, browser() as page:
+            opened(page, address, "views.ipynb")
+            command(page, "notebook:run-all-cells")
+            page.locator(".d2-ask .d2-main").click()
+            page.wait_for_selector(".d2-ask [data-pass=second]:visible")
+            page.wait_for_function("() => document.querySelector('.d2-inspect .d2-status').textContent.includes('IoU')")
+            for dark in (False, True):
+                theme(page, dark)
+                for name in views:
+                    page.locator(f".d2-{name.removesuffix('or')}").first.scroll_into_view_if_needed()
+                    page.wait_for_timeout(300)
+                    page.locator(f".d2-{name.removesuffix('or')}").first.screenshot(path=to/f"{name}{'-dark' if dark else ''}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("other", type=Path, nargs="?")
+    parser.add_argument("--to", type=Path, default=ROOT/"docs")
+    args = parser.parse_args()
+    if not chromium(): sys.exit("no Chromium is found; install one: apt-get install -y chromium")
+    args.to.mkdir(parents=True, exist_ok=True)
+    pictures(args.run.resolve(), args.other and args.other.resolve(), args.to)
