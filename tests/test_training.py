@@ -234,3 +234,16 @@ def test_bf16_weights_with_few_projections(tmp_path):
     assert len(saved) == 4 * 2 * 2 and all(v.dtype == torch.float32 for v in saved.values()) and any("v_proj" in k and "lora_B" in k and v.any() for k, v in saved.items())
     with pytest.raises(ValidationError, match="bfloat16 would lose the small steps"): TrainConfig(dtype="bfloat16")
     with pytest.raises(ValidationError, match="targets"): TrainConfig(targets=["qkv"])
+
+
+@pytest.mark.parametrize("recipe, terms", [("seg_zero", {"iou", "box", "points"}), ("pixelthink", {"points", "length"}),
+                                           ("dpad", {"points", "discriminative"}), ("dr2seg_dpad", {"accuracy", "description", "length", "discriminative"})])
+def test_every_method_of_the_field_trains(recipe, terms, tmp_path):
+    run = train(TrainConfig(**SMALL | dict(recipe=recipe, steps=1, prompts=4, max_new_tokens=192)), tmp_path / "run")
+    row = run.metrics()[0]
+    assert set(row["terms"]) >= terms and row["terms"]["thinking_format"] > 0.7 < row["terms"]["answer_format"] and 0 < row["accuracy"] <= 1
+    assert (row["tokens_second"] is not None) == recipe.startswith("dr2seg")
+
+
+def test_a_scorer_that_is_not_there_is_told_before_anything_is_asked(tmp_path):
+    with pytest.raises(ValueError, match="scorer: 'clap' is not known; use embedded"): train(TrainConfig(**SMALL | dict(recipe="dpad", scorer="clap")), tmp_path / "run")
