@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import grpo
+from . import grpo, runs
 from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, load_policy, summarise
 from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
@@ -304,6 +304,7 @@ def train(config: TrainConfig, out, # the run's folder
     kind = Run if int(os.environ.get("RANK", 0)) == 0 else Follower
     with kind.resume(out) if resume else kind.create(out, config.model_dump(), config.seed) as run:
         policy, recipe, optimizer, accelerator = prepared(config)
+        if accelerator.is_main_process: runs.update(run.folder, frame=policy.frame) # what the coordinates in its answers mean
         judge(run, policy, recipe, accelerator, config, "before")
         checkpoint = latest_checkpoint(run.folder)
         start = int(checkpoint.name.split("-")[1]) if checkpoint else 0

@@ -44,7 +44,7 @@ def test_rows_and_records_hold_what_the_contract_says(whole):
     assert "".join(record["first"]["tokens"]) == record["first"]["text"] and len(record["first"]["entropy"]) == len(record["first"]["tokens"])
     t = record["terms"]
     assert record["reward"] == pytest.approx((t["thinking_format"] + t["answer_format"] + t["non_repeat"] + t["accuracy"] + t["description"]) * t["length"])
-    assert len(whole.rollouts()) == 2 * 2 * 3
+    assert len(whole.rollouts()) == 2 * 2 * 3 and whole.info["frame"] == 112
 
 
 @pytest.mark.parametrize("settings", [{}, dict(updates=2), dict(tune="full", lr=1e-4), dict(norm_lr=1e-2)], ids=str)
