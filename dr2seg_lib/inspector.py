@@ -498,7 +498,7 @@ def differences(
     for i, (arm, _) in enumerate(others): heads |= {f'b{i}': (arm, 's'), f'd{i}': ('difference' if len(others) == 1 else f'{arm} − {first}', 's')}
     return plots.table(rows, heads)
 
-# %% ../nbs/19_inspector.ipynb #6b49778b
+# %% ../nbs/19_inspector.ipynb #b92be51d
 BETTER, WORSE = '#149a80', '#d0503f'
 
 def token_scatter(
@@ -518,7 +518,7 @@ def token_scatter(
                 ax.plot(x[some], y[some], 'o', color=colour, ms=4.5, alpha=.7, mew=0, label=f'{label}: {some.sum()}')
             ax.set(xlim=(0, top), ylim=(0, top), xlabel=f'{first}, tokens', aspect='equal')
             ax.grid(axis='x')
-            ax.legend(fontsize=8, loc='upper left', labelcolor='linecolor', handletextpad=.1, borderaxespad=.1)
+            ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.16), ncols=3, labelcolor='linecolor', handletextpad=.1, columnspacing=1)
     return fig
 
 def disagreements(

@@ -30,7 +30,10 @@ def jupyterlab(folder: Path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DR2SEG_WATCHED": "1", "HF_HUB_OFFLINE": "1", "JUPYTER_CONFIG_DIR": str(own), "JUPYTER_RUNTIME_DIR": str(own/"runtime"),
                         "JUPYTERLAB_SETTINGS_DIR": str(own/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(own/"workspaces")}
     options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
-               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.collaborative=False"]
+               "--LabApp.expose_app_in_browser=True"]
+    quiet = own/"settings"/"@jupyterlab"/"apputils-extension"
+    quiet.mkdir(parents=True)
+    (quiet/"notification.jupyterlab-settings").write_text(json.dumps(dict(fetchNews="false", checkForUpdates=False)))
     log = open(Path(folder)/"jupyter.log", "w")
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
     try:
@@ -98,7 +101,7 @@ def pictures(run: Path, other: Path | None, to: Path):
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         views = {k: v.format(run=run, other=other, model="embedded" if not (run/"checkpoints").exists() else run) for k, v in VIEWS.items() if other or k != "compare"}
-        notebook(Path(folder)/"views.ipynb", ["from dr2seg_lib.inspector import *\nfrom dr2seg_lib.inspector import Ask, compare, inspect, live", *views.values()])
+        notebook(Path(folder)/"views.ipynb", ["from dr2seg_lib.inspector import Ask, compare, inspect, live", *views.values()])
         with jupyterlab(folder) as address, browser() as page:
             opened(page, address, "views.ipynb")
             command(page, "notebook:run-all-cells")
@@ -108,9 +111,11 @@ def pictures(run: Path, other: Path | None, to: Path):
             for dark in (False, True):
                 theme(page, dark)
                 for name in views:
-                    page.locator(f".d2-{name.removesuffix('or')}").first.scroll_into_view_if_needed()
+                    view = page.locator(f".d2-{name.removesuffix('or')}").first
+                    page.set_viewport_size(dict(width=1440, height=int(view.bounding_box()["height"]) + 260)) # the whole of it
+                    view.scroll_into_view_if_needed()
                     page.wait_for_timeout(300)
-                    page.locator(f".d2-{name.removesuffix('or')}").first.screenshot(path=to/f"{name}{'-dark' if dark else ''}.png")
+                    view.screenshot(path=to/f"{name}{'-dark' if dark else ''}.png")
 
 
 if __name__ == "__main__":

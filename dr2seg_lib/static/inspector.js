@@ -169,7 +169,7 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
   }
   controls(names) { // toggles of the layers, and their opacity
     this.toggles = {};
-    const chip = ([name, label]) => this.toggles[name] = h("button", {class: `d2-chip d2-${name}`, "aria-pressed": this.layers[name], title: `show or hide (${label[0]})`, onclick: () => this.toggle(name)},
+    const chip = ([name, label]) => this.toggles[name] = h("button", {class: `d2-chip d2-${name}`, "aria-pressed": String(this.layers[name]), title: `show or hide (${label[0]})`, onclick: () => this.toggle(name)},
       COLOURS[name] ? h("i", {class: "d2-dot", style: `background:${css(COLOURS[name])}`}) : null, label);
     const slider = h("input", {type: "range", min: 0, max: 100, value: this.opacity * 100, "aria-label": "opacity of the masks", oninput: e => { this.opacity = e.target.value / 100; this.paint(); }});
     return h("div", {class: "d2-layers"}, Object.entries(names).map(chip), h("label", {class: "d2-opacity"}, h("span", {}, "opacity"), slider));
@@ -209,7 +209,7 @@ function stack(entry, about, [lo, hi]) { // the terms as one bar; solid is what 
   return bar;
 }
 
-const lean = (v, top) => h("div", {class: "d2-lean"}, h("i", {class: v < 0 ? "d2-down" : "d2-up", style: `width:${50 * Math.min(Math.abs(v) / (top || 1), 1)}%;${v < 0 ? "right" : "left"}:50%`}), h("span", {}, signed(v)));
+const lean = (v, top) => h("div", {class: "d2-lean"}, h("div", {}, h("i", {class: v < 0 ? "d2-down" : "d2-up", style: `width:${50 * Math.min(Math.abs(v) / (top || 1), 1)}%;${v < 0 ? "right" : "left"}:50%`})), h("span", {}, signed(v)));
 
 function rewardTable(shown, about, pick) { // a row a rollout
   const rows = shown.entries, sums = rows.map(r => parts(r, about)), paid = rows.map((r, i) => about.factor === null ? 1 : sums[i].factor);
@@ -363,7 +363,7 @@ function inspect(model, root) {
 
 // ---- curves -------------------------------------------------------------------------------------------------------------------------
 function ticks(lo, hi) { // two to four round numbers between
-  const span = hi - lo || 1, raw = span / 3, ten = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find(m => m * ten >= raw) * ten, out = [];
+  const span = hi - lo || 1, raw = span / 3.4, ten = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find(m => m * ten >= raw) * ten, out = [];
   for (let v = Math.ceil(lo / step - 1e-9) * step; v <= hi + 1e-9 * span; v += step) out.push(+v.toPrecision(6));
   return out;
 }
@@ -381,13 +381,13 @@ function chart({title, steps, last, lines, zero, top, bars}, hover) { // lines: 
   if (!all.length) [lo, hi] = [0, 1];
   if (hi - lo < 1e-9) { hi += Math.abs(hi) * .1 || 1; if (!zero && !bars) lo -= Math.abs(lo) * .1; }
   if (!top) { hi += .06 * (hi - lo); if (!zero && !bars) lo -= .06 * (hi - lo); }
-  const end = Math.max(last || 0, steps.at(-1) || 1, 2), X = s => LEFT + (WIDE - LEFT - 6) * (s - 1) / (end - 1), Y = v => BASE - (BASE - 8) * (v - lo) / (hi - lo);
+  const end = Math.max(last || 0, steps.at(-1) || 1, 2), pad = bars ? .5 : 0, X = s => LEFT + (WIDE - LEFT - 6) * (s - 1 + pad) / (end - 1 + 2 * pad), Y = v => BASE - (BASE - 8) * (v - lo) / (hi - lo);
   const svg = h("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "aria-label": title});
   for (const v of ticks(lo, hi)) svg.append(h("line", {class: "d2-grid", x1: LEFT, x2: WIDE - 6, y1: Y(v), y2: Y(v)}), h("text", {x: LEFT - 6, y: Y(v) + 3, "text-anchor": "end"}, num(v)));
   svg.append(h("text", {x: LEFT, y: HIGH - 3}, "1"), h("text", {x: WIDE - 6, y: HIGH - 3, "text-anchor": "end"}, String(end)));
   const draw = values => { let d = "", pen = false; values.forEach((v, i) => { if (v === null) { pen = false; return; } d += `${pen ? "L" : "M"}${X(steps[i]).toFixed(1)} ${Y(v).toFixed(1)}`; pen = true; }); return d; };
   if (bars) {
-    const width = Math.max(1, .8 * (WIDE - LEFT - 6) / Math.max(end - 1, 8));
+    const width = Math.max(1, .7 * (WIDE - LEFT - 6) / Math.max(end, steps.length, 8));
     steps.forEach((s, i) => { let low = 0; for (const b of bars) { const v = b.values[i] || 0; svg.append(h("rect", {x: X(s) - width / 2, width, y: Y(low + v), height: Math.max(0, Y(low) - Y(low + v)), fill: b.colour})); low += v; } });
   } else for (const l of lines) {
     if (!l.dash) svg.append(h("path", {d: draw(l.values), stroke: l.colour, class: "d2-raw"}));
@@ -403,7 +403,7 @@ function chart({title, steps, last, lines, zero, top, bars}, hover) { // lines: 
     fill(value, k < 0 ? "" : bars ? `${num(all[k])} s` : shown.map((l, j) => h("b", {style: `color:${l.colour}`}, (j ? " → " : "") + num(l.values[k]))), k >= 0 && i !== null ? h("em", {}, `step ${steps[k]}`) : "");
   };
   at(null);
-  svg.addEventListener("mousemove", e => { const box = svg.getBoundingClientRect(), s = 1 + (end - 1) * ((e.clientX - box.left) / box.width * WIDE - LEFT) / (WIDE - LEFT - 6); let k = 0; steps.forEach((v, i) => { if (Math.abs(v - s) < Math.abs(steps[k] - s)) k = i; }); if (steps.length) hover(k); });
+  svg.addEventListener("mousemove", e => { const box = svg.getBoundingClientRect(), s = 1 - pad + (end - 1 + 2 * pad) * ((e.clientX - box.left) / box.width * WIDE - LEFT) / (WIDE - LEFT - 6); let k = 0; steps.forEach((v, i) => { if (Math.abs(v - s) < Math.abs(steps[k] - s)) k = i; }); if (steps.length) hover(k); });
   svg.addEventListener("mouseleave", () => hover(null));
   const key = bars ? h("p", {class: "d2-key"}, bars.map(b => h("span", {}, h("i", {class: "d2-dot", style: `background:${b.colour}`}), `${b.label} ${num(mean(b.values.filter(v => v !== null)), 2)} s`))) : null;
   return {at, box: h("figure", {class: bars ? "d2-plot d2-wide" : "d2-plot"}, h("figcaption", {}, title, value), svg, key || "")};
@@ -432,7 +432,7 @@ function live(model, root) {
     const order = Object.keys(about.stages); stages.sort((a, b) => (order.indexOf(a) + 99) % 99 - (order.indexOf(b) + 99) % 99);
     const plots = [one("answer entropy, nats", "answer_entropy"),
       c.tokens && {title: "reasoning tokens", steps, last, zero: true, lines: [{values: c.tokens, colour: accent}, ...(c.tokens_second ? [{values: c.tokens_second, colour: accent, dash: "4 3"}] : [])]},
-      one("accuracy", "accuracy", {zero: true, top: 1}), one("reward", "reward"), ...terms.map(k => ({title: words(k), steps, last, zero: about.greatest[k] !== undefined, top: about.greatest[k] && about.greatest[k] * 1.04, lines: [{values: c["terms." + k], colour: about.terms[k]}]})),
+      one("accuracy", "accuracy", {zero: true, top: 1}), one("reward", "reward"), ...terms.map(k => ({title: c[k] ? `${words(k)} reward` : words(k), steps, last, zero: about.greatest[k] !== undefined, top: about.greatest[k] && about.greatest[k] * 1.04, lines: [{values: c["terms." + k], colour: about.terms[k]}]})),
       one("KL to the reference", "kl", {zero: true}),
       stages.length && {title: "seconds a step", steps, last, bars: stages.map((k, i) => ({values: c["seconds." + k], colour: about.stages[k] || ["#a07a4a", "#6b8f5e", "#c2488f"][i % 3], label: k}))}].filter(Boolean);
     charts = plots.map(p => chart(p, hover));
@@ -456,12 +456,12 @@ function ask(model, root) {
   const shows = {first: use("first"), second: use("second")};
   const layers = picture.controls({...(model.get("picture").truth ? {truth: "ground truth"} : {}), prediction: "mask", ...(model.get("picture").truth ? {difference: "difference"} : {}), contours: "contours", prompts: "box and point"});
   root.append(h("div", {class: "d2-asked"}, query, go), wrong, h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, h("p", {class: "d2-keys"}, "Drag a box or click a point to segment; ", h("kbd", {}, "+"), h("kbd", {}, "−"), " zoom")),
-    h("div", {class: "d2-right d2-steps"}, h("section", {}, h("h6", {}, "first pass"), first, shows.first), h("section", {}, h("h6", {}, "description"), h("div", {class: "d2-asked"}, description, again)), h("section", {}, h("h6", {}, "second pass, asked about the description alone"), second, shows.second),
+    h("div", {class: "d2-right d2-steps"}, h("section", {}, h("h6", {}, "first pass"), first), h("section", {}, h("h6", {}, "description"), h("div", {class: "d2-asked"}, description, again)), h("section", {}, h("h6", {}, "second pass, asked about the description alone"), second),
       h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more"))));
   const busy = text => { root.classList.toggle("d2-busy", !!text); go.disabled = again.disabled = !!text; };
   const told = (box, which) => () => {
     const p = model.get(which);
-    fill(box, p.html ? [h("div", {class: "d2-said", html: p.html}), h("p", {class: "d2-count d2-after"}, `${p.tokens} tokens, ${num(p.seconds, 2)} s`)] : h("p", {class: "d2-said d2-wait"}, model.get("busy") ? model.get("busy") + "…" : "–"));
+    fill(box, p.html ? [h("div", {class: "d2-said", html: p.html}), h("p", {class: "d2-count d2-after"}, `${p.tokens} tokens, ${num(p.seconds, 2)} s`, shows[which])] : h("p", {class: "d2-said d2-wait"}, model.get("busy") ? model.get("busy") + "…" : "–"));
     shows[which].hidden = !p.html;
   };
   const drawn = () => {
