@@ -56,15 +56,15 @@ def bootstrap(values: np.ndarray, # [N] or [N,K], one row a sample
     return np.percentile(statistic(np.asarray(values)[picks]), [2.5, 97.5]).tolist()
 
 def measured(rows: list[dict]) -> dict:
-    "gIoU, cIoU, tokens, answer entropy, share of parsable answers and N-acc, with intervals; None where no row tells."
+    "gIoU, cIoU, tokens, answer entropy, share of parsable answers and N-acc, with intervals where there is more than one row; None where no row tells."
     iu = np.array([(r["i"], r["u"]) for r in rows], dtype=float)
     cumulative = lambda v: v[..., 0].sum(-1) / np.maximum(v[..., 1].sum(-1), 1)
-    out = dict(n=len(rows), cIoU=float(cumulative(iu)), cIoU_ci=bootstrap(iu, cumulative))
+    out = dict(n=len(rows), cIoU=float(cumulative(iu))) | (dict(cIoU_ci=bootstrap(iu, cumulative)) if len(rows) > 1 else {})
     empty = [r["u"] == 0 for r in rows if r.get("targets") == 0]
     found = {name: [r[key] for r in rows] for name, key in dict(gIoU="iou", tokens="tokens", answer_entropy="answer_entropy", format="format").items()}
     for name, values in (found | (dict(N_acc=empty) if empty else {})).items():
         values = np.array([v for v in values if v is not None], dtype=float)
-        out |= {name: float(values.mean()), f"{name}_ci": bootstrap(values)} if len(values) else {name: None}
+        out |= {name: float(values.mean()) if len(values) else None} | ({f"{name}_ci": bootstrap(values)} if len(values) > 1 else {})
     return out
 
 def strata(rows: list[dict]) -> dict: # {tag: {value: what `measured` gives}}

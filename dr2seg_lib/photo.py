@@ -133,7 +133,7 @@ class Segmented:
     @property
     def note(self)->str:
         "What was found, in words."
-        n, parts = len(self.targets), [f'{self.mask.mean():.1%} of the image', ' · '.join(v for k, v in self.asked.items() if v and k in ('model', 'segmenter'))]
+        n, parts = len(self.targets), [f'{self.mask.mean():.1%} of the image', ' · '.join(f'{k} {v}' for k, v in self.asked.items() if k in ('model', 'segmenter'))]
         parts.insert(0, 'nothing found' if not n else '1 object' if n == 1 else f'{n} objects')
         if self.response: parts.insert(2, f'{self.response.think_tokens} tokens of reasoning')
         return ' · '.join(parts)

@@ -42,6 +42,7 @@ def test_summary_by_hand():
     b = s["strata"]["kind"]["b"]
     assert (b["gIoU"], b["tokens"], b["n"]) == (.25, 50, 2) and b["cIoU"] == pytest.approx(.1) and b["gIoU_ci"] == [0, .5]
     assert "N_acc" not in s and "broken" not in s
+    assert s["strata"]["kind"]["a"].keys() == {"n", "gIoU", "cIoU", "tokens", "answer_entropy", "format"}, "one sample has no interval"
     assert s["gIoU_ci"][0] <= s["gIoU"] <= s["gIoU_ci"][1]
 
 

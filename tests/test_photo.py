@@ -108,7 +108,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(['segment', str(HOPPER), '--box', CAP, '--out', str(tmp_path/'new'/'folder')]) == 0
     out, err = capsys.readouterr()
     note, *paths = out.splitlines()
-    assert err == '' and re.fullmatch(r'1 object · [56]\.\d% of the image · grabcut', note) and paths == [f'{tmp_path}/new/folder/grace_hopper.segment.{kind}' for kind in ('png', 'json')]
+    assert err == '' and re.fullmatch(r'1 object · [56]\.\d% of the image · segmenter grabcut', note) and paths == [f'{tmp_path}/new/folder/grace_hopper.segment.{kind}' for kind in ('png', 'json')]
     assert cli.main(['segment', str(HOPPER), 'what is worn on the head?', '--out', str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert 'tokens of reasoning' in out and 'knows only the drawn world' in err
