@@ -120,7 +120,7 @@ def token_scatter(
         plots._legend(fig, arms)
     return fig
 
-# %% ../nbs/17_discrimination.ipynb #ca4c112e
+# %% ../nbs/17_discrimination.ipynb #f9e724ad
 def similarity_scatter(
     arms:dict, # {method: rows as `discriminated` gives them}
 )->Figure:
@@ -130,7 +130,8 @@ def similarity_scatter(
         for ax, (a, b) in zip(axes, (('s1', 's2'), ('ts1', 'ts2'))):
             for rows, colour in zip(arms.values(), plots.colours(arms).values()):
                 ax.scatter([100*r[b] for r in rows], [100*r[a] for r in rows], s=9, color=colour, alpha=.45, lw=0, rasterized=True)
-            ends = [min(0, ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
+            (a0, a1), (b0, b1) = ax.get_xlim(), ax.get_ylim()
+            ends = [min(a0, b0), max(a1, b1)]
             ax.plot(ends, ends, color=plots.GREY, lw=.8, ls=(0, (3, 3)), zorder=0)
             ax.set(xlim=ends, ylim=ends, aspect='equal', xlabel='similarity with the whole picture')
             ax.grid(True, axis='both')

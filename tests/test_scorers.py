@@ -5,6 +5,7 @@ import numpy as np, open_clip, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from dr2seg_lib import cli, plots, runs
+from dr2seg_lib.policy import EMBEDDED as POLICY
 from dr2seg_lib.discrimination import (DISCRIMINATION, caption_of, discriminated, discrimination, ratio, similarity_scatter, strata_of, stratified_table,
                                        token_scatter)
 from dr2seg_lib.rewards import discriminative
@@ -254,6 +255,17 @@ def test_a_folder_in_open_clips_form(tiny, tmp_path):
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path/FILES[1])
     scorer = load_scorer(str(tmp_path), device="cpu")
     assert torch.allclose(scorer.texts(["a cat"]), load_scorer(f"tiny-clip:{folder/'tiny.pt'}", device="cpu").texts(["a cat"]), atol=1e-5)
+
+def test_a_folder_with_a_tokenizer_of_the_hub(tmp_path, samples):
+    "The other kind of tokenizer open_clip has; the policy's own stands in for one."
+    from safetensors.torch import save_file
+    for file in "tokenizer.json", "tokenizer_config.json": shutil.copy(POLICY/file, tmp_path)
+    config = TINY | dict(text_cfg=TINY["text_cfg"] | dict(hf_tokenizer_name="here", vocab_size=1024))
+    (tmp_path/FILES[0]).write_text(json.dumps(dict(model_cfg=config)))
+    save_file({k: v.contiguous() for k, v in open_clip.CLIP(**config).state_dict().items()}, tmp_path/FILES[1])
+    scorer, long = load_scorer(str(tmp_path), device="cpu"), "the red ball " * 40
+    assert scorer.tokens("the red ball") == 5 and scorer.tokens(long) == 122 and " ".join(w.strip() for w in scorer.windows(long)) == long.strip()
+    assert torch.isfinite(similarities(scorer, samples[:1], [["the red ball", long]]).s1).all()
 
 def test_openais_tag_asks_for_quickgelu(monkeypatch):
     "The one thing about the published weights that their model's name does not say."
