@@ -20,7 +20,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from dr2seg_lib import dialogue, warmstart
-from dr2seg_lib.policy import LORA_TARGETS, Policy
+from dr2seg_lib.policy import Policy, adapted
 from dr2seg_lib.rollout import Clock, Response, Rollouts, ask_descriptions
 from dr2seg_lib.training import TrainConfig, update
 
@@ -128,7 +128,7 @@ def trl_trainer(args):
                         per_device_train_batch_size=rows_a_step, num_generations=args.samples, max_completion_length=args.answer, temperature=1.0,
                         generation_kwargs=dict(min_new_tokens=args.answer), beta=KL, learning_rate=LR, lr_scheduler_type="constant", max_steps=args.steps, shuffle_dataset=False)
     trainer = Timed(model, lambda completions, **_: np.random.randn(len(completions)).tolist(), config, Dataset.from_list(rows * args.steps),
-                    processing_class=processor, callbacks=[steps], peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_TARGETS))
+                    processing_class=processor, callbacks=[steps], peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=adapted()))
     return trainer, steps
 
 

@@ -145,8 +145,8 @@ def _first_object(text): # the first {…} with something in it; the text is cut
     return said if isinstance(said, dict) else {}
 
 def _as_one(target): # several objects as one: the box around all, the first point and the last
-    boxes, points = np.array([t.box for t in target]), np.concatenate([np.reshape(t.point, (-1, 2)) for t in target])
-    return Target((*boxes.min(0)[:2].tolist(), *boxes.max(0)[2:].tolist()), (points[0].tolist(), points[-1].tolist()))
+    boxes, points = np.array([t.box for t in target]), [p for t in target for p in (t.point, t.second or t.point)]
+    return Target((*boxes.min(0)[:2].tolist(), *boxes.max(0)[2:].tolist()), points[0], second=points[-1])
 
 def _pair_distance(p, q, a, b): # mean distance of two points to two others, in the better pairing
     return min(dist(p, a) + dist(q, b), dist(p, b) + dist(q, a))/2
@@ -166,7 +166,7 @@ def seg_zero(
     truth, found = _as_one(target), Target(tuple(box), ())
     terms |= dict(iou=float(overlaps(found, truth)), box=float(corners_close(found, truth, frame)))
     if all(numbers(p, 2) and inside(p, box) for p in points):
-        terms['points'] = float(_pair_distance(*points, *truth.point) < 100*frame/840)
+        terms['points'] = float(_pair_distance(*points, truth.point, truth.second) < 100*frame/840)
     return terms
 
 # %% ../nbs/04_rewards.ipynb #bcefb3f7

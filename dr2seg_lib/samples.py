@@ -6,7 +6,7 @@ __all__ = ['Target', 'Sample']
 # %% ../nbs/01_samples.ipynb #d0f81fc8
 from dataclasses import dataclass, field
 import numpy as np
-from .masks import box_of, point_of
+from .masks import box_of, point_of, second_point_of
 
 # %% ../nbs/01_samples.ipynb #d8f332ee
 @dataclass(frozen=True, eq=False)
@@ -15,13 +15,14 @@ class Target:
     box: tuple # (x1,y1,x2,y2), inclusive pixels
     point: tuple # (x,y), pixels
     mask: np.ndarray|None = None # [H,W] bool, at the image's own resolution
+    second: tuple|None = None # (x,y), a second point inside, where a method asks for two (Seg-Zero)
 
     @classmethod
     def of(cls,
         mask:np.ndarray, # [H,W] bool, not empty
     )->'Target':
-        "The target of a mask: its bounding box and its deepest pixel (METHODS §1)."
-        return cls(box_of(mask), point_of(mask), mask)
+        "The target of a mask: its bounding box, its deepest pixel (METHODS §1), and the centre of the next circle inside it."
+        return cls(box_of(mask), point_of(mask), mask, second_point_of(mask))
 
 # %% ../nbs/01_samples.ipynb #ccd7470f
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class Sample:
     @property
     def mask(self)->np.ndarray: # [H,W] bool
         "The union of the targets' masks; empty without targets."
+        if any(t.mask is None for t in self.targets):
+            raise ValueError(f"sample {self.id}: its targets are boxes and points without masks; evaluate on a data set that has masks.")
         union = np.zeros(self.image.shape[:2], dtype=bool)
         for t in self.targets: union |= t.mask
         return union
@@ -52,4 +55,4 @@ class Sample:
         "The targets in the policy's frame, each axis scaled by itself and rounded half up."
         per_axis = [frame/n for n in self.size]
         to_frame = lambda values: tuple(int(v*per_axis[i % 2] + 0.5) for i, v in enumerate(values))
-        return [Target(to_frame(t.box), to_frame(t.point)) for t in self.targets]
+        return [Target(to_frame(t.box), to_frame(t.point), second=t.second and to_frame(t.second)) for t in self.targets]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'COLOURS', 'SHAPES', 'DIFFICULTY', 'LIKE', 'USE', 'EDGES', 'KINDS', 'SPLITS', 'WARM_START', 'VERBOSE',
-           'SECOND_THOUGHTS', 'Thing', 'coverage', 'Scene', 'draw_scene', 'name', 'describe', 'Question', 'Puzzle',
-           'draw_puzzle', 'MiniReasonSeg', 'draw_sample', 'think_concise', 'think_verbose', 'think_direct']
+           'SECOND_THOUGHTS', 'Thing', 'coverage', 'Scene', 'draw_scene', 'name', 'caption', 'describe', 'Question',
+           'Puzzle', 'draw_puzzle', 'MiniReasonSeg', 'draw_sample', 'think_concise', 'think_verbose', 'think_direct']
 
 # %% ../nbs/02_scenes.ipynb #1ecb90bc
 from dataclasses import dataclass
@@ -146,6 +146,10 @@ def name(thing: Thing, scene: Scene) -> str: # e.g. "small red ball"
     "The shortest self-contained name of a thing in its scene."
     twins = [t for t in scene.things if (t.colour, t.shape) == (thing.colour, thing.shape)]
     return f"{thing.size} {thing.colour} {thing.shape}" if len(twins) > 1 else f"{thing.colour} {thing.shape}"
+
+def caption(thing: Thing) -> str: # e.g. "a small red ball"
+    "What a picture of the thing alone shows."
+    return f"a {thing.size} {thing.colour} {thing.shape}"
 
 def describe(things, scene: Scene) -> str: # e.g. "the red ball and the blue star"
     "The description of one or two targets."
@@ -349,8 +353,7 @@ _DOUBT = ("wait, maybe it is", "hmm, but it could also be", "on second thought, 
 _KEEP = ("no, that does not fit as well", "no, i was right before")
 
 def _tour(rng, scene, things):
-    parts = [f"a {t.size} {t.colour} {t.shape} at the {t.place}" for t in things]
-    return "there is " + ", ".join(parts)
+    return "there is " + ", ".join(f"{caption(t)} at the {t.place}" for t in things)
 
 def think_concise(rng, scene: Scene, q: Question) -> str:
     "The facts and the conclusion, nothing else."
@@ -366,9 +369,6 @@ def think_verbose(rng, scene: Scene, q: Question) -> str:
         chain += [f"{_pick(rng, _DOUBT)} {describe([_pick(rng, close)], scene)}", _pick(rng, _KEEP)]
     return ". ".join([*chain, f"therefore the target is {describe(q.targets, scene)}"]) + "."
 
-def think_direct(rng, scene: Scene, targets) -> str:
-    "How to think about a question that names its target: find it, sometimes after a look around."
-    found = " and ".join(f"the {name(t, scene)} is at the {t.place}" for t in targets)
-    if rng.random() < .6: return f"{found}."
-    seen = [scene.things[i] for i in rng.permutation(len(scene.things))[:int(rng.integers(1, 4))]]
-    return f"let me find {describe(targets, scene)}. {_tour(rng, scene, seen)}. {found}."
+def think_direct(targets) -> str:
+    "How to think about a question that names its targets: where they are, nothing else."
+    return f"{'it is' if len(targets) == 1 else 'they are'} at {' and '.join(f'the {t.place}' for t in targets)}."

@@ -65,6 +65,34 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, notebook, monkeypat
     assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["toy.ipynb"]
 
 
+@pytest.mark.parametrize("args, says", [
+    (["--preset", "few_shot"], 'unknown preset "few_shot"; did you mean "reasonseg_few_shot"?'),
+    (["--preset", "reasonseg_few_shot"], "preset reasonseg_few_shot needs ReasonSeg's folder; name it by data"),
+    (["--preset", "reasonseg_few_shot", "-p", "data", "nowhere"], "data: nowhere does not exist; give the path of a data set, or its name on the hub. The embedded world is called mini."),
+    (["--preset", "visionreasoner_7k", "-p", "data", "mini", "-p", "eval_data", "nowhere"], "eval_data: nowhere does not exist"),
+    (["--preset", "visionreasoner_7k", "-p", "data", "mini", "-p", "eval_data", "mini", "-p", "prompts", "many"], 'parameter "prompts": input should be a valid integer'),
+    (["-p", "eval_data", "nowhere"], "eval_data: nowhere does not exist")])
+def test_what_train_refuses(tmp_path, monkeypatch, capsys, args, says):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "train", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dr2seg: ") and err.count("\n") == 1 and says in err and not list(tmp_path.iterdir())
+
+
+def test_a_preset_is_for_train_and_what_is_typed_has_precedence(notebook, capsys):
+    assert cli.main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2 and "presets are for train" in capsys.readouterr().err
+    given = dict(data="mini", eval_data="mini", lr=0.5)
+    filled = cli.check_parameters("train", cli.find_experiment("train"), cli.with_preset("train", "visionreasoner_7k", given))
+    assert filled["lr"] == 0.5 and filled["rank"] == 64 and filled["recipe"] == "dr2seg_desc"
+
+
+def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
+    runs.write_json(tmp_path/"results.json", dict(skipped={"a.json is broken; mend it.": 3, "b.json is broken; mend it.": 1}, after=dict(broken=2)))
+    assert cli.summary(tmp_path).splitlines()[1:] == [
+        "training records that cannot be read, passed over: 2, the first: a.json is broken; mend it. (all in results.json)",
+        "evaluated records that cannot be read, counted as misses: 2 (they have an error in the predictions)"]
+
+
 def test_unknown_experiments(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "experiments", lambda: {"train": Path("train.ipynb"), "ablate": Path("ablate.ipynb")})
     for name, words in ("trian", 'unknown experiment "trian"; did you mean "train"?'), ("xyz", "known are train, ablate"), \
@@ -223,3 +251,14 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
     (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | dict(id="b", image="../a.png")) + "\n")
     assert cli.main(["check", str(tmp_path)]) == 1 and "1 broken:" in capsys.readouterr().out
     assert cli.main(["check", str(tmp_path/"nothing")]) == 2 and "does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
+    "As root nothing is forbidden, so the command gives its rights away first."
+    tmp_path.chmod(0o555)
+    script = f"""import os, pydantic, dr2seg_lib.training
+from dr2seg_lib import cli
+if os.geteuid() == 0: os.seteuid(65534)
+raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run cannot be written (Permission denied); grant permission" in done.stderr

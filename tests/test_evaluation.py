@@ -1,11 +1,21 @@
 "Answers to masks to numbers; nothing is skipped."
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from pycocotools import mask as coco
+from safetensors.torch import load_file, save_file
 
-from dr2seg_lib import dialogue
-from dr2seg_lib.evaluation import bootstrap, evaluate, load_data, located, scored, summarise
+from dr2seg_lib import cli, dialogue, evaluation
+from dr2seg_lib.evaluation import EvaluateConfig, bootstrap, evaluate, load_data, load_policy, located, run_evaluation, scored, summarise
 from dr2seg_lib.policy import Policy
+from dr2seg_lib.readers import BrokenRecord
 from dr2seg_lib.rollout import Response
+from dr2seg_lib.runs import Run, read_json, read_jsonl, write_json
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.segmenters import Segmenter, load_segmenter
 
@@ -29,8 +39,38 @@ def test_summary_by_hand():
     rows = [dict(i=i, u=u, iou=i / u, tokens=t, answer_entropy=e, format=1.0, tags={"kind": k}) for i, u, t, e, k in [(8, 10, 20, .1, "a"), (1, 2, 40, .3, "b"), (0, 8, 60, .5, "b")]]
     s = summarise(rows)
     assert s["gIoU"] == pytest.approx((.8 + .5) / 3) and s["cIoU"] == pytest.approx(9 / 20) and s["tokens"] == 40 and s["n"] == 3
-    assert s["strata"]["kind"]["b"] == dict(gIoU=.25, tokens=50, n=2)
+    b = s["strata"]["kind"]["b"]
+    assert (b["gIoU"], b["tokens"], b["n"]) == (.25, 50, 2) and b["cIoU"] == pytest.approx(.1) and b["gIoU_ci"] == [0, .5]
+    assert "N_acc" not in s and "broken" not in s
+    assert s["strata"]["kind"]["a"].keys() == {"n", "gIoU", "cIoU", "tokens", "answer_entropy", "format"}, "one sample has no interval"
     assert s["gIoU_ci"][0] <= s["gIoU"] <= s["gIoU_ci"][1]
+
+
+def test_questions_without_an_answer_by_hand():
+    row = lambda u, targets: dict(i=0, u=u, iou=float(u == 0), tokens=5, answer_entropy=.1, format=1., targets=targets, tags={})
+    s = summarise([row(0, 0), row(7, 0), row(0, 0), row(9, 1)])
+    assert s["N_acc"] == pytest.approx(2 / 3) and s["gIoU"] == .5 and s["cIoU"] == 0
+
+
+def test_a_record_that_cannot_be_read_is_a_miss():
+    class Worn(list):
+        def __getitem__(self, i):
+            if i in (0, 3): raise BrokenRecord(f"record {i} is broken; mend it.")
+            return super().__getitem__(i)
+    data = Worn(MiniReasonSeg("val", 4))
+    policy, segmenter = Policy.load(), load_segmenter("grabcut")
+    summary, rows = evaluate(policy, segmenter, data, dialogue.dr2seg, batch_size=3)
+    whole, _ = evaluate(policy, segmenter, list(data)[1:3], dialogue.dr2seg)
+    assert [r["sample"] for r in rows] == ["#0", data[1].id, data[2].id, "#3"] and rows[3]["error"] == "record 3 is broken; mend it."
+    assert summary["n"] == 4 and summary["broken"] == 2 and summary["gIoU"] == pytest.approx(whole["gIoU"] / 2)
+    assert summary["cIoU"] == whole["cIoU"] and summary["tokens"] == whole["tokens"] and summary["strata"].keys() == whole["strata"].keys()
+
+
+def test_nothing_that_can_be_read_has_no_tokens():
+    class Worn(list):
+        def __getitem__(self, i): raise BrokenRecord("it is broken; mend it.")
+    summary, _ = evaluate(Policy.load(), None, Worn([1, 2]), dialogue.dr2seg)
+    assert summary["gIoU"] == 0 and summary["tokens"] is None and summary["broken"] == 2 and summary["strata"] == {}
 
 
 def test_bootstrap_covers_the_mean():
@@ -56,3 +96,167 @@ def test_same_answers_in_any_batch_size():
 
 def test_unknown_data_is_named():
     with pytest.raises(FileNotFoundError, match="data: coco does not exist.*called mini"): load_data("coco", "val")
+
+
+# ---- runs of their own
+
+SMALL = dict(samples=7, batch=2, segmenter="grabcut", max_new_tokens=100)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run_evaluation(EvaluateConfig(**SMALL), tmp_path_factory.mktemp("whole") / "run").folder
+
+
+def bytes_of(folder): return [(folder / n).read_bytes() for n in ("predictions.jsonl", "results.json")]
+
+
+def test_a_run_leaves_predictions_and_summary(whole):
+    rows, results, data = read_jsonl(whole / "predictions.jsonl"), read_json(whole / "results.json"), MiniReasonSeg("val")
+    assert [r["sample"] for r in rows] == [data[i].id for i in range(7)] and all(len(r["query"]) and len(r["text"]) for r in rows)
+    for i, r in enumerate(rows):
+        drawn = coco.decode(r["rle"]) > 0
+        assert (r["i"], r["u"]) == ((drawn & data[i].mask).sum(), (drawn | data[i].mask).sum())
+    assert results["gIoU"] == pytest.approx(np.mean([r["i"] / r["u"] for r in rows])) and results["cIoU"] == pytest.approx(sum(r["i"] for r in rows) / sum(r["u"] for r in rows))
+    assert results["evaluation"] == dict(data="mini", format="MiniReasonSeg", split="val", protocol="lisa") and results["n"] == 7
+    assert sum(v["n"] for v in results["strata"]["difficulty"].values()) == 7
+
+
+@pytest.mark.parametrize("batches", [1, 3, 4])
+def test_stopped_after_a_batch_and_resumed_is_unbroken_to_the_byte(whole, tmp_path, monkeypatch, batches):
+    "Stopped politely after some batches; the fourth is the last, and only the summary is left to do."
+    written, append = [], evaluation.append_jsonl
+    def appended(path, rows):
+        append(path, rows)
+        written.append(len(rows))
+        if len(written) == batches: (path.parent / "stop").touch()
+        if batches == 4 and len(written) == 4: raise KeyboardInterrupt
+    monkeypatch.setattr(evaluation, "append_jsonl", appended)
+    try: run = run_evaluation(EvaluateConfig(**SMALL), tmp_path / "run")
+    except KeyboardInterrupt: run = Run.open(tmp_path / "run")
+    assert run.status == "interrupted" and not (run.folder / "results.json").exists()
+    first = (run.folder / "predictions.jsonl").read_bytes()
+    run_evaluation(EvaluateConfig(**SMALL), run.folder, resume=True)
+    assert bytes_of(run.folder) == bytes_of(whole) and bytes_of(run.folder)[0].startswith(first)
+    assert sum(written) == 7, "nothing was asked twice"
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.37, 0.5, 0.95, 1.0])
+def test_killed_anywhere_and_resumed_is_unbroken_to_the_byte(whole, tmp_path, cut):
+    text = (whole / "predictions.jsonl").read_bytes()
+    with Run.create(tmp_path / "run", EvaluateConfig(**SMALL).model_dump(), bar=False): pass
+    (tmp_path / "run/predictions.jsonl").write_bytes(text[:int(len(text) * cut)])
+    run_evaluation(EvaluateConfig(**SMALL), tmp_path / "run", resume=True)
+    assert bytes_of(tmp_path / "run") == bytes_of(whole)
+
+
+def reasonseg(root, n):
+    "A ReasonSeg split of the world's scenes as polygons, with pixels to ignore, one file without polygons and one broken."
+    folder = root / "ReasonSeg" / "val"
+    folder.mkdir(parents=True)
+    corners = lambda x1, y1, x2, y2: [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
+    for i, s in enumerate(MiniReasonSeg("val", n)):
+        Image.fromarray(s.image).save(folder / f"{i:03}.jpg", quality=95)
+        shapes = [dict(label="target", points=corners(*t.box)) for t in s.targets] + [dict(label="ignore", points=corners(0, 0, 20, 20 + i % 5))]
+        (folder / f"{i:03}.json").write_text(json.dumps(dict(text=[s.query], is_sentence=bool(i % 2), shapes=shapes if i != 1 else [])))
+    (folder / "002.json").write_text("{")
+    return root
+
+
+def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
+    "Counted again by hand, under both protocols. The answers come from a policy that gives the true box, so that this is about the data."
+    root = reasonseg(tmp_path / "data", 200)
+    def told(policy, samples, prompt, max_new_tokens):
+        return [said(f'<think>x.</think><answer>[{{"bbox_2d": {[int(v * policy.frame / s.size[k % 2]) for k, v in enumerate(s.targets[0].box)]}, "point_2d": [50, 50]}}]</answer>' if s.targets else "") for s in samples]
+    class Boxes(Segmenter):
+        def masks(self, image, targets):
+            found = []
+            for t in targets:
+                found.append(np.zeros(image.shape[:2], bool))
+                x1, y1, x2, y2 = map(int, t.box)
+                found[-1][y1:y2 + 1, x1:x2 + 1] = True
+            return found
+    monkeypatch.setattr(evaluation, "answer_greedily", told)
+    monkeypatch.setattr(evaluation, "load_segmenter", lambda name: Boxes())
+    for protocol in ("lisa", "visionreasoner"):
+        run = run_evaluation(EvaluateConfig(data=str(root), protocol=protocol), tmp_path / protocol)
+        rows, results = read_jsonl(run.folder / "predictions.jsonl"), read_json(run.folder / "results.json")
+        I = U = total = 0
+        for i, (r, s) in enumerate(zip(rows, MiniReasonSeg("val", 200))):
+            if i == 2:
+                assert "002.json" in r["error"]
+                continue
+            canvas, boxes = np.zeros((224, 224), np.uint8), [(*t.box, 1) for t in s.targets] + [(0, 0, 20, 20 + i % 5, 255)]
+            for x1, y1, x2, y2, label in sorted(boxes, key=lambda b: (b[0] - b[2] - 1) * (b[3] - b[1] + 1)) if i != 1 else []: canvas[y1:y2 + 1, x1:x2 + 1] = label
+            true, ignored = (canvas > 0, canvas < 0) if protocol == "visionreasoner" else (canvas == 1, canvas == 255)
+            drawn = coco.decode(r["rle"]) > 0
+            i_, u_ = (true & drawn & ~ignored).sum(), ((true | drawn) & ~ignored).sum()
+            assert (r["i"], r["u"]) == (i_, u_), (protocol, i)
+            I, U, total = I + i_, U + u_, total + (i_ / u_ if u_ else 1)
+        assert results["n"] == 200 and results["broken"] == 1 and results["evaluation"]["protocol"] == protocol and results["evaluation"]["format"] == "ReasonSeg"
+        assert results["gIoU"] == pytest.approx(total / 200) and results["cIoU"] == pytest.approx(I / U)
+        assert results["N_acc"] == 1 and set(results["strata"]["query"]) == {"long", "short"}
+
+
+# ---- adapters
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "checkpoints" / "step-000002"
+    policy = Policy.load().add_lora(4, 4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, p in policy.trainable(): p.normal_(std=0.3)
+    policy.adapter.save_pretrained(str(folder))
+    return folder
+
+
+def test_an_adapter_changes_the_answers(adapter, whole, tmp_path):
+    run = run_evaluation(EvaluateConfig(**SMALL | dict(samples=2, adapter=str(adapter))), tmp_path / "run")
+    rows = read_jsonl(run.folder / "predictions.jsonl")
+    assert [r["text"] for r in rows] != [r["text"] for r in read_jsonl(whole / "predictions.jsonl")[:2]] and run.info["parameters"]["adapter"] == str(adapter)
+    theirs, _ = evaluate(Policy.load().load_adapter(adapter), load_segmenter("grabcut"), MiniReasonSeg("val", 2), dialogue.dr2seg, 2, 100)
+    assert theirs["gIoU"] == read_json(run.folder / "results.json")["gIoU"]
+
+
+def test_tuned_weights_are_loaded_too(tmp_path):
+    policy = Policy.load().unfreeze()
+    with torch.no_grad(): policy.trainable()[0][1].add_(1)
+    save_file({n: p.detach().clone() for n, p in policy.trainable()}, str(tmp_path / "weights.safetensors"))
+    loaded = load_policy("embedded", str(tmp_path))
+    a, b = policy.model.state_dict(), loaded.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_wrong_adapter_is_one_sentence(adapter, tmp_path):
+    def told(name): return pytest.raises(ValidationError, EvaluateConfig, adapter=str(name)).value.errors()[0]["msg"].removeprefix("Value error, ")
+    assert told(tmp_path / "nowhere") == f"adapter {tmp_path}/nowhere does not exist; name a checkpoint such as runs/x/checkpoints/step-000060"
+    assert told(adapter.parents[1]) == f"adapter {adapter.parents[1]} holds no adapter; name a checkpoint such as {adapter}"
+    weights = load_file(str(adapter / "adapter_model.safetensors"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    save_file({k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in weights.items()}, str(other / "adapter_model.safetensors"))
+    with pytest.raises(ValueError, match=f"adapter {other} was made for another model than embedded; name the model it was trained on"): load_policy("embedded", str(other))
+    write_json(other / "manifest.json", dict(step=1, files={"adapter_model.safetensors": "0"}))
+    assert told(other) == f"adapter {other} is damaged (adapter_model.safetensors differs from its manifest); name another checkpoint"
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(smaples=3), "smaples"), (dict(recipe="dr3seg"), "use one of visionreasoner"), (dict(model="embeded"), "use embedded"), (dict(protocol="lissa"), "lisa"),
+                                         (dict(data="coco"), "data: coco does not exist.*called mini"), (dict(split="tset"), "no split 'tset'"), (dict(batch=0), "batch")], ids=str)
+def test_wrong_parameters_are_named(wrong, says):
+    with pytest.raises(ValidationError, match=says): EvaluateConfig(**wrong)
+
+
+def test_the_notebook_declares_the_config():
+    declared = cli.parameters_of(Path(__file__).parents[1] / "nbs/experiments/evaluate.ipynb")
+    assert {k: v for k, v in declared.items() if k not in ("out", "resume")} == EvaluateConfig().model_dump()
+
+
+def test_the_command(tmp_path, capsys):
+    args = ["run", "evaluate", "-p", "segmenter", "grabcut", "-p", "samples", "3", "-p", "max_new_tokens", "60", "--out", str(tmp_path / "run")]
+    assert cli.main(args) == 0
+    out = capsys.readouterr().out
+    assert "mini, split val, protocol lisa" in out and "| all | 3 |" in out and "| difficulty: " in out
+    assert cli.main([*args, "--resume"]) == 2 and "only a run that ended early" in capsys.readouterr().err
+    assert cli.main(["run", "evaluate", "-p", "adapter", str(tmp_path)]) == 2 and "holds no adapter; name a checkpoint" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
-from dr2seg_lib.masks import box_iou, box_of, decode, encode, iou, point_of, ratio
+from dr2seg_lib.masks import box_iou, box_of, decode, encode, iou, point_of, ratio, second_point_of
 
 masks = arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 24)))
 coordinate = st.integers(-50, 50)
@@ -131,3 +131,11 @@ def test_box_iou_is_the_iou_of_the_filled_boxes(a, b):
 def test_box_iou_of_anything_is_a_ratio(a, b):
     out = box_iou(a, b)
     assert out.shape == (len(a), len(b)) and ((0 <= out) & (out <= 1)).all() and np.allclose(out, box_iou(b, a).T)
+
+
+def test_second_point_is_the_centre_of_the_next_circle():
+    mask = np.zeros((30, 60), bool)
+    mask[5:26, 5:26] = True   # a large square
+    mask[10:19, 40:49] = True # a small one, apart
+    assert point_of(mask) == (15, 15) and second_point_of(mask) == (44, 14)
+    assert second_point_of(np.eye(1, dtype=bool)) == (0, 0)

@@ -50,6 +50,27 @@ def reasonseg(tmp_path):
     return write
 
 
+def test_protocols(reasonseg, tmp_path):
+    root = reasonseg('a', [shape(BOX), shape([[10, 8], [32, 8], [32, 10], [10, 10]], 'ignore')])
+    reasonseg('b', [shape(BOX, 'ignore')]), reasonseg('c', [])
+    for plain, merged in zip(open_data(root, 'val'), open_data(root, 'val', protocol='visionreasoner')):
+        covered = plain.mask if plain.ignore is None else plain.mask | plain.ignore
+        assert np.array_equal(merged.mask, covered) and merged.ignore is None and len(merged.targets) == covered.any() and merged.query == plain.query
+    assert open_data(root, 'val').protocol == 'lisa' and open_data(root, 'val')[0].ignore.any()
+    hub = parquet(tmp_path/'ReasonSeg_val'/'test-00000-of-00001.parquet', [hub_row()]).parent
+    assert open_data(hub, 'val').protocol == 'visionreasoner'
+    assert 'has lost which pixels to ignore' in sentence(open_data, hub, 'val', protocol='lisa')
+    assert 'use lisa or visionreasoner' in sentence(open_data, hub, 'val', protocol='lissa')
+
+
+def test_drawing_again_needs_no_file(reasonseg):
+    for name, n in dict(a=5, b=1, c=4).items(): root = reasonseg(name, text=tuple(f'{name}{k}' for k in range(n)), split='train')
+    data = ReasonSeg(root, 'train')
+    assert len(data) == 10 and [ReasonSeg(root, 'train', texts=s).index for s in range(9)] == [data.drawn(s).index for s in range(9)]
+    for file in (root/'train').glob('*.json'): file.unlink()
+    assert len({tuple(data.drawn([7, epoch]).index) for epoch in range(9)}) > 4 and len(data) == 10
+
+
 @pytest.fixture
 def own(tmp_path):
     "A function that writes a folder of one's own."

@@ -19,7 +19,7 @@ def answer(rng, puzzle, sample, verbose, shift=0, first=True):
     "A response as the embedded policy writes it, and the mask that follows from it."
     targets = puzzle.question.targets
     chain = (think_verbose if verbose else think_concise)(rng, puzzle.scene, puzzle.question)
-    if not first: chain = think_direct(rng, puzzle.scene, targets)
+    if not first: chain = think_direct(targets)
     masks = puzzle.scene.masks()
     guess = np.roll(np.any([masks[puzzle.scene.things.index(t)] for t in targets], 0), rng.integers(-shift, shift + 1, 2) if shift else 0, (0, 1))
     found = [type(t)(tuple(v // 2 for v in t.box), tuple(v // 2 for v in t.point)) for t in sample.targets]

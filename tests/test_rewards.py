@@ -299,7 +299,7 @@ def test_non_repeat_splits_the_whole_response():
 
 # Seg-Zero
 
-PAIR = Target(MUG.box, ((150, 300), (250, 300)))
+PAIR = Target(MUG.box, (150, 300), second=(250, 300))
 ALL = dict(thinking_format=1, answer_format=1, iou=1, box=1, points=1)
 
 

@@ -59,6 +59,12 @@ def test_mask_is_the_union():
     assert np.array_equal(s.mask, a | b) and a.sum() == 16
 
 
+def test_targets_without_masks_are_told():
+    s = sample(9, 8, Target((0, 0, 1, 1), (0, 0)))
+    with pytest.raises(ValueError, match='sample s: its targets are boxes and points without masks; evaluate on a data set that has masks.'): s.mask
+    assert len(s.scaled(840)) == 1
+
+
 def test_no_targets():
     s = sample(9, 8)
     assert s.mask.shape == (8, 9) and s.mask.dtype == bool and not s.mask.any() and s.scaled(840) == []
