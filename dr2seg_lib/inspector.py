@@ -297,13 +297,18 @@ def still(self:Opened, source:str, at:int, rollout:int)->plots.Figure:
 
 RUN = plots.RECIPES['dr2seg']
 
-# %% ../nbs/19_inspector.ipynb #f4abb05b
+# %% ../nbs/19_inspector.ipynb #cd068129
 STATIC = Path(dr2seg_lib.__file__).parent/'static'
 
 class View(anywidget.AnyWidget):
     "What the views share: the drawing, and a still for where no widget can live."
     _esm, _css = STATIC/'inspector.js', STATIC/'inspector.css'
     kind = t.Unicode().tag(sync=True) # which of the module's views
+    aside = True # answers beside a running cell
+
+    def _send(self, msg, buffers=None):
+        super()._send(msg, buffers)
+        if self.aside and self.comm is not None: vars(self.comm).pop('_reply_subshell_id', None)
 
     def still(self)->plots.Figure: raise NotImplementedError
 
@@ -641,10 +646,11 @@ def picture_of(
     if image is None: raise FileNotFoundError(f'{source} is no picture that can be read; give a file such as photo.jpg, an array, or a seed')
     return Sample(Path(source).name, image[..., ::-1].copy(), '', ())
 
-# %% ../nbs/19_inspector.ipynb #0e6704cc
+# %% ../nbs/19_inspector.ipynb #63f15300
 class Ask(View):
     "A picture to ask about, to describe and to point at."
     kind = t.Unicode('ask').tag(sync=True)
+    aside = False # two threads may not use a policy at once
     picture = t.Dict().tag(sync=True) # image, size, truth
     query = t.Unicode().tag(sync=True)
     description = t.Unicode().tag(sync=True) # what the second pass is asked about

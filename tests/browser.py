@@ -112,7 +112,7 @@ def pictures(run: Path, other: Path | None, to: Path):
                 theme(page, dark)
                 for name in views:
                     view = page.locator(f".d2-{name.removesuffix('or')}").first
-                    page.set_viewport_size(dict(width=1440, height=int(view.bounding_box()["height"]) + 260)) # the whole of it
+                    page.set_viewport_size(dict(width=1440, height=int(view.bounding_box()["height"]) + 480)) # the whole of it
                     view.scroll_into_view_if_needed()
                     page.wait_for_timeout(300)
                     view.screenshot(path=to/f"{name}{'-dark' if dark else ''}.png")
