@@ -370,7 +370,7 @@ def train_scorer(policy: Policy, # of the embedded sort; changed in place
     policy.model.set_attn_implementation("sdpa")
     return policy
 
-# %% ../nbs/20_rea2seg.ipynb #82d90bc3
+# %% ../nbs/20_rea2seg.ipynb #66c7b134
 def save_scorer(policy: Policy, folder) -> Path:
     "Write the adapter in half precision as a plain peft folder."
     folder = Path(folder)
@@ -389,7 +389,7 @@ def scorer_quality(scorer: Policy, lessons: list, batch: int = 64) -> dict: # fo
         said += [r.text for r in responses(scorer, scorer.generate(prefix, 1, 192, temperature=0))]
     error = np.abs(np.subtract(told, list(map(read_score, said))))
     right, wrong = [[read_score(s) for s, t in zip(said, told) if lo <= t <= hi] for lo, hi in ((8, 10), (0, 0))]
-    apart = np.sign(np.subtract.outer(right, wrong)).mean() / 2 + .5 if right and wrong else None
+    apart = float(np.sign(np.subtract.outer(right, wrong)).mean() / 2 + .5) if right and wrong else None
     return dict(n=len(lessons), format=float(np.mean(["</score>" in s for s in said])), exact=float((error < .5).mean()), error=float(error.mean()), apart=apart)
 
 # %% ../nbs/20_rea2seg.ipynb #6913963e
@@ -416,7 +416,7 @@ def cost_table(summary: dict) -> Table:
     rows = [dict(dimension=d, n=s["n"]) | {k: Interval(*s[k]) for k in FIGURES} for d, s in summary.items()]
     return table(rows, dict(dimension=("", ""), n="d", **FIGURES))
 
-# %% ../nbs/20_rea2seg.ipynb #247c6e61
+# %% ../nbs/20_rea2seg.ipynb #92b227bb
 def gallery_picks(rows: list[dict], least: int = 3) -> list[dict]:
     "For each dimension the first row with at least `least` candidates: chosen before anyone looks."
     picked = {}
@@ -429,20 +429,19 @@ def gallery(rows: list[dict], pictures: dict, # sample id -> image [H,W,3] uint8
             most: int = 5) -> Figure: # candidates shown of each
     "Picture with truth, attention, and the marked candidates with score and IoU; the chosen one is framed."
     with rc_context(plots.STYLE | {"axes.titlelocation": "center", "axes.titlepad": 4}):
-        fig = Figure(figsize=(1.62 * (most + 2), 1.95 * len(rows)), layout="constrained")
-        grid = fig.subplots(len(rows), most + 2, squeeze=False)
-        for line, r in zip(grid, rows):
+        fig = Figure(figsize=(1.62 * (most + 2), 2.05 * len(rows)), layout="constrained")
+        for part, r in zip(fig.subfigures(len(rows), squeeze=False)[:, 0], rows):
             image, shown = pictures[r["sample"]], [c | dict(best=i == r["best"]) for i, c in enumerate(r["candidates"])]
             shown = sorted(shown, key=lambda c: not c["best"])[:most]
             drawn = [plots.overlay(image, truths[r["sample"]]), glow(image, heat_map(np.array(r["grid"]), image.shape[1::-1]))] + [mark(image, masks.decode(c["rle"])) for c in shown]
-            titles = ["truth", "attention"] + [f"{c['source']}: {c['score']:g}, IoU {c['iou']:.2f}" for c in shown]
+            titles = ["truth", "attention"] + [f"{c['source']}: {c['score']:g}/10, IoU {c['iou']:.2f}" for c in shown]
+            line = part.subplots(1, most + 2)
             for ax in line: ax.axis("off")
             for ax, picture, title in zip(line, drawn, titles): ax.imshow(picture); ax.set_title(title, fontsize=7, fontweight="normal")
-            line[0].text(0, 1.17, r["query"], transform=line[0].transAxes, fontsize=8.5, fontweight="bold")
-            for ax, c in zip(line[2:], shown):
-                if not c["best"]: continue
-                ax.title.set_fontweight("bold")
-                ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, lw=4, color=plots.RECIPES["dr2seg_desc"]))
+            part.suptitle(f"{r['tags'].get('dimension', '')}: {r['query']}".lstrip(": "), x=.008, ha="left", fontsize=9, fontweight="bold")
+            if r["best"] is not None:
+                line[2].title.set_fontweight("bold")
+                line[2].add_patch(Rectangle((0, 0), 1, 1, transform=line[2].transAxes, fill=False, lw=4, color=plots.RECIPES["dr2seg_desc"]))
     return fig
 
 # %% ../nbs/20_rea2seg.ipynb #48391811
