@@ -11,7 +11,7 @@ __all__ = ['NEEDED', 'TERMS', 'segmenter_of', 'RUN', 'STATIC', 'CURVES', 'BETTER
 import json
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 import anywidget
@@ -26,7 +26,7 @@ from .evaluation import load_data, located
 from .masks import decode, iou, ratio
 from .samples import Sample
 from .segmenters import load_segmenter
-from .training import questions
+from .training import shuffled
 
 # %% ../nbs/19_inspector.ipynb #8b4ea4ce
 NEEDED = {'rollouts.jsonl': ('step', 'sample', 'query', 'rollout', 'first', 'terms', 'reward', 'advantage'),
@@ -155,13 +155,14 @@ from fastcore.basics import patch
 def place(self:Opened,
     source:str, # "rollouts" or "evaluation"
     at:int, # number of the group
-    n:int, # samples of the data set
-)->int: # index in the data set
+    data, # the data set
+)->tuple: # the data set, or a pass over it; the index in that
     "Where a group's sample stands in its data set."
-    if source == 'evaluation': return at
+    if source == 'evaluation': return data, at
     step = self.groups[source][at][0]['step']
     first = next(i for i, g in enumerate(self.groups[source]) if g[0]['step'] == step)
-    return questions(range(n), SimpleNamespace(**self.parameters), step)[at - first]
+    config = SimpleNamespace(**dict(texts='all') | self.parameters) # runs of before did not ask about texts
+    return next(islice(shuffled(data, config, (step - 1) * config.prompts), at - first, None))
 
 @patch
 def sample(self:Opened, source:str, at:int)->Sample:
@@ -172,7 +173,8 @@ def sample(self:Opened, source:str, at:int)->Sample:
         if source not in self._data:
             self._data[source] = load_data(p['data'], 'train') if source == 'rollouts' else load_data(p.get('eval_data') or p['data'], 'val', p.get('eval_samples'))
         data = self._data[source]
-        found = data[self.place(source, at, len(data))]
+        found, i = self.place(source, at, data)
+        found = found[i]
     except (OSError, ValueError, KeyError, IndexError, AttributeError) as e: raise ValueError(f'the picture of {name} cannot be had ({type(e).__name__}: {e})') from e
     if found.id != name: raise ValueError(f'the picture of {name} cannot be had: {p["data"]} has {found.id} in its place')
     return found

@@ -306,9 +306,11 @@ def logprobs(self: Policy, prefix: Prefix, # B prompts; read under autograd for 
 @patch
 def add_lora(self: Policy, rank: int = 64, alpha: int = 64, norm: bool = False, # norm: train the final norm's gain too
              targets: tuple = PROJECTIONS, # of every layer
+             tokens: list[int] | None = None, # tokens whose embeddings are trained too
             ) -> Policy:
     "Put a fresh LoRA adapter on the language model."
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=adapted(targets), modules_to_save=["language_model.norm"] if norm else None)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=adapted(targets), modules_to_save=["language_model.norm"] if norm else None,
+                        trainable_token_indices=tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning) # of transformers, at peft's way of asking it
         self.adapter = get_peft_model(self.model, config)

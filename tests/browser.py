@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 600_000 # milliseconds: a busy machine is no failure
+PATIENCE = 120_000 # milliseconds: a busy machine is no failure
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 

@@ -7,6 +7,7 @@ from dr2seg_lib import inspector, report, runs
 from dr2seg_lib.inspector import Live, Opened, compare, curves, differences, disagreements, factor_of, fitted, inspect, live, prompts, readable, run_lengths, runs_mask, term_colours, touched
 from dr2seg_lib.masks import encode
 from dr2seg_lib.samples import Sample, Target
+from dr2seg_lib.training import TrainConfig, questions
 from test_report import BAD, Reader, make_run, metrics
 
 
@@ -127,11 +128,11 @@ def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeyp
     data = [Sample(f"photo-{i}", np.full((30, 40, 3), i, np.uint8), "?", ()) for i in range(50)]
     monkeypatch.setattr(inspector, "load_data", lambda name, split, limit=None: data)
     copied(whole, tmp_path)
-    config = inspector.SimpleNamespace(**runs.read_json(tmp_path/"run.json")["parameters"])
+    config = TrainConfig(**{k: v for k, v in runs.read_json(tmp_path/"run.json")["parameters"].items() if k in TrainConfig.model_fields})
     rows = runs.read_jsonl(whole/"rollouts.jsonl")
     place = {}
     for r in rows: place.setdefault(r["step"], []).append(r["sample"])
-    named = {(s, name): inspector.questions(data, config, s)[i].id for s, names in place.items() for i, name in enumerate(dict.fromkeys(names))}
+    named = {(s, name): questions(data, config, s)[0][i].id for s, names in place.items() for i, name in enumerate(dict.fromkeys(names))}
     runs.write_jsonl(tmp_path/"rollouts.jsonl", [r | dict(sample=named[r["step"], r["sample"]]) for r in rows])
     opened = Opened(tmp_path)
     for at, group in enumerate(opened.groups["rollouts"]): assert opened.sample("rollouts", at).id == group[0]["sample"]
