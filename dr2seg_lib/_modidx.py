@@ -146,7 +146,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                       'dr2seg_lib.inspector.View': ('inspector.html#view', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector.View._repr_mimebundle_': ( 'inspector.html#view._repr_mimebundle_',
                                                                                        'dr2seg_lib/inspector.py'),
-                                      'dr2seg_lib.inspector.View._send': ('inspector.html#view._send', 'dr2seg_lib/inspector.py'),
+                                      'dr2seg_lib.inspector.View.open': ('inspector.html#view.open', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector.View.still': ('inspector.html#view.still', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector._stack': ('inspector.html#_stack', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector._told': ('inspector.html#_told', 'dr2seg_lib/inspector.py'),

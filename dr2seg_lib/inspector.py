@@ -299,7 +299,7 @@ def still(self:Opened, source:str, at:int, rollout:int)->plots.Figure:
 
 RUN = plots.RECIPES['dr2seg']
 
-# %% ../nbs/19_inspector.ipynb #cd068129
+# %% ../nbs/19_inspector.ipynb #21e5f29e
 STATIC = Path(dr2seg_lib.__file__).parent/'static'
 
 class View(anywidget.AnyWidget):
@@ -308,9 +308,9 @@ class View(anywidget.AnyWidget):
     kind = t.Unicode().tag(sync=True) # which of the module's views
     aside = True # answers beside a running cell
 
-    def _send(self, msg, buffers=None):
-        super()._send(msg, buffers)
-        if self.aside and self.comm is not None: vars(self.comm).pop('_reply_subshell_id', None)
+    def open(self):
+        super().open()
+        if self.aside: self.comm._reply_subshell_for = lambda data, asked: asked
 
     def still(self)->plots.Figure: raise NotImplementedError
 
@@ -407,7 +407,7 @@ def curves(
     found = {n: averaged(n) for n in names}
     return dict(step=[rows[p[-1]]['step'] for p in parts]) | {n: v for n, v in found.items() if any(x is not None for x in v)}
 
-# %% ../nbs/19_inspector.ipynb #1b3633e2
+# %% ../nbs/19_inspector.ipynb #ff4d96cf
 import threading
 
 class Live(View):
@@ -447,7 +447,8 @@ class Live(View):
 
     def stop(self):
         "Asks the run to end after the current step."
-        if self.state.get('status') == 'running': (self.folder/'stop').touch()
+        self.look()
+        if self.state['status'] == 'running': (self.folder/'stop').touch()
         self.look()
 
     def close(self):

@@ -63,9 +63,9 @@ def browser(width=1440, height=1000):
             yield page
 
 
-def command(page, name: str, args: dict | None = None):
-    "Runs a command of JupyterLab."
-    page.evaluate("([name, args]) => window.jupyterapp.commands.execute(name, args)", [name, args or {}])
+def command(page, name: str, args: dict | None = None, wait: bool = True):
+    "Runs a command of JupyterLab, and waits for what it does: that of a cell is over when the cell is."
+    page.evaluate("([name, args, wait]) => { const done = window.jupyterapp.commands.execute(name, args); return wait ? done.then(() => {}) : null }", [name, args or {}, wait])
 
 
 def opened(page, address: str, name: str):

@@ -433,7 +433,7 @@ def test_live_in_the_browser(lab):
     view = lab.locator(".d2-live")
     assert "no run in this folder yet" in view.inner_text()
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 4 }")
-    browser.command(lab, "notebook:run-cell")
+    browser.command(lab, "notebook:run-cell", wait=False)
     lab.wait_for_function("() => document.querySelectorAll('.d2-live .d2-plot').length > 8")
     view.get_by_text("Stop after this step").click()
     lab.wait_for_function("() => document.querySelector('.d2-live .d2-pill').textContent === 'interrupted'")
