@@ -15,7 +15,7 @@ import dr2seg_lib
 from . import runs
 
 # %% ../nbs/23_cli.ipynb #6f296b74
-CONFIGS = {"train": "dr2seg_lib.training:TrainConfig", "evaluate": "dr2seg_lib.evaluation:EvaluateConfig"}     # experiment: module:class
+CONFIGS = {"train": "dr2seg_lib.training:TrainConfig", "rea2seg": "dr2seg_lib.rea2seg:Rea2SegConfig", "evaluate": "dr2seg_lib.evaluation:EvaluateConfig"}     # experiment: module:class
 
 def experiments() -> dict[str, Path]:
     "The notebooks that `dr2seg run` knows by name: those of the checkout this package lies in."
