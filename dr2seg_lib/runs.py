@@ -117,7 +117,8 @@ def status(folder: Path) -> str:  # running, done, interrupted or failed
     fd = lock(folder, tries=1)
     if fd is None: return "running"
     os.close(fd)
-    return "failed"
+    now = read_json(Path(folder)/"run.json")["status"]     # it may have ended between the look at its record and at its lock
+    return "failed" if now == "running" else now
 
 # %% ../nbs/12_runs.ipynb #276b2e58
 PACKAGES = "dr2seg_lib", "torch", "transformers", "peft", "accelerate", "sam2", "numpy", "papermill"

@@ -112,9 +112,10 @@ def pictures(run: Path, other: Path | None, to: Path):
                 theme(page, dark)
                 for name in views:
                     view = page.locator(f".d2-{name.removesuffix('or')}").first
-                    page.set_viewport_size(dict(width=1440, height=int(view.bounding_box()["height"]) + 480)) # the whole of it
-                    view.scroll_into_view_if_needed()
-                    page.wait_for_timeout(300)
+                    for _ in range(3): # the whole of it; it grows by the pictures that come into view
+                        page.set_viewport_size(dict(width=1440, height=int(view.bounding_box()["height"]) + 200))
+                        view.scroll_into_view_if_needed()
+                        page.wait_for_timeout(400)
                     view.screenshot(path=to/f"{name}{'-dark' if dark else ''}.png")
 
 

@@ -276,7 +276,8 @@ function inspect(model, root) {
   const count = h("span", {class: "d2-count"}), wrong = h("p", {class: "d2-wrong", hidden: true}), question = h("h4"), meta = h("p", {class: "d2-meta"}), table = h("div"), cards = h("div", {class: "d2-cards"}), status = h("p", {class: "d2-status"});
   const sources = Object.keys(index), tabs = sources.length > 1 ? h("div", {class: "d2-tabs"}, sources.map(s => h("button", {"data-source": s, onclick: () => { if (s === model.get("source")) return; model.set("source", s); model.set("at", 0); model.set("rollout", 0); model.save_changes(); }}, s))) : null;
   const layers = picture.controls({truth: "ground truth", prediction: "prediction", difference: "difference", contours: "contours", prompts: "box and point"});
-  const right = h("div", {class: "d2-right"}, question, meta, table, h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more"), cards);
+  const heat = h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more");
+  const right = h("div", {class: "d2-right"}, question, meta, table, heat, cards);
   root.append(h("div", {class: "d2-top"}, h("b", {class: "d2-name"}, about.name), h("span", {class: "d2-lead"}, about.lead), tabs),
     about.missing ? h("p", {class: "d2-notice"}, about.missing) : "",
     h("div", {class: "d2-bar"}, byStep.box, bySample.box), h("div", {class: "d2-bar d2-find"}, search, h("label", {class: "d2-sort"}, h("span", {}, "sort by"), sort, flip), count), wrong,
@@ -325,6 +326,7 @@ function inspect(model, root) {
     fill(question, s.query); fill(meta, s.meta);
     fill(table, s.source === "evaluation" ? predictionTable(s, pick) : rewardTable(s, about, pick));
     fill(cards, s.entries.map(e => card(e, about, pick)));
+    heat.hidden = !cards.querySelector(".heat"); // predictions keep no entropies
     right.scrollTop = 0;
     place(); marks(); choose();
   }
