@@ -443,8 +443,7 @@ class Live(View):
         return status in ('running', 'waiting')
 
     def _follow(self):
-        ended = 0 # a run that is just beginning or ending may look ended for a moment
-        while ended < 3 and not self.closed.wait(self.every): ended = 0 if self.look() else ended + 1
+        while not self.closed.wait(self.every) and self.look(): pass
 
     def stop(self):
         "Asks the run to end after the current step."
