@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from . import dialogue, masks
 from .policy import Policy
-from .readers import BrokenRecord, open_data
+from .readers import PROTOCOLS, BrokenRecord, open_data
 from .recipes import RECIPES
 from .rollout import Response, responses
 from .runs import Run, append_jsonl, damage, read_jsonl
@@ -130,9 +130,9 @@ def known_recipe(name: str) -> str:
     if name not in RECIPES: raise ValueError(f"recipe '{name}' is unknown; use one of {', '.join(RECIPES)}")
     return name
 
-def known_model(name: str) -> str:
+def known_model(name: str, field: str = "model") -> str: # field: the parameter that a complaint names
     if name == "embedded" or "/" in name or Path(name).is_dir(): return name
-    raise ValueError(f"model '{name}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
+    raise ValueError(f"{field} '{name}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
 
 def known_adapter(name: str) -> str: # "" for none
     "A checkpoint folder of `train`, or any adapter that peft has saved."
@@ -155,7 +155,7 @@ class EvaluateConfig(BaseModel):
     segmenter: str = Field("embedded", description="embedded, grabcut, a local folder or a hub id")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     split: str = "val"
-    protocol: Literal["lisa", "visionreasoner"] = Field("lisa", description="what ignored pixels are: not counted, or foreground (METHODS §5)")
+    protocol: Literal[PROTOCOLS] = Field("lisa", description="what ignored pixels are: not counted, or foreground (METHODS §5)")
     samples: int = Field(0, ge=0, description="only the first so many; 0: all")
     batch: int = Field(32, ge=1, description="questions asked at once: memory, not mathematics")
     max_new_tokens: int = Field(192, ge=1)

@@ -305,7 +305,7 @@ def training_curves(
     return fig
 
 # %% ../nbs/16_plots.ipynb #2f2c7c18
-GREATEST = dict(thinking_format=1, answer_format=2, non_repeat=1, accuracy=3, description=1, length=1, iou=1, box=1, points=1, caption=1)
+GREATEST = dict(thinking_format=1, answer_format=2, non_repeat=1, accuracy=3, description=1, length=1, iou=1, box=1, points=1)
 
 def reward_terms(
     runs, # metrics rows; or {arm: rows}; or {arm: [rows, ...]}

@@ -28,7 +28,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from . import dialogue, masks, plots, scenes
-from .evaluation import bootstrap, load_data, located
+from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, located
 from .plots import Figure, Interval, Table, table
 from .policy import EMBEDDED, Policy, Prefix, Seen, Shared, look_mask
 from .recipes import RECIPES
@@ -49,7 +49,7 @@ def answer_attention(policy: Policy, prefix: Prefix, # B prompts that have been 
     positions = prefix.start[:, None] + torch.arange(T, device=ids.device)
     core.set_attn_implementation("eager")
     try: layers = core(inputs_embeds=embeds, position_ids=positions.expand(3, -1, -1), past_key_values=Shared(prefix.layers, 1), use_cache=False,
-                       attention_mask={"full_attention": look_mask(prefix.pad, T, embeds.dtype)}, output_attentions=True).attentions
+                       attention_mask=look_mask(prefix.pad, T, embeds.dtype), output_attentions=True).attentions
     finally: core.set_attn_implementation(kept)
     return torch.stack(layers[len(layers) // 2:]).float().mean((0, 2))
 
@@ -448,29 +448,20 @@ def gallery(rows: list[dict], pictures: dict, # sample id -> image [H,W,3] uint8
 class Rea2SegConfig(BaseModel):
     "Parameters of a Rea2Seg run."
     model_config = ConfigDict(frozen=True, extra="forbid")
-    model: str = Field("embedded", description="policy that answers: embedded, a local folder or a hub id")
+    model: ModelName = Field("embedded", description="policy that answers: embedded, a local folder or a hub id")
     scorer: str = Field("", description="who scores; empty: the policy itself, the embedded one with its scoring adapter")
     segmenter: str = Field("embedded", description="embedded, grabcut, a local folder or a hub id")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     split: str = Field("val", description="split of the data set")
     samples: int = Field(256, ge=1, description="the first so many of the split")
-    recipe: str = Field("dr2seg", description="whose prompt asks for the direct answer")
+    recipe: RecipeName = Field("dr2seg", description="whose prompt asks for the direct answer")
     candidates: int = Field(8, ge=1, description="at most so many a sample")
     overlap: float = Field(0.8, gt=0, lt=1, description="IoU above which two candidates are one")
     max_new_tokens: int = Field(192, ge=1)
 
-    @field_validator("recipe")
+    @field_validator("scorer")
     @classmethod
-    def _known(cls, name):
-        if name not in RECIPES: raise ValueError(f"recipe '{name}' is unknown; use one of {', '.join(RECIPES)}")
-        return name
-
-    @field_validator("model", "scorer")
-    @classmethod
-    def _loadable(cls, name, info):
-        if name not in ("embedded", "") and "/" not in name and not Path(name).is_dir():
-            raise ValueError(f"{info.field_name} '{name}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
-        return name
+    def _loadable(cls, name): return name and known_model(name, "scorer")
 
 # %% ../nbs/22_rea2seg.ipynb #11410d8a
 def run_rea2seg(config: Rea2SegConfig, out, # the run's folder

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visionreasoner', 'dr2seg_desc', 'dr2seg', 'DIFFICULTIES', 'seg_zero', 'pixelthink', 'known_scorer', 'dpad',
-           'dpad_difference', 'dpad_scaled', 'dr2seg_dpad', 'RECIPES', 'Recipe', 'base_terms', 'summed',
+           'dpad_difference', 'dpad_scaled', 'dr2seg_dpad', 'RECIPES', 'Recipe', 'columns', 'base_terms', 'summed',
            'described_terms', 'dr2seg_terms', 'dr2seg_total', 'single_terms', 'difficulty', 'budgeted_terms',
            'scaled_by_length', 'discriminated', 'dpad_terms', 'dr2seg_dpad_terms', 'register']
 
@@ -41,11 +41,15 @@ class Recipe:
         return terms, self.total(terms)
 
 # %% ../nbs/10_recipes.ipynb #df4c373b
+def columns(rows) -> dict: # rows: {name: number}, one an answer -> {name: [n]}
+    "The terms of n answers, term by term."
+    rows = list(rows)
+    return {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
+
 def base_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: [n]}
     "VisionReasoner's terms of each first pass; three blocks are asked for where there is a second pass to feed."
     targets = group.sample.scaled(frame)
-    rows = [rewards.vision_reasoner_terms(r.text, targets, frame, description=recipe.second_prompt is not None) for r in group.first]
-    return {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
+    return columns(rewards.vision_reasoner_terms(r.text, targets, frame, description=recipe.second_prompt is not None) for r in group.first)
 
 def summed(terms: dict) -> Tensor: # [n]
     "The plain sum of all terms."
@@ -80,8 +84,7 @@ dr2seg = replace(dr2seg_desc, name="dr2seg", terms=dr2seg_terms, total=dr2seg_to
 def single_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: [n]}
     "Seg-Zero's five terms of each answer; a caption is asked for where there is a scorer to read it."
     targets = group.sample.scaled(frame)
-    rows = [rewards.seg_zero(r.text, targets, frame, caption=recipe.form is not None) for r in group.first]
-    return {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
+    return columns(rewards.seg_zero(r.text, targets, frame, caption=recipe.form is not None) for r in group.first)
 
 DIFFICULTIES = dict(easy=2.0, medium=4.25, hard=7.5)
 

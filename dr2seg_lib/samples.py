@@ -6,7 +6,7 @@ __all__ = ['Target', 'Sample']
 # %% ../nbs/01_samples.ipynb #d0f81fc8
 from dataclasses import dataclass, field
 import numpy as np
-from .masks import box_of, point_of, second_point_of
+from .masks import box_of, circle_of, second_point_of
 
 # %% ../nbs/01_samples.ipynb #d8f332ee
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,8 @@ class Target:
         mask:np.ndarray, # [H,W] bool, not empty
     )->'Target':
         "The target of a mask: its bounding box, its deepest pixel (METHODS §1), and the centre of the next circle inside it."
-        return cls(box_of(mask), point_of(mask), mask, second_point_of(mask))
+        circle = circle_of(mask)
+        return cls(box_of(mask), circle[0], mask, second_point_of(mask, circle))
 
 # %% ../nbs/01_samples.ipynb #ccd7470f
 @dataclass(frozen=True, eq=False)
