@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids
@@ -52,7 +54,7 @@ class Recorder:
     def __init__(self, before=None): self.before, self.layers = before, []
     def update(self, k, v, layer, *_):
         if self.before is not None: k, v = (torch.cat(pair, 2) for pair in zip(self.before[layer], (k, v)))
-        self.layers.append((k, v))
+        if layer == len(self.layers): self.layers.append((k, v)) # else a checkpointed layer, computed once more
         return k, v
 
 class Shared:
@@ -121,7 +123,7 @@ class Policy:
     "A multimodal language model that answers questions about images with text."
     def __init__(self, model, processor, frame: int, side: int | None = None): # side: None: the frame
         self.model, self.processor, self.frame, self.side = model.eval().requires_grad_(False), processor, frame, side or frame
-        self.tokenizer, self.adapter, self._frozen, self._pieces = processor.tokenizer, None, None, {}
+        self.tokenizer, self.adapter, self._frozen, self._pieces, self.shards = processor.tokenizer, None, None, {}, []
 
     @classmethod
     def load(cls, name: str = "embedded", # "embedded", a local folder or a hub id
@@ -217,7 +219,7 @@ def read(self: Policy, texts: list[str], # B user texts
 @contextmanager
 def folded(self: Policy):
     "Inside, a LoRA adapter of an fp32 policy is part of the weights it adapts."
-    layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 else []
+    layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 and not self.shards else []
     layers = [m for m in layers if not m.disable_adapters]
     kept = [m.base_layer.weight.data for m in layers]
     for m, w in zip(layers, kept):
@@ -349,3 +351,26 @@ def reference(self: Policy):
             core.language_model, self._frozen = self._frozen, core.language_model
             try: yield self
             finally: core.language_model, self._frozen = self._frozen, core.language_model
+
+# %% ../nbs/05_policy.ipynb #313ff4d2
+@patch
+def checkpointed(self: Policy) -> Policy:
+    "From here on each layer of the language model keeps only its input for the backward pass; call it when it is known what is trained."
+    def thrifty(forward): return lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, preserve_rng_state=False, **k) if torch.is_grad_enabled() else forward(*a, **k)
+    for layer in self.model.model.language_model.layers: layer.forward = thrifty(layer.forward)
+    return self
+
+@patch
+def sharded(self: Policy) -> Policy:
+    "Divide each layer's frozen weights among the processes of the default group; what is trained stays whole in each."
+    self.shards = [fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad}) for layer in self.model.model.language_model.layers]
+    return self
+
+@patch
+@contextmanager
+def whole(self: Policy):
+    "Inside, divided weights are whole in every process, and each may do what it likes."
+    for layer in self.shards: layer.set_reshard_after_forward(False); layer.unshard()
+    try: yield
+    finally:
+        for layer in self.shards: layer.set_reshard_after_forward(True); layer.reshard()

@@ -76,6 +76,8 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(20, ge=1, description="steps")
     scorer: str = Field("embedded", description="scorer of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder of open_clip's")
     processes: int = Field(1, ge=1, description="processes that share each step's questions")
+    checkpointing: bool = Field(False, description="compute each layer's inside again in the backward pass: memory for time")
+    shard: bool = Field(False, description="divide the frozen weights among the processes (FSDP)")
 
     @model_validator(mode="after")
     def _fine(self):
@@ -88,6 +90,11 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _frozen(self):
+        if self.shard and self.tune == "full": raise ValueError("shard: only frozen weights are divided, and tune full leaves none; use tune lora, or shard false")
+        return self
+
+    @model_validator(mode="after")
     def _readable(self):
         data = checked_data(self.data, "train", "data")
         if self.texts == "one" and not isinstance(data, ReasonSeg): raise ValueError(f"texts: {self.data} has one text a question; leave texts out")
@@ -97,7 +104,7 @@ class TrainConfig(BaseModel):
 
 # %% ../nbs/14_training.ipynb #97ccb08c
 PAPER = dict(model="Qwen/Qwen2.5-VL-7B-Instruct", segmenter="facebook/sam2.1-hiera-large", prompts=16, samples=8, temperature=1.0, max_new_tokens=512, anchor=40.0, gamma=0.05,
-             tune="lora", rank=64, alpha=64, lr=1e-5, norm_lr=0.0, dtype="bfloat16", schedule="constant", weight_decay=0.01, grad_norm=1.0, kl=5e-3, clip=0.2, updates=1, advantage_scale="group", chunk=1, eval_samples=200)
+             tune="lora", rank=64, alpha=64, lr=1e-5, norm_lr=0.0, dtype="bfloat16", schedule="constant", weight_decay=0.01, grad_norm=1.0, kl=5e-3, clip=0.2, updates=1, advantage_scale="group", chunk=1, checkpointing=True, eval_samples=200)
 PRESETS = dict(reasonseg_few_shot=PAPER | dict(epochs=5, recipe="dr2seg", texts="one"),
                visionreasoner_7k=PAPER | dict(epochs=1, recipe="dr2seg_desc", data="Ricky06662/VisionReasoner_multi_object_7k_840", eval_data="Ricky06662/ReasonSeg_val"))
 
@@ -229,6 +236,8 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     accelerator = Accelerator()
     policy = load_policy(config.model, dtype=config.dtype, device=accelerator.device)
     policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
+    if config.checkpointing: policy.checkpointed()
+    if config.shard and accelerator.num_processes > 1: policy.sharded()
     norm = [p for n, p in policy.trainable() if "language_model.norm" in n]
     rest = [p for n, p in policy.trainable() if "language_model.norm" not in n]
     groups = [dict(params=rest, lr=config.lr, base=config.lr)] + ([dict(params=norm, lr=config.norm_lr or config.lr, base=config.norm_lr or config.lr)] if norm else [])
@@ -252,8 +261,9 @@ def train_step(policy: Policy, recipe: Recipe, optimizer, accelerator: Accelerat
     clock, lr = Clock(), set_lr(optimizer, config, step)
     share = len(samples) // accelerator.num_processes
     own = accelerator.process_index * share
-    rolled = roll_out(policy, samples[own:own + share], recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, config.temperature,
-                      seed=step_seed(config, step) + 2 * own * config.samples, clock=clock)
+    with policy.whole():
+        rolled = roll_out(policy, samples[own:own + share], recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, config.temperature,
+                          seed=step_seed(config, step) + 2 * own * config.samples, clock=clock)
     with clock("reward"):
         terms, reward = rewarded(rolled, recipe, policy.frame)
         advantage = grpo.advantages(reward, config.advantage_scale)
@@ -268,8 +278,9 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
     results = read_json(path) if path.exists() else {}
     if when in results or not config.eval_samples: return
     data, W = load_data(config.eval_data or config.data, "val", config.eval_samples), accelerator.num_processes
-    summary, rows = evaluate(policy, load_segmenter(config.segmenter), data, recipe.prompt, max_new_tokens=config.max_new_tokens,
-                             progress=lambda i, n: run.progress(f"evaluating {when}", i, n), positions=range(accelerator.process_index, len(data), W))
+    with policy.whole():
+        summary, rows = evaluate(policy, load_segmenter(config.segmenter), data, recipe.prompt, max_new_tokens=config.max_new_tokens,
+                                 progress=lambda i, n: run.progress(f"evaluating {when}", i, n), positions=range(accelerator.process_index, len(data), W))
     if W > 1:
         parts = gather_object([rows])
         rows = [parts[i % W][i // W] for i in range(len(data))]
