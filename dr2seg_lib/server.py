@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import dialogue
 from .policy import EMBEDDED, Completions, Policy, Prefix, Seen, Shared, look_mask, squashed, token_statistics
 
-# %% ../nbs/30_server.ipynb #c00b993d
+# %% ../nbs/30_server.ipynb #94e56f03
 WAITS = 1, 2, 4, 8, 16 # seconds before asking again
 
 def complaint(error: HTTPError) -> str:
@@ -53,7 +53,9 @@ def call(url: str, path: str,
             with urlopen(request, timeout=timeout) as reply: return reply.read().decode()
         except HTTPError as e: passing, trouble = e.code in (429, 502, 503, 504), f"answers {path} with {e.code} ({complaint(e)}); {mend}"
         except TimeoutError: passing, trouble = False, f"has been silent for {timeout:g} seconds; {mend}"
-        except (OSError, HTTPException) as e: passing, trouble = True, f"does not answer ({getattr(e, 'reason', e)}); start it, or correct the address"
+        except (OSError, HTTPException) as e:
+            why = getattr(e, "reason", e)
+            passing, trouble = True, f"does not answer ({getattr(why, 'strerror', None) or why}); start it, or correct the address"
         if wait is None or not passing: raise ValueError(f"server: {url} {trouble}")
         time.sleep(wait)
 
@@ -77,7 +79,7 @@ def served_name(server: str, model: str) -> str: # model: "embedded", a local fo
         if same(name) or same(card.get("root")): return name
     raise ValueError(f"server: {url} has {', '.join(own) or 'no model'}, not {model}; start it by: vllm serve {source} --enable-lora")
 
-# %% ../nbs/30_server.ipynb #1f87c482
+# %% ../nbs/30_server.ipynb #b3bf460e
 def data_url(image) -> str: # [H,W,3] uint8
     "A picture inside a URL, as PNG."
     return "data:image/png;base64," + base64.b64encode(cv2.imencode(".png", image[..., ::-1])[1]).decode()
@@ -92,11 +94,13 @@ def question(model: str, # its name on the server, or an adapter's
     return dict(model=model, messages=chat, n=n if temperature else 1, max_completion_tokens=max_new_tokens, temperature=temperature, seed=seed,
                 top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, stop_token_ids=[stop], ignore_eos=True, logprobs=True, return_token_ids=True)
 
-def answers(reply: dict, prompt: list, # the prompt's ids, as the policy has them
-            url: str) -> list: # of (ids, log-probabilities), an answer each
+def answers(reply: dict, n: int, # answers that were asked for
+            prompt: list, # the prompt's ids, as the policy has them
+            url: str) -> list: # n (ids, log-probabilities)
     "What a reply holds, checked."
     told = [(c.get("token_ids"), [t["logprob"] for t in (c.get("logprobs") or {}).get("content") or []]) for c in reply["choices"]]
-    if not all(ids and len(ids) == len(logp) for ids, logp in told): raise ValueError(f"server: {url} gives no token ids with log-probabilities; it takes a vLLM that knows return_token_ids")
+    if len(told) != n or not all(ids and len(ids) == len(logp) for ids, logp in told):
+        raise ValueError(f"server: {url} does not answer with token ids and log-probabilities; it takes a vLLM that knows return_token_ids")
     if reply.get("prompt_token_ids") != prompt:
         raise ValueError(f"server: {url} read a prompt of {len(reply.get('prompt_token_ids') or [])} tokens that should be {len(prompt)} others; serve the same model, without options for its chat template or images")
     return told
@@ -119,7 +123,7 @@ def statistics(policy: Policy, prefix: Prefix, # B prompts
     found[:, :, 1:][:, on] = torch.cat([token_statistics(policy.model.lm_head(h).float(), i) for h, i in parts], 1)
     return found
 
-# %% ../nbs/30_server.ipynb #776b4bd6
+# %% ../nbs/30_server.ipynb #4577b519
 @dataclass
 class Shown(Seen):
     "An encoded image, and the picture of it for a server."
@@ -142,15 +146,15 @@ class Served(Completions):
     theirs: Tensor # [R,T] log-probability of the token as the server has it
 
 def mismatch(done: Served) -> Tensor: # scalar, nats
-    "Mean of the server's log-probability minus the policy's, over all tokens: an estimate of the KL from one to the other."
+    "Mean of the server's log-probability minus the policy's, over all tokens: sampled at temperature 1, an estimate of the KL between them."
     return ((done.theirs - done.logp) * done.mask).sum() / done.mask.sum()
 
-# %% ../nbs/30_server.ipynb #f32d3069
+# %% ../nbs/30_server.ipynb #4ff37600
 class ServedPolicy(Policy):
     "A policy whose answers a server samples. A context: in the end the server lets go of its adapter."
     def __init__(self, policy: Policy, server: str, # address
                  model: str, # what the policy was loaded from
-                 folder): # for adapters; the server must see it. Of this policy alone
+                 folder): # its own, for adapters, in that of the run; the server must see it
         vars(self).update(vars(policy)) # the same model, tokenizer and adapter
         self.url, self.base, self.folder = address(server), served_name(server, model), Path(folder).resolve()
         self.name = self.base # who is asked
@@ -165,6 +169,7 @@ def read(self: ServedPolicy, texts: list[str], seen: list[Shown], again: Prefix 
     "As of `Policy`."
     return Asked(**vars(Policy.read(self, texts, seen, again, of)), texts=texts, seen=seen)
 
+# %% ../nbs/30_server.ipynb #e282540f
 @patch
 def generate(self: ServedPolicy, prefix: Asked, n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0, seed: int | list[int] | None = None) -> Served:
     "As of `Policy`, but by the server: a seed fixes what its own generator draws, as far as its batches let it."
@@ -175,7 +180,7 @@ def generate(self: ServedPolicy, prefix: Asked, n: int = 1, max_new_tokens: int 
     for row, b in enumerate(of): alike.setdefault((prefix.texts[b], prefix.seen[b].picture), []).append(row)
     def ask(what, rows): # -> an answer a row
         body = question(self.name, *what, len(rows), max_new_tokens, temperature, seeds[rows[0]], self.tokenizer.eos_token_id)
-        told = answers(json.loads(call(self.url, "/v1/chat/completions", body)), prompts[of[rows[0]]], self.url)
+        told = answers(json.loads(call(self.url, "/v1/chat/completions", body)), body["n"], prompts[of[rows[0]]], self.url)
         return zip(rows, told if temperature else told * len(rows))
     with ThreadPoolExecutor(len(alike)) as pool: told = dict(pair for part in pool.map(ask, alike, alike.values()) for pair in part)
     return self.measured(prefix, n, *zip(*(told[row] for row in range(len(of)))))
@@ -197,7 +202,7 @@ def measured(self: ServedPolicy, prefix: Asked, n: int,
         stats[:, own, :T] = statistics(self, prefix.rows(prompts.to(device)), ids[own, :T], mask[own, :T])
     return Served(ids, mask, *stats, theirs)
 
-# %% ../nbs/30_server.ipynb #2b48c127
+# %% ../nbs/30_server.ipynb #c24e2c22
 def lora_alone(folder) -> dict: # the adapter's configuration
     "An adapter that a server takes; of any other it is said why not."
     path = Path(folder) / "adapter_config.json"
@@ -206,6 +211,7 @@ def lora_alone(folder) -> dict: # the adapter's configuration
     if config.get("modules_to_save") or config.get("trainable_token_indices"): raise ValueError(f"server: {folder} holds more than LoRA, and vLLM takes LoRA alone; train with norm_lr 0, or leave server out")
     return config
 
+# %% ../nbs/30_server.ipynb #90d0f4df
 @patch
 def publish(self: ServedPolicy):
     "Give the server the adapter as it is now."
@@ -214,7 +220,7 @@ def publish(self: ServedPolicy):
     shutil.rmtree(part, ignore_errors=True)
     self.adapter.save_pretrained(str(part))
     config = lora_alone(part)
-    name = "dr2seg-" + hashlib.sha256((part / "adapter_model.safetensors").read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    name = "dr2seg-" + hashlib.sha256((part / "adapter_model.safetensors").read_bytes() + f"{self.folder.parent} {config}".encode()).hexdigest()[:16]
     if name == old: return
     shutil.rmtree(self.folder / name, ignore_errors=True)
     part.rename(self.folder / name)
@@ -225,11 +231,12 @@ def publish(self: ServedPolicy):
     self.name = name
     self.withdraw(old)
 
+# %% ../nbs/30_server.ipynb #3f05550f
 @patch
 def withdraw(self: ServedPolicy, name: str):
     "Let the server forget an adapter."
     if name == self.base: return
-    with suppress(ValueError): call(self.url, "/v1/unload_lora_adapter", dict(lora_name=name), waits=()) # it may be gone already, and the server too
+    with suppress(ValueError): call(self.url, "/v1/unload_lora_adapter", dict(lora_name=name), waits=(), timeout=30) # it may be gone already, and the server too
     shutil.rmtree(self.folder / name, ignore_errors=True)
 
 @patch
