@@ -11,6 +11,7 @@ __all__ = ['RecipeName', 'ModelName', 'AdapterPath', 'located', 'scored', 'misse
 # %% ../nbs/13_evaluation.ipynb #d7e96bd6
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,7 @@ from .runs import Run, append_jsonl, damage, read_jsonl
 from .samples import Sample, Target
 from .scenes import MiniReasonSeg
 from .segmenters import load_segmenter
+from .server import ServedPolicy, lora_alone, served_name
 
 # %% ../nbs/13_evaluation.ipynb #76e778f5
 def located(text: str, # a response, coordinates in the policy's frame
@@ -160,10 +162,17 @@ class EvaluateConfig(BaseModel):
     batch: int = Field(32, ge=1, description="questions asked at once: memory, not mathematics")
     max_new_tokens: int = Field(192, ge=1)
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the policy's weights")
+    server: str = Field("", description="address of a vLLM server that answers, such as http://localhost:8000; empty: the policy does")
 
     @model_validator(mode="after")
     def _readable(self):
         checked_data(self.data, self.split, "data", protocol=self.protocol)
+        return self
+
+    @model_validator(mode="after")
+    def _served(self):
+        if self.server and self.adapter: lora_alone(self.adapter)
+        if self.server: served_name(self.server, self.model)
         return self
 
 # %% ../nbs/13_evaluation.ipynb #aeb967cf
@@ -198,9 +207,10 @@ def about(data, name: str, split: str) -> dict:
 def run_evaluation(config: EvaluateConfig, out, # the run's folder
                    resume: bool = False) -> Run:
     "A whole evaluation: `predictions.jsonl`, a line a sample, and the summary in `results.json`."
-    with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
+    with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run, ExitStack() as stack:
         data = load_data(config.data, config.split, config.samples or None, protocol=config.protocol)
         segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model, config.adapter, config.dtype)
+        if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / "served"))
         path, prompt = run.folder / "predictions.jsonl", RECIPES[config.recipe].prompt
         done = whole_batches(path, config.batch, len(data))
         for rows in predictions(policy, segmenter, data, prompt, range(done, len(data)), config.batch, config.max_new_tokens):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'PROJECTIONS', 'MODELS', 'image_features', 'Recorder', 'Shared', 'Growing', 'Prefix', 'Completions',
-           'Seen', 'adapted', 'Policy', 'look_mask']
+           'Seen', 'adapted', 'Policy', 'squashed', 'look_mask', 'token_statistics']
 
 # %% ../nbs/05_policy.ipynb #d598d1d0
 import copy
@@ -147,13 +147,16 @@ class Policy:
 # %% ../nbs/05_policy.ipynb #1741ba24
 from fastcore.basics import patch
 
+def squashed(image, side: int): # [H,W,3] uint8 -> [side,side,3]
+    "An image as a policy is shown it."
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if image.shape[0] > side else cv2.INTER_CUBIC)
+
 @patch
 @torch.no_grad()
 def encode(self: Policy, images: list, # each [H,W,3] uint8, any size
           ) -> list[Seen]:
     "Squash images to the policy's side and run the (frozen) vision tower over them once."
-    squash = lambda i: cv2.resize(i, (self.side, self.side), interpolation=cv2.INTER_AREA if i.shape[0] > self.side else cv2.INTER_CUBIC)
-    batch = self.processor.image_processor([squash(i) for i in images], do_resize=False, return_tensors="pt")
+    batch = self.processor.image_processor([squashed(i, self.side) for i in images], do_resize=False, return_tensors="pt")
     visual, grid = self.model.model.visual, batch["image_grid_thw"]
     tokens, deep = image_features(visual, batch["pixel_values"].to(visual.device, visual.dtype), grid.to(visual.device))
     parts = [x.split((grid.prod(1) // visual.spatial_merge_size**2).tolist()) for x in (tokens, *deep)]
@@ -248,6 +251,15 @@ def _draws(seed, R: int, T: int) -> Tensor: # [R,T] in [0,1)
     if isinstance(seed, list): return torch.stack([torch.rand(T, generator=made(s)) for s in seed])
     return torch.rand(R, T, generator=None if seed is None else made(seed))
 
+def token_statistics(logits: Tensor, # [N,V]
+                     ids: Tensor, # [N]
+                    ) -> Tensor: # [3,N]
+    "Log-probability of each token; entropy and margin of the distribution it was drawn from."
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    top = p.topk(2, -1).values
+    return torch.stack([logp.gather(1, ids[:, None])[:, 0], -(p * logp).nan_to_num().sum(-1), top[:, 0] - top[:, 1]])
+
 @patch
 def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed) -> Completions:
     "The loop of `generate`."
@@ -261,14 +273,11 @@ def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperatu
     logits, pad, start = prefix.logits[rows], prefix.pad[rows], prefix.start[rows]
     done = torch.zeros(R, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        logp = logits.log_softmax(-1)
-        p = logp.exp()
         if temperature == 0: token = logits.argmax(-1)
         else: # the token at which the cumulative probability passes the draw
             reached = (logits / temperature).softmax(-1).cumsum(-1)
             token = torch.searchsorted(reached, draws[alive, t:t + 1] * reached[:, -1:], right=True)[:, 0].clamp(max=reached.shape[1] - 1)
-        top = p.topk(2, -1).values
-        new = torch.stack([(~done).float(), logp.gather(1, token[:, None])[:, 0], -(p * logp).nan_to_num().sum(-1), top[:, 0] - top[:, 1]])
+        new = torch.cat([(~done).float()[None], token_statistics(logits, token)])
         live = ~done
         ids[alive[live], t] = token[live]; stats[:, alive[live], t] = new[:, live]
         done = done | (token == eos)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -36,6 +37,7 @@ from .recipes import RECIPES, Recipe, known_scorer
 from .rollout import Clock, Rollouts, roll_out
 from .runs import Follower, Run, latest_checkpoint, read_json, save_checkpoint, write_jsonl
 from .segmenters import load_segmenter
+from .server import ServedPolicy, mismatch, served_name
 
 # %% ../nbs/14_training.ipynb #dba58f2e
 class TrainConfig(BaseModel):
@@ -43,6 +45,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES")
     model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
+    server: str = Field("", description="address of a vLLM server that samples, such as http://localhost:8000; empty: the policy does")
     segmenter: str = Field("embedded", description="segmenter of the evaluation")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     texts: Literal["all", "one"] = Field("all", description="ReasonSeg: each text of a file a question, or one of them, drawn anew in each pass")
@@ -82,6 +85,12 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _fine(self):
         if self.dtype == "bfloat16" and (self.tune == "full" or self.norm_lr): raise ValueError("dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32")
+        return self
+
+    @model_validator(mode="after")
+    def _served(self):
+        if self.server and (self.tune == "full" or self.norm_lr): raise ValueError("server: vLLM takes LoRA adapters alone; use tune lora and norm_lr 0, or leave server out")
+        if self.server: served_name(self.server, self.model)
         return self
 
     @model_validator(mode="after")
@@ -261,6 +270,8 @@ def train_step(policy: Policy, recipe: Recipe, optimizer, accelerator: Accelerat
     clock, lr = Clock(), set_lr(optimizer, config, step)
     share = len(samples) // accelerator.num_processes
     own = accelerator.process_index * share
+    if config.server:
+        with clock("adapter"): policy.publish()
     with policy.whole():
         rolled = roll_out(policy, samples[own:own + share], recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, config.temperature,
                           seed=step_seed(config, step) + 2 * own * config.samples, clock=clock)
@@ -268,6 +279,7 @@ def train_step(policy: Policy, recipe: Recipe, optimizer, accelerator: Accelerat
         terms, reward = rewarded(rolled, recipe, policy.frame)
         advantage = grpo.advantages(reward, config.advantage_scale)
     stats = update(policy, optimizer, accelerator, rolled, advantage, config, clock)
+    if config.server: stats["mismatch"] = float(accelerator.reduce(mismatch(rolled.done), "mean"))
     groups, terms, reward, advantage = gathered(accelerator, rolled.groups, terms, reward, advantage)
     return metrics(step, groups, terms, reward, stats, lr, clock), records(step, groups[:config.record], terms, reward, advantage)
 
@@ -278,6 +290,7 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
     results = read_json(path) if path.exists() else {}
     if when in results or not config.eval_samples: return
     data, W = load_data(config.eval_data or config.data, "val", config.eval_samples), accelerator.num_processes
+    if config.server: policy.publish()
     with policy.whole():
         summary, rows = evaluate(policy, load_segmenter(config.segmenter), data, recipe.prompt, max_new_tokens=config.max_new_tokens,
                                  progress=lambda i, n: run.progress(f"evaluating {when}", i, n), positions=range(accelerator.process_index, len(data), W))
@@ -313,8 +326,9 @@ def train(config: TrainConfig, out, # the run's folder
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
     if config.processes > 1 and "WORLD_SIZE" not in os.environ: return launch(config, out, resume)
     kind = Run if int(os.environ.get("RANK", 0)) == 0 else Follower
-    with kind.resume(out) if resume else kind.create(out, config.model_dump(), config.seed) as run:
+    with kind.resume(out) if resume else kind.create(out, config.model_dump(), config.seed) as run, ExitStack() as stack:
         policy, recipe, optimizer, accelerator = prepared(config)
+        if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{accelerator.process_index}"))
         if accelerator.is_main_process: runs.update(run.folder, frame=policy.frame) # what the coordinates in its answers mean
         judge(run, policy, recipe, accelerator, config, "before")
         checkpoint = latest_checkpoint(run.folder)
