@@ -454,6 +454,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                     'dr2seg_lib.rewards.corners_close': ('rewards.html#corners_close', 'dr2seg_lib/rewards.py'),
                                     'dr2seg_lib.rewards.description_reward': ('rewards.html#description_reward', 'dr2seg_lib/rewards.py'),
                                     'dr2seg_lib.rewards.discriminative': ('rewards.html#discriminative', 'dr2seg_lib/rewards.py'),
+                                    'dr2seg_lib.rewards.drawn_reward': ('rewards.html#drawn_reward', 'dr2seg_lib/rewards.py'),
                                     'dr2seg_lib.rewards.inside': ('rewards.html#inside', 'dr2seg_lib/rewards.py'),
                                     'dr2seg_lib.rewards.length_reward': ('rewards.html#length_reward', 'dr2seg_lib/rewards.py'),
                                     'dr2seg_lib.rewards.matched': ('rewards.html#matched', 'dr2seg_lib/rewards.py'),
