@@ -33,10 +33,10 @@ from . import grpo, runs
 from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, load_policy, summarise
 from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
-from .recipes import RECIPES, Recipe, known_scorer
+from .recipes import RECIPES, Recipe, known_scorer, known_segmenter
 from .rollout import Clock, Rollouts, roll_out
 from .runs import Follower, Run, latest_checkpoint, read_json, save_checkpoint, write_jsonl
-from .segmenters import load_segmenter
+from .segmenters import draws_by_phrase, load_segmenter
 from .server import ServedPolicy, mismatch, served_name
 
 # %% ../nbs/14_training.ipynb #dba58f2e
@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
     recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES")
     model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
     server: str = Field("", description="address of a vLLM server that samples, such as http://localhost:8000; empty: the policy does")
-    segmenter: str = Field("embedded", description="segmenter of the evaluation")
+    segmenter: str = Field("embedded", description="segmenter of the evaluation; dr2seg_sam3 also takes its reward from it")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     texts: Literal["all", "one"] = Field("all", description="ReasonSeg: each text of a file a question, or one of them, drawn anew in each pass")
     strict: bool = Field(False, description="a record that cannot be read ends the run")
@@ -94,6 +94,11 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _drawn(self):
+        if RECIPES[self.recipe].segmenter and not draws_by_phrase(self.segmenter): raise ValueError(f"segmenter: {self.recipe} rewards what SAM 3 draws from a description, and {self.segmenter} is not SAM 3; use facebook/sam3 or a folder of it")
+        return self
+
+    @model_validator(mode="after")
     def _shared(self):
         if self.prompts % self.processes: raise ValueError(f"prompts: {self.prompts} questions a step cannot be shared by {self.processes} processes; use a multiple of it")
         return self
@@ -106,6 +111,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _readable(self):
         data = checked_data(self.data, "train", "data")
+        if RECIPES[self.recipe].segmenter and not getattr(data, "masked", True): raise ValueError(f"data: {self.data} has boxes and points without masks, and {self.recipe} compares masks; use a data set that has them")
         if self.texts == "one" and not isinstance(data, ReasonSeg): raise ValueError(f"texts: {self.data} has one text a question; leave texts out")
         if self.eval_samples and self.eval_data: checked_data(self.eval_data, "val", "eval_data")
         elif self.eval_samples: checked_data(self.data, "val", "data", " Name a set for the evaluation by eval_data, or set eval_samples to 0.")
@@ -253,6 +259,9 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, weight_decay=config.weight_decay))
     recipe = replace(RECIPES[config.recipe], anchor=config.anchor, gamma=config.gamma, scorer=config.scorer)
     if recipe.form: known_scorer(recipe.scorer) # a wrong name is told before anything is asked
+    if recipe.segmenter:
+        recipe = replace(recipe, segmenter=config.segmenter)
+        known_segmenter(recipe.segmenter)
     return policy, recipe, optimizer, accelerator
 
 def step_seed(config: TrainConfig, step: int) -> int:
@@ -291,8 +300,9 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
     if when in results or not config.eval_samples: return
     data, W = load_data(config.eval_data or config.data, "val", config.eval_samples), accelerator.num_processes
     if config.server: policy.publish()
+    segmenter = known_segmenter(config.segmenter) if recipe.segmenter else load_segmenter(config.segmenter) # one that rewards is there already
     with policy.whole():
-        summary, rows = evaluate(policy, load_segmenter(config.segmenter), data, recipe.prompt, max_new_tokens=config.max_new_tokens,
+        summary, rows = evaluate(policy, segmenter, data, recipe.prompt, max_new_tokens=config.max_new_tokens,
                                  progress=lambda i, n: run.progress(f"evaluating {when}", i, n), positions=range(accelerator.process_index, len(data), W))
     if W > 1:
         parts = gather_object([rows])
