@@ -10,7 +10,7 @@ __all__ = ['SAM2_BASE', 'NO_MEMORY', 'SAM3_TYPES', 'UNLOADABLE', 'EMBEDDED_SEGME
            'train_sam2']
 
 # %% ../nbs/06_segmenters.ipynb #a3f91216
-import json, math, warnings
+import json, math, re, warnings
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -241,9 +241,9 @@ UNLOADABLE = OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorE
 def draws_by_phrase(
     name:str, # of a segmenter, as `load_segmenter` takes it
 )->bool:
-    "Whether the segmenter of a name is SAM 3: a folder that says so, or a hub id with its name."
-    if name and (Path(name)/'config.json').is_file(): return read_config(name).get('model_type') in SAM3_TYPES
-    return '/' in name and 'sam3' in Path(name).name.lower()
+    "Whether the segmenter of a name is SAM 3: a folder that says so, or a hub id that has it in its name."
+    if name and Path(name).exists(): return (Path(name)/'config.json').is_file() and read_config(name).get('model_type') in SAM3_TYPES
+    return bool(re.fullmatch(r'\w[\w.-]*/[\w.-]*sam3[\w.-]*', name, re.IGNORECASE))
 
 def load_sam3(
     name:str, # a folder in the layout of transformers, or a hub id

@@ -101,7 +101,8 @@ def test_a_segmenter_is_prompted_with_what_it_takes(sam3):
 # Loading
 
 def test_names():
-    assert draws_by_phrase("facebook/sam3") and not any(map(draws_by_phrase, ("", "embedded", "grabcut", "sam3", "facebook/sam2.1-hiera-large", str(EMBEDDED_SEGMENTER))))
+    assert all(map(draws_by_phrase, ("facebook/sam3", "facebook/sam3.1", "somebody/my-SAM3-tuned")))
+    assert not any(map(draws_by_phrase, ("", "embedded", "grabcut", "sam3", "/data/sam3", "./sam3", "facebook/sam2.1-hiera-large", str(EMBEDDED_SEGMENTER), str(EMBEDDED_SEGMENTER.parent))))
 
 def test_the_layouts_of_the_hub(folder, sam3, image, tmp_path):
     "In shards; and as facebook/sam3 is, a video model with the detector in it."
