@@ -169,7 +169,7 @@ def read(self: ServedPolicy, texts: list[str], seen: list[Shown], again: Prefix 
     "As of `Policy`."
     return Asked(**vars(Policy.read(self, texts, seen, again, of)), texts=texts, seen=seen)
 
-# %% ../nbs/30_server.ipynb #e282540f
+# %% ../nbs/30_server.ipynb #c24efc2a
 @patch
 def generate(self: ServedPolicy, prefix: Asked, n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0, seed: int | list[int] | None = None) -> Served:
     "As of `Policy`, but by the server: a seed fixes what its own generator draws, as far as its batches let it."
@@ -183,7 +183,9 @@ def generate(self: ServedPolicy, prefix: Asked, n: int = 1, max_new_tokens: int 
         told = answers(json.loads(call(self.url, "/v1/chat/completions", body)), body["n"], prompts[of[rows[0]]], self.url)
         return zip(rows, told if temperature else told * len(rows))
     with ThreadPoolExecutor(len(alike)) as pool: told = dict(pair for part in pool.map(ask, alike, alike.values()) for pair in part)
-    return self.measured(prefix, n, *zip(*(told[row] for row in range(len(of)))))
+    done = self.measured(prefix, n, *zip(*(told[row] for row in range(len(of)))))
+    if not mismatch(done).abs() < 1: raise ValueError(f"server: {self.url} answers by other weights (its log-probabilities are {mismatch(done):.1f} nats off); start it again with this model")
+    return done
 
 # %% ../nbs/30_server.ipynb #b6bc6e22
 @patch

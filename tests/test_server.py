@@ -47,6 +47,9 @@ class Engine(ThreadingHTTPServer):
 
     def load(self, body):
         name, path = body["lora_name"], Path(body["lora_path"])
+        with self.lock: return self.add(name, path) # transformers loads one model at a time
+
+    def add(self, name, path):
         if name in self.policies: raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
         if not (path / "adapter_config.json").is_file(): raise Refusal(404, f"No adapter found for {path}")
         if json.loads((path / "adapter_config.json").read_text())["modules_to_save"]: raise Refusal(400, "vLLM only supports modules_to_save being None.")
@@ -254,6 +257,9 @@ def test_other_trouble_is_told_at_once(engine, tmp_path):
     assert len(engine.log) <= 3, "no one asked twice"
     engine.troubles, engine.change = [], lambda reply: reply | dict(choices=[dict(index=0, message=dict(content="text alone"))])
     with pytest.raises(ValueError, match=f"server: {engine.url} does not answer with token ids"): answered(served, longest=5)
+    off = lambda c: c | dict(logprobs=dict(content=[t | dict(logprob=t["logprob"] - 3) for t in c["logprobs"]["content"]]))
+    engine.change = lambda reply: reply | dict(choices=[off(c) for c in reply["choices"]])
+    with pytest.raises(ValueError, match=r"answers by other weights \(its log-probabilities are -3.0 nats off\)"): answered(served, longest=5)
     engine.change = lambda reply: reply | dict(prompt_token_ids=reply["prompt_token_ids"][:-1])
     with pytest.raises(ValueError, match=r"read a prompt of \d+ tokens that should be"): answered(served, longest=5)
 
