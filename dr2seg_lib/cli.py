@@ -280,9 +280,10 @@ def check(args) -> int: # exit code, 1 when a record is broken
 
 def segment(args) -> int: # exit code
     "Segments one photo."
-    from transformers.utils.logging import disable_progress_bar
+    from huggingface_hub.utils.logging import set_verbosity_error as hub_quiet
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
     from dr2seg_lib import photo
-    disable_progress_bar()
+    for quiet in disable_progress_bar, set_verbosity_error, hub_quiet: quiet() # what goes wrong is told in a sentence
     try:
         found = photo.segment(args.photo, args.query, args.box, args.point, args.model, args.adapter, args.segmenter, args.recipe)
         paths = found.save(args.out)

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from safetensors.torch import load_file
 
 from . import dialogue, masks
+from .files import cut, torn
 from .policy import Policy
 from .readers import PROTOCOLS, BrokenRecord, open_data
 from .recipes import RECIPES
@@ -131,6 +132,7 @@ def known_recipe(name: str) -> str:
     return name
 
 def known_model(name: str, field: str = "model") -> str: # field: the parameter that a complaint names
+    if Path(name).is_dir() and (wrong := torn(Path(name))): raise ValueError(f"{field} {name} is not whole ({wrong}); fetch it again")
     if name == "embedded" or "/" in name or Path(name).is_dir(): return name
     raise ValueError(f"{field} '{name}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
 
@@ -140,7 +142,8 @@ def known_adapter(name: str) -> str: # "" for none
     if not name: return name
     if not (folder / "weights.safetensors").is_file() and not all((folder / f).is_file() for f in ("adapter_config.json", "adapter_model.safetensors")):
         raise ValueError(f"adapter {name} {'holds no adapter' if folder.exists() else 'does not exist'}; name a checkpoint such as {newest}")
-    if (folder / "manifest.json").is_file() and (wrong := damage(folder)): raise ValueError(f"adapter {name} is damaged ({wrong}); name another checkpoint")
+    if wrong := damage(folder) if (folder / "manifest.json").is_file() else next(filter(None, map(cut, folder.glob("*.safetensors"))), None):
+        raise ValueError(f"adapter {name} is damaged ({wrong}); name another checkpoint")
     return name
 
 RecipeName, ModelName, AdapterPath = (Annotated[str, AfterValidator(f)] for f in (known_recipe, known_model, known_adapter))
@@ -170,10 +173,7 @@ class EvaluateConfig(BaseModel):
 def load_policy(model: str, adapter: str = "", dtype: str = "float32",
                 device: str | None = None) -> Policy: # None: the GPU where there is one
     "A policy, as it is or as training left it."
-    try: policy, weights = Policy.load(model, dtype=getattr(torch, dtype)), Path(adapter) / "weights.safetensors"
-    except FileNotFoundError: raise
-    except OSError as e: # of transformers, in many lines
-        raise FileNotFoundError(f"model {model} cannot be loaded ({str(e).splitlines()[0]}); give a folder in the layout of transformers, or connect to the hub") from None
+    policy, weights = Policy.load(model, dtype=getattr(torch, dtype)), Path(adapter) / "weights.safetensors"
     try:
         if adapter and weights.is_file():
             if policy.model.load_state_dict(load_file(str(weights)), strict=False).unexpected_keys: raise RuntimeError

@@ -24,6 +24,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_position_ids
 
 from . import dialogue
+from .files import loading
 
 # %% ../nbs/05_policy.ipynb #4228cdcc
 def image_features(visual, # vision tower of a Qwen2.5-VL or Qwen3-VL
@@ -132,11 +133,16 @@ class Policy:
         folder = EMBEDDED if name == "embedded" else Path(name)
         if name == "embedded" and not (folder / "model.safetensors").exists():
             raise FileNotFoundError(f"{folder}/model.safetensors is missing; restore it with git, or make it with: dr2seg run warmstart_policy")
-        source = folder if folder.exists() else name
-        kind = AutoConfig.from_pretrained(source).model_type
+        source, told = folder if folder.exists() else name, (f"model {name}", "give a whole folder in the layout of transformers, or connect to the hub")
+        with loading(*told): kind = AutoConfig.from_pretrained(source).model_type
         if kind not in MODELS: raise ValueError(f"model: {name} is a {kind}; the workbench speaks with {' and '.join(MODELS)}")
-        model = MODELS[kind].from_pretrained(source, dtype=dtype, **kwargs)
-        processor = AutoProcessor.from_pretrained(source)
+        with loading(*told):
+            model, found = MODELS[kind].from_pretrained(source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+            processor = AutoProcessor.from_pretrained(source)
+        if wrong := sorted([*found["missing_keys"], *(k for k, *_ in found["mismatched_keys"])]): # else these would be random
+            raise ValueError(f"model {name} lacks weights of the size that its config.json says, {wrong[0]} for one; fetch it again")
+        if processor.tokenizer.convert_tokens_to_ids(processor.image_token) != model.config.image_token_id:
+            raise ValueError(f"model {name} has not the tokenizer of its config.json; fetch tokenizer.json again")
         image = processor.image_processor
         unit = image.patch_size * image.merge_size # sides that fill whole image tokens
         side = (side or min(840, int(image.size["longest_edge"] ** 0.5))) // unit * unit

@@ -21,6 +21,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from sam2.utils.transforms import SAM2Transforms
 from torch import nn, Tensor
 import dr2seg_lib
+from .files import loading
 from .masks import iou, ratio
 from .samples import Target
 from .scenes import SIDE, SPLITS, WARM_START, draw_puzzle
@@ -117,8 +118,9 @@ def load_sam2(
     for name in ('config.json', 'model.safetensors'):
         if not (Path(folder)/name).is_file():
             raise FileNotFoundError(f"{Path(folder)/name} is missing: make the segmenter's weights with nbs/experiments/warmstart_segmenter.ipynb, or install the package again.")
-    model = Sam2Size(**json.loads((Path(folder)/'config.json').read_text())['size']).build()
-    model.load_state_dict({k: v.float() for k, v in load_file(Path(folder)/'model.safetensors').items()})
+    with loading(f'segmenter {folder}', 'take config.json and model.safetensors of one training'):
+        model = Sam2Size(**json.loads((Path(folder)/'config.json').read_text())['size']).build()
+        model.load_state_dict({k: v.float() for k, v in load_file(Path(folder)/'model.safetensors').items()})
     return model
 
 # %% ../nbs/06_segmenters.ipynb #1dd8e73b
@@ -156,11 +158,12 @@ def load_segmenter(
     configs = {file: config for config, file in HF_MODEL_ID_TO_FILENAMES.values()}
     if name == 'grabcut': return GrabCutSegmenter()
     if name == 'embedded': model = load_sam2(EMBEDDED_SEGMENTER)
-    elif name in HF_MODEL_ID_TO_FILENAMES: model = build_sam2_hf(name, device=device)
+    elif name in HF_MODEL_ID_TO_FILENAMES:
+        with loading(f'segmenter {name}', "give the path of Meta's checkpoint, or connect to the hub"): model = build_sam2_hf(name, device=device)
     elif name and path.is_dir(): model = load_sam2(path)
     elif path.name in configs:
         if not path.is_file(): raise FileNotFoundError(f"{path} is missing: give the path of a SAM2 checkpoint, or the hub id facebook/{path.stem.replace('_', '-')}.")
-        model = build_sam2(configs[path.name], str(path), device=device)
+        with loading(f'segmenter {path}', "fetch Meta's checkpoint of that name again"): model = build_sam2(configs[path.name], str(path), device=device)
     else: raise ValueError(f"segmenter: '{name}' is not known; use embedded, grabcut, a hub id such as facebook/sam2.1-hiera-large, "
                            "the path of a Meta checkpoint under its own name, or a folder with config.json and model.safetensors.")
     return Sam2Segmenter(model.to(device).eval())

@@ -1,5 +1,8 @@
 "Answers to masks to numbers; nothing is skipped."
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 
 from dr2seg_lib import cli, dialogue, evaluation
-from dr2seg_lib.evaluation import EvaluateConfig, bootstrap, evaluate, load_data, load_policy, located, run_evaluation, scored, summarise
+from dr2seg_lib.evaluation import EvaluateConfig, bootstrap, evaluate, known_model, load_data, load_policy, located, run_evaluation, scored, summarise
 from dr2seg_lib.policy import Policy
 from dr2seg_lib.readers import BrokenRecord
 from dr2seg_lib.rollout import Response
@@ -240,6 +243,56 @@ def test_a_wrong_adapter_is_one_sentence(adapter, tmp_path):
     with pytest.raises(ValueError, match=f"adapter {other} was made for another model than embedded; name the model it was trained on"): load_policy("embedded", str(other))
     write_json(other / "manifest.json", dict(step=1, files={"adapter_model.safetensors": "0"}))
     assert told(other) == f"adapter {other} is damaged (adapter_model.safetensors differs from its manifest); name another checkpoint"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    "The embedded policy as large models are laid out: an index and several files."
+    policy, folder = Policy.load(), tmp_path_factory.mktemp("sharded")
+    for part in policy.model, policy.processor: part.save_pretrained(folder, max_shard_size="6MB")
+    assert len(list(folder.glob("model-*"))) > 2
+    return folder
+
+
+def without_layer_1(folder):
+    for file in folder.glob("model-*"): save_file({k: v for k, v in load_file(str(file)).items() if "layers.1." not in k}, str(file), metadata=dict(format="pt"))
+
+
+@pytest.mark.parametrize("harm, at_once, later", [
+    (lambda f: (f / "config.json").unlink(), "is not whole (config.json is missing); fetch it again", "cannot be loaded (Unrecognized model"),
+    (lambda f: min(f.glob("model-*")).unlink(), ".safetensors is missing); fetch it again", "cannot be loaded (No such file or directory: "),
+    (lambda f: os.truncate(min(f.glob("model-*")), 999), ".safetensors is cut short or no safetensors file: ", "cannot be loaded (Error while deserializing header"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json does not map weights to files", "cannot be loaded (Expecting property name"),
+    (lambda f: (f / "tokenizer.json").unlink(), "is not whole (tokenizer.json is missing)", None),
+    (lambda f: (f / "config.json").write_text(re.sub('"image_token_id": \\d+', '"image_token_id": 9', (f / "config.json").read_text())), None, "has not the tokenizer of its config.json; fetch tokenizer.json again"),
+    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"intermediate_size": 704', '"intermediate_size": 700')), None, "lacks weights of the size that its config.json says, model.language_model.layers.0.mlp.down_proj.weight for one"),
+    (without_layer_1, None, "lacks weights of the size that its config.json says, model.language_model.layers.1."),
+], ids=["config", "missing", "cut", "index", "tokenizer", "other tokenizer", "sizes", "weights"])
+def test_a_checkpoint_that_is_not_whole_is_one_sentence(sharded, harm, at_once, later, tmp_path):
+    "Told before anything heavy starts where the files alone show it, and at the latest when it is loaded; weights that are not there are never made up."
+    folder = tmp_path / "model"
+    shutil.copytree(sharded, folder)
+    assert known_model(str(folder)) == str(folder)
+    harm(folder)
+    if at_once:
+        with pytest.raises(ValidationError) as told: EvaluateConfig(model=str(folder))
+        assert at_once in told.value.errors()[0]["msg"]
+    if later is None: return
+    with pytest.raises(ValueError) as told: load_policy(str(folder))
+    assert f"model {folder} " in str(told.value) and later in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_checkpoint_of_several_files_answers_as_its_one(sharded):
+    samples = [MiniReasonSeg("val")[i] for i in range(2)]
+    a, b = (evaluate(load_policy(name), load_segmenter("grabcut"), samples, dialogue.dr2seg, 2, 60)[1] for name in ("embedded", str(sharded)))
+    assert [(r["text"], r["rle"]) for r in a] == [(r["text"], r["rle"]) for r in b]
+
+
+def test_a_cut_adapter_is_told_at_once(adapter, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    os.truncate(folder / "adapter_model.safetensors", 500)
+    with pytest.raises(ValidationError, match="is damaged .adapter_model.safetensors is cut short.*name another checkpoint"): EvaluateConfig(adapter=str(folder))
 
 
 @pytest.mark.parametrize("wrong, says", [(dict(smaples=3), "smaples"), (dict(recipe="dr3seg"), "use one of visionreasoner"), (dict(model="embeded"), "use embedded"), (dict(protocol="lissa"), "lisa"),
