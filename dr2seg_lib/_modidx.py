@@ -76,6 +76,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                        'dr2seg_lib.evaluation.evaluate': ('evaluation.html#evaluate', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.fetched': ('evaluation.html#fetched', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.known_adapter': ('evaluation.html#known_adapter', 'dr2seg_lib/evaluation.py'),
+                                       'dr2seg_lib.evaluation.known_attention': ( 'evaluation.html#known_attention',
+                                                                                  'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.known_model': ('evaluation.html#known_model', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.known_recipe': ('evaluation.html#known_recipe', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.load_data': ('evaluation.html#load_data', 'dr2seg_lib/evaluation.py'),

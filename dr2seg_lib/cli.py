@@ -285,7 +285,7 @@ def segment(args) -> int: # exit code
     from dr2seg_lib import photo
     for quiet in disable_progress_bar, set_verbosity_error, hub_quiet: quiet() # what goes wrong is told in a sentence
     try:
-        found = photo.segment(args.photo, args.query, args.box, args.point, args.model, args.adapter, args.segmenter, args.recipe)
+        found = photo.segment(args.photo, args.query, args.box, args.point, args.model, args.adapter, args.segmenter, args.recipe, dtype=args.dtype, attention=args.attention)
         paths = found.save(args.out)
     except (ValueError, FileNotFoundError) as e:
         print(f"dr2seg: {e}", file=sys.stderr)
@@ -333,6 +333,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--adapter", default="", metavar="DIR", help="a checkpoint of a training run")
     p.add_argument("--segmenter", default="", help="embedded, grabcut, a local folder or a hub id (default: grabcut with --box, else embedded)")
     p.add_argument("--recipe", default="dr2seg", help="whose prompt is asked (default: dr2seg)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights (default: float32)")
+    p.add_argument("--attention", default="sdpa", help="sdpa, eager, or flash for the vision tower (default: sdpa)")
     p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where to (default: here)")
     p.set_defaults(run=segment)
     p = commands.add_parser("tables", help="print the papers' tables with the rows of runs beside them")

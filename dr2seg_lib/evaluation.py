@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RecipeName', 'ModelName', 'AdapterPath', 'located', 'scored', 'missed', 'bootstrap', 'measured', 'strata',
            'summarise', 'load_data', 'checked_data', 'answer_greedily', 'fetched', 'predictions', 'evaluate',
-           'known_recipe', 'known_model', 'known_adapter', 'EvaluateConfig', 'load_policy', 'whole_batches', 'about',
-           'run_evaluation']
+           'known_recipe', 'known_model', 'known_adapter', 'known_attention', 'EvaluateConfig', 'load_policy',
+           'whole_batches', 'about', 'run_evaluation']
 
 # %% ../nbs/13_evaluation.ipynb #d7e96bd6
 import os
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
+from transformers.utils import is_flash_attn_2_available
 
 from . import dialogue, masks
 from .files import cut, torn
-from .policy import Policy
+from .policy import ATTENTION, Policy
 from .readers import PROTOCOLS, BrokenRecord, open_data
 from .recipes import RECIPES
 from .rollout import Response, responses
@@ -146,6 +147,12 @@ def known_adapter(name: str) -> str: # "" for none
         raise ValueError(f"adapter {name} is damaged ({wrong}); name another checkpoint")
     return name
 
+def known_attention(name: str, dtype: str) -> str:
+    if name not in ATTENTION: raise ValueError(f"attention '{name}' is unknown; use one of {', '.join(ATTENTION)}")
+    if name == "flash" and not is_flash_attn_2_available(): raise ValueError("attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa")
+    if name == "flash" and dtype != "bfloat16": raise ValueError(f"attention flash does not compute in {dtype}; use dtype bfloat16, or attention sdpa")
+    return name
+
 RecipeName, ModelName, AdapterPath = (Annotated[str, AfterValidator(f)] for f in (known_recipe, known_model, known_adapter))
 
 # %% ../nbs/13_evaluation.ipynb #df9efa19
@@ -163,17 +170,19 @@ class EvaluateConfig(BaseModel):
     batch: int = Field(32, ge=1, description="questions asked at once: memory, not mathematics")
     max_new_tokens: int = Field(192, ge=1)
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the policy's weights")
+    attention: str = Field("sdpa", description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics")
 
     @model_validator(mode="after")
     def _readable(self):
+        known_attention(self.attention, self.dtype)
         checked_data(self.data, self.split, "data", protocol=self.protocol)
         return self
 
 # %% ../nbs/13_evaluation.ipynb #aeb967cf
-def load_policy(model: str, adapter: str = "", dtype: str = "float32",
+def load_policy(model: str, adapter: str = "", dtype: str = "float32", attention: str = "sdpa",
                 device: str | None = None) -> Policy: # None: the GPU where there is one
     "A policy, as it is or as training left it."
-    policy, weights = Policy.load(model, dtype=getattr(torch, dtype)), Path(adapter) / "weights.safetensors"
+    policy, weights = Policy.load(model, getattr(torch, dtype), attention=known_attention(attention, dtype)), Path(adapter) / "weights.safetensors"
     try:
         if adapter and weights.is_file():
             if policy.model.load_state_dict(load_file(str(weights)), strict=False).unexpected_keys: raise RuntimeError
@@ -200,7 +209,7 @@ def run_evaluation(config: EvaluateConfig, out, # the run's folder
     "A whole evaluation: `predictions.jsonl`, a line a sample, and the summary in `results.json`."
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
         data = load_data(config.data, config.split, config.samples or None, protocol=config.protocol)
-        segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model, config.adapter, config.dtype)
+        segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model, config.adapter, config.dtype, config.attention)
         path, prompt = run.folder / "predictions.jsonl", RECIPES[config.recipe].prompt
         done = whole_batches(path, config.batch, len(data))
         for rows in predictions(policy, segmenter, data, prompt, range(done, len(data)), config.batch, config.max_new_tokens):

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import grpo, runs
-from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, load_policy, summarise
+from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, known_attention, load_data, load_policy, summarise
 from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe, known_scorer
@@ -61,6 +61,7 @@ class TrainConfig(BaseModel):
     alpha: int = Field(32, ge=1, description="LoRA alpha")
     targets: tuple[Literal[PROJECTIONS], ...] = Field(PROJECTIONS, min_length=1, description="the projections of the language model that LoRA adapts")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights; LoRA's own are float32")
+    attention: str = Field("sdpa", description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics")
     lr: float = Field(1e-3, gt=0)
     norm_lr: float = Field(0.02, ge=0, description="learning rate of the final norm's gain; 0 leaves it frozen")
     schedule: Literal["constant", "linear"] = Field("linear", description="learning rate over the run; linear falls to 0")
@@ -79,6 +80,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fine(self):
+        known_attention(self.attention, self.dtype)
         if self.dtype == "bfloat16" and (self.tune == "full" or self.norm_lr): raise ValueError("dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32")
         return self
 
@@ -227,7 +229,7 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     "The policy with what is trained, the recipe with its parameters, the optimizer."
     torch.manual_seed(config.seed)
     accelerator = Accelerator()
-    policy = load_policy(config.model, dtype=config.dtype, device=accelerator.device)
+    policy = load_policy(config.model, dtype=config.dtype, attention=config.attention, device=accelerator.device)
     policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
     norm = [p for n, p in policy.trainable() if "language_model.norm" in n]
     rest = [p for n, p in policy.trainable() if "language_model.norm" not in n]

@@ -21,6 +21,7 @@ from dr2seg_lib.rollout import Response
 from dr2seg_lib.runs import Run, read_json, read_jsonl, write_json
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.segmenters import Segmenter, load_segmenter
+from dr2seg_lib.training import TrainConfig
 
 SAMPLE = MiniReasonSeg("val")[0]
 said = lambda text: Response(text, dialogue.parse(text), [text], [0.5], [1.0], 7)
@@ -293,6 +294,22 @@ def test_a_cut_adapter_is_told_at_once(adapter, tmp_path):
     shutil.copytree(adapter, folder)
     os.truncate(folder / "adapter_model.safetensors", 500)
     with pytest.raises(ValidationError, match="is damaged .adapter_model.safetensors is cut short.*name another checkpoint"): EvaluateConfig(adapter=str(folder))
+
+
+@pytest.mark.parametrize("config", [EvaluateConfig, lambda **given: TrainConfig(norm_lr=0, **given)], ids=["evaluate", "train"])
+def test_flash_attention_is_told_before_anything_starts_where_it_cannot_be(config, monkeypatch):
+    with pytest.raises(ValidationError, match="attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa"): config(attention="flash", dtype="bfloat16")
+    monkeypatch.setattr(evaluation, "is_flash_attn_2_available", lambda: True)
+    with pytest.raises(ValidationError, match="attention flash does not compute in float32; use dtype bfloat16, or attention sdpa"): config(attention="flash")
+    assert config(attention="flash", dtype="bfloat16").attention == "flash"
+    with pytest.raises(ValidationError, match="attention 'fast' is unknown; use one of sdpa, eager, flash"): config(attention="fast")
+
+
+def test_attention_reaches_the_model(tmp_path):
+    a, b = (run_evaluation(EvaluateConfig(**SMALL | dict(samples=2, attention=attention)), tmp_path / attention).folder for attention in ("sdpa", "eager"))
+    rows_a, rows_b = (read_jsonl(f / "predictions.jsonl") for f in (a, b))
+    assert [(r["text"], r["rle"]) for r in rows_a] == [(r["text"], r["rle"]) for r in rows_b]
+    assert load_policy("embedded", attention="eager").model.model.visual.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("wrong, says", [(dict(smaples=3), "smaples"), (dict(recipe="dr3seg"), "use one of visionreasoner"), (dict(model="embeded"), "use embedded"), (dict(protocol="lissa"), "lisa"),
