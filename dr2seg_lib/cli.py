@@ -217,17 +217,17 @@ def prepare(args) -> tuple[Path, Path, dict]:  # notebook, run folder, parameter
     return notebook, args.out or runs.new_folder("runs", f"{notebook.stem}-{recipe}" if recipe else notebook.stem), parameters
 
 def prepare_resume(args, notebook: Path, given: dict) -> tuple[Path, dict]:  # run folder, parameters
-    "A run is resumed with the parameters it was started with."
+    "A run is resumed with the parameters it was started with, in as many processes as one likes."
     if not args.out: raise ValueError("--resume needs the run's folder; name it with --out")
     recorded = runs.read_json(args.out/"run.json")["parameters"]
     recorded = {n: v for n, v in recorded.items() if n not in ("out", "resume")}
     now = runs.status(args.out)
     if now in ("running", "done"): raise ValueError(f"{args.out} is {now}; only a run that ended early can be resumed")
     for name, value in check_parameters(args.experiment, notebook, given).items():
-        if recorded.get(name) != value:
+        if name != "processes" and recorded.get(name) != value: # these may be as many as there are now
             raise ValueError(f'{args.out} was started with {name} = {recorded.get(name)!r}, not {value!r}; '
                              "leave the parameter out, or start a new run in another folder")
-    return args.out, check_parameters(args.experiment, notebook, recorded)
+    return args.out, check_parameters(args.experiment, notebook, recorded | given)
 
 def run(args) -> int:  # exit code
     "Runs an experiment."

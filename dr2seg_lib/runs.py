@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['STALE', 'PACKAGES', 'RECORDS', 'lock', 'last_sign', 'status', 'versions', 'git_revision', 'Bar', 'read_progress',
-           'check_free', 'new_folder', 'update', 'Run', 'Follower', 'save_checkpoint', 'damage', 'latest_checkpoint',
-           'list_runs']
+           'check_free', 'new_folder', 'update', 'Run', 'Follower', 'begin', 'launch', 'save_checkpoint', 'damage',
+           'latest_checkpoint', 'list_runs']
 
 # %% ../nbs/12_runs.ipynb #57545ec6
 import fcntl, hashlib, math, os, platform, shutil, signal, socket, subprocess, sys, threading, time, warnings
@@ -295,6 +295,29 @@ class Follower(Run):
     def results(self, values: dict): pass
     def progress(self, stage: str, i: int, n: int, note: str = ""): pass
     def stop_requested(self) -> bool: return False # the writer decides, and tells them
+
+def begin(folder: Path, parameters: dict, seed: int = 0, resume: bool = False) -> Run:
+    "This process's part of a run that starts or goes on: that of the writer in the first process, or in the only one."
+    kind = Run if int(os.environ.get("RANK", 0)) == 0 else Follower
+    return kind.resume(folder) if resume else kind.create(folder, parameters, seed)
+
+# %% ../nbs/12_runs.ipynb #6f31182b
+def launch(module: str,  # called as MODULE CONFIG FOLDER [resume], CONFIG in JSON
+           config,  # a pydantic model with `processes`
+           folder: Path, resume: bool = False) -> Run:
+    "A run in several processes of this machine, as `torchrun --nproc_per_node N -m MODULE CONFIG FOLDER` would start them."
+    if not resume: check_free(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}",
+               "-m", module, config.model_dump_json(), str(folder), *(["resume"] if resume else [])]
+    with subprocess.Popen(command) as process:
+        try: code = process.wait()
+        except KeyboardInterrupt: # it ends after the step
+            process.send_signal(signal.SIGTERM)
+            code = process.wait() and 0
+    run = Run.open(folder)
+    if not code and run.status in ("done", "interrupted"): return run
+    kind, _, text = (run.info["error"] or f"RuntimeError: one of {config.processes} processes ended with {code}; see above").partition(": ")
+    raise {e.__name__: e for e in (ValueError, FileNotFoundError, FloatingPointError, OSError)}.get(kind, RuntimeError)(text)
 
 # %% ../nbs/12_runs.ipynb #d7714511
 def _sha256(path: Path) -> str:

@@ -231,6 +231,14 @@ def test_ctrl_c_then_resume(tmp_path, notebook):
     assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, 31))
 
 
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
+    path = notebook("pass", parameters='steps = 3\nprocesses = 1\nout = ""\nresume = False')
+    runs.Run.create(tmp_path/"run", dict(steps=5, processes=4, out="run", resume=False), bar=False).finish("interrupted")
+    asked = lambda *given: cli.prepare(cli.parser().parse_args(["run", path, "--resume", "--out", str(tmp_path/"run"), *given]))[2]
+    assert asked() == dict(steps=5, processes=4) and asked("-p", "processes", "2") == dict(steps=5, processes=2)
+    with pytest.raises(ValueError, match="was started with steps = 5, not 9"): asked("-p", "steps", "9")
+
+
 def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
     process = start(tmp_path, "run", notebook("open(out + '/here', 'w').close()\nimport time\ntime.sleep(60)"),
                     "--out", "out", until="here")

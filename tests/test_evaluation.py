@@ -3,6 +3,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +157,89 @@ def test_killed_anywhere_and_resumed_is_unbroken_to_the_byte(whole, tmp_path, cu
     (tmp_path / "run/predictions.jsonl").write_bytes(text[:int(len(text) * cut)])
     run_evaluation(EvaluateConfig(**SMALL), tmp_path / "run", resume=True)
     assert bytes_of(tmp_path / "run") == bytes_of(whole)
+
+
+# ---- in several processes
+
+@pytest.fixture
+def one_thread():
+    "As `torchrun` gives each of its processes; more threads may add up in another order."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture
+def alone(one_thread, tmp_path):
+    return run_evaluation(EvaluateConfig(**SMALL), tmp_path / "alone").folder
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_predictions_of_one_to_the_byte(alone, processes, tmp_path, monkeypatch):
+    "Seven samples are three batches and a half: with two processes one has less to do in the last round, with three two have nothing."
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = run_evaluation(EvaluateConfig(**SMALL, processes=processes), tmp_path / "run")
+    assert run.status == "done" and bytes_of(run.folder) == bytes_of(alone) and run.info["parameters"]["processes"] == processes
+    assert run_evaluation(EvaluateConfig(**SMALL), tmp_path / "one").info["status"] == "done", "this process is still one of its own"
+
+
+def test_killed_with_all_its_processes_and_resumed_with_another_number(alone, tmp_path, monkeypatch):
+    "SIGKILL to every process of a run of two after its first round; three go on, are stopped, and one ends it."
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder, config = tmp_path / "run", EvaluateConfig(**SMALL | dict(batch=1), processes=2)
+    bytes_one = bytes_of(run_evaluation(EvaluateConfig(**SMALL | dict(batch=1)), tmp_path / "one").folder)
+    code = f"from dr2seg_lib.evaluation import *; run_evaluation(EvaluateConfig.model_validate_json({config.model_dump_json()!r}), {str(folder)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not ((folder / "predictions.jsonl").exists() and (folder / "predictions.jsonl").stat().st_size): time.sleep(0.02)
+    for pid in [process.pid, *descendants(process.pid)]: os.kill(pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.time() + 30
+    while Run.open(folder).status == "running" and time.time() < deadline: time.sleep(0.1)
+    assert Run.open(folder).status == "failed" and not (folder / "results.json").exists()
+    rows = (folder / "predictions.jsonl").read_bytes().count(b"\n")
+    if rows < 4: # the stop file is looked at after each round, here of three
+        timer = threading.Timer(0, stop_when, [folder, rows])
+        timer.start()
+        run = run_evaluation(EvaluateConfig(**SMALL | dict(batch=1), processes=3), folder, resume=True)
+        timer.join()
+        assert run.status in ("interrupted", "done")
+    if Run.open(folder).status != "done": run_evaluation(EvaluateConfig(**SMALL | dict(batch=1)), folder, resume=True)
+    assert bytes_of(folder) == bytes_one
+
+
+def descendants(pid):
+    "All processes below one, as /proc tells them."
+    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return children + [d for c in children for d in descendants(c)]
+
+
+def stop_when(folder, rows):
+    "Ask for an end once a round has been written."
+    for _ in range(3000):
+        if (folder / "predictions.jsonl").read_bytes().count(b"\n") > rows: return (folder / "stop").touch()
+        time.sleep(0.02)
+
+
+def test_under_a_launcher_of_ones_own(alone, tmp_path, monkeypatch):
+    "As on a cluster: torchrun starts the module, and the configuration says nothing of processes."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dr2seg_lib.evaluation", EvaluateConfig(**SMALL).model_dump_json(), str(tmp_path / "run")]
+    subprocess.run(command, check=True, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True)
+    assert bytes_of(tmp_path / "run") == bytes_of(alone)
+
+
+def test_what_goes_wrong_in_several_processes_is_the_sentence_of_one(tmp_path):
+    config = EvaluateConfig(**SMALL | dict(model="nobody/nothing"), processes=2)
+    with pytest.raises(ValueError, match="^model nobody/nothing cannot be loaded .*connect to the hub$"): run_evaluation(config, tmp_path / "run")
+    assert Run.open(tmp_path / "run").status == "failed"
+    with pytest.raises(ValueError, match="already holds a run .failed.; choose another folder"): run_evaluation(config, tmp_path / "run")
+
+
+def test_each_process_needs_a_gpu_where_there_are_any(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert EvaluateConfig(processes=2).processes == 2
+    with pytest.raises(ValidationError, match="processes: 4 need a GPU each, and this machine has 2; ask for no more"): EvaluateConfig(processes=4)
 
 
 def reasonseg(root, n):
