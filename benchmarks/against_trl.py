@@ -13,11 +13,12 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from dr2seg_lib import dialogue, warmstart
 from dr2seg_lib.policy import Policy, adapted
@@ -28,17 +29,22 @@ KL, RANK, LR = 5e-3, 64, 1e-6
 WORDS = ("the", "red", "ball", "at", "the", "left", "of", "a", "small", "blue", "star")
 
 
-def make(side: int, seed: int = 0):
-    "Model and processor for side x side pictures: (side / 28)^2 image tokens; the vision tower does about a third of the work, as in the 7B."
+SMALL = dict(text=dict(vocab_size=640, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1408, mrope_section=[8, 12, 12]),
+             vision=dict(depth=3, hidden_size=192, num_heads=4, intermediate_size=576, fullatt_block_indexes=[2]), tied=True) # the vision tower does about a third of the work, as in the 7B
+
+
+def make(side: int, seed: int = 0, size: dict = SMALL, device: str = "cpu", dtype=torch.float32):
+    "Model and processor for side x side pictures: (side / 28)^2 image tokens; the weights are drawn where they stay."
     tokenizer = warmstart.make_tokenizer()
     ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in dict(
         image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>").items()}
-    text = dict(vocab_size=640, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1408,
-                max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]))
-    vision = dict(depth=3, hidden_size=192, num_heads=4, intermediate_size=576, patch_size=14, out_hidden_size=512, fullatt_block_indexes=[2])
+    text = {k: v for k, v in size["text"].items() if k != "mrope_section"} | dict(
+        max_position_embeddings=8192, tie_word_embeddings=size["tied"], bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=size["text"]["mrope_section"]))
+    vision = size["vision"] | dict(patch_size=14, out_hidden_size=text["hidden_size"])
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size["tied"], **ids)
+    with torch.device(device): model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     size = dict(size=dict(shortest_edge=side**2, longest_edge=side**2))
     return model, Qwen2_5_VLProcessor(image_processor=Qwen2VLImageProcessor(**size), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(),
@@ -59,14 +65,14 @@ class NoEnd:
 
 class Ours:
     "The workbench's own step, from its own parts; rewards are drawn, since random weights earn none."
-    def __init__(self, args):
-        model, processor = make(args.side)
+    def __init__(self, args, **made): # made: for `make`
+        model, processor = make(args.side, **made)
         self.policy = Policy(model, processor, args.side).add_lora(RANK, RANK)
         self.policy.tokenizer = NoEnd(self.policy.tokenizer)
         from accelerate import Accelerator
-        self.accelerator, self.args = Accelerator(cpu=True), args
+        self.accelerator, self.args = Accelerator(cpu=model.device.type == "cpu"), args
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW([p for _, p in self.policy.trainable()], lr=LR))
-        self.config = TrainConfig(prompts=args.prompts, samples=args.samples, kl=KL, chunk=args.prompts)
+        self.config = TrainConfig(prompts=args.prompts, samples=args.samples, kl=KL, chunk=getattr(args, "chunk", args.prompts))
 
     def step(self, two_stage: bool) -> dict:
         clock, a, policy = Clock(), self.args, self.policy
@@ -186,10 +192,9 @@ def floor(args, two_stage: bool) -> dict: # seconds a stage, were every product 
     return {k: round(v / rate, 2) for k, v in (work | dict(step=sum(work.values()))).items()} | dict(gflops=round(rate / 1e9))
 
 
-def machine() -> dict:
-    import transformers, trl
+def machine(*packages: str) -> dict:
     cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
-    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__)
+    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__) | {p: version(p) for p in packages}
 
 
 def high_water() -> int: # KiB; getrusage would give a child its parent's peak
@@ -251,15 +256,15 @@ def main():
     if args.growth:
         rows = growth(args)
         draw(rows, args.out / "growth.png")
-        (args.out / "growth.json").write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + "\n")
+        (args.out / "growth.json").write_text(json.dumps(dict(machine=machine("transformers", "trl"), rows=rows), indent=1) + "\n")
     elif args.memory:
         found = {n: peak(n, args) for n in ("ours", "trl")}
-        result = dict(machine=machine(), shape=shape, peak_mib=found, ratio=round(found["trl"] / found["ours"], 2))
+        result = dict(machine=machine("transformers", "trl"), shape=shape, peak_mib=found, ratio=round(found["trl"] / found["ours"], 2))
         (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
     else:
         measured = measure(args, (False, True))
-        result = dict(machine=machine(), shape=shape, image_tokens=(args.side // 28)**2, seconds=summary(measured), floor={"one-stage": floor(args, False), "two-stage": floor(args, True)}, rows=measured)
+        result = dict(machine=machine("transformers", "trl"), shape=shape, image_tokens=(args.side // 28)**2, seconds=summary(measured), floor={"one-stage": floor(args, False), "two-stage": floor(args, True)}, rows=measured)
         (args.out / "against_trl.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
 

@@ -217,17 +217,17 @@ def prepare(args) -> tuple[Path, Path, dict]:  # notebook, run folder, parameter
     return notebook, args.out or runs.new_folder("runs", f"{notebook.stem}-{recipe}" if recipe else notebook.stem), parameters
 
 def prepare_resume(args, notebook: Path, given: dict) -> tuple[Path, dict]:  # run folder, parameters
-    "A run is resumed with the parameters it was started with."
+    "A run is resumed with the parameters it was started with, in as many processes as one likes."
     if not args.out: raise ValueError("--resume needs the run's folder; name it with --out")
     recorded = runs.read_json(args.out/"run.json")["parameters"]
     recorded = {n: v for n, v in recorded.items() if n not in ("out", "resume")}
     now = runs.status(args.out)
     if now in ("running", "done"): raise ValueError(f"{args.out} is {now}; only a run that ended early can be resumed")
     for name, value in check_parameters(args.experiment, notebook, given).items():
-        if recorded.get(name) != value:
+        if name != "processes" and recorded.get(name) != value: # these may be as many as there are now
             raise ValueError(f'{args.out} was started with {name} = {recorded.get(name)!r}, not {value!r}; '
                              "leave the parameter out, or start a new run in another folder")
-    return args.out, check_parameters(args.experiment, notebook, recorded)
+    return args.out, check_parameters(args.experiment, notebook, recorded | given)
 
 def run(args) -> int:  # exit code
     "Runs an experiment."
@@ -280,11 +280,12 @@ def check(args) -> int: # exit code, 1 when a record is broken
 
 def segment(args) -> int: # exit code
     "Segments one photo."
-    from transformers.utils.logging import disable_progress_bar
+    from huggingface_hub.utils.logging import set_verbosity_error as hub_quiet
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
     from dr2seg_lib import photo
-    disable_progress_bar()
+    for quiet in disable_progress_bar, set_verbosity_error, hub_quiet: quiet() # what goes wrong is told in a sentence
     try:
-        found = photo.segment(args.photo, args.query, args.box, args.point, args.model, args.adapter, args.segmenter, args.recipe)
+        found = photo.segment(args.photo, args.query, args.box, args.point, args.model, args.adapter, args.segmenter, args.recipe, dtype=args.dtype, attention=args.attention)
         paths = found.save(args.out)
     except (ValueError, FileNotFoundError) as e:
         print(f"dr2seg: {e}", file=sys.stderr)
@@ -332,6 +333,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--adapter", default="", metavar="DIR", help="a checkpoint of a training run")
     p.add_argument("--segmenter", default="", help="embedded, grabcut, a local folder or a hub id (default: grabcut with --box, else embedded)")
     p.add_argument("--recipe", default="dr2seg", help="whose prompt is asked (default: dr2seg)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights (default: float32)")
+    p.add_argument("--attention", default="sdpa", help="sdpa, eager, or flash for the vision tower (default: sdpa)")
     p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where to (default: here)")
     p.set_defaults(run=segment)
     p = commands.add_parser("tables", help="print the papers' tables with the rows of runs beside them")

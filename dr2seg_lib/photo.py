@@ -15,7 +15,7 @@ import cv2
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from .evaluation import answer_greedily, known_adapter, known_model, known_recipe, load_policy, prompts_of
+from .evaluation import answer_greedily, known_adapter, known_attention, known_model, known_recipe, load_policy, prompts_of
 from .masks import encode
 from .readers import pixels
 from .recipes import RECIPES
@@ -177,16 +177,18 @@ def segment(
     segmenter:str='', # as in `train`; empty: grabcut for a box, embedded for a question
     recipe:str='dr2seg', # whose prompt is asked
     max_new_tokens:int=256,
+    dtype:str='float32', # of the policy's weights; or bfloat16
+    attention:str='sdpa', # eager, or flash for the vision tower
 )->Segmented:
     "What answers a question in a photo, or what is in a box of it."
     if box is None and not query.strip(): raise ValueError('nothing is asked; give a question, or a box as x1,y1,x2,y2.')
     if box is None and point is not None: raise ValueError('a point needs its box; give it as x1,y1,x2,y2.')
-    known_model(model), known_adapter(adapter), known_recipe(recipe)
+    known_model(model), known_adapter(adapter), known_recipe(recipe), known_attention(attention, dtype)
     image, name = (photo, 'photo') if isinstance(photo, np.ndarray) else (pixels(Path(photo), photo), Path(photo).stem)
     size, response, asked = image.shape[1::-1], None, dict(segmenter=segmenter or ('embedded' if box is None else 'grabcut'))
     prompts, drawer = [prompt_of(size, box, point)] if box is not None else [], load_segmenter(asked['segmenter'])
     if box is None:
-        policy, asked = load_policy(model, adapter), dict(model=model, adapter=adapter, recipe=recipe) | asked
+        policy, asked = load_policy(model, adapter, dtype, attention), dict(model=model, adapter=adapter, recipe=recipe) | asked
         response, = answer_greedily(policy, [Sample(name, image, query, ())], RECIPES[recipe].prompt, max_new_tokens)
         prompts = prompts_of(drawer, response.text, query, policy.frame, size)
     placed = lambda prompt, mask: Target.of(mask) if isinstance(prompt, str) else Target(*in_frame(prompt, size), mask)

@@ -28,7 +28,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from . import dialogue, masks, plots, scenes
-from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, located
+from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, load_policy, located
 from .plots import Figure, Interval, Table, table
 from .policy import EMBEDDED, Policy, Prefix, Seen, Shared, look_mask
 from .recipes import RECIPES
@@ -279,10 +279,10 @@ def taught_phrases(policy: Policy) -> Policy:
 def load_scorer(name: str = "embedded", # "embedded", a local folder or a hub id
                ) -> Policy:
     "A policy that scores candidates: the embedded one with its scoring adapter, or any other as it is."
-    if name != "embedded": return Policy.load(name)
+    if name != "embedded": return load_policy(name)
     if not (EMBEDDED_SCORER / "adapter_config.json").exists():
         raise FileNotFoundError(f"{EMBEDDED_SCORER}/adapter_config.json is missing; restore it with git, or make it with: dr2seg run warmstart_rea2seg")
-    return taught_phrases(Policy.load()).load_adapter(EMBEDDED_SCORER)
+    return taught_phrases(load_policy("embedded")).load_adapter(EMBEDDED_SCORER)
 
 # %% ../nbs/22_rea2seg.ipynb #bef30d11
 SCORER_SEEDS = WARM_START + 1_000_000 # first seed of the scoring lessons
@@ -467,7 +467,7 @@ class Rea2SegConfig(BaseModel):
 def run_rea2seg(config: Rea2SegConfig, out, # the run's folder
                 resume: bool = False) -> Run:
     "Every sample's direct answer, candidates and choice; a row each in predictions.jsonl, the summary in results.json."
-    data, segmenter, policy = load_data(config.data, config.split, config.samples), load_segmenter(config.segmenter), Policy.load(config.model)
+    data, segmenter, policy = load_data(config.data, config.split, config.samples), load_segmenter(config.segmenter), load_policy(config.model)
     scorer = policy if config.model != "embedded" and config.scorer in ("", config.model) else load_scorer(config.scorer or "embedded")
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
         path, prompt = run.folder / "predictions.jsonl", RECIPES[config.recipe].prompt

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from .dialogue import numbers
+from .files import replacing
 from .masks import decode
 from .samples import Sample, Target
 
@@ -377,11 +378,9 @@ def joined_refs(refs: Path) -> Path: # refs(….p), beside instances.json -> JSO
     by_id = lambda entries: {e['id']: e for e in entries if isinstance(e, dict) and type(e.get('id')) is int}
     tables = [by_id(part(instances, key, list, sources[1])) for key in ('annotations', 'images')]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = cache.with_name(f'{cache.name}.{os.getpid()}')
-    with open(unfinished, 'w', encoding='utf-8') as f:
+    with replacing(cache) as f:
         f.write(stamp + '\n')
         f.writelines(json.dumps(_joined(ref, *tables, f'{refs} reference {i}')) + '\n' for i, ref in enumerate(found))
-    os.replace(unfinished, cache)
     return cache
 
 # %% ../nbs/11_readers.ipynb #93a65b50

@@ -132,7 +132,9 @@ class Clock(dict):
     def __call__(self, stage: str):
         began = time.perf_counter()
         try: yield
-        finally: self[stage] = self.get(stage, 0.0) + time.perf_counter() - began
+        finally:
+            if torch.cuda.is_available(): torch.cuda.synchronize() # a GPU may still be at what Python has left behind
+            self[stage] = self.get(stage, 0.0) + time.perf_counter() - began
 
 # %% ../nbs/08_rollout.ipynb #2365eaf8
 def answer_entropies(policy: Policy, samples: list[Sample],

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER', 'PRESETS', 'TrainConfig', 'preset', 'shuffled', 'questions', 'rewarded', 'chunks', 'sum_gradients', 'update',
            'gathered', 'metrics', 'records', 'save_state', 'load_state', 'prepared', 'step_seed', 'set_lr',
-           'train_step', 'judge', 'tell_skipped', 'launch', 'train']
+           'train_step', 'judge', 'tell_skipped', 'train']
 
 # %% ../nbs/14_training.ipynb #fc2a234f
 import math
 import os
-import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -30,12 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import grpo, runs
-from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, load_policy, summarise
+from .evaluation import ModelName, Processes, RecipeName, about, checked_data, evaluate, known_attention, load_data, load_policy
 from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe, known_scorer, known_segmenter
 from .rollout import Clock, Rollouts, roll_out
-from .runs import Follower, Run, latest_checkpoint, read_json, save_checkpoint, write_jsonl
+from .runs import Run, begin, latest_checkpoint, launch, read_json, save_checkpoint, write_jsonl
 from .segmenters import draws_by_phrase, load_segmenter
 from .server import ServedPolicy, mismatch, served_name
 
@@ -64,6 +62,7 @@ class TrainConfig(BaseModel):
     alpha: int = Field(32, ge=1, description="LoRA alpha")
     targets: tuple[Literal[PROJECTIONS], ...] = Field(PROJECTIONS, min_length=1, description="the projections of the language model that LoRA adapts")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights; LoRA's own are float32")
+    attention: str = Field("sdpa", description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics")
     lr: float = Field(1e-3, gt=0)
     norm_lr: float = Field(0.02, ge=0, description="learning rate of the final norm's gain; 0 leaves it frozen")
     schedule: Literal["constant", "linear"] = Field("linear", description="learning rate over the run; linear falls to 0")
@@ -78,12 +77,13 @@ class TrainConfig(BaseModel):
     record: int = Field(2, ge=0, description="groups a step written to rollouts.jsonl")
     checkpoint_every: int = Field(20, ge=1, description="steps")
     scorer: str = Field("embedded", description="scorer of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder of open_clip's")
-    processes: int = Field(1, ge=1, description="processes that share each step's questions")
+    processes: Processes = Field(1, description="processes that share each step's questions")
     checkpointing: bool = Field(False, description="compute each layer's inside again in the backward pass: memory for time")
     shard: bool = Field(False, description="divide the frozen weights among the processes (FSDP)")
 
     @model_validator(mode="after")
     def _fine(self):
+        known_attention(self.attention, self.dtype)
         if self.dtype == "bfloat16" and (self.tune == "full" or self.norm_lr): raise ValueError("dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32")
         return self
 
@@ -248,8 +248,8 @@ def load_state(policy: Policy, optimizer, folder: Path):
 def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer, Accelerator]:
     "The policy with what is trained, the recipe with its parameters, the optimizer."
     torch.manual_seed(config.seed)
-    accelerator = Accelerator()
-    policy = load_policy(config.model, dtype=config.dtype, device=accelerator.device)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available()) # said, or several processes on CPUs would not know of each other
+    policy = load_policy(config.model, dtype=config.dtype, attention=config.attention, device=accelerator.device)
     policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
     if config.checkpointing: policy.checkpointed()
     if config.shard and accelerator.num_processes > 1: policy.sharded()
@@ -298,16 +298,12 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
     path = run.folder / "results.json"
     results = read_json(path) if path.exists() else {}
     if when in results or not config.eval_samples: return
-    data, W = load_data(config.eval_data or config.data, "val", config.eval_samples), accelerator.num_processes
+    data = load_data(config.eval_data or config.data, "val", config.eval_samples)
     if config.server: policy.publish()
     segmenter = known_segmenter(config.segmenter) if recipe.segmenter else load_segmenter(config.segmenter) # one that rewards is there already
     with policy.whole():
-        summary, rows = evaluate(policy, segmenter, data, recipe.prompt, max_new_tokens=config.max_new_tokens,
-                                 progress=lambda i, n: run.progress(f"evaluating {when}", i, n), positions=range(accelerator.process_index, len(data), W))
-    if W > 1:
-        parts = gather_object([rows])
-        rows = [parts[i % W][i // W] for i in range(len(data))]
-        summary = summarise(rows)
+        summary, rows = evaluate(policy, segmenter, data, recipe.prompt, min(64, math.ceil(len(data) / accelerator.num_processes)), config.max_new_tokens,
+                                 progress=lambda i, n: run.progress(f"evaluating {when}", i, n), crew=accelerator)
     if not accelerator.is_main_process: return
     write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)
     run.results(results | {"evaluation": about(data, config.eval_data or config.data, "val"), when: summary})
@@ -317,26 +313,11 @@ def tell_skipped(run: Run):
     path, times = run.folder / "results.json", Counter(s for row in run.metrics() for s in row.get("skipped", []))
     if times: run.results((read_json(path) if path.exists() else {}) | dict(skipped=dict(times)))
 
-def launch(config: TrainConfig, out, resume: bool) -> Run:
-    "The run in `config.processes` processes of this machine, as `accelerate launch -m dr2seg_lib.training CONFIG FOLDER` would start them."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}",
-               "-m", "dr2seg_lib.training", config.model_dump_json(), str(out), *(["resume"] if resume else [])]
-    env = os.environ | ({} if torch.cuda.is_available() else dict(ACCELERATE_USE_CPU="true")) # accelerate launch knows no second process on a CPU
-    with subprocess.Popen(command, env=env) as process:
-        try: code = process.wait()
-        except KeyboardInterrupt: # it ends after the step
-            process.send_signal(signal.SIGTERM)
-            code = process.wait()
-    run = Run.open(out)
-    if run.status == "failed" or code and run.status == "running": raise RuntimeError(run.info["error"] or f"one of {config.processes} processes ended with {code}; see above")
-    return run
-
 def train(config: TrainConfig, out, # the run's folder
           resume: bool = False) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ: return launch(config, out, resume)
-    kind = Run if int(os.environ.get("RANK", 0)) == 0 else Follower
-    with kind.resume(out) if resume else kind.create(out, config.model_dump(), config.seed) as run, ExitStack() as stack:
+    if config.processes > 1 and "WORLD_SIZE" not in os.environ: return launch("dr2seg_lib.training", config, out, resume)
+    with begin(out, config.model_dump(), config.seed, resume) as run, ExitStack() as stack:
         policy, recipe, optimizer, accelerator = prepared(config)
         if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{accelerator.process_index}"))
         if accelerator.is_main_process: runs.update(run.folder, frame=policy.frame) # what the coordinates in its answers mean

@@ -231,6 +231,14 @@ def test_ctrl_c_then_resume(tmp_path, notebook):
     assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, 31))
 
 
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
+    path = notebook("pass", parameters='steps = 3\nprocesses = 1\nout = ""\nresume = False')
+    runs.Run.create(tmp_path/"run", dict(steps=5, processes=4, out="run", resume=False), bar=False).finish("interrupted")
+    asked = lambda *given: cli.prepare(cli.parser().parse_args(["run", path, "--resume", "--out", str(tmp_path/"run"), *given]))[2]
+    assert asked() == dict(steps=5, processes=4) and asked("-p", "processes", "2") == dict(steps=5, processes=2)
+    with pytest.raises(ValueError, match="was started with steps = 5, not 9"): asked("-p", "steps", "9")
+
+
 def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
     process = start(tmp_path, "run", notebook("open(out + '/here', 'w').close()\nimport time\ntime.sleep(60)"),
                     "--out", "out", until="here")
@@ -262,3 +270,21 @@ if os.geteuid() == 0: os.seteuid(65534)
 raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run cannot be written (Permission denied); grant permission" in done.stderr
+
+
+@pytest.mark.parametrize("args", [("train", "-p", "model"), ("evaluate", "-p", "model"), ("evaluate", "-p", "segmenter"), ("rea2seg", "-p", "model"), ("rea2seg", "-p", "scorer")], ids=" ".join)
+def test_a_hub_that_no_network_leads_to_is_one_sentence(args, tmp_path, capsys):
+    name = "facebook/sam2.1-hiera-tiny" if args[-1] == "segmenter" else "nobody/nothing"
+    assert cli.main(["run", *args, name, "--out", str(tmp_path/"run")]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dr2seg:")]
+    assert len(said) == 1 and f"{name} cannot be loaded (" in said[0] and "connect to the hub" in said[0]
+
+
+@pytest.mark.parametrize("experiment", ["train", "evaluate", "rea2seg"])
+def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(experiment, tmp_path, capsys):
+    (tmp_path/"model").mkdir()
+    for name in "config.json", "tokenizer.json": (tmp_path/"model"/name).write_text("{}")
+    (tmp_path/"model"/"model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}')
+    assert cli.main(["run", experiment, "-p", "model", str(tmp_path/"model"), "--out", str(tmp_path/"run")]) == 2
+    assert capsys.readouterr().err == f"dr2seg: model {tmp_path}/model is not whole (model-00001-of-00002.safetensors is missing); fetch it again\n"
+    assert not (tmp_path/"run").exists()

@@ -1,5 +1,13 @@
 "Answers to masks to numbers; nothing is skipped."
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +19,14 @@ from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 
 from dr2seg_lib import cli, dialogue, evaluation
-from dr2seg_lib.evaluation import EvaluateConfig, bootstrap, evaluate, load_data, load_policy, located, run_evaluation, scored, summarise
+from dr2seg_lib.evaluation import EvaluateConfig, bootstrap, evaluate, known_model, load_data, load_policy, located, run_evaluation, scored, summarise
 from dr2seg_lib.policy import Policy
 from dr2seg_lib.readers import BrokenRecord
 from dr2seg_lib.rollout import Response
 from dr2seg_lib.runs import Run, read_json, read_jsonl, write_json
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.segmenters import Segmenter, load_segmenter
+from dr2seg_lib.training import TrainConfig
 
 SAMPLE = MiniReasonSeg("val")[0]
 said = lambda text: Response(text, dialogue.parse(text), [text], [0.5], [1.0], 7)
@@ -150,6 +159,89 @@ def test_killed_anywhere_and_resumed_is_unbroken_to_the_byte(whole, tmp_path, cu
     assert bytes_of(tmp_path / "run") == bytes_of(whole)
 
 
+# ---- in several processes
+
+@pytest.fixture
+def one_thread():
+    "As `torchrun` gives each of its processes; more threads may add up in another order."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture
+def alone(one_thread, tmp_path):
+    return run_evaluation(EvaluateConfig(**SMALL), tmp_path / "alone").folder
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_predictions_of_one_to_the_byte(alone, processes, tmp_path, monkeypatch):
+    "Seven samples are three batches and a half: with two processes one has less to do in the last round, with three two have nothing."
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = run_evaluation(EvaluateConfig(**SMALL, processes=processes), tmp_path / "run")
+    assert run.status == "done" and bytes_of(run.folder) == bytes_of(alone) and run.info["parameters"]["processes"] == processes
+    assert run_evaluation(EvaluateConfig(**SMALL), tmp_path / "one").info["status"] == "done", "this process is still one of its own"
+
+
+def test_killed_with_all_its_processes_and_resumed_with_another_number(alone, tmp_path, monkeypatch):
+    "SIGKILL to every process of a run of two after its first round; three go on, are stopped, and one ends it."
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder, config = tmp_path / "run", EvaluateConfig(**SMALL | dict(batch=1), processes=2)
+    bytes_one = bytes_of(run_evaluation(EvaluateConfig(**SMALL | dict(batch=1)), tmp_path / "one").folder)
+    code = f"from dr2seg_lib.evaluation import *; run_evaluation(EvaluateConfig.model_validate_json({config.model_dump_json()!r}), {str(folder)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not ((folder / "predictions.jsonl").exists() and (folder / "predictions.jsonl").stat().st_size): time.sleep(0.02)
+    for pid in [process.pid, *descendants(process.pid)]: os.kill(pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.time() + 30
+    while Run.open(folder).status == "running" and time.time() < deadline: time.sleep(0.1)
+    assert Run.open(folder).status == "failed" and not (folder / "results.json").exists()
+    rows = (folder / "predictions.jsonl").read_bytes().count(b"\n")
+    if rows < 4: # the stop file is looked at after each round, here of three
+        timer = threading.Timer(0, stop_when, [folder, rows])
+        timer.start()
+        run = run_evaluation(EvaluateConfig(**SMALL | dict(batch=1), processes=3), folder, resume=True)
+        timer.join()
+        assert run.status in ("interrupted", "done")
+    if Run.open(folder).status != "done": run_evaluation(EvaluateConfig(**SMALL | dict(batch=1)), folder, resume=True)
+    assert bytes_of(folder) == bytes_one
+
+
+def descendants(pid):
+    "All processes below one, as /proc tells them."
+    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return children + [d for c in children for d in descendants(c)]
+
+
+def stop_when(folder, rows):
+    "Ask for an end once a round has been written."
+    for _ in range(3000):
+        if (folder / "predictions.jsonl").read_bytes().count(b"\n") > rows: return (folder / "stop").touch()
+        time.sleep(0.02)
+
+
+def test_under_a_launcher_of_ones_own(alone, tmp_path, monkeypatch):
+    "As on a cluster: torchrun starts the module, and the configuration says nothing of processes."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dr2seg_lib.evaluation", EvaluateConfig(**SMALL).model_dump_json(), str(tmp_path / "run")]
+    subprocess.run(command, check=True, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True)
+    assert bytes_of(tmp_path / "run") == bytes_of(alone)
+
+
+def test_what_goes_wrong_in_several_processes_is_the_sentence_of_one(tmp_path):
+    config = EvaluateConfig(**SMALL | dict(model="nobody/nothing"), processes=2)
+    with pytest.raises(ValueError, match="^model nobody/nothing cannot be loaded .*connect to the hub$"): run_evaluation(config, tmp_path / "run")
+    assert Run.open(tmp_path / "run").status == "failed"
+    with pytest.raises(ValueError, match="already holds a run .failed.; choose another folder"): run_evaluation(config, tmp_path / "run")
+
+
+def test_each_process_needs_a_gpu_where_there_are_any(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert EvaluateConfig(processes=2).processes == 2
+    with pytest.raises(ValidationError, match="processes: 4 need a GPU each, and this machine has 2; ask for no more"): EvaluateConfig(processes=4)
+
+
 def reasonseg(root, n):
     "A ReasonSeg split of the world's scenes as polygons, with pixels to ignore, one file without polygons and one broken."
     folder = root / "ReasonSeg" / "val"
@@ -240,6 +332,72 @@ def test_a_wrong_adapter_is_one_sentence(adapter, tmp_path):
     with pytest.raises(ValueError, match=f"adapter {other} was made for another model than embedded; name the model it was trained on"): load_policy("embedded", str(other))
     write_json(other / "manifest.json", dict(step=1, files={"adapter_model.safetensors": "0"}))
     assert told(other) == f"adapter {other} is damaged (adapter_model.safetensors differs from its manifest); name another checkpoint"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    "The embedded policy as large models are laid out: an index and several files."
+    policy, folder = Policy.load(), tmp_path_factory.mktemp("sharded")
+    for part in policy.model, policy.processor: part.save_pretrained(folder, max_shard_size="6MB")
+    assert len(list(folder.glob("model-*"))) > 2
+    return folder
+
+
+def without_layer_1(folder):
+    for file in folder.glob("model-*"): save_file({k: v for k, v in load_file(str(file)).items() if "layers.1." not in k}, str(file), metadata=dict(format="pt"))
+
+
+@pytest.mark.parametrize("harm, at_once, later", [
+    (lambda f: (f / "config.json").unlink(), "is not whole (config.json is missing); fetch it again", "cannot be loaded (Unrecognized model"),
+    (lambda f: min(f.glob("model-*")).unlink(), ".safetensors is missing); fetch it again", "cannot be loaded (No such file or directory: "),
+    (lambda f: os.truncate(min(f.glob("model-*")), 999), ".safetensors is cut short or no safetensors file: ", "cannot be loaded (Error while deserializing header"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json does not map weights to files", "cannot be loaded (Expecting property name"),
+    (lambda f: (f / "tokenizer.json").unlink(), "is not whole (tokenizer.json is missing)", None),
+    (lambda f: (f / "config.json").write_text(re.sub('"image_token_id": \\d+', '"image_token_id": 9', (f / "config.json").read_text())), None, "has not the tokenizer of its config.json; fetch tokenizer.json again"),
+    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"intermediate_size": 704', '"intermediate_size": 700')), None, "lacks weights of the size that its config.json says, model.language_model.layers.0.mlp.down_proj.weight for one"),
+    (without_layer_1, None, "lacks weights of the size that its config.json says, model.language_model.layers.1."),
+], ids=["config", "missing", "cut", "index", "tokenizer", "other tokenizer", "sizes", "weights"])
+def test_a_checkpoint_that_is_not_whole_is_one_sentence(sharded, harm, at_once, later, tmp_path):
+    "Told before anything heavy starts where the files alone show it, and at the latest when it is loaded; weights that are not there are never made up."
+    folder = tmp_path / "model"
+    shutil.copytree(sharded, folder)
+    assert known_model(str(folder)) == str(folder)
+    harm(folder)
+    if at_once:
+        with pytest.raises(ValidationError) as told: EvaluateConfig(model=str(folder))
+        assert at_once in told.value.errors()[0]["msg"]
+    if later is None: return
+    with pytest.raises(ValueError) as told: load_policy(str(folder))
+    assert f"model {folder} " in str(told.value) and later in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_checkpoint_of_several_files_answers_as_its_one(sharded):
+    samples = [MiniReasonSeg("val")[i] for i in range(2)]
+    a, b = (evaluate(load_policy(name), load_segmenter("grabcut"), samples, dialogue.dr2seg, 2, 60)[1] for name in ("embedded", str(sharded)))
+    assert [(r["text"], r["rle"]) for r in a] == [(r["text"], r["rle"]) for r in b]
+
+
+def test_a_cut_adapter_is_told_at_once(adapter, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    os.truncate(folder / "adapter_model.safetensors", 500)
+    with pytest.raises(ValidationError, match="is damaged .adapter_model.safetensors is cut short.*name another checkpoint"): EvaluateConfig(adapter=str(folder))
+
+
+@pytest.mark.parametrize("config", [EvaluateConfig, lambda **given: TrainConfig(norm_lr=0, **given)], ids=["evaluate", "train"])
+def test_flash_attention_is_told_before_anything_starts_where_it_cannot_be(config, monkeypatch):
+    with pytest.raises(ValidationError, match="attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa"): config(attention="flash", dtype="bfloat16")
+    monkeypatch.setattr(evaluation, "is_flash_attn_2_available", lambda: True)
+    with pytest.raises(ValidationError, match="attention flash does not compute in float32; use dtype bfloat16, or attention sdpa"): config(attention="flash")
+    assert config(attention="flash", dtype="bfloat16").attention == "flash"
+    with pytest.raises(ValidationError, match="attention 'fast' is unknown; use one of sdpa, eager, flash"): config(attention="fast")
+
+
+def test_attention_reaches_the_model(tmp_path):
+    a, b = (run_evaluation(EvaluateConfig(**SMALL | dict(samples=2, attention=attention)), tmp_path / attention).folder for attention in ("sdpa", "eager"))
+    rows_a, rows_b = (read_jsonl(f / "predictions.jsonl") for f in (a, b))
+    assert [(r["text"], r["rle"]) for r in rows_a] == [(r["text"], r["rle"]) for r in rows_b]
+    assert load_policy("embedded", attention="eager").model.model.visual.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("wrong, says", [(dict(smaples=3), "smaples"), (dict(recipe="dr3seg"), "use one of visionreasoner"), (dict(model="embeded"), "use embedded"), (dict(protocol="lissa"), "lisa"),

@@ -92,6 +92,8 @@ def test_the_picture_dims_what_was_not_asked_for():
     ([str(HOPPER), '--box', CAP, '--segmenter', 'sam9'], "segmenter: 'sam9' is not known"),
     ([str(HOPPER), '--box', CAP, '--out', 'text.jpg'], 'text.jpg is a file; name a folder for the results.'),
     ([str(HOPPER), 'what', '--model', 'embeded'], "model 'embeded' is unknown; use embedded"),
+    ([str(HOPPER), 'what', '--attention', 'flash', '--dtype', 'bfloat16'], 'attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa'),
+    ([str(HOPPER), 'what', '--attention', 'fast'], "attention 'fast' is unknown; use one of sdpa, eager, flash"),
     ([str(HOPPER), 'what', '--recipe', 'dr3seg'], "recipe 'dr3seg' is unknown; use one of"),
     ([str(HOPPER), 'what', '--adapter', 'nowhere'], 'adapter nowhere does not exist; name a checkpoint such as'),
     ([str(HOPPER), 'what', '--model', 'nobody/nothing'], 'model nobody/nothing cannot be loaded')], ids=str)

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
 from dr2seg_lib import dialogue
-from dr2seg_lib.policy import Policy, Seen, look_mask
+from dr2seg_lib.policy import ATTENTION, Policy, Seen, image_features, look_mask
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.warmstart import CHAT_TEMPLATE, make_model, make_processor, make_tokenizer
 
@@ -157,3 +157,32 @@ def test_qwen3_vl_speaks_in_thousandths_and_needs_its_deep_features(tmp_path):
 def test_another_kind_of_model_is_named(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a llama; the workbench speaks with qwen2_5_vl and qwen3_vl"): Policy.load(str(tmp_path))
+
+
+def test_attention_changes_time_not_answers():
+    "Written out or torch's own: the same image tokens, answers, scores and gradients of the embedded policy, by the batched tower and by the tower's own way."
+    samples = [MiniReasonSeg("val")[i] for i in range(3)]
+    texts, found = [dialogue.dr2seg(s.query) for s in samples], {}
+    for attention in ("sdpa", "eager"):
+        policy = Policy.load(attention=attention).add_lora(4, 4)
+        torch.manual_seed(0)
+        for name, p in policy.trainable(): torch.nn.init.normal_(p, std=0.02)
+        visual = policy.model.model.visual
+        assert visual.config._attn_implementation == policy.model.model.language_model.config._attn_implementation == attention
+        seen = policy.encode([s.image for s in samples])
+        done = policy.generate(policy.read(texts, seen), 2, 40, seed=1)
+        scores = policy.logprobs(policy.read(texts, seen), done.ids, done.mask)
+        found[attention] = torch.cat([s.tokens for s in seen]), done.ids, scores, torch.autograd.grad(scores.sum(), [p for _, p in policy.trainable()])
+        pixels = policy.processor.image_processor([cv2.resize(s.image, (112, 112), interpolation=cv2.INTER_AREA) for s in samples], do_resize=False, return_tensors="pt")
+        own = visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output
+        assert (found[attention][0] - own).abs().max() < 1e-5
+    (tokens_a, ids_a, scores_a, grads_a), (tokens_b, ids_b, scores_b, grads_b) = found.values()
+    assert (tokens_a - tokens_b).abs().max() < 1e-5 and torch.equal(ids_a, ids_b) and (scores_a - scores_b).abs().max() < 1e-4
+    assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(grads_a, grads_b))
+
+
+def test_flash_goes_to_the_vision_tower_alone(monkeypatch):
+    "FlashAttention needs a GPU, so another implementation stands in its place."
+    monkeypatch.setitem(ATTENTION, "flash", {k: v.replace("flash_attention_2", "eager") for k, v in ATTENTION["flash"].items()})
+    core = Policy.load(attention="flash").model.model
+    assert ATTENTION["flash"]["vision_config"] == "eager" and core.visual.config._attn_implementation == "eager" and core.language_model.config._attn_implementation == "sdpa"

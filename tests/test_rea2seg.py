@@ -294,6 +294,17 @@ def test_a_missing_scorer_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("dr2seg_lib.rea2seg.EMBEDDED_SCORER", tmp_path)
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing; restore it with git"): load_scorer()
 
+def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tiny):
+    "By `load_policy`, which moves them to the GPU where there is one and tells a failure in a sentence."
+    loaded = []
+    monkeypatch.setattr("dr2seg_lib.rea2seg.load_policy", lambda name: loaded.append(name) or tiny)
+    run_rea2seg(Rea2SegConfig(model="some/model", scorer="some/scorer", samples=1, max_new_tokens=4), tmp_path / "run")
+    assert loaded == ["some/model", "some/scorer"]
+    monkeypatch.undo()
+    for config in Rea2SegConfig(model="nobody/nothing"), Rea2SegConfig(scorer="nobody/nothing"):
+        with pytest.raises(ValueError, match="model nobody/nothing cannot be loaded .*connect to the hub") as told: run_rea2seg(config, tmp_path / "none")
+        assert "\n" not in str(told.value) and not (tmp_path / "none").exists()
+
 
 # the whole
 

@@ -124,6 +124,23 @@ def test_unknown_name(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is not known; use embedded, grabcut, a hub id") as e: load_segmenter(name)
     assert "\n" not in str(e.value) and repr(name) in str(e.value)
 
+@pytest.mark.parametrize("file, text", [("config.json", "{"), ("config.json", "{}"), ("config.json", '{"size": {"embed_dim": 16}}'), ("model.safetensors", "version https://git-lfs")], ids=str)
+def test_a_folder_that_does_not_fit_is_one_sentence(file, text, tmp_path):
+    shutil.copytree(EMBEDDED_SEGMENTER, tmp_path/"own")
+    (tmp_path/"own"/file).write_text(text)
+    with pytest.raises(ValueError, match=f"segmenter {tmp_path}/own cannot be loaded .*; take config.json and model.safetensors of one training") as e: load_segmenter(str(tmp_path/"own"))
+    assert "\n" not in str(e.value)
+
+def test_metas_checkpoint_is_one_sentence_where_it_is_none(tmp_path):
+    file = tmp_path/"sam2.1_hiera_tiny.pt"
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=f"segmenter {file} cannot be loaded .*; fetch Meta's checkpoint of that name again") as e: load_segmenter(str(file))
+    assert "\n" not in str(e.value)
+
+def test_a_hub_without_network_is_one_sentence():
+    with pytest.raises(ValueError, match="segmenter facebook/sam2.1-hiera-tiny cannot be loaded .*connect to the hub") as e: load_segmenter("facebook/sam2.1-hiera-tiny")
+    assert "\n" not in str(e.value)
+
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sam2.1_hiera_tiny.pt is missing: .*facebook/sam2.1-hiera-tiny"): load_segmenter(str(tmp_path/"sam2.1_hiera_tiny.pt"))
     for name in "config.json", "model.safetensors":
