@@ -171,11 +171,12 @@ def warmth(
     joined = ''.join(tokens)
     start, end = joined.find('<think>') + len('<think>'), joined.find('</think>')
     if start < len('<think>') or end < start: start, end = 0, len(joined)
-    spans, at = [], 0
-    for token, e in zip(tokens, entropy):
+    spans, at, first = [], 0, 0
+    for i, (token, e) in enumerate(zip(tokens, entropy)):
         if start <= at and at + len(token) <= end: spans.append(f'<i style="--e:{min(e/2, 1):.2f}" title="{e:.2f}">{text(token)}</i>')
+        elif not spans: first = i + 1
         at += len(token)
-    return f'<span class=heat>{"".join(spans)}</span>'
+    return f'<span class=heat data-from={first}>{"".join(spans)}</span>'
 
 # %% ../nbs/18_report.ipynb #0b3d52bd
 def chosen(
