@@ -3,9 +3,10 @@ import json, shutil, time
 import numpy as np, pytest
 import browser
 from browser import chromium
-from dr2seg_lib import inspector, report, runs
-from dr2seg_lib.inspector import Live, Opened, compare, curves, differences, disagreements, factor_of, fitted, inspect, live, prompts, readable, run_lengths, runs_mask, term_colours, touched
+from dr2seg_lib import inspector, opened, report, runs
+from dr2seg_lib.inspector import Live, compare, curves, differences, disagreements, fitted, inspect, live, prompts, run_lengths, runs_mask, touched
 from dr2seg_lib.masks import encode
+from dr2seg_lib.opened import Opened, factor_of, grouped, term_colours
 from dr2seg_lib.samples import Sample, Target
 from dr2seg_lib.training import TrainConfig, questions
 from test_report import BAD, Reader, make_run, metrics
@@ -47,9 +48,9 @@ def test_large_pictures_shrink_with_everything_on_them():
 def test_terms_make_the_reward(whole, other):
     "The bars add up: what the view shows as paid is the reward that was recorded."
     for folder in whole, other:
-        opened = Opened(folder)
-        assert opened.factor == "length"
-        for row in (r for g in opened.groups["rollouts"] for r in g):
+        it = Opened(folder)
+        assert it.factor == "length"
+        for row in (r for g in it.groups["rollouts"] for r in g):
             paid = sum(v*row["terms"]["length"] for k, v in row["terms"].items() if k != "length")
             assert paid == pytest.approx(row["reward"])
     assert factor_of([dict(terms=dict(a=1., b=-.5), reward=.5)]) == "" and factor_of([dict(terms=dict(a=1., b=2.), reward=7.)]) is None
@@ -62,11 +63,11 @@ def test_colours_of_unknown_terms_differ():
 
 
 def test_groups_and_fields(whole):
-    opened = Opened(whole)
-    index = inspector.columns(opened.groups["rollouts"])
-    assert {len(v) for v in index.values()} == {sum(map(len, opened.groups["rollouts"]))}
+    it = Opened(whole)
+    index = inspector.columns(it.groups["rollouts"])
+    assert {len(v) for v in index.values()} == {sum(map(len, it.groups["rollouts"]))}
     assert {"reward", "advantage", "tokens", "tokens_second", "entropy", "accuracy", "length", "difficulty", "kind"} <= set(index)
-    evaluation = inspector.columns(opened.groups["evaluation"])
+    evaluation = inspector.columns(it.groups["evaluation"])
     assert set(evaluation["when"]) == {"before", "after"} and "iou" in evaluation and "step" not in evaluation
 
 
@@ -126,7 +127,7 @@ def test_a_picture_that_cannot_be_had(whole, tmp_path):
 
 def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
     data = [Sample(f"photo-{i}", np.full((30, 40, 3), i, np.uint8), "?", ()) for i in range(50)]
-    monkeypatch.setattr(inspector, "load_data", lambda name, split, limit=None: data)
+    monkeypatch.setattr(opened, "load_data", lambda name, split, limit=None: data)
     copied(whole, tmp_path)
     config = TrainConfig(**{k: v for k, v in runs.read_json(tmp_path/"run.json")["parameters"].items() if k in TrainConfig.model_fields})
     rows = runs.read_jsonl(whole/"rollouts.jsonl")
@@ -134,8 +135,8 @@ def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeyp
     for r in rows: place.setdefault(r["step"], []).append(r["sample"])
     named = {(s, name): questions(data, config, s)[0][i].id for s, names in place.items() for i, name in enumerate(dict.fromkeys(names))}
     runs.write_jsonl(tmp_path/"rollouts.jsonl", [r | dict(sample=named[r["step"], r["sample"]]) for r in rows])
-    opened = Opened(tmp_path)
-    for at, group in enumerate(opened.groups["rollouts"]): assert opened.sample("rollouts", at).id == group[0]["sample"]
+    it = Opened(tmp_path)
+    for at, group in enumerate(it.groups["rollouts"]): assert it.sample("rollouts", at).id == it.named(group[0]["sample"]).id == group[0]["sample"]
 
 
 # ---- the widget, in time
@@ -144,7 +145,7 @@ def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeyp
 def thousand(whole, tmp_path_factory):
     "A run of 1,000 rollouts."
     folder = copied(whole, tmp_path_factory.mktemp("thousand"))
-    group = inspector.grouped(runs.read_jsonl(whole/"rollouts.jsonl"))[0]
+    group = grouped(runs.read_jsonl(whole/"rollouts.jsonl"))[0]
     runs.write_jsonl(folder/"rollouts.jsonl", [r | dict(step=1 + g//2, sample=f"mini-{1_000_000 + g}") for g in range(125) for r in group])
     return folder
 
@@ -234,7 +235,7 @@ def test_a_finished_run_needs_no_thread(whole):
 def test_comparison(whole, other):
     view = compare([whole, other])
     page = Reader(view.html)
-    assert not page.open and "dr2seg against visionreasoner" in view.html and view.html.count("<svg") == 2
+    assert not page.open and "dr2seg against visionreasoner" in view.html and view.html.count("class=d2-chart") == 2
     a, b = (inspector.after(Opened(f)) for f in (whole, other))
     won, lost = disagreements(a, b)
     assert len(won) + len(lost) == sum((x["iou"] >= .5) != (y["iou"] >= .5) for x, y in zip(a, b))
