@@ -165,6 +165,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                       'dr2seg_lib.inspector.entry': ('inspector.html#entry', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector.fitted': ('inspector.html#fitted', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector.full_weights': ('inspector.html#full_weights', 'dr2seg_lib/inspector.py'),
+                                      'dr2seg_lib.inspector.in_turn': ('inspector.html#in_turn', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector.inspect': ('inspector.html#inspect', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector.live': ('inspector.html#live', 'dr2seg_lib/inspector.py'),
                                       'dr2seg_lib.inspector.looks': ('inspector.html#looks', 'dr2seg_lib/inspector.py'),

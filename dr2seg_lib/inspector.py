@@ -6,12 +6,13 @@
 __all__ = ['RUN', 'STATIC', 'CURVES', 'BETTER', 'WORSE', 'speaker_of', 'LOOKING', 'run_lengths', 'fitted', 'prompts', 'scalar',
            'row_fields', 'columns', 'pass_html', 'entry', 'View', 'notice', 'Inspector', 'inspect', 'Tail', 'curves',
            'Live', 'live', 'armed', 'averaged', 'after', 'differences', 'token_scatter', 'disagreements', 'qualitative',
-           'Comparison', 'compare', 'policy_of', 'full_weights', 'picture_of', 'Ask', 'touched', 'runs_mask', 'looks']
+           'Comparison', 'compare', 'policy_of', 'full_weights', 'picture_of', 'in_turn', 'Ask', 'touched', 'runs_mask',
+           'looks']
 
 # %% ../nbs/19_inspector.ipynb #c862672b
 import json, threading
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
 import anywidget
@@ -27,7 +28,7 @@ from .attention import token_attention
 from .dialogue import parse
 from .evaluation import located
 from .masks import iou, ratio
-from .opened import Opened, lookup, readable, said, segmenter_of, term_colours
+from .opened import DRAWING, Opened, lookup, readable, said, segmenter_of, term_colours
 from .samples import Sample
 
 # %% ../nbs/19_inspector.ipynb #653dd1a2
@@ -507,10 +508,16 @@ def picture_of(
     return Sample(Path(source).name, image[..., ::-1].copy(), '', ())
 
 # %% ../nbs/19_inspector.ipynb #63f15300
+def in_turn(method):
+    "Two threads do not use one policy at once."
+    @wraps(method)
+    def alone(self, *args, **kwargs):
+        with self.lock: return method(self, *args, **kwargs)
+    return alone
+
 class Ask(View):
     "A picture to ask about, to describe and to point at."
     kind = t.Unicode('ask').tag(sync=True)
-    aside = False # two threads may not use a policy at once
     picture = t.Dict().tag(sync=True) # image, size, truth
     query = t.Unicode().tag(sync=True)
     description = t.Unicode().tag(sync=True) # what the second pass is asked about
@@ -529,11 +536,13 @@ class Ask(View):
     ):
         self.sample, self.policy, self.segmenter, self.longest = picture_of(about), policy_of(model), segmenter_of(segmenter), max_new_tokens
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        self.lock, self.aside = threading.RLock(), not isinstance(model, Policy) # a policy that was given may be at work in the cell that runs
         self.seen, self.prefix, image = self.policy.encode([self.sample.image]), None, fitted(self.sample.image)
         super().__init__(query=query or self.sample.query, picture=dict(image=report.data_uri(image, 92), size=(image.shape[1], image.shape[0]), name=self.sample.id,
                                                                         truth=run_lengths(fitted(self.sample.mask)) if self.sample.targets else None))
         self.on_msg(self._asked)
 
+    @in_turn
     def ask(self, query:str|None=None)->Response:
         "The first pass, its mask, and the second pass with its description."
         self.query, self.first, self.second, self.description = query or self.query, {}, {}, ''
@@ -546,6 +555,7 @@ class Ask(View):
         self.describe(said.parsed.description or '')
         return said
 
+    @in_turn
     def describe(self, description:str)->Response|None: # None: nothing to ask about
         "The second pass on a description."
         self.description, self.second, began = description, {}, time.perf_counter()
@@ -557,10 +567,11 @@ class Ask(View):
         self.second, self.busy = self._told(said, began), ''
         return said
 
+    @in_turn
     def segment(self, targets:list, by:str)->np.ndarray: # [H,W] bool
         "The mask of some boxes and points, in pixels of the image."
         began = time.perf_counter()
-        mask = self.segmenter.segment(self.sample.image, targets)
+        with DRAWING: mask = self.segmenter.segment(self.sample.image, targets)
         score = ratio(*iou(mask, self.sample.mask, self.sample.ignore)) if self.sample.targets else None
         self.drawn = dict(runs=run_lengths(fitted(mask)), iou=score, by=by, prompts=prompts(targets, self.sample.size, self.picture['size']), seconds=time.perf_counter() - began)
         return mask

@@ -439,17 +439,17 @@ def dots(
 )->plots.Figure:
     "Estimates with their intervals, a line each."
     with rc_context(plots.STYLE):
-        fig, (ax,) = plots.panels([title], height=.5 + .46*len(rows), width=8)
+        fig, (ax,) = plots.panels([title], height=1. + .42*len(rows))
         for y, found in enumerate(rows.values()):
             for k, (name, v) in enumerate(found.items()):
                 at = y + .22*(k - (len(found) - 1)/2)
                 ax.hlines(at, v.lo, v.hi, color=colours[name], lw=1.4, alpha=.55)
                 ax.plot(v.mean, at, 'o', color=colours[name], ms=6, label=None if y else name)
         ax.set_yticks(range(len(rows)), rows)
-        ax.invert_yaxis()
+        ax.set_ylim(len(rows) - .5, -.5)
         ax.grid(axis='x')
         ax.grid(visible=False, axis='y')
-        fig.legend(loc='outside upper right', ncols=4, labelcolor='linecolor', fontsize=9, handletextpad=.1)
+        ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4, labelcolor='linecolor', fontsize=9, handletextpad=.1)
     return fig
 
 # %% ../nbs/18_report.ipynb #2209eea4
@@ -547,7 +547,7 @@ th:first-child,td:first-child{padding-left:0}th:last-child,td:last-child{padding
 .track{width:34%}.track div{position:relative;height:8px;border-radius:4px;background:var(--soft)}.track i{position:absolute;top:0;bottom:0}.fill{left:0;border-radius:4px;background:var(--accent);opacity:.75}.tick{width:2px;margin-left:-1px;top:-4px!important;bottom:-4px!important;background:var(--ink)}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:.1rem 2rem;margin:0;font-size:.88rem}dl div{display:flex;justify-content:space-between;gap:1rem;border-bottom:1px solid var(--line);padding:.28rem 0}dt{color:var(--muted)}dd{margin:0;text-align:right;overflow-wrap:anywhere}
 details{border-top:1px solid var(--line);padding:.45rem 0}dl+details,.scroll+details{margin-top:.8rem}summary{cursor:pointer;font-weight:550;font-size:.9rem}details[open]>summary{margin-bottom:.6rem}details dl{grid-template-columns:repeat(auto-fill,minmax(280px,1fr))}
-.trio,.passes{display:grid;gap:1.4rem;grid-template-columns:repeat(3,minmax(0,1fr))}.passes{grid-template-columns:minmax(130px,.85fr) 1.6fr .7fr 1.1fr}.passes.blind{grid-template-columns:1.6fr .7fr 1.1fr}.candidates{display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:.9rem;margin-top:.8rem}.candidates figure{margin:0}.picked .layered{outline:3px solid var(--accent);outline-offset:2px}.direct{margin-top:.8rem}
+.trio,.passes{display:grid;gap:1.4rem;grid-template-columns:repeat(3,minmax(0,1fr))}.passes{grid-template-columns:minmax(130px,.85fr) 1.6fr .7fr 1.1fr}.passes.blind{grid-template-columns:1.6fr .7fr 1.1fr}.candidates{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.9rem;margin-top:.8rem}.candidates figure{margin:0}.picked .layered{outline:3px solid var(--accent);outline-offset:2px}.direct{margin-top:.8rem}
 figure{margin:0 0 .8rem}.truth figure{margin-top:.7rem}figure{max-width:264px}img{display:block;width:100%;border-radius:8px}figcaption{font-size:.84rem;margin-top:.4rem}figcaption b{color:var(--ink);font-weight:600;margin-right:.35em}
 .think,.raw,.described,.answer{margin:0 0 .55rem;overflow-wrap:anywhere;white-space:pre-wrap;font-size:.86rem;line-height:1.55}.think,.raw{color:var(--muted)}
 .described{font-weight:600}.answer{font:.76rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--soft);border-radius:6px;padding:.35rem .55rem}

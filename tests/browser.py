@@ -84,13 +84,24 @@ def theme(page, dark: bool):
     page.wait_for_timeout(400)
 
 
-def pixels(page, selector: str):
+def shown(canvas):
     "What a canvas holds: [H,W,4] uint8."
     import base64, io
     import numpy as np
     from PIL import Image
-    uri = page.locator(selector).first.evaluate("c => c.toDataURL()")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(canvas.evaluate("c => c.toDataURL()").split(",")[1]))))
+
+
+def pixels(page, selector: str):
+    "What the first canvas of a selector holds: [H,W,4] uint8."
+    return shown(page.locator(selector).first)
+
+
+def plain_page(notebook: Path, to: Path):
+    "A notebook as HTML, as nbconvert makes it."
+    from nbconvert import HTMLExporter
+    html, _ = HTMLExporter().from_filename(str(notebook))
+    to.write_text(html)
 
 
 VIEWS = dict(inspector="inspect('{run}')", live="live('{run}')", compare="compare(['{run}', '{other}'])", ask="a = Ask('{model}', 2_000_049); a")
