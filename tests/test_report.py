@@ -240,10 +240,10 @@ def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
     means = lambda gs: [np.mean([r["reward"] for r in g]) for g in gs]
     every = means(report.grouped(records))
     assert means(groups["best"]) == [max(every)] and means(groups["worst"]) == [min(every)] and len({id(g[0]) for gs in groups.values() for g in gs}) == 4
-    r = next(r for r in records if 0 < r["terms"]["length"] < 1)
-    bar = report.stack(r["terms"], "length", report.term_colours(r["terms"]), (0, 8))
+    terms = dict(thinking_format=1., accuracy=3., description=1., length=.4)
+    bar = report.stack(terms, "length", report.term_colours(terms), (0, 8))
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", bar)]
-    assert sum(widths[:-1])*8/100 == pytest.approx(r["reward"], abs=.02) and sum(widths)*8/100 == pytest.approx(r["reward"]/r["terms"]["length"], abs=.02)
+    assert sum(widths[:-1])*8/100 == pytest.approx(5*.4, abs=.02) and sum(widths)*8/100 == pytest.approx(5, abs=.02)
 
 
 def candidate_row(seed, k):
