@@ -95,9 +95,10 @@ def section(
 def chart(
     fig, # a matplotlib Figure
     label:str, # what it shows, in words
+    narrow:bool=False, # not wider than it needs to be
 )->str:
     "A figure that scrolls on a narrow screen instead of shrinking."
-    return f'<div class="chart panel">{plots.svg(fig, label)}</div>'
+    return f'<div class="chart panel{" narrow" if narrow else ""}">{plots.svg(fig, label)}</div>'
 
 # %% ../nbs/18_report.ipynb #8da8c73d
 def outline(
@@ -423,7 +424,7 @@ def comparison(run:dict)->str:
     ends = {arm: dict(before=before[arm], after=plots.over_seeds(rs)) for arm, rs in after.items()}
     return ((f'<div class="panel big">{plots.arms_table(after).html}</div>{starts(before)}' if after else '')
             + (chart(plots.training_curves(rows), 'answer entropy, reasoning tokens and accuracy over training, by recipe') if rows else '')
-            + (chart(plots.before_after(ends), 'reasoning tokens against gIoU, before and after training, by recipe') if len(after) > 1 and any(before.values()) else ''))
+            + (chart(plots.before_after(ends), 'reasoning tokens against gIoU, before and after training, by recipe', narrow=True) if len(after) > 1 and any(before.values()) else ''))
 
 def by_tag(run:dict)->str:
     "gIoU of all arms by the values of each tag."
@@ -538,7 +539,7 @@ h4{font-size:1.02rem;line-height:1.35;margin:0 0 .35rem;font-weight:600;overflow
 .notice{margin:1rem 0 0;padding:.55rem .9rem;border-left:3px solid var(--down);background:var(--soft);border-radius:0 8px 8px 0;font-size:.9rem;overflow-wrap:anywhere}
 nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:1.4rem 0 0;font-size:.9rem}nav a{color:var(--accent);text-decoration:none}nav a:hover{text-decoration:underline}
 .panel{background:var(--panel);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;margin:.8rem 0;min-width:0}
-.chart{overflow-x:auto}.chart svg{display:block;width:100%;height:auto;min-width:620px}.chart text{font-family:inherit}
+.chart{overflow-x:auto}.chart svg{display:block;width:100%;height:auto;min-width:620px}.chart text{font-family:inherit}.narrow svg{min-width:320px;max-width:520px;margin:auto}
 .split{display:grid;grid-template-columns:1.25fr 1fr;gap:1rem}.split .chart svg{min-width:300px;max-width:430px;margin:auto}.split>.panel{display:grid;align-items:center}
 table{border-collapse:collapse;width:100%;font-size:.88rem}th{font-weight:500;color:var(--muted);text-align:left;font-size:.8rem;white-space:nowrap}th,td{padding:.38rem .5rem;border-bottom:1px solid var(--line)}tbody tr:last-child td{border-bottom:0}
 th:first-child,td:first-child{padding-left:0}th:last-child,td:last-child{padding-right:0}.num{text-align:right;white-space:nowrap}

@@ -1,5 +1,5 @@
 """A real JupyterLab in a real browser, for the tests and for the pictures of the README: python tests/browser.py RUN [OTHER] [--to docs]"""
-import argparse, json, os, shutil, socket, subprocess, sys, time, urllib.request
+import argparse, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 import nbformat
@@ -104,7 +104,7 @@ def plain_page(notebook: Path, to: Path):
     to.write_text(html)
 
 
-VIEWS = dict(inspector="w = inspect('{run}')\nw.at = {at}\nw", live="live('{run}')", compare="compare(['{run}', '{other}'])", ask="a = Ask('{model}', 2_000_049)\na")
+VIEWS = dict(inspector="w = inspect('{run}')\nw.at = {at}\nw", live="live('{run}')", compare="compare(['{run}', '{other}'], cards=1)", ask="a = Ask('{model}', 2_000_022)\na")
 
 
 def telling(run: Path) -> int:
@@ -116,10 +116,11 @@ def telling(run: Path) -> int:
     return max(range(len(groups)), key=lambda i: spread(groups[i])) if groups else 0
 
 
-def small(path: Path):
-    "A screenshot in 256 colours, a third of the bytes."
+def small(path: Path, width: int = 1320):
+    "A screenshot no wider than a page shows it."
     from PIL import Image
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    image = Image.open(path).convert("RGB")
+    image.resize((width, round(image.height*width/image.width)), Image.Resampling.LANCZOS).save(path, optimize=True)
 
 
 def whole(page, view, path: Path):
@@ -132,7 +133,7 @@ def whole(page, view, path: Path):
     small(path)
 
 
-def looking(page, name: str) -> object:
+def looking(page, name: str):
     "Holds the word of a view's reasoning that looks hardest at the picture, of the first rollout."
     words = page.locator(f".d2-{name} [data-pass=first]").first.locator(".heat i")
     words.last.click()
@@ -141,8 +142,8 @@ def looking(page, name: str) -> object:
     for i in range(words.count()):
         words.nth(i).hover()
         page.wait_for_timeout(60)
-        said = page.locator(f".d2-{name} .d2-status").inner_text()
-        shares.append(int(said.split(" %")[0].split()[-1]) if "under 1 %" not in said and " %" in said else 0)
+        said = re.search(r"(\d+) % of", page.locator(f".d2-{name} .d2-status").inner_text())
+        shares.append(int(said[1]) if said else 0)
     words.nth(max(range(len(shares)), key=shares.__getitem__)).click()
     page.wait_for_timeout(300)
 
