@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'FLOOR', 'REACH', 'GAP', 'LINE', 'DIMMED', 'SCORING', 'SCORE', 'EMBEDDED_SCORER', 'PHRASES', 'SCORER_SEEDS',
-           'SPOILED', 'FIGURES', 'answer_attention', 'coordinate_tokens', 'attention_grid', 'heat_map', 'glow',
-           'hottest', 'peaks', 'otsu_regions', 'Candidate', 'distinct', 'tightened', 'discover', 'grown', 'mark',
-           'scoring', 'read_score', 'score', 'best', 'Verdict', 'rea2seg', 'taught_phrases', 'load_scorer',
-           'draw_marked', 'spoiled', 'scoring_chain', 'shown_in', 'scoring_lesson', 'scoring_loss', 'train_scorer',
-           'save_scorer', 'scorer_quality', 'figures', 'summarise', 'cost_table', 'gallery_picks', 'gallery',
-           'Rea2SegConfig', 'run_rea2seg']
+           'SPOILED', 'FIGURES', 'coordinate_tokens', 'attention_grid', 'hottest', 'peaks', 'otsu_regions', 'Candidate',
+           'distinct', 'tightened', 'discover', 'grown', 'mark', 'scoring', 'read_score', 'score', 'best', 'Verdict',
+           'rea2seg', 'taught_phrases', 'load_scorer', 'draw_marked', 'spoiled', 'scoring_chain', 'shown_in',
+           'scoring_lesson', 'scoring_loss', 'train_scorer', 'save_scorer', 'scorer_quality', 'figures', 'summarise',
+           'cost_table', 'gallery_picks', 'gallery', 'Rea2SegConfig', 'run_rea2seg']
 
 # %% ../nbs/22_rea2seg.ipynb #9874b04b
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.patches import Rectangle
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors.torch import load_file, save_file
@@ -28,30 +27,16 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from . import dialogue, masks, plots, scenes
+from .attention import glow, heat_map, image_attention
 from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, load_policy, located
 from .plots import Figure, Interval, Table, table
-from .policy import EMBEDDED, Policy, Prefix, Seen, Shared, look_mask
+from .policy import EMBEDDED, Policy, Prefix, Seen
 from .recipes import RECIPES
 from .rollout import Clock, Response, responses
 from .runs import Run, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from .samples import Sample, Target
 from .scenes import WARM_START, describe, draw_puzzle
 from .segmenters import Segmenter, load_segmenter
-
-# %% ../nbs/22_rea2seg.ipynb #3639828c
-@torch.no_grad()
-def answer_attention(policy: Policy, prefix: Prefix, # B prompts that have been read
-                     ids: Tensor, # [B,T] an answer to each, T > 1
-                    ) -> Tensor: # [B,T-1,P+T-1], rows sum to 1
-    "Attention with which tokens 2..T of each answer were written, over prompt and answer: mean over heads of the upper half of the layers."
-    core, T = policy.model.model.language_model, ids.shape[1] - 1
-    embeds, kept = policy.model.get_input_embeddings()(ids[:, :-1]), core.config._attn_implementation
-    positions = prefix.start[:, None] + torch.arange(T, device=ids.device)
-    core.set_attn_implementation("eager")
-    try: layers = core(inputs_embeds=embeds, position_ids=positions.expand(3, -1, -1), past_key_values=Shared(prefix.layers, 1), use_cache=False,
-                       attention_mask=look_mask(prefix.pad, T, embeds.dtype), output_attentions=True).attentions
-    finally: core.set_attn_implementation(kept)
-    return torch.stack(layers[len(layers) // 2:]).float().mean((0, 2))
 
 # %% ../nbs/22_rea2seg.ipynb #d4f443d7
 NUMBER = re.compile(r"\b[0-9]+(?:\.[0-9]+)?\b")
@@ -71,31 +56,9 @@ def attention_grid(policy: Policy, text: str, # user text
                    seen: Seen, prefix: Prefix, # its image and itself, read
                    response: str) -> np.ndarray: # [h,w], one cell an image token; zeros where a response has no tokens to ask
     "Mean attention of a response's coordinate tokens to every image token."
-    (t, h, w), m = seen.grid.tolist(), policy.model.model.visual.spatial_merge_size
     ids, on = coordinate_tokens(policy.tokenizer, response)
-    if not any(on[1:]): return np.zeros((h // m, w // m))
-    rows = answer_attention(policy, prefix, torch.tensor([ids], device=prefix.start.device))[0, torch.tensor(on[1:])].mean(0)
-    image = policy.tokenize([text], [seen])[0][0] == policy.model.config.image_token_id
-    return rows[:len(image)][image].view(t, h // m, w // m).mean(0).cpu().numpy()
-
-# %% ../nbs/22_rea2seg.ipynb #9321ac95
-def heat_map(grid: np.ndarray, # [h,w]
-             size: tuple, # (W,H) of the image, pixels
-            ) -> np.ndarray: # [H,W] float32, 0..1; zeros for a flat grid
-    "A grid of attention, smooth, at the image's resolution, min-max normalised."
-    cells = [n / c for n, c in zip(size, grid.shape[::-1])]
-    heat = cv2.GaussianBlur(cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_LINEAR), (0, 0), .3 * cells[0], sigmaY=.3 * cells[1])
-    span = np.ptp(heat)
-    return (heat - heat.min()) / span if span > 1e-6 * np.abs(heat).max() else np.zeros_like(heat)
-
-# %% ../nbs/22_rea2seg.ipynb #7b8b6241
-def glow(image: np.ndarray, # [H,W,3] uint8
-         heat: np.ndarray, # [H,W] 0..1
-        ) -> np.ndarray: # [H,W,3] uint8
-    "A heat map over its picture: what is cold grows dark and grey."
-    colour, veil = colormaps["inferno"](.25 + .7 * heat)[..., :3] * 255, heat[..., None] ** .7
-    ground = image.mean(2, keepdims=True) * .45 + image * .15
-    return (ground * (1 - .8 * veil) + colour * .8 * veil).astype(np.uint8)
+    grids = image_attention(policy, text, seen, prefix, ids)
+    return grids[on[1:]].mean(0) if any(on[1:]) else np.zeros(grids.shape[1:])
 
 # %% ../nbs/22_rea2seg.ipynb #da29cbdf
 FLOOR, REACH = 0.02, 0.75 # lowest peak, share of the map's maximum; how far a peak rules, image tokens

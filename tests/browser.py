@@ -1,5 +1,5 @@
 """A real JupyterLab in a real browser, for the tests and for the pictures of the README: python tests/browser.py RUN [OTHER] [--to docs]"""
-import argparse, json, os, shutil, socket, subprocess, sys, time, urllib.request
+import argparse, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 import nbformat
@@ -84,25 +84,93 @@ def theme(page, dark: bool):
     page.wait_for_timeout(400)
 
 
-def pixels(page, selector: str):
+def shown(canvas):
     "What a canvas holds: [H,W,4] uint8."
     import base64, io
     import numpy as np
     from PIL import Image
-    uri = page.locator(selector).first.evaluate("c => c.toDataURL()")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(canvas.evaluate("c => c.toDataURL()").split(",")[1]))))
 
 
-VIEWS = dict(inspector="inspect('{run}')", live="live('{run}')", compare="compare(['{run}', '{other}'])", ask="a = Ask('{model}', 2_000_049); a")
+def pixels(page, selector: str):
+    "What the first canvas of a selector holds: [H,W,4] uint8."
+    return shown(page.locator(selector).first)
+
+
+def plain_page(notebook: Path, to: Path):
+    "A notebook as HTML, as nbconvert makes it."
+    from nbconvert import HTMLExporter
+    html, _ = HTMLExporter().from_filename(str(notebook))
+    to.write_text(html)
+
+
+VIEWS = dict(inspector="w = inspect('{run}')\nw.at = {at}\nw", live="live('{run}')", compare="compare(['{run}', '{other}'], cards=1)", ask="a = Ask('{model}', 2_000_022)\na")
+
+
+def telling(run: Path) -> int:
+    "The number of the group whose rewards differ most, of those whose lengths do too."
+    import numpy as np
+    from dr2seg_lib.opened import Opened
+    groups = Opened(run).groups["rollouts"]
+    spread = lambda g: np.std([r["reward"] for r in g]) * np.std([min(r["first"]["think_tokens"], 100) for r in g])
+    return max(range(len(groups)), key=lambda i: spread(groups[i])) if groups else 0
+
+
+def small(path: Path, width: int = 1320):
+    "A screenshot no wider than a page shows it."
+    from PIL import Image
+    image = Image.open(path).convert("RGB")
+    image.resize((width, round(image.height*width/image.width)), Image.Resampling.LANCZOS).save(path, optimize=True)
+
+
+def whole(page, view, path: Path):
+    "All of a view; it grows by the pictures that come into sight."
+    for _ in range(3):
+        page.set_viewport_size(dict(width=1240, height=int(view.bounding_box()["height"]) + 200))
+        view.scroll_into_view_if_needed()
+        page.wait_for_timeout(400)
+    view.screenshot(path=path)
+    small(path)
+
+
+def looking(page, name: str):
+    "Holds the word of a view's reasoning that looks hardest at the picture, of the first rollout."
+    words = page.locator(f".d2-{name} [data-pass=first]").first.locator(".heat i")
+    words.last.click()
+    page.wait_for_function("() => document.querySelector('.d2-inspect .d2-status').textContent.includes('attention')")
+    shares = []
+    for i in range(words.count()):
+        words.nth(i).hover()
+        page.wait_for_timeout(60)
+        said = re.search(r"(\d+) % of", page.locator(f".d2-{name} .d2-status").inner_text())
+        shares.append(int(said[1]) if said else 0)
+    words.nth(max(range(len(shares)), key=shares.__getitem__)).click()
+    page.wait_for_timeout(300)
+
+
+def report_pictures(page, run: Path, folder: Path, to: Path):
+    "The top of the report, and a group of rollouts in it."
+    from dr2seg_lib.report import write_report
+    page.goto(write_report(run, folder/"report.html").as_uri())
+    page.set_viewport_size(dict(width=1180, height=1125))
+    page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
+    for dark in (False, True):
+        page.emulate_media(color_scheme="dark" if dark else "light")
+        page.wait_for_timeout(400)
+        page.evaluate("scrollTo(0, 0)")
+        names = [f"{n}{'-dark' if dark else ''}.png" for n in ("report", "report-rollouts")]
+        page.screenshot(path=to/names[0])
+        page.locator("#rollouts article").last.screenshot(path=to/names[1])
+        for n in names: small(to/n)
 
 
 def pictures(run: Path, other: Path | None, to: Path):
-    "Each view in light and dark, as PNG files."
+    "Each view and the report in light and dark, as PNG files; the inspector with a word held, too."
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
-        views = {k: v.format(run=run, other=other, model="embedded" if not (run/"checkpoints").exists() else run) for k, v in VIEWS.items() if other or k != "compare"}
+        views = {k: v.format(run=run, other=other, at=telling(run), model="embedded" if not (run/"checkpoints").exists() else run) for k, v in VIEWS.items() if other or k != "compare"}
         notebook(Path(folder)/"views.ipynb", ["from dr2seg_lib.inspector import Ask, compare, inspect, live", *views.values()])
-        with jupyterlab(folder) as address, browser() as page:
+        with jupyterlab(folder) as address, browser(1240) as page:
             opened(page, address, "views.ipynb")
             command(page, "notebook:run-all-cells")
             page.locator(".d2-ask .d2-main").click()
@@ -110,13 +178,11 @@ def pictures(run: Path, other: Path | None, to: Path):
             page.wait_for_function("() => document.querySelector('.d2-inspect .d2-status').textContent.includes('IoU')")
             for dark in (False, True):
                 theme(page, dark)
-                for name in views:
-                    view = page.locator(f".d2-{name.removesuffix('or')}").first
-                    for _ in range(3): # the whole of it; it grows by the pictures that come into view
-                        page.set_viewport_size(dict(width=1440, height=int(view.bounding_box()["height"]) + 200))
-                        view.scroll_into_view_if_needed()
-                        page.wait_for_timeout(400)
-                    view.screenshot(path=to/f"{name}{'-dark' if dark else ''}.png")
+                for name in views: whole(page, page.locator(f".d2-{name.removesuffix('or')}").first, to/f"{name}{'-dark' if dark else ''}.png")
+            theme(page, False)
+            looking(page, "inspect")
+            whole(page, page.locator(".d2-inspect .d2-body"), to/"look.png")
+            report_pictures(page, run, Path(folder), to)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@ import json, shutil, time
 import numpy as np, pytest
 import browser
 from browser import chromium
-from dr2seg_lib import inspector, report, runs
-from dr2seg_lib.inspector import Live, Opened, compare, curves, differences, disagreements, factor_of, fitted, inspect, live, prompts, readable, run_lengths, runs_mask, term_colours, touched
+from dr2seg_lib import inspector, opened, report, runs
+from dr2seg_lib.inspector import Live, compare, curves, differences, disagreements, fitted, inspect, live, prompts, run_lengths, runs_mask, touched
 from dr2seg_lib.masks import encode
+from dr2seg_lib.opened import Opened, factor_of, grouped, term_colours
 from dr2seg_lib.samples import Sample, Target
 from dr2seg_lib.training import TrainConfig, questions
 from test_report import BAD, Reader, make_run, metrics
@@ -47,9 +48,9 @@ def test_large_pictures_shrink_with_everything_on_them():
 def test_terms_make_the_reward(whole, other):
     "The bars add up: what the view shows as paid is the reward that was recorded."
     for folder in whole, other:
-        opened = Opened(folder)
-        assert opened.factor == "length"
-        for row in (r for g in opened.groups["rollouts"] for r in g):
+        it = Opened(folder)
+        assert it.factor == "length"
+        for row in (r for g in it.groups["rollouts"] for r in g):
             paid = sum(v*row["terms"]["length"] for k, v in row["terms"].items() if k != "length")
             assert paid == pytest.approx(row["reward"])
     assert factor_of([dict(terms=dict(a=1., b=-.5), reward=.5)]) == "" and factor_of([dict(terms=dict(a=1., b=2.), reward=7.)]) is None
@@ -62,11 +63,11 @@ def test_colours_of_unknown_terms_differ():
 
 
 def test_groups_and_fields(whole):
-    opened = Opened(whole)
-    index = inspector.columns(opened.groups["rollouts"])
-    assert {len(v) for v in index.values()} == {sum(map(len, opened.groups["rollouts"]))}
+    it = Opened(whole)
+    index = inspector.columns(it.groups["rollouts"])
+    assert {len(v) for v in index.values()} == {sum(map(len, it.groups["rollouts"]))}
     assert {"reward", "advantage", "tokens", "tokens_second", "entropy", "accuracy", "length", "difficulty", "kind"} <= set(index)
-    evaluation = inspector.columns(opened.groups["evaluation"])
+    evaluation = inspector.columns(it.groups["evaluation"])
     assert set(evaluation["when"]) == {"before", "after"} and "iou" in evaluation and "step" not in evaluation
 
 
@@ -126,7 +127,7 @@ def test_a_picture_that_cannot_be_had(whole, tmp_path):
 
 def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
     data = [Sample(f"photo-{i}", np.full((30, 40, 3), i, np.uint8), "?", ()) for i in range(50)]
-    monkeypatch.setattr(inspector, "load_data", lambda name, split, limit=None: data)
+    monkeypatch.setattr(opened, "load_data", lambda name, split, limit=None: data)
     copied(whole, tmp_path)
     config = TrainConfig(**{k: v for k, v in runs.read_json(tmp_path/"run.json")["parameters"].items() if k in TrainConfig.model_fields})
     rows = runs.read_jsonl(whole/"rollouts.jsonl")
@@ -134,8 +135,8 @@ def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeyp
     for r in rows: place.setdefault(r["step"], []).append(r["sample"])
     named = {(s, name): questions(data, config, s)[0][i].id for s, names in place.items() for i, name in enumerate(dict.fromkeys(names))}
     runs.write_jsonl(tmp_path/"rollouts.jsonl", [r | dict(sample=named[r["step"], r["sample"]]) for r in rows])
-    opened = Opened(tmp_path)
-    for at, group in enumerate(opened.groups["rollouts"]): assert opened.sample("rollouts", at).id == group[0]["sample"]
+    it = Opened(tmp_path)
+    for at, group in enumerate(it.groups["rollouts"]): assert it.sample("rollouts", at).id == it.named(group[0]["sample"]).id == group[0]["sample"]
 
 
 # ---- the widget, in time
@@ -144,7 +145,7 @@ def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeyp
 def thousand(whole, tmp_path_factory):
     "A run of 1,000 rollouts."
     folder = copied(whole, tmp_path_factory.mktemp("thousand"))
-    group = inspector.grouped(runs.read_jsonl(whole/"rollouts.jsonl"))[0]
+    group = grouped(runs.read_jsonl(whole/"rollouts.jsonl"))[0]
     runs.write_jsonl(folder/"rollouts.jsonl", [r | dict(step=1 + g//2, sample=f"mini-{1_000_000 + g}") for g in range(125) for r in group])
     return folder
 
@@ -194,6 +195,70 @@ def test_plain_html_shows_the_picture(whole):
     assert "data:image/png;base64," in page
 
 
+# ---- where the model looks
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    "A run whose records were said by the embedded policy, with one checkpoint, of step 4."
+    from dr2seg_lib.recipes import dr2seg
+    from dr2seg_lib.rollout import roll_out
+    folder, policy = tmp_path_factory.mktemp("spoken")/"run", inspector.policy_of("embedded")
+    with runs.Run.create(folder, dict(recipe="dr2seg", model="embedded", segmenter="embedded", data="mini", seed=0, steps=5, prompts=1, samples=2), bar=False) as run:
+        for step in (1, 5):
+            group = roll_out(policy, [report.lookup(f"mini-{1_000_000 + step}")], dr2seg.prompt, dr2seg.second_prompt, 2, 192, seed=step).groups[0]
+            run.record([dict(step=step, sample=group.sample.id, query=group.sample.query, tags=group.sample.tags, rollout=k, first=a.record(), second=b and b.record(),
+                             description=a.parsed.description, terms=dict(accuracy=1.), reward=1., advantage=0.) for k, (a, b) in enumerate(zip(group.first, group.second))])
+        policy.add_lora(4, 4)
+        runs.save_checkpoint(folder, 4, lambda f: policy.adapter.save_pretrained(str(f)))
+    return folder
+
+
+def test_attention_of_every_word_of_a_pass(spoken):
+    "One forward gives the grid of each token, and its share; it is kept, and comes from the weights nearest to the record's step."
+    view = inspect(spoken)
+    row = view.run.groups["rollouts"][0][0]
+    told, grids = view.look("rollouts", 0, 0, "first")
+    T = len(row["first"]["tokens"])
+    assert told["note"] == "" and told["by"] == "the start's weights" and told["size"] == (7, 7) and len(told["share"]) == len(told["peak"]) == T and len(grids) == T*49
+    shown = np.frombuffer(grids, np.uint8).reshape(T, 49)
+    assert (shown[1:].max(1) == 255).all() and not shown[0].any() and max(told["peak"]) == 1 and all(0 < s < 1 for s in told["share"][1:])
+    said = [t for t, token in enumerate(row["first"]["tokens"]) if token.strip().isdigit()] # coordinates are read off the picture
+    assert np.mean([told["share"][t] for t in said]) > np.mean(told["share"])
+    began = time.process_time()
+    assert view.look("rollouts", 0, 0, "first")[1] == grids and time.process_time() - began < .05
+    assert view.look("rollouts", 1, 1, "first")[0]["by"] == "step 4's weights"
+    json.dumps(told, allow_nan=False)
+
+
+def test_attention_comes_within_two_seconds(spoken):
+    view = inspect(spoken)
+    view.look("rollouts", 0, 0, "first")
+    began = time.process_time()
+    assert view.look("rollouts", 0, 1, "first")[0]["note"] == "" and time.process_time() - began < 2
+
+
+def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
+    "A large model is not loaded by a glance; a recipe of another notebook is not known; a policy that is given is used."
+    copied(spoken, tmp_path)
+    parameters = runs.read_json(spoken/"run.json")["parameters"]
+    for change, why in (dict(model="Qwen/Qwen2.5-VL-7B-Instruct"), "is not loaded for a glance; give it"), (dict(recipe="mine"), "the recipe mine is not known here; register it"):
+        runs.update(tmp_path, parameters=parameters | change)
+        told, grids = inspect(tmp_path).look("rollouts", 0, 0, "first")
+        assert why in told["note"] and not grids
+    runs.update(tmp_path, parameters=parameters | dict(model="Qwen/Qwen2.5-VL-7B-Instruct"))
+    assert inspect(tmp_path, policy="embedded").look("rollouts", 0, 0, "first")[0]["note"] == ""
+
+
+def test_the_thread_that_looks_sends_what_it_saw(spoken):
+    view, sent = inspect(spoken), []
+    view.send = lambda content, buffers=None: sent.append((content, buffers))
+    view._asked(view, dict(ask="look", source="rollouts", at=0, rollout=0, **{"pass": "second"}), [])
+    for _ in range(600):
+        if sent: break
+        time.sleep(.1)
+    assert sent[0][0]["look"] == "rollouts/0/0/second" and len(sent[0][1][0]) == 49*len(sent[0][0]["share"])
+
+
 # ---- live
 
 def test_live_follows_and_stops(tmp_path):
@@ -234,7 +299,7 @@ def test_a_finished_run_needs_no_thread(whole):
 def test_comparison(whole, other):
     view = compare([whole, other])
     page = Reader(view.html)
-    assert not page.open and "dr2seg against visionreasoner" in view.html and view.html.count("<svg") == 2
+    assert not page.open and "dr2seg against visionreasoner" in view.html and view.html.count("class=d2-chart") == 2
     a, b = (inspector.after(Opened(f)) for f in (whole, other))
     won, lost = disagreements(a, b)
     assert len(won) + len(lost) == sum((x["iou"] >= .5) != (y["iou"] >= .5) for x, y in zip(a, b))
@@ -287,6 +352,17 @@ def test_ask_describe_and_segment_within_two_seconds():
     assert view.second == {} and view.busy == ""
 
 
+def test_two_threads_ask_in_turn():
+    "A click and a cell at once: each has its own answer. A policy that was given is not used beside a running cell."
+    import threading
+    view, said = inspector.Ask(about=2_000_049), {}
+    threads = [threading.Thread(target=lambda q=q: said.update({q: view.ask(q).text})) for q in ("what is red here?", "what here is coloured like the deep sea?")]
+    for t in threads: t.start()
+    for t in threads: t.join(120)
+    assert len(said) == 2 and all(view.ask(q).text == text for q, text in said.items())
+    assert view.aside and not inspector.Ask(view.policy, about=2_000_049).aside
+
+
 def test_second_pass_is_that_of_the_rollout():
     "Asking again with the description it gave is the second pass."
     from dr2seg_lib.recipes import dr2seg
@@ -321,15 +397,17 @@ def test_policy_of_a_checkpoint(tmp_path):
 
 needs_browser = pytest.mark.skipif(not chromium(), reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs")
 CELLS = ["from dr2seg_lib.inspector import Ask, compare, inspect, live", "w = inspect('dr2seg-1')\nw", "view = live('later')\nview", "a = Ask('embedded', 2_000_049)\na",
-         "from dr2seg_lib.training import TrainConfig, train\ntrain(TrainConfig(steps=30, prompts=2, samples=2, eval_samples=0), 'later').status"]
+         "from dr2seg_lib.training import TrainConfig, train\ntrain(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
+         "w2 = inspect('spoken')\nw2"]
 
 
 @pytest.fixture(scope="module")
-def lab(whole, tmp_path_factory):
+def lab(whole, spoken, tmp_path_factory):
     "The page of a notebook whose first four cells have been run."
     if not chromium(): pytest.skip("no Chromium is found")
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(whole, folder/"dr2seg-1")
+    shutil.copytree(spoken, folder/"spoken")
     browser.notebook(folder/"views.ipynb", CELLS)
     with browser.jupyterlab(folder) as address, browser.browser() as page:
         page.errors = []
@@ -429,13 +507,107 @@ def test_touch_in_the_browser(lab):
 
 @needs_browser
 def test_live_in_the_browser(lab):
-    "Training in the next cell of the same notebook: the curves grow, and the button ends it after the step."
+    "Training in the next cell of the same notebook: the curves grow, a question is answered beside it, and the button ends it after the step."
     view = lab.locator(".d2-live")
     assert "no run in this folder yet" in view.inner_text()
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 4 }")
     browser.command(lab, "notebook:run-cell", wait=False)
     lab.wait_for_function("() => document.querySelectorAll('.d2-live .d2-plot').length > 8")
+    asked = lab.locator(".d2-ask")
+    asked.locator(".d2-main").click()
+    asked.locator(".d2-wait").first.wait_for() # what was said before has gone
+    asked.locator("[data-pass=first]").wait_for()
+    assert view.locator(".d2-pill").inner_text() == "running"
     view.get_by_text("Stop after this step").click()
     lab.wait_for_function("() => document.querySelector('.d2-live .d2-pill').textContent === 'interrupted'")
     steps = runs.read_jsonl(lab.folder/"later/metrics.jsonl")
-    assert 0 < len(steps) < 30 and runs.status(lab.folder/"later") == "interrupted" and not lab.errors
+    assert 0 < len(steps) < 300 and runs.status(lab.folder/"later") == "interrupted" and not lab.errors
+
+
+def warm(picture): return int(((picture[..., 0] > 200) & (picture[..., 1] > 90) & (picture[..., 2] < 130)).sum())
+
+
+@needs_browser
+def test_where_the_model_looks_in_the_browser(lab):
+    "A word under the pointer, a word that is held, a word by keys: the picture shows its heat, and says how much; away from it the picture is as before."
+    lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 5 }")
+    browser.command(lab, "notebook:run-cell")
+    view = lab.locator(".d2-inspect").nth(1)
+    peak, line = np.array(inspect(lab.folder/"spoken").look("rollouts", 0, 0, "first")[0]["peak"]), view.locator("[data-pass=first] .heat").first
+    line.wait_for()
+    first, words = int(line.get_attribute("data-from")), line.locator("i")
+    word = words.nth(int(peak[first:first + words.count()].argmax())) # the one that looks hardest
+    says = lambda text: lab.wait_for_function("([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1].textContent.includes(t)", arg=[text])
+    says("IoU")
+    pixels = lambda: browser.shown(view.locator("canvas"))
+    before = pixels()
+    word.hover()
+    says("of its attention is on the picture")
+    lab.wait_for_timeout(200)
+    assert warm(pixels()) > 300 and (pixels() != before).any(-1).mean() > .9 and "weights" in view.locator(".d2-status").inner_text() and view.locator(".d2-seen").count() == 1
+    view.locator("h4").hover()
+    says("IoU")
+    lab.wait_for_timeout(200)
+    assert (pixels() == before).all()
+    word.click() # held: the pointer may leave
+    view.locator("h4").hover()
+    lab.wait_for_timeout(300)
+    held = view.locator(".d2-status").inner_text()
+    assert "of its attention" in held
+    view.locator("[data-pass=first] .heat").first.focus()
+    lab.keyboard.press("ArrowRight")
+    lab.keyboard.press("ArrowRight")
+    lab.wait_for_timeout(300)
+    assert "of its attention" in view.locator(".d2-status").inner_text() != held
+    lab.keyboard.press("Escape")
+    says("IoU")
+    assert view.locator(".d2-why").is_hidden() and not lab.errors
+
+
+@needs_browser
+def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
+    "The made-up run of the first view was never spoken by a policy that is there any more: its recipe's model is taken away."
+    view = lab.locator(".d2-inspect").first
+    lab.evaluate("() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = 5; n.activeCell.model.sharedModel.setSource(\"w.run.parameters['model'] = 'large'\") }")
+    browser.command(lab, "notebook:run-cell")
+    lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }")
+    view.locator("[data-source=rollouts]").click()
+    view.locator("[data-pass=first] .heat i").nth(3).hover()
+    view.locator(".d2-why").wait_for()
+    assert "large is not loaded for a glance" in view.locator(".d2-why").inner_text()
+    before = browser.shown(view.locator("canvas"))
+    view.locator("[data-pass=first] .heat i").nth(5).hover()
+    lab.wait_for_timeout(400)
+    assert (browser.shown(view.locator("canvas")) == before).all() and not lab.errors
+
+
+# ---- where no widget lives
+
+@needs_browser
+def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
+    "Saved with its outputs, opened where nobody has trusted it, and as a plain page: the still stands where the view was."
+    import nbformat
+    browser.command(lab, "docmanager:save")
+    name = "views.ipynb"
+    for _ in range(100):
+        nb = nbformat.read(lab.folder/name, as_version=4)
+        stills = [o for c in nb.cells for o in c.outputs if "image/png" in o.get("data", {})]
+        if len(stills) > 2: break
+        time.sleep(.2)
+    assert all("application/vnd.jupyter.widget-view+json" in o["data"] for o in stills)
+    nb.cells[0].source += "\n# from somebody else" # other words: nobody here has signed them
+    nbformat.write(nb, lab.folder/"elsewhere.ipynb")
+    other = lab.context.browser.new_page()
+    try:
+        other.set_default_timeout(browser.PATIENCE)
+        browser.opened(other, lab.url.split("/lab/")[0], "elsewhere.ipynb")
+        panel = other.locator(".jp-NotebookPanel:not(.lm-mod-hidden)") # beside it the first notebook may be open, as it was left
+        drawn = panel.locator(".jp-OutputArea-output img")
+        drawn.first.wait_for()
+        assert drawn.count() == len(stills) and panel.locator(".dr2seg").count() == 0
+        assert drawn.first.evaluate("i => i.complete && i.naturalWidth") > 400 and drawn.first.bounding_box()["width"] > 300
+        browser.plain_page(lab.folder/"elsewhere.ipynb", lab.folder/"elsewhere.html")
+        other.goto((lab.folder/"elsewhere.html").as_uri())
+        drawn = other.locator("img[src^='data:image/png']")
+        assert drawn.count() == len(stills) and all(drawn.nth(i).evaluate("i => i.complete && i.naturalWidth") > 400 for i in range(drawn.count()))
+    finally: other.close()

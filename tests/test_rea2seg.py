@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 
 from dr2seg_lib import dialogue, masks
 from dr2seg_lib.policy import Policy
-from dr2seg_lib.rea2seg import (EMBEDDED_SCORER, PHRASES, SCORER_SEEDS, SCORING, Candidate, Rea2SegConfig, Verdict, answer_attention, attention_grid, best, coordinate_tokens, cost_table,
+from dr2seg_lib.attention import answer_attention
+from dr2seg_lib.rea2seg import (EMBEDDED_SCORER, PHRASES, SCORER_SEEDS, SCORING, Candidate, Rea2SegConfig, Verdict, attention_grid, best, coordinate_tokens, cost_table,
                                 discover, distinct, gallery, gallery_picks, glow, heat_map, load_scorer, mark, otsu_regions, peaks, rea2seg, read_score, run_rea2seg, save_scorer,
                                 score, scorer_quality, scoring, scoring_lesson, spoiled, summarise, taught_phrases, tightened, train_scorer)
 from dr2seg_lib.rollout import Response

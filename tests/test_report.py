@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 import numpy as np
 import pytest
+import browser
 from dr2seg_lib import report, runs
 from dr2seg_lib.dialogue import format_response
 from dr2seg_lib.masks import encode, iou, ratio
@@ -99,7 +100,7 @@ def whole(tmp_path_factory): return make_run(tmp_path_factory.mktemp("runs")/"dr
 
 class Reader(HTMLParser):
     "Checks that every element is closed, and notes names, attributes and text."
-    void = {"meta", "img", "br", "use", "link"}
+    void = {"meta", "img", "br", "use", "link", "input"}
 
     def __init__(self, html):
         super().__init__()
@@ -131,7 +132,7 @@ def test_whole_report(whole):
     assert not page.open
     sections = re.findall(r"<section id=[^>]*><h2>(.*?)</h2>", html)
     assert sections == ["Before and after", "Training", "Reward terms", "Health", "Time", "Strata", "Samples", "Rollouts", "What was asked"]
-    assert "Not shown" not in html and page.tags.count("img") == 9*3 + 3 and page.tags.count("article") == 9 + 3
+    assert "Not shown" not in html and page.tags.count("article") == 9 + 4
 
 
 def test_nothing_from_outside(whole):
@@ -172,7 +173,7 @@ def test_half_a_character_is_written(tmp_path):
     assert "<h4>?</h4>" in report.write_report(tmp_path/"run").read_text()
 
 
-@pytest.mark.parametrize("name", report.FILES.values())
+@pytest.mark.parametrize("name", [report.FILES[k] for k in report.LEFT["training"]])
 def test_one_file_missing(whole, tmp_path, name):
     for p in whole.iterdir():
         if p.name in report.FILES.values() and p.name != name: (tmp_path/p.name).write_bytes(p.read_bytes())
@@ -217,7 +218,7 @@ def test_interrupted_run_says_so(tmp_path):
 
 def test_sample_without_picture_shows_text_only(whole):
     html = report.write_report(whole, "plain.html", lookup=lambda id: None).read_text()
-    assert "<img" not in html and html.count("<article") == 12
+    assert "<img" not in html and html.count("<article") == 13
 
 
 def test_own_pictures(whole, tmp_path):
@@ -225,7 +226,94 @@ def test_own_pictures(whole, tmp_path):
     sample = report.lookup("mini-2000000")
     large = report.Sample("x", np.repeat(np.repeat(sample.image, 9, 0), 9, 1), sample.query, ())
     html = report.write_report(whole, tmp_path/"own.html", lookup=lambda id: large).read_text()
-    assert html.count("<img") == 30 and len(html) < 2_000_000
+    assert html.count("<img") == 9*3 + 4*8 and len(html) < 2_000_000
+
+
+def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
+    "Best, worst and random groups: a picture with its layers for each rollout, both passes with their entropies, and bars that add up to the reward."
+    html = report.write_report(whole).read_text()
+    part = html[html.index('<section id="rollouts">'):html.index('<section id="what-was-asked">')]
+    assert re.findall(r"<h3>(.*?)</h3>", part) == ["Best", "Worst", "Drawn by lot"] and part.count("<article") == 4 and part.count("<img") == 32
+    assert part.count("class=heat") == 64 and part.count("l-truth") == 32 and part.count("l-prompts") >= 30 and "l-missed" in part and "l-extra" in part
+    records = runs.read_jsonl(whole/"rollouts.jsonl")
+    groups = report.some_groups(records)
+    means = lambda gs: [np.mean([r["reward"] for r in g]) for g in gs]
+    every = means(report.grouped(records))
+    assert means(groups["best"]) == [max(every)] and means(groups["worst"]) == [min(every)] and len({id(g[0]) for gs in groups.values() for g in gs}) == 4
+    terms = dict(thinking_format=1., accuracy=3., description=1., length=.4)
+    bar = report.stack(terms, "length", report.term_colours(terms), (0, 8))
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", bar)]
+    assert sum(widths[:-1])*8/100 == pytest.approx(5*.4, abs=.02) and sum(widths)*8/100 == pytest.approx(5, abs=.02)
+
+
+def candidate_row(seed, k):
+    "A row of a Rea2Seg run: the direct answer is `k` pixels off, the second candidate is right."
+    sample = report.lookup(f"mini-{seed}")
+    said = [dict(source=source, score=float(score), iou=ratio(*iou(mask, sample.mask)), text=f"<think>{source} it is</think><score>{score}</score>", rle=encode(mask))
+            for source, score, mask in (("direct", 3, np.roll(sample.mask, k, 0)), ("peak", 9, sample.mask))]
+    box = sample.targets[0].box
+    return dict(sample=sample.id, query=sample.query, tags=sample.tags, text=format_response("so.", "the thing", [type(sample.targets[0])(tuple(v//2 for v in box), (5, 5))]),
+                grid=(np.eye(7)/9).tolist(), candidates=said, direct=said[0]["iou"], chosen=1., oracle=1., best=1, tokens_direct=30, tokens_scoring=20, seconds=dict(direct=1., scoring=.5))
+
+
+def test_rea2seg_run(tmp_path):
+    rows = [candidate_row(2_000_000 + i, 9 + i) for i in range(8)]
+    line = dict(n=8, direct=[.4, .3, .5], oracle=[1., 1., 1.], chosen=[1., 1., 1.], change=[.6, .5, .7], candidates=[2., 2., 2.], tokens_direct=[30., 30., 30.], tokens_scoring=[20., 20., 20.],
+                seconds_direct=[1., 1., 1.], seconds_more=[.5, .5, .5])
+    with runs.Run.create(tmp_path/"r", dict(candidates=8, overlap=.8, data="mini", split="val", samples=8, recipe="dr2seg"), bar=False) as run:
+        runs.write_jsonl(run.folder/"predictions.jsonl", rows)
+        run.results(dict(table="", summary=dict(spatial=line, all=line)))
+    html = report.write_report(tmp_path/"r").read_text()
+    page = Reader(html)
+    assert not page.open and re.findall(r"<h2>(.*?)</h2>", html) == ["The choice", "Candidates", "What was asked"] and "Not shown" not in html and "<h1>Rea2Seg" in html
+    assert "0.400 ± 0.100" in html and "+0.600 ± 0.100" in html and "8 of 8 questions" in html
+    assert page.tags.count("article") == 6 and page.tags.count("img") == 6*3 and html.count("class=picked") == 6 and html.count("peak it is") == 6
+    (tmp_path/"r/predictions.jsonl").unlink()
+    assert "Not shown: predictions.jsonl is not there" in report.write_report(tmp_path/"r").read_text()
+
+
+def test_evaluation_run(tmp_path):
+    "One answer a sample, and one record that could not be read."
+    rng = np.random.default_rng(0)
+    rows = [prediction(rng, 2_000_000 + i, .5, 2) for i in range(6)]
+    broken = dict(sample="#6", query="", text="", i=0, u=0, iou=0., tokens=None, answer_entropy=None, tags={}, rle=None, error="x.json is broken")
+    with runs.Run.create(tmp_path/"e", dict(protocol="lisa", data="mini", split="val", samples=7, recipe="dr2seg"), bar=False) as run:
+        runs.write_jsonl(run.folder/"predictions.jsonl", rows + [broken])
+        run.results(summary(rows))
+    html = report.write_report(tmp_path/"e", cards=1).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["What came out", "Samples", "What was asked"] and "Not shown" not in html and "7 of 7 questions" in html and html.count("<article") == 3
+    assert "difficulty: easy" in html and not Reader(html).open
+
+
+def test_conditioning_run(tmp_path):
+    h = {k: np.linspace(a, a + .2, 30).tolist() for k, a in (("I, Q", .3), ("I, Q, D", .31), ("I, D", .25))}
+    with runs.Run.create(tmp_path/"c", dict(adapters=[BAD[:9]], data="mini", split="val", samples=30), bar=False) as run: run.results({"start": h, BAD[:9]: h})
+    html = report.write_report(tmp_path/"c").read_text()
+    assert "<h2>Entropy of the answer</h2>" in html and "−0.050 ± 0.000" in html and "+0.010 ± 0.000" in html and "Not shown" not in html
+    assert not Reader(html).open and "script" not in Reader(html).tags
+
+
+@pytest.mark.skipif(not browser.chromium(), reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs")
+def test_layers_are_shown_and_hidden_in_a_browser(whole):
+    "Offline, without JavaScript: ticking a box shows the layer in every picture of its section, and in no other."
+    path = report.write_report(whole)
+    with browser.browser() as page:
+        page.context.set_offline(True)
+        errors = []
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.on("requestfailed", lambda r: errors.append(r.url))
+        page.goto(path.as_uri())
+        seen = lambda section, layer: page.locator(f"#{section} .l-{layer}").evaluate_all("es => es.filter(e => getComputedStyle(e).display !== 'none').length")
+        total = lambda section, layer: page.locator(f"#{section} .l-{layer}").count()
+        assert seen("samples", "truth") == total("samples", "truth") > 20 and seen("samples", "missed") == 0 < total("samples", "missed")
+        page.locator("#samples .k-truth").uncheck()
+        page.locator("#samples .k-difference").check()
+        assert seen("samples", "truth") == 0 and seen("samples", "missed") == total("samples", "missed") and seen("rollouts", "truth") == total("rollouts", "truth") and seen("rollouts", "missed") == 0
+        assert not errors
+        ink = lambda: page.evaluate("getComputedStyle(document.body).color")
+        light = ink()
+        page.emulate_media(color_scheme="dark")
+        assert ink() != light
 
 
 def test_arms_of_an_ablation(tmp_path):
@@ -236,6 +324,7 @@ def test_arms_of_an_ablation(tmp_path):
             for seed in (0, 1): make_run(folder/f"{recipe}-{seed}", 6, 6, recipe, seed, end)
     html = report.write_report(folder).read_text()
     assert "<h2>Arms</h2>" in html and ">visionreasoner</td><td class=num>2</td>" in html and "Not shown" not in html and "4 runs" in html and not Reader(html).open
+    assert "<h3>Before training</h3>" in html and "<h2>Arms by stratum</h2>" in html and "<h3>Difficulty</h3>" in html and html.count("<svg") == 2
 
 
 def test_cards_choose_without_repetition():

@@ -58,6 +58,24 @@ function tint(m, w, h, [r, g, b]) { // the mask in one colour -> canvas of the i
   ctx.putImageData(image, 0, 0);
   return canvas;
 }
+const INFERNO = [[87, 16, 110], [127, 30, 108], [168, 46, 95], [204, 66, 72], [234, 99, 42], [249, 142, 9], [251, 190, 35], [241, 239, 117]];
+
+function glow(grid, w, h, strength) { // attention, one cell an image token -> a smooth canvas, bright where the model looks
+  const k = Math.max(2, Math.ceil(196 / Math.max(w, h))), W = w * k, H = h * k, spline = d => d < .5 ? .75 - d * d : d < 1.5 ? .5 * (1.5 - d) ** 2 : 0;
+  const along = n => Array.from({length: n * k}, (_, x) => { const u = (x + .5) / k - .5, j = Math.round(u); return [j - 1, j, j + 1].map(i => [clamp(i, 0, n - 1), spline(Math.abs(u - i))]); });
+  const across = new Float32Array(W * h), heat = new Float32Array(W * H), canvas = h_canvas(W, H), ctx = canvas.getContext("2d"), image = ctx.createImageData(W, H);
+  along(w).forEach((near, x) => { for (let y = 0; y < h; y++) for (const [i, f] of near) across[y * W + x] += f * grid[y * w + i]; });
+  along(h).forEach((near, y) => { for (let x = 0; x < W; x++) for (const [i, f] of near) heat[y * W + x] += f * across[i * W + x]; });
+  let lo = Infinity, hi = 0;
+  for (const v of heat) { if (v < lo) lo = v; if (v > hi) hi = v; }
+  for (let i = 0; i < heat.length; i++) {
+    const v = hi - lo > 1e-6 ? (heat[i] - lo) / (hi - lo) : 0, at = 7 * v, j = Math.min(Math.floor(at), 6);
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = INFERNO[j][c] + (at - j) * (INFERNO[j + 1][c] - INFERNO[j][c]);
+    image.data[4 * i + 3] = 225 * strength * v ** .7;
+  }
+  ctx.putImageData(image, 0, 0);
+  return canvas;
+}
 function h_canvas(w, h) { const c = document.createElement("canvas"); c.width = w; c.height = h; return c; }
 
 // ---- the picture with its layers --------------------------------------------------------------------------------------------
@@ -91,7 +109,7 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
     return [(event.clientX - box.left - box.width / 2) / this.scale + this.centre[0], (event.clientY - box.top - box.height / 2) / this.scale + this.centre[1]];
   }
   show(uri, size, note = "") { // another picture; its masks are given apart
-    this.masks = {}; this.prompts = []; this.drawn = null;
+    this.masks = {}; this.prompts = []; this.drawn = this.heat = null;
     const same = size && this.size[0] === size[0] && this.size[1] === size[1];
     this.size = size || [1, 1]; this.canvas.style.aspectRatio = `${clamp(this.size[0] / this.size[1], .75, 2)}`;
     this.note.hidden = !!uri; this.note.textContent = note;
@@ -119,16 +137,20 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
     ctx.setTransform(s * ratio, 0, 0, s * ratio, (w / 2 - this.centre[0] * s) * ratio, (hh / 2 - this.centre[1] * s) * ratio);
     ctx.imageSmoothingEnabled = s * ratio < 8; ctx.imageSmoothingQuality = "high";
     if (this.bitmap && this.bitmap.complete && this.bitmap.naturalWidth) ctx.drawImage(this.bitmap, 0, 0, ...this.size);
-    const both = L.difference && this.diff ? this.kept || this.diff() : null;
+    if (this.heat) { // the picture goes dark and grey under it
+      for (const [how, colour] of [["saturation", "rgb(0 0 0/.75)"], ["source-over", "rgb(0 0 0/.42)"]]) { ctx.globalCompositeOperation = how; ctx.fillStyle = colour; ctx.fillRect(0, 0, ...this.size); }
+      ctx.imageSmoothingEnabled = true; ctx.drawImage(this.heat, 0, 0, ...this.size);
+    }
+    const both = this.heat ? null : L.difference && this.diff ? this.kept || this.diff() : null;
     for (const [name, on] of [["truth", L.truth && !both], ["prediction", L.prediction && !both]])
-      if (on && this.masks[name]) { ctx.globalAlpha = this.opacity; ctx.drawImage(this.masks[name].paint, 0, 0); }
+      if (on && this.masks[name] && !this.heat) { ctx.globalAlpha = this.opacity; ctx.drawImage(this.masks[name].paint, 0, 0); }
     if (both) { ctx.globalAlpha = clamp(this.opacity * 2, .1, 1); ctx.drawImage(both.missed, 0, 0); ctx.drawImage(both.extra, 0, 0); }
     ctx.globalAlpha = 1; ctx.lineCap = ctx.lineJoin = "round";
     const stroke = (path, colour, width) => { for (const [v, n] of [["rgb(0 0 0/.5)", width + 1.6], [colour, width]]) { ctx.strokeStyle = v; ctx.lineWidth = n / s; ctx.stroke(path); } };
     if (L.contours) for (const name of ["truth", "prediction"]) if (L[name] && this.masks[name]) stroke(this.masks[name].path, css(COLOURS[name]), 1.8);
     const cross = ([x, y]) => { const p = new Path2D(), r = 6 / s; p.moveTo(x - r, y); p.lineTo(x + r, y); p.moveTo(x, y - r); p.lineTo(x, y + r); return p; };
     const frame = ([x1, y1, x2, y2]) => { const p = new Path2D(); p.rect(x1, y1, x2 - x1 + 1, y2 - y1 + 1); return p; };
-    if (L.prompts) for (const {box, point} of this.prompts) {
+    if (L.prompts && !this.heat) for (const {box, point} of this.prompts) {
       if (box) stroke(frame(box), "#fff", 1.6);
       if (point) stroke(cross([point[0] + .5, point[1] + .5]), "#fff", 1.8);
     }
@@ -230,13 +252,13 @@ function predictionTable(shown, pick) { // a row an evaluation
 }
 
 // ---- cards --------------------------------------------------------------------------------------------------------------------
-const said = (title, count, html, cls = "") => h("div", {class: cls}, h("h6", {}, title, count === undefined || count === null ? "" : h("span", {}, `${count} tokens`)), h("div", {class: "d2-said", html}));
+const said = (title, count, html, cls = "", pass = null) => h("div", {class: cls, "data-pass": pass}, h("h6", {}, title, count === undefined || count === null ? "" : h("span", {}, `${count} tokens`)), h("div", {class: "d2-said", html}));
 
 function card(entry, about, pick) {
   const facts = entry.reward === undefined ? `IoU ${fixed(entry.iou)}` : formula(entry, about);
   return h("article", {class: "d2-card", "data-rollout": entry.number, onclick: () => pick(entry.number)},
     h("header", {}, h("b", {}, entry.title), h("span", {class: "d2-sum"}, facts)),
-    h("div", {class: entry.reward === undefined ? "d2-passes d2-two" : "d2-passes"}, said("first pass", entry.tokens, entry.first), said("description", null, entry.description, "d2-desc"), entry.reward === undefined ? null : said("second pass", entry.second ? entry.tokens_second : null, entry.second || "<p class=raw>no second pass</p>")));
+    h("div", {class: entry.reward === undefined ? "d2-passes d2-two" : "d2-passes"}, said("first pass", entry.tokens, entry.first, "", "first"), said("description", null, entry.description, "d2-desc"), entry.reward === undefined ? null : said("second pass", entry.second ? entry.tokens_second : null, entry.second || "<p class=raw>no second pass</p>", "", "second")));
 }
 
 // ---- filter and sort ------------------------------------------------------------------------------------------------------------
@@ -264,6 +286,59 @@ function arranged(columns, text, field, down) { // -> {groups: numbers in order,
   return {groups: groups.sort((a, b) => compare(keys.get(a), keys.get(b)) || a - b), hit};
 }
 
+// ---- where the model looks ------------------------------------------------------------------------------------------------------
+const PAUSE = 90, PATIENCE = 8000; // ms: a pointer that only passes by asks nothing; a kernel that says nothing is told of
+
+function gaze(model, cards, {show, clear, tell}) { // hover, focus or click a word of the reasoning; `show` gets its heat, `tell` a sentence, once
+  const found = new Map(), asked = new Set();
+  let over = null, pinned = null, timer = null, told = false, blind = false;
+  const once = text => { if (!told) { told = true; tell(text); } };
+  const place = word => { const s = model.get("shown"), of = word.closest("[data-pass]"), line = word.parentElement;
+    return {key: [s.source, s.at, word.closest("[data-rollout]").dataset.rollout, of.dataset.pass].join("/"), pass: of.dataset.pass, rollout: +word.closest("[data-rollout]").dataset.rollout, t: +line.dataset.from + [...line.children].indexOf(word)}; };
+  const now = () => over || pinned;
+  function ask({key, pass, rollout}) {
+    const s = model.get("shown");
+    if (asked.has(key) || blind || !s.image) return;
+    asked.add(key);
+    try { model.send({ask: "look", source: s.source, at: s.at, rollout, pass}); } catch { once("The kernel is gone; run the cell again to see where the model looks."); return; }
+    setTimeout(() => { if (!found.has(key)) once("The kernel does not answer yet; if it is gone, run the cell again to see where the model looks."); }, PATIENCE);
+  }
+  function draw() {
+    clearTimeout(timer);
+    for (const e of cards.querySelectorAll(".d2-seen")) e.classList.remove("d2-seen");
+    const word = now();
+    if (!word || !cards.contains(word)) { over = pinned = null; clear(); return; }
+    word.classList.add("d2-seen");
+    const at = place(word), look = found.get(at.key);
+    if (look) { const [w, hh] = look.size; show({...at, word: word.textContent.trim(), share: look.share[at.t], by: look.by, canvas: glow(look.grids.subarray(at.t * w * hh, (at.t + 1) * w * hh), w, hh, Math.sqrt(look.peak[at.t]))}); }
+    else timer = setTimeout(() => ask(at), PAUSE);
+  }
+  model.on("msg:custom", (m, buffers) => {
+    if (m.look === undefined) return;
+    if (m.note) { blind = true; once(`Where the model looks cannot be shown: ${m.note}.`); return; }
+    const b = buffers[0];
+    found.set(m.look, {...m, grids: new Uint8Array(b.buffer || b, b.byteOffset || 0, b.byteLength)});
+    const word = now();
+    if (word && cards.contains(word) && place(word).key === m.look) draw();
+  });
+  const word = e => e.target.closest && e.target.closest(".heat i");
+  cards.addEventListener("mouseover", e => { const w = word(e); if (w !== over) { over = w; draw(); } });
+  cards.addEventListener("mouseleave", () => { if (over) { over = null; draw(); } });
+  cards.addEventListener("click", e => { const w = word(e); pinned = w === pinned ? null : w; draw(); });
+  cards.addEventListener("focusin", e => { if (e.target.matches(".heat:focus-visible")) { pinned = e.target.querySelector("i"); over = null; draw(); } });
+  cards.addEventListener("keydown", e => { // ← and → go from word to word, Esc ends
+    const line = e.target.matches(".heat") ? e.target : null, by = {ArrowRight: 1, ArrowLeft: -1}[e.key];
+    if (!line || !(by || e.key === "Escape")) return;
+    const words = [...line.children], i = words.indexOf(pinned);
+    pinned = by ? words[clamp(i + by, 0, words.length - 1)] : null;
+    over = null; draw(); e.preventDefault(); e.stopPropagation();
+  });
+  return {
+    renew() { over = pinned = null; draw(); for (const line of cards.querySelectorAll(".heat")) { line.tabIndex = 0; line.setAttribute("role", "group"); line.setAttribute("aria-label", "reasoning; the arrow keys go from word to word and show where the model looks"); } },
+    again: () => now() && draw(),
+  };
+}
+
 // ---- the inspector ----------------------------------------------------------------------------------------------------------------
 function inspect(model, root) {
   const about = model.get("about"), index = model.get("index"), picture = new Picture(), masks = new Map();
@@ -276,12 +351,13 @@ function inspect(model, root) {
   const count = h("span", {class: "d2-count"}), wrong = h("p", {class: "d2-wrong", hidden: true}), question = h("h4"), meta = h("p", {class: "d2-meta"}), table = h("div"), cards = h("div", {class: "d2-cards"}), status = h("p", {class: "d2-status"});
   const sources = Object.keys(index), tabs = sources.length > 1 ? h("div", {class: "d2-tabs"}, sources.map(s => h("button", {"data-source": s, onclick: () => { if (s === model.get("source")) return; model.set("source", s); model.set("at", 0); model.set("rollout", 0); model.save_changes(); }}, s))) : null;
   const layers = picture.controls({truth: "ground truth", prediction: "prediction", difference: "difference", contours: "contours", prompts: "box and point"});
-  const heat = h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more");
+  const heat = h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more", h("span", {class: "d2-hint"}, "point at a word to see where the model looks; a click holds it"));
+  const why = h("p", {class: "d2-notice d2-why", hidden: true});
   const right = h("div", {class: "d2-right"}, question, meta, table, heat, cards);
   root.append(h("div", {class: "d2-top"}, h("b", {class: "d2-name"}, about.name), h("span", {class: "d2-lead"}, about.lead), tabs),
     about.missing ? h("p", {class: "d2-notice"}, about.missing) : "",
     h("div", {class: "d2-bar"}, byStep.box, bySample.box), h("div", {class: "d2-bar d2-find"}, search, h("label", {class: "d2-sort"}, h("span", {}, "sort by"), sort, flip), count), wrong,
-    h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, h("p", {class: "d2-keys"}, h("kbd", {}, "←"), h("kbd", {}, "→"), " step ", h("kbd", {}, "↑"), h("kbd", {}, "↓"), " sample ", h("kbd", {}, "1"), "…", h("kbd", {}, "9"), " rollout")), right));
+    h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, why, h("p", {class: "d2-keys"}, h("kbd", {}, "←"), h("kbd", {}, "→"), " step ", h("kbd", {}, "↑"), h("kbd", {}, "↓"), " sample ", h("kbd", {}, "1"), "…", h("kbd", {}, "9"), " rollout")), right));
 
   const columns = () => index[model.get("source")];
   const current = () => steps.find(s => s.groups.includes(model.get("at"))) || steps[0] || {groups: []};
@@ -328,7 +404,7 @@ function inspect(model, root) {
     fill(cards, s.entries.map(e => card(e, about, pick)));
     heat.hidden = !cards.querySelector(".heat"); // predictions keep no entropies
     right.scrollTop = 0;
-    place(); marks(); choose();
+    place(); marks(); choose(); sight.renew();
   }
   function choose() { // the chosen rollout's box, point and mask
     const s = model.get("shown"), e = s.entries && s.entries[model.get("rollout")];
@@ -338,8 +414,14 @@ function inspect(model, root) {
     picture.mask("prediction", found ? found.runs : null);
     if (!found && s.image && picture.layers.prediction) model.send({ask: "mask", source: s.source, at: s.at, rollout: e.number});
     fill(status, h("b", {}, e.title), found ? (found.iou === null ? found.note : `  IoU ${fixed(found.iou)}`) : s.image && picture.layers.prediction ? "  segmenting…" : "");
-    marks();
+    marks(); sight.again();
   }
+  const percent = v => v > 0 && v < .01 ? "under 1 %" : `${Math.round(100 * v)} %`;
+  const sight = gaze(model, cards, {
+    show: look => { picture.heat = look.canvas; picture.paint(); fill(status, h("b", {}, "“", look.word, "”"), `${percent(look.share)} of its attention is on the picture${look.by ? ` · ${look.by}` : ""}`); },
+    clear: () => { if (!picture.heat) return; picture.heat = null; picture.paint(); choose(); },
+    tell: text => { why.textContent = text; why.hidden = false; },
+  });
   picture.ontoggle = name => { if (name === "prediction") choose(); };
   model.on("msg:custom", m => { if (m.mask === undefined) return; masks.set(m.mask, m); const s = model.get("shown"); if (m.mask === `${s.source}/${s.at}/${model.get("rollout")}`) choose(); });
   model.on("change:shown", draw);
