@@ -7,7 +7,7 @@ __all__ = ['STALE', 'PACKAGES', 'RECORDS', 'plain', 'sync', 'writing', 'write_te
            'latest_checkpoint', 'list_runs']
 
 # %% ../nbs/12_runs.ipynb #57545ec6
-import fcntl, hashlib, json, math, os, platform, shutil, signal, socket, subprocess, sys, threading, time, warnings
+import fcntl, hashlib, json, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -193,7 +193,7 @@ def check_free(folder: Path):
 def new_folder(root: Path,  # made when missing
                name: str) -> Path:
     "Makes the first free one of `root/name-1`, `root/name-2`, …"
-    number = 1
+    name, number = re.sub(r"[^\w.]+", "-", name), 1     # a recipe's name may be a path
     while True:
         folder = Path(root)/f"{name}-{number}"
         try:

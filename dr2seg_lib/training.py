@@ -32,7 +32,7 @@ from . import grpo, runs
 from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, load_policy, summarise
 from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
-from .recipes import RECIPES, Recipe, known_scorer
+from .recipes import Recipe, known_scorer, load_recipe
 from .rollout import Clock, Rollouts, roll_out
 from .runs import Follower, Run, latest_checkpoint, read_json, save_checkpoint, write_jsonl
 from .segmenters import load_segmenter
@@ -41,7 +41,7 @@ from .segmenters import load_segmenter
 class TrainConfig(BaseModel):
     "Parameters of a training run."
     model_config = ConfigDict(frozen=True, extra="forbid")
-    recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES")
+    recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES, or FILE.py:NAME")
     model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
     segmenter: str = Field("embedded", description="segmenter of the evaluation")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
@@ -233,7 +233,7 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     rest = [p for n, p in policy.trainable() if "language_model.norm" not in n]
     groups = [dict(params=rest, lr=config.lr, base=config.lr)] + ([dict(params=norm, lr=config.norm_lr or config.lr, base=config.norm_lr or config.lr)] if norm else [])
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, weight_decay=config.weight_decay))
-    recipe = replace(RECIPES[config.recipe], anchor=config.anchor, gamma=config.gamma, scorer=config.scorer)
+    recipe = replace(load_recipe(config.recipe), anchor=config.anchor, gamma=config.gamma, scorer=config.scorer)
     if recipe.form: known_scorer(recipe.scorer) # a wrong name is told before anything is asked
     return policy, recipe, optimizer, accelerator
 
