@@ -2,6 +2,7 @@
 
     pip install -e ".[bench]" && python benchmarks/against_trl.py            # A B A B, one stage and two
     python benchmarks/against_trl.py --growth                                 # one factor at a time, with a plot
+    python benchmarks/against_trl.py --memory                                 # peak memory of a two-stage step
 
 Both sides: fp32, LoRA r = 64 on the same modules, KL on, temperature 1, answers of exactly `--answer` tokens. In a
 two-stage step both ask again about as many descriptions as there are answers, all different (our worst case).
@@ -9,7 +10,6 @@ two-stage step both ask again about as many descriptions as there are answers, a
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -192,8 +192,12 @@ def machine() -> dict:
     return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__)
 
 
+def high_water() -> int: # KiB; getrusage would give a child its parent's peak
+    return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
+
+
 def peak(name: str, args) -> float: # MiB
-    "Peak resident memory of a process that runs one engine's two-stage step alone, above that of one that only builds it."
+    "Peak resident memory of a process that runs one engine's two-stage steps alone, above that of one that only builds it."
     run = lambda steps: int(subprocess.run([sys.executable, __file__, "--only", name, "--steps", str(steps), "--side", str(args.side), "--prompts", str(args.prompts),
                                             "--samples", str(args.samples), "--answer", str(args.answer)], capture_output=True, text=True, check=True).stdout.split()[-1])
     return round((run(2) - run(0)) / 1024, 1)
@@ -213,17 +217,19 @@ def growth(args) -> list[dict]:
 
 def draw(rows: list[dict], path: Path):
     import matplotlib.pyplot as plt
+    from dr2seg_lib import plots
     factors = list(dict.fromkeys(r["factor"] for r in rows))
-    fig, axes = plt.subplots(1, len(factors), figsize=(3.6 * len(factors), 3), layout="constrained")
-    for ax, f in zip(axes, factors):
-        mine = [r for r in rows if r["factor"] == f]
-        for name, colour in (("trl", "#b0552b"), ("ours", "#2f6fb0")):
-            ax.plot([r["value"] for r in mine], [r[name]["step"] for r in mine], "o-", color=colour, label=dict(trl="TRL", ours="this workbench")[name])
-        for r in mine: ax.annotate(f"{r['ratio']:.1f}×", (r["value"], r["trl"]["step"]), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color="#666")
-        ax.set(xscale="log", yscale="log", xlabel=f); ax.set_xticks([r["value"] for r in mine], [str(r["value"]) for r in mine]); ax.minorticks_off(); ax.grid(alpha=.25)
-        ax.margins(y=.15)
-    axes[0].set_ylabel("seconds a step"); axes[0].legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=150)
+    with plt.rc_context(plots.STYLE):
+        fig, axes = plt.subplots(1, len(factors), figsize=(3.3 * len(factors), 3), layout="constrained", sharey=True)
+        for ax, f in zip(axes, factors):
+            mine = [r for r in rows if r["factor"] == f]
+            for name, colour in (("trl", plots.RECIPES["visionreasoner"]), ("ours", plots.RECIPES["dr2seg"])):
+                ax.plot([r["value"] for r in mine], [r[name]["step"] for r in mine], "o-", color=colour, label=dict(trl="TRL", ours="this workbench")[name])
+            for r in mine: ax.annotate(f"{r['ratio']:.1f}×", (r["value"], r["trl"]["step"]), xytext=(0, 7), textcoords="offset points", ha="center")
+            ax.set(xscale="log", yscale="log", xlabel=f); ax.minorticks_off(); ax.margins(x=.12, y=.12)
+            ax.set_xticks([r["value"] for r in mine], [str(r["value"]) for r in mine])
+        axes[0].set_yticks([1, 10, 100], ["1", "10", "100"]); axes[0].set_title("seconds a step"); axes[0].legend(loc="upper left", labelcolor="linecolor")
+        fig.savefig(path, dpi=150)
 
 
 def main():
@@ -231,7 +237,7 @@ def main():
     p.add_argument("--prompts", type=int, default=2); p.add_argument("--samples", type=int, default=8); p.add_argument("--answer", type=int, default=64)
     p.add_argument("--side", type=int, default=840, help="of the picture: (side / 28)^2 image tokens")
     p.add_argument("--steps", type=int, default=2, help="a turn, the first of which warms up"); p.add_argument("--turns", type=int, default=2)
-    p.add_argument("--memory", action="store_true", help="peak memory too, each engine in a process of its own")
+    p.add_argument("--memory", action="store_true", help="peak memory, each engine in a process of its own")
     p.add_argument("--growth", action="store_true"); p.add_argument("--only", choices=("ours", "trl"))
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = p.parse_args()
@@ -239,17 +245,21 @@ def main():
     if args.only:
         if args.steps: args.turns = 1; measure(args, (True,), args.only == "ours", args.only == "trl")
         else: args.steps = 1; Ours(args) if args.only == "ours" else Theirs(args)
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return print(high_water())
     args.out.mkdir(exist_ok=True)
     shape = {k: v for k, v in vars(args).items() if k in ("prompts", "samples", "answer", "side", "steps", "turns")}
     if args.growth:
         rows = growth(args)
         draw(rows, args.out / "growth.png")
         (args.out / "growth.json").write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + "\n")
+    elif args.memory:
+        found = {n: peak(n, args) for n in ("ours", "trl")}
+        result = dict(machine=machine(), shape=shape, peak_mib=found, ratio=round(found["trl"] / found["ours"], 2))
+        (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result, indent=1))
     else:
         measured = measure(args, (False, True))
         result = dict(machine=machine(), shape=shape, image_tokens=(args.side // 28)**2, seconds=summary(measured), floor={"one-stage": floor(args, False), "two-stage": floor(args, True)}, rows=measured)
-        if args.memory: result["peak_mib"] = {n: peak(n, args) for n in ("ours", "trl")}
         (args.out / "against_trl.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
 

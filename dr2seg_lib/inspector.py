@@ -4,8 +4,8 @@
 __all__ = ['NEEDED', 'TERMS', 'segmenter_of', 'RUN', 'STATIC', 'CURVES', 'BETTER', 'WORSE', 'readable', 'grouped', 'paired',
            'factor_of', 'term_colours', 'run_lengths', 'fitted', 'prompts', 'Opened', 'said', 'scalar', 'row_fields',
            'columns', 'pass_html', 'entry', 'View', 'notice', 'Inspector', 'inspect', 'Tail', 'curves', 'Live', 'live',
-           'armed', 'averaged', 'after', 'differences', 'token_scatter', 'disagreements', 'qualitative', 'Comparison',
-           'compare', 'policy_of', 'full_weights', 'picture_of', 'Ask', 'touched', 'runs_mask']
+           'armed', 'after', 'differences', 'token_scatter', 'disagreements', 'qualitative', 'Comparison', 'compare',
+           'policy_of', 'full_weights', 'picture_of', 'Ask', 'touched', 'runs_mask']
 
 # %% ../nbs/19_inspector.ipynb #c862672b
 import json
@@ -476,22 +476,12 @@ def armed(
     names = recipes if len(set(recipes)) > 1 else [r.folder.resolve().name for r in each]
     return {n: [r for r, m in zip(each, names) if m == n] for n in dict.fromkeys(names)}
 
-def averaged(
-    predictions:list, # of lists of rows, one a seed
-)->list: # of rows: numbers are means over the seeds
-    "The predictions of an arm, sample by sample."
-    each = {}
-    for rows in predictions:
-        for r in rows: each.setdefault(r['sample'], []).append(r)
-    means = lambda rs: {k: float(np.mean([r[k] for r in rs])) for k in ('iou', 'i', 'u', 'tokens', 'answer_entropy') if all(r.get(k) is not None for r in rs)}
-    return [rs[0] | means(rs) for rs in each.values()]
-
 def after(opened:Opened)->list:
     "The predictions after training."
     return [r for pair in opened.groups['evaluation'] for r in pair if r['when'] == 'after']
 
 def differences(
-    arms:dict, # {arm: rows of `averaged`}
+    arms:dict, # {arm: rows of `plots.averaged`}
 )->plots.Table:
     "Each measure of each arm, and its paired difference to the first one with the bootstrap interval over samples."
     (first, a), *others = arms.items()
@@ -568,7 +558,7 @@ class Comparison(View):
         self.metrics = {arm: [rows for r in each if (rows := readable(r.folder/'metrics.jsonl', ('step',))[0])] for arm, each in self.arms.items()}
         self.metrics = {arm: rows for arm, rows in self.metrics.items() if rows}
         self.seeds = {arm: rows for arm, each in self.arms.items() if (rows := [p for r in each if (p := after(r))])}
-        self.rows = {arm: averaged(each) for arm, each in self.seeds.items()}
+        self.rows = {arm: plots.averaged(each) for arm, each in self.seeds.items()}
         super().__init__(html=self.page())
 
     def sample_of(self, row:dict)->Sample|None:

@@ -15,7 +15,7 @@ import cv2
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from .evaluation import answer_greedily, known_adapter, known_model, known_recipe, load_policy, located
+from .evaluation import answer_greedily, known_adapter, known_model, known_recipe, load_policy, prompts_of
 from .masks import encode
 from .readers import pixels
 from .recipes import RECIPES
@@ -184,10 +184,11 @@ def segment(
     known_model(model), known_adapter(adapter), known_recipe(recipe)
     image, name = (photo, 'photo') if isinstance(photo, np.ndarray) else (pixels(Path(photo), photo), Path(photo).stem)
     size, response, asked = image.shape[1::-1], None, dict(segmenter=segmenter or ('embedded' if box is None else 'grabcut'))
-    targets, drawer = [prompt_of(size, box, point)] if box is not None else [], load_segmenter(asked['segmenter'])
+    prompts, drawer = [prompt_of(size, box, point)] if box is not None else [], load_segmenter(asked['segmenter'])
     if box is None:
         policy, asked = load_policy(model, adapter), dict(model=model, adapter=adapter, recipe=recipe) | asked
         response, = answer_greedily(policy, [Sample(name, image, query, ())], RECIPES[recipe].prompt, max_new_tokens)
-        targets = [Target(*in_frame(t, size)) for t in located(response.text, policy.frame, size)]
-    found = [replace(t, mask=m) for t, m in zip(targets, drawer.masks(image, targets))]
+        prompts = prompts_of(drawer, response.text, query, policy.frame, size)
+    placed = lambda prompt, mask: Target.of(mask) if isinstance(prompt, str) else Target(*in_frame(prompt, size), mask)
+    found = [placed(p, m) for p, m in zip(prompts, drawer.masks(image, prompts)) if m.any() or not isinstance(p, str)]
     return Segmented(name, image, query, found, asked, response)

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['MEASURES', 'GREY', 'RECIPES', 'OTHERS', 'STYLE', 'GREATEST', 'HEALTH', 'STAGES', 'TRUTH', 'PREDICTION', 'Interval',
            'mean_interval', 'bootstrap', 'Table', 'table', 'change', 'before_after_table', 'evaluation_table',
-           'arms_table', 'strata_table', 'over_seeds', 'colours', 'Figure', 'panels', 'svg', 'number', 'series',
-           'smooth', 'bundle', 'by_arm', 'training_curves', 'reward_terms', 'health', 'stage_seconds', 'before_after',
-           'overlay']
+           'arms_table', 'strata_table', 'averaged', 'over_seeds', 'colours', 'Figure', 'panels', 'svg', 'number',
+           'series', 'smooth', 'bundle', 'by_arm', 'training_curves', 'reward_terms', 'health', 'stage_seconds',
+           'before_after', 'overlay']
 
 # %% ../nbs/16_plots.ipynb #351ba4f7
 import io, re
@@ -140,13 +140,14 @@ def evaluation_table(
 def arms_table(
     arms:dict, # arm: list of results["after"], one a seed
     start:dict|None=None, # results["before"] of the checkpoint that all arms start from
+    measures:dict=MEASURES, # {key of a result: (title, format)}
 )->Table:
     "The paper's Table 3 in miniature: mean ± 95 % t-interval over seeds."
-    rows = [] if start is None else [dict(arm='start', seeds='') | {n: start.get(n) for n in MEASURES}]
+    rows = [] if start is None else [dict(arm='start', seeds='') | {n: start.get(n) for n in measures}]
     for arm, results in arms.items():
-        found = {n: [r[n] for r in results if r.get(n) is not None] for n in MEASURES}
+        found = {n: [r[n] for r in results if r.get(n) is not None] for n in measures}
         rows.append(dict(arm=arm, seeds=len(results)) | {n: mean_interval(v) if v else None for n, v in found.items()})
-    return table(rows, dict(arm=('', ''), seeds='d', **MEASURES))
+    return table(rows, dict(arm=('', ''), seeds='d', **measures))
 
 def strata_table(
     arms:dict, # arm: list of results["after"], one a seed
@@ -159,6 +160,15 @@ def strata_table(
     each = lambda results, v: [r['strata'][tag][v][measure] for r in results if v in r['strata'].get(tag, {})]
     rows = [dict(arm=arm) | {v: mean_interval(found) if (found := each(results, v)) else None for v in values} for arm, results in arms.items()]
     return table(rows, dict(arm=(measure, '')) | {v: spec for v in values})
+
+def averaged(
+    runs:list, # rows of evaluation, one list a seed
+)->list: # one row a sample: numbers are means over the seeds, all else is the first seed's
+    "The predictions of an arm, sample by sample."
+    each = {}
+    for row in (r for rows in runs for r in rows): each.setdefault(row['sample'], []).append(row)
+    numbers = lambda rs: {k for k in rs[0] if all(type(r.get(k)) in (int, float) for r in rs)}
+    return [rs[0] | {k: float(np.mean([r[k] for r in rs])) for k in numbers(rs)} for rs in each.values()]
 
 def over_seeds(
     results:list, # results["after"], one a seed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'PROJECTIONS', 'MODELS', 'image_features', 'Recorder', 'Shared', 'Growing', 'Prefix', 'Completions',
-           'Seen', 'adapted', 'Policy', 'look_mask']
+           'Seen', 'adapted', 'Policy', 'squashed', 'look_mask', 'token_statistics']
 
 # %% ../nbs/05_policy.ipynb #d598d1d0
 import copy
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids
@@ -52,7 +54,7 @@ class Recorder:
     def __init__(self, before=None): self.before, self.layers = before, []
     def update(self, k, v, layer, *_):
         if self.before is not None: k, v = (torch.cat(pair, 2) for pair in zip(self.before[layer], (k, v)))
-        self.layers.append((k, v))
+        if layer == len(self.layers): self.layers.append((k, v)) # else a checkpointed layer, computed once more
         return k, v
 
 class Shared:
@@ -121,7 +123,7 @@ class Policy:
     "A multimodal language model that answers questions about images with text."
     def __init__(self, model, processor, frame: int, side: int | None = None): # side: None: the frame
         self.model, self.processor, self.frame, self.side = model.eval().requires_grad_(False), processor, frame, side or frame
-        self.tokenizer, self.adapter, self._frozen, self._pieces = processor.tokenizer, None, None, {}
+        self.tokenizer, self.adapter, self._frozen, self._pieces, self.shards = processor.tokenizer, None, None, {}, []
 
     @classmethod
     def load(cls, name: str = "embedded", # "embedded", a local folder or a hub id
@@ -145,13 +147,16 @@ class Policy:
 # %% ../nbs/05_policy.ipynb #1741ba24
 from fastcore.basics import patch
 
+def squashed(image, side: int): # [H,W,3] uint8 -> [side,side,3]
+    "An image as a policy is shown it."
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if image.shape[0] > side else cv2.INTER_CUBIC)
+
 @patch
 @torch.no_grad()
 def encode(self: Policy, images: list, # each [H,W,3] uint8, any size
           ) -> list[Seen]:
     "Squash images to the policy's side and run the (frozen) vision tower over them once."
-    squash = lambda i: cv2.resize(i, (self.side, self.side), interpolation=cv2.INTER_AREA if i.shape[0] > self.side else cv2.INTER_CUBIC)
-    batch = self.processor.image_processor([squash(i) for i in images], do_resize=False, return_tensors="pt")
+    batch = self.processor.image_processor([squashed(i, self.side) for i in images], do_resize=False, return_tensors="pt")
     visual, grid = self.model.model.visual, batch["image_grid_thw"]
     tokens, deep = image_features(visual, batch["pixel_values"].to(visual.device, visual.dtype), grid.to(visual.device))
     parts = [x.split((grid.prod(1) // visual.spatial_merge_size**2).tolist()) for x in (tokens, *deep)]
@@ -217,7 +222,7 @@ def read(self: Policy, texts: list[str], # B user texts
 @contextmanager
 def folded(self: Policy):
     "Inside, a LoRA adapter of an fp32 policy is part of the weights it adapts."
-    layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 else []
+    layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 and not self.shards else []
     layers = [m for m in layers if not m.disable_adapters]
     kept = [m.base_layer.weight.data for m in layers]
     for m, w in zip(layers, kept):
@@ -246,6 +251,15 @@ def _draws(seed, R: int, T: int) -> Tensor: # [R,T] in [0,1)
     if isinstance(seed, list): return torch.stack([torch.rand(T, generator=made(s)) for s in seed])
     return torch.rand(R, T, generator=None if seed is None else made(seed))
 
+def token_statistics(logits: Tensor, # [N,V]
+                     ids: Tensor, # [N]
+                    ) -> Tensor: # [3,N]
+    "Log-probability of each token; entropy and margin of the distribution it was drawn from."
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    top = p.topk(2, -1).values
+    return torch.stack([logp.gather(1, ids[:, None])[:, 0], -(p * logp).nan_to_num().sum(-1), top[:, 0] - top[:, 1]])
+
 @patch
 def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed) -> Completions:
     "The loop of `generate`."
@@ -259,14 +273,11 @@ def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperatu
     logits, pad, start = prefix.logits[rows], prefix.pad[rows], prefix.start[rows]
     done = torch.zeros(R, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        logp = logits.log_softmax(-1)
-        p = logp.exp()
         if temperature == 0: token = logits.argmax(-1)
         else: # the token at which the cumulative probability passes the draw
             reached = (logits / temperature).softmax(-1).cumsum(-1)
             token = torch.searchsorted(reached, draws[alive, t:t + 1] * reached[:, -1:], right=True)[:, 0].clamp(max=reached.shape[1] - 1)
-        top = p.topk(2, -1).values
-        new = torch.stack([(~done).float(), logp.gather(1, token[:, None])[:, 0], -(p * logp).nan_to_num().sum(-1), top[:, 0] - top[:, 1]])
+        new = torch.cat([(~done).float()[None], token_statistics(logits, token)])
         live = ~done
         ids[alive[live], t] = token[live]; stats[:, alive[live], t] = new[:, live]
         done = done | (token == eos)
@@ -349,3 +360,26 @@ def reference(self: Policy):
             core.language_model, self._frozen = self._frozen, core.language_model
             try: yield self
             finally: core.language_model, self._frozen = self._frozen, core.language_model
+
+# %% ../nbs/05_policy.ipynb #313ff4d2
+@patch
+def checkpointed(self: Policy) -> Policy:
+    "From here on each layer of the language model keeps only its input for the backward pass; call it when it is known what is trained."
+    def thrifty(forward): return lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, preserve_rng_state=False, **k) if torch.is_grad_enabled() else forward(*a, **k)
+    for layer in self.model.model.language_model.layers: layer.forward = thrifty(layer.forward)
+    return self
+
+@patch
+def sharded(self: Policy) -> Policy:
+    "Divide each layer's frozen weights among the processes of the default group; what is trained stays whole in each."
+    self.shards = [fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad}) for layer in self.model.model.language_model.layers]
+    return self
+
+@patch
+@contextmanager
+def whole(self: Policy):
+    "Inside, divided weights are whole in every process, and each may do what it likes."
+    for layer in self.shards: layer.set_reshard_after_forward(False); layer.unshard()
+    try: yield
+    finally:
+        for layer in self.shards: layer.set_reshard_after_forward(True); layer.reshard()

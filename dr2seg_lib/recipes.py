@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['visionreasoner', 'dr2seg_desc', 'dr2seg', 'DIFFICULTIES', 'seg_zero', 'pixelthink', 'known_scorer', 'dpad',
-           'dpad_difference', 'dpad_scaled', 'dr2seg_dpad', 'RECIPES', 'Recipe', 'columns', 'base_terms', 'summed',
-           'described_terms', 'dr2seg_terms', 'dr2seg_total', 'single_terms', 'difficulty', 'budgeted_terms',
-           'scaled_by_length', 'discriminated', 'dpad_terms', 'dr2seg_dpad_terms', 'register', 'load_recipe']
+           'dpad_difference', 'dpad_scaled', 'dr2seg_dpad', 'known_segmenter', 'dr2seg_sam3_desc', 'dr2seg_sam3',
+           'RECIPES', 'Recipe', 'columns', 'base_terms', 'summed', 'described_terms', 'with_length', 'dr2seg_terms',
+           'dr2seg_total', 'single_terms', 'difficulty', 'budgeted_terms', 'scaled_by_length', 'discriminated',
+           'dpad_terms', 'dr2seg_dpad_terms', 'drawn_terms', 'dr2seg_sam3_terms', 'register', 'load_recipe']
 
 # %% ../nbs/10_recipes.ipynb #44548e87
 import runpy
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from . import dialogue, rewards
+from .masks import iou, ratio
 from .rollout import Group
 from .samples import Sample
 from .scorers import load_scorer, similarities
+from .segmenters import load_segmenter, phrase
 
 # %% ../nbs/10_recipes.ipynb #68377b61
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Recipe:
     gamma: float = 0.05 # slope of Eq. 5, per token
     form: str | None = None # of DPAD's reward: binary, difference or scaled; None: no scorer is asked
     scorer: str = "embedded" # the scorer's name
+    segmenter: str | None = None # that draws the descriptions, by name; None: nothing is drawn
+
+    @property
+    def described(self) -> bool:
+        "Whether the first pass gives a description: for a second pass, or to be drawn."
+        return bool(self.second_prompt or self.segmenter)
 
     def reward(self, group: Group, frame: int) -> tuple[dict, Tensor]: # terms, each [n]; total [n]
         "Every reward term of a group, and the reward."
@@ -49,9 +58,9 @@ def columns(rows) -> dict: # rows: {name: number}, one an answer -> {name: [n]}
     return {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
 
 def base_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: [n]}
-    "VisionReasoner's terms of each first pass; three blocks are asked for where there is a second pass to feed."
+    "VisionReasoner's terms of each first pass; three blocks are asked for where the description is used."
     targets = group.sample.scaled(frame)
-    return columns(rewards.vision_reasoner_terms(r.text, targets, frame, description=recipe.second_prompt is not None) for r in group.first)
+    return columns(rewards.vision_reasoner_terms(r.text, targets, frame, description=recipe.described) for r in group.first)
 
 def summed(terms: dict) -> Tensor: # [n]
     "The plain sum of all terms."
@@ -66,13 +75,17 @@ def described_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: 
     desc = [0.0 if r is None else rewards.description_reward(r.text, targets) for r in group.second]
     return base_terms(recipe, group, frame) | dict(description=torch.tensor(desc))
 
-def dr2seg_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: [n]}
-    "The base terms, R_desc and the conditional length factor (Eqs. 5 and 8)."
-    terms = described_terms(recipe, group, frame)
+def with_length(recipe: Recipe, group: Group, terms: dict) -> dict: # {name: [n]}
+    "The terms, and the conditional length factor (Eqs. 5 and 8)."
     n1 = torch.tensor([float(r.think_tokens) for r in group.first])
     n2 = torch.tensor([float("inf") if r is None else float(r.think_tokens) for r in group.second])
     length = rewards.length_reward(n1, n2, recipe.anchor, recipe.gamma)
     return terms | dict(length=rewards.conditional_length(length, terms["accuracy"]))
+
+def dr2seg_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: [n]}
+    "The base terms, R_desc and the length factor."
+    return with_length(recipe, group, described_terms(recipe, group, frame))
+
 
 def dr2seg_total(terms: dict) -> Tensor: # [n]
     "(R_base + R_desc) times the length factor (Eq. 7)."
@@ -129,8 +142,25 @@ dpad = Recipe("dpad", dialogue.dpad, dpad_terms, summed, form="binary")
 dpad_difference, dpad_scaled = (replace(dpad, name=f"dpad_{form}", form=form) for form in ("difference", "scaled"))
 dr2seg_dpad = replace(dr2seg, name="dr2seg_dpad", terms=dr2seg_dpad_terms, form="binary")
 
+# %% ../nbs/10_recipes.ipynb #cf0bb6d2
+known_segmenter = lru_cache(maxsize=2)(load_segmenter) # name -> Segmenter
+
+def drawn_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: [n]}
+    "The base terms, with the accuracy and R_desc of the masks drawn from the descriptions."
+    image, truth, said = group.sample.image, group.sample.mask, [phrase(r.text) for r in group.first]
+    drawn = known_segmenter(recipe.segmenter).masks(image, said)
+    overlap = [ratio(*iou(mask, truth)) if words else 0.0 for words, mask in zip(said, drawn)]
+    return base_terms(recipe, group, frame) | rewards.drawn_reward(overlap)
+
+def dr2seg_sam3_terms(recipe: Recipe, group: Group, frame: int) -> dict: # {name: [n]}
+    "The terms of the drawn descriptions and the length factor."
+    return with_length(recipe, group, drawn_terms(recipe, group, frame))
+
+dr2seg_sam3_desc = replace(dr2seg_desc, name="dr2seg_sam3_desc", terms=drawn_terms, second_prompt=None, segmenter="facebook/sam3")
+dr2seg_sam3 = replace(dr2seg, name="dr2seg_sam3", terms=dr2seg_sam3_terms, segmenter="facebook/sam3")
+
 # %% ../nbs/10_recipes.ipynb #4390b323
-RECIPES = {r.name: r for r in (visionreasoner, dr2seg_desc, dr2seg, seg_zero, pixelthink, dpad, dpad_difference, dpad_scaled, dr2seg_dpad)}
+RECIPES = {r.name: r for r in (visionreasoner, dr2seg_desc, dr2seg, seg_zero, pixelthink, dpad, dpad_difference, dpad_scaled, dr2seg_dpad, dr2seg_sam3_desc, dr2seg_sam3)}
 
 def register(recipe: Recipe) -> Recipe:
     "Make a recipe known by its name, to `train` and to the configuration."

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -32,10 +33,11 @@ from . import grpo, runs
 from .evaluation import ModelName, RecipeName, about, checked_data, evaluate, load_data, load_policy, summarise
 from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
-from .recipes import Recipe, known_scorer, load_recipe
+from .recipes import RECIPES, Recipe, known_scorer, known_segmenter, load_recipe
 from .rollout import Clock, Rollouts, roll_out
 from .runs import Follower, Run, latest_checkpoint, read_json, save_checkpoint, write_jsonl
-from .segmenters import load_segmenter
+from .segmenters import draws_by_phrase, load_segmenter
+from .server import ServedPolicy, mismatch, served_name
 
 # %% ../nbs/14_training.ipynb #dba58f2e
 class TrainConfig(BaseModel):
@@ -43,7 +45,8 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES, or FILE.py:NAME")
     model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
-    segmenter: str = Field("embedded", description="segmenter of the evaluation")
+    server: str = Field("", description="address of a vLLM server that samples, such as http://localhost:8000; empty: the policy does")
+    segmenter: str = Field("embedded", description="segmenter of the evaluation; dr2seg_sam3 also takes its reward from it")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     texts: Literal["all", "one"] = Field("all", description="ReasonSeg: each text of a file a question, or one of them, drawn anew in each pass")
     strict: bool = Field(False, description="a record that cannot be read ends the run")
@@ -76,10 +79,23 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(20, ge=1, description="steps")
     scorer: str = Field("embedded", description="scorer of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder of open_clip's")
     processes: int = Field(1, ge=1, description="processes that share each step's questions")
+    checkpointing: bool = Field(False, description="compute each layer's inside again in the backward pass: memory for time")
+    shard: bool = Field(False, description="divide the frozen weights among the processes (FSDP)")
 
     @model_validator(mode="after")
     def _fine(self):
         if self.dtype == "bfloat16" and (self.tune == "full" or self.norm_lr): raise ValueError("dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32")
+        return self
+
+    @model_validator(mode="after")
+    def _served(self):
+        if self.server and (self.tune == "full" or self.norm_lr): raise ValueError("server: vLLM takes LoRA adapters alone; use tune lora and norm_lr 0, or leave server out")
+        if self.server: served_name(self.server, self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _drawn(self):
+        if RECIPES[self.recipe].segmenter and not draws_by_phrase(self.segmenter): raise ValueError(f"segmenter: {self.recipe} rewards what SAM 3 draws from a description, and {self.segmenter} is not SAM 3; use facebook/sam3 or a folder of it")
         return self
 
     @model_validator(mode="after")
@@ -88,8 +104,14 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _frozen(self):
+        if self.shard and self.tune == "full": raise ValueError("shard: only frozen weights are divided, and tune full leaves none; use tune lora, or shard false")
+        return self
+
+    @model_validator(mode="after")
     def _readable(self):
         data = checked_data(self.data, "train", "data")
+        if RECIPES[self.recipe].segmenter and not getattr(data, "masked", True): raise ValueError(f"data: {self.data} has boxes and points without masks, and {self.recipe} compares masks; use a data set that has them")
         if self.texts == "one" and not isinstance(data, ReasonSeg): raise ValueError(f"texts: {self.data} has one text a question; leave texts out")
         if self.eval_samples and self.eval_data: checked_data(self.eval_data, "val", "eval_data")
         elif self.eval_samples: checked_data(self.data, "val", "data", " Name a set for the evaluation by eval_data, or set eval_samples to 0.")
@@ -97,7 +119,7 @@ class TrainConfig(BaseModel):
 
 # %% ../nbs/14_training.ipynb #97ccb08c
 PAPER = dict(model="Qwen/Qwen2.5-VL-7B-Instruct", segmenter="facebook/sam2.1-hiera-large", prompts=16, samples=8, temperature=1.0, max_new_tokens=512, anchor=40.0, gamma=0.05,
-             tune="lora", rank=64, alpha=64, lr=1e-5, norm_lr=0.0, dtype="bfloat16", schedule="constant", weight_decay=0.01, grad_norm=1.0, kl=5e-3, clip=0.2, updates=1, advantage_scale="group", chunk=1, eval_samples=200)
+             tune="lora", rank=64, alpha=64, lr=1e-5, norm_lr=0.0, dtype="bfloat16", schedule="constant", weight_decay=0.01, grad_norm=1.0, kl=5e-3, clip=0.2, updates=1, advantage_scale="group", chunk=1, checkpointing=True, eval_samples=200)
 PRESETS = dict(reasonseg_few_shot=PAPER | dict(epochs=5, recipe="dr2seg", texts="one"),
                visionreasoner_7k=PAPER | dict(epochs=1, recipe="dr2seg_desc", data="Ricky06662/VisionReasoner_multi_object_7k_840", eval_data="Ricky06662/ReasonSeg_val"))
 
@@ -229,12 +251,17 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     accelerator = Accelerator()
     policy = load_policy(config.model, dtype=config.dtype, device=accelerator.device)
     policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
+    if config.checkpointing: policy.checkpointed()
+    if config.shard and accelerator.num_processes > 1: policy.sharded()
     norm = [p for n, p in policy.trainable() if "language_model.norm" in n]
     rest = [p for n, p in policy.trainable() if "language_model.norm" not in n]
     groups = [dict(params=rest, lr=config.lr, base=config.lr)] + ([dict(params=norm, lr=config.norm_lr or config.lr, base=config.norm_lr or config.lr)] if norm else [])
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, weight_decay=config.weight_decay))
     recipe = replace(load_recipe(config.recipe), anchor=config.anchor, gamma=config.gamma, scorer=config.scorer)
     if recipe.form: known_scorer(recipe.scorer) # a wrong name is told before anything is asked
+    if recipe.segmenter:
+        recipe = replace(recipe, segmenter=config.segmenter)
+        known_segmenter(recipe.segmenter)
     return policy, recipe, optimizer, accelerator
 
 def step_seed(config: TrainConfig, step: int) -> int:
@@ -252,12 +279,16 @@ def train_step(policy: Policy, recipe: Recipe, optimizer, accelerator: Accelerat
     clock, lr = Clock(), set_lr(optimizer, config, step)
     share = len(samples) // accelerator.num_processes
     own = accelerator.process_index * share
-    rolled = roll_out(policy, samples[own:own + share], recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, config.temperature,
-                      seed=step_seed(config, step) + 2 * own * config.samples, clock=clock)
+    if config.server:
+        with clock("adapter"): policy.publish()
+    with policy.whole():
+        rolled = roll_out(policy, samples[own:own + share], recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, config.temperature,
+                          seed=step_seed(config, step) + 2 * own * config.samples, clock=clock)
     with clock("reward"):
         terms, reward = rewarded(rolled, recipe, policy.frame)
         advantage = grpo.advantages(reward, config.advantage_scale)
     stats = update(policy, optimizer, accelerator, rolled, advantage, config, clock)
+    if config.server: stats["mismatch"] = float(accelerator.reduce(mismatch(rolled.done), "mean"))
     groups, terms, reward, advantage = gathered(accelerator, rolled.groups, terms, reward, advantage)
     return metrics(step, groups, terms, reward, stats, lr, clock), records(step, groups[:config.record], terms, reward, advantage)
 
@@ -268,8 +299,11 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
     results = read_json(path) if path.exists() else {}
     if when in results or not config.eval_samples: return
     data, W = load_data(config.eval_data or config.data, "val", config.eval_samples), accelerator.num_processes
-    summary, rows = evaluate(policy, load_segmenter(config.segmenter), data, recipe.prompt, max_new_tokens=config.max_new_tokens,
-                             progress=lambda i, n: run.progress(f"evaluating {when}", i, n), positions=range(accelerator.process_index, len(data), W))
+    if config.server: policy.publish()
+    segmenter = known_segmenter(config.segmenter) if recipe.segmenter else load_segmenter(config.segmenter) # one that rewards is there already
+    with policy.whole():
+        summary, rows = evaluate(policy, segmenter, data, recipe.prompt, max_new_tokens=config.max_new_tokens,
+                                 progress=lambda i, n: run.progress(f"evaluating {when}", i, n), positions=range(accelerator.process_index, len(data), W))
     if W > 1:
         parts = gather_object([rows])
         rows = [parts[i % W][i // W] for i in range(len(data))]
@@ -302,8 +336,9 @@ def train(config: TrainConfig, out, # the run's folder
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
     if config.processes > 1 and "WORLD_SIZE" not in os.environ: return launch(config, out, resume)
     kind = Run if int(os.environ.get("RANK", 0)) == 0 else Follower
-    with kind.resume(out) if resume else kind.create(out, config.model_dump(), config.seed) as run:
+    with kind.resume(out) if resume else kind.create(out, config.model_dump(), config.seed) as run, ExitStack() as stack:
         policy, recipe, optimizer, accelerator = prepared(config)
+        if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{accelerator.process_index}"))
         if accelerator.is_main_process: runs.update(run.folder, frame=policy.frame) # what the coordinates in its answers mean
         judge(run, policy, recipe, accelerator, config, "before")
         checkpoint = latest_checkpoint(run.folder)

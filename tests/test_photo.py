@@ -58,7 +58,7 @@ def test_a_question_is_answered_as_in_evaluation(no_policy):
 
 
 def test_an_answer_without_an_object_is_nothing_found(monkeypatch):
-    monkeypatch.setattr(photo, 'located', lambda *a: [])
+    monkeypatch.setattr(photo, 'prompts_of', lambda *a: [])
     found = photo.segment(MiniReasonSeg('val')[0].image, 'the elephant?')
     assert not found.targets and not found.mask.any() and 'nothing found' in found.note and found.record()['objects'] == [] and found.picture().shape[1] == 640
 

@@ -21,6 +21,7 @@ from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.training import TrainConfig, preset, prepared, questions, save_state, train, train_step
 
 SMALL = dict(steps=2, prompts=2, samples=3, rank=4, alpha=4, eval_samples=0, max_new_tokens=60, checkpoint_every=1)
+TOGETHER = SMALL | dict(prompts=4, eval_samples=5, record=4)
 timeless = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
 
 
@@ -68,9 +69,13 @@ def test_chunks_change_memory_only(tmp_path):
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4) and rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
 
 
-def test_two_processes_give_the_metrics_of_one(tmp_path):
-    settings = SMALL | dict(prompts=4, eval_samples=5, record=4)
-    one, two = (train(TrainConfig(**settings | dict(processes=n)), tmp_path / str(n)) for n in (1, 2))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory): return train(TrainConfig(**TOGETHER), tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.mark.parametrize("memory", [dict(), dict(shard=True, checkpointing=True)], ids=["whole", "sharded"])
+def test_two_processes_give_the_metrics_of_one(tmp_path, alone, memory):
+    one, two = alone, train(TrainConfig(**TOGETHER | memory | dict(processes=2)), tmp_path / "two")
     numbers = lambda row: {k: v for k, v in row.items() if isinstance(v, float) and k != "tokens_per_second"} | row["terms"]
     assert [numbers(r) for r in two.metrics()] == [pytest.approx(numbers(r), abs=1e-5) for r in one.metrics()]
     said = lambda run: [(r["step"], r["sample"], r["rollout"], r["first"]["text"], r["second"] and r["second"]["text"]) for r in run.rollouts()]
@@ -80,6 +85,10 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
         assert a["n"] == b["n"] == 5 and a["gIoU"] == pytest.approx(b["gIoU"], abs=1e-5)
     a, b = (load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors")) for run in (one, two))
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_only_frozen_weights_are_divided():
+    with pytest.raises(ValidationError, match="shard: only frozen weights are divided.*use tune lora"): TrainConfig(shard=True, tune="full")
 
 
 def test_questions_must_be_shared_evenly():
