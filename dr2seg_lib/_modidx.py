@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                     'dr2seg_lib.recipes.dr2seg_terms': ('recipes.html#dr2seg_terms', 'dr2seg_lib/recipes.py'),
                                     'dr2seg_lib.recipes.dr2seg_total': ('recipes.html#dr2seg_total', 'dr2seg_lib/recipes.py'),
                                     'dr2seg_lib.recipes.drawn_terms': ('recipes.html#drawn_terms', 'dr2seg_lib/recipes.py'),
+                                    'dr2seg_lib.recipes.load_recipe': ('recipes.html#load_recipe', 'dr2seg_lib/recipes.py'),
                                     'dr2seg_lib.recipes.register': ('recipes.html#register', 'dr2seg_lib/recipes.py'),
                                     'dr2seg_lib.recipes.scaled_by_length': ('recipes.html#scaled_by_length', 'dr2seg_lib/recipes.py'),
                                     'dr2seg_lib.recipes.single_terms': ('recipes.html#single_terms', 'dr2seg_lib/recipes.py'),

@@ -28,7 +28,7 @@ from . import dialogue, masks
 from .files import cut, torn
 from .policy import ATTENTION, Policy
 from .readers import PROTOCOLS, BrokenRecord, open_data
-from .recipes import RECIPES
+from .recipes import RECIPES, load_recipe
 from .rollout import Response, responses
 from .runs import Run, append_jsonl, begin, damage, launch, read_jsonl
 from .samples import Sample, Target
@@ -150,7 +150,7 @@ def evaluate(policy: Policy, segmenter, samples: Sequence[Sample], prompt: Calla
 
 # %% ../nbs/13_evaluation.ipynb #06416b3e
 def known_recipe(name: str) -> str:
-    if name not in RECIPES: raise ValueError(f"recipe '{name}' is unknown; use one of {', '.join(RECIPES)}")
+    load_recipe(name)
     return name
 
 def known_model(name: str, field: str = "model") -> str: # field: the parameter that a complaint names
@@ -188,7 +188,7 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
     adapter: AdapterPath = Field("", description="checkpoint of a training run; empty: the model as it is")
-    recipe: RecipeName = Field("dr2seg", description="method whose prompt is asked: a name in recipes.RECIPES")
+    recipe: RecipeName = Field("dr2seg", description="method whose prompt is asked: a name in recipes.RECIPES, or FILE.py:NAME")
     segmenter: str = Field("embedded", description="embedded, grabcut, a local folder or a hub id")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     split: str = "val"

@@ -7,12 +7,14 @@ __all__ = ['visionreasoner', 'dr2seg_desc', 'dr2seg', 'DIFFICULTIES', 'seg_zero'
            'dpad_difference', 'dpad_scaled', 'dr2seg_dpad', 'known_segmenter', 'dr2seg_sam3_desc', 'dr2seg_sam3',
            'RECIPES', 'Recipe', 'columns', 'base_terms', 'summed', 'described_terms', 'with_length', 'dr2seg_terms',
            'dr2seg_total', 'single_terms', 'difficulty', 'budgeted_terms', 'scaled_by_length', 'discriminated',
-           'dpad_terms', 'dr2seg_dpad_terms', 'drawn_terms', 'dr2seg_sam3_terms', 'register']
+           'dpad_terms', 'dr2seg_dpad_terms', 'drawn_terms', 'dr2seg_sam3_terms', 'register', 'load_recipe']
 
 # %% ../nbs/10_recipes.ipynb #44548e87
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -164,3 +166,16 @@ def register(recipe: Recipe) -> Recipe:
     "Make a recipe known by its name, to `train` and to the configuration."
     RECIPES[recipe.name] = recipe
     return recipe
+
+def load_recipe(name: str) -> Recipe: # a name in RECIPES, or FILE.py:NAME
+    "The recipe of a name; one of a file of your own is known by that name from then on."
+    file, _, own = name.rpartition(":")
+    if not file.endswith(".py"):
+        if name not in RECIPES: raise ValueError(f"recipe '{name}' is unknown; use one of {', '.join(RECIPES)}, or FILE.py:NAME for one of your own")
+        return RECIPES[name]
+    if not Path(file).is_file(): raise ValueError(f"recipe: {file} does not exist; give the path of the file that holds {own}")
+    try: found = runpy.run_path(file)
+    except Exception as e: raise ValueError(f"recipe: {file} cannot be run ({type(e).__name__}: {e}); mend it") from e # whatever its code may raise
+    if not isinstance(found.get(own), Recipe): raise ValueError(f"recipe: {file} has no recipe {own}; it has {', '.join(k for k, v in found.items() if isinstance(v, Recipe)) or 'none'}")
+    RECIPES[name] = found[own]
+    return found[own]

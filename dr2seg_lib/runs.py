@@ -6,7 +6,7 @@ __all__ = ['STALE', 'PACKAGES', 'RECORDS', 'lock', 'last_sign', 'status', 'versi
            'latest_checkpoint', 'list_runs']
 
 # %% ../nbs/12_runs.ipynb #57545ec6
-import fcntl, hashlib, math, os, platform, shutil, signal, socket, subprocess, sys, threading, time, warnings
+import fcntl, hashlib, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time, warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -122,7 +122,7 @@ def check_free(folder: Path):
 def new_folder(root: Path,  # made when missing
                name: str) -> Path:
     "Makes the first free one of `root/name-1`, `root/name-2`, …"
-    number = 1
+    name, number = re.sub(r"[^\w.]+", "-", name), 1     # a recipe's name may be a path
     while True:
         folder = Path(root)/f"{name}-{number}"
         try:

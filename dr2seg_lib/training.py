@@ -31,7 +31,7 @@ from . import grpo, runs
 from .evaluation import ModelName, Processes, RecipeName, about, checked_data, evaluate, known_attention, load_data, load_policy
 from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
-from .recipes import RECIPES, Recipe, known_scorer, known_segmenter
+from .recipes import RECIPES, Recipe, known_scorer, known_segmenter, load_recipe
 from .rollout import Clock, Rollouts, roll_out
 from .runs import Run, begin, latest_checkpoint, launch, read_json, save_checkpoint, write_jsonl
 from .segmenters import draws_by_phrase, load_segmenter
@@ -41,7 +41,7 @@ from .server import ServedPolicy, mismatch, served_name
 class TrainConfig(BaseModel):
     "Parameters of a training run."
     model_config = ConfigDict(frozen=True, extra="forbid")
-    recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES")
+    recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES, or FILE.py:NAME")
     model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
     server: str = Field("", description="address of a vLLM server that samples, such as http://localhost:8000; empty: the policy does")
     segmenter: str = Field("embedded", description="segmenter of the evaluation; dr2seg_sam3 also takes its reward from it")
@@ -257,7 +257,7 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     rest = [p for n, p in policy.trainable() if "language_model.norm" not in n]
     groups = [dict(params=rest, lr=config.lr, base=config.lr)] + ([dict(params=norm, lr=config.norm_lr or config.lr, base=config.norm_lr or config.lr)] if norm else [])
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, weight_decay=config.weight_decay))
-    recipe = replace(RECIPES[config.recipe], anchor=config.anchor, gamma=config.gamma, scorer=config.scorer)
+    recipe = replace(load_recipe(config.recipe), anchor=config.anchor, gamma=config.gamma, scorer=config.scorer)
     if recipe.form: known_scorer(recipe.scorer) # a wrong name is told before anything is asked
     if recipe.segmenter:
         recipe = replace(recipe, segmenter=config.segmenter)

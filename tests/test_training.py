@@ -1,6 +1,7 @@
 "The loop: same seed, same metrics; stop and resume; what a run leaves behind."
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from dr2seg_lib import recipes
+from dr2seg_lib import recipes, runs
 from dr2seg_lib.cli import parameters_of
 from dr2seg_lib.evaluation import load_data
 from dr2seg_lib.masks import encode
@@ -116,6 +117,30 @@ def test_a_user_recipe_trains_by_name(tmp_path):
     finally: del recipes.RECIPES["mine"]
     row = run.metrics()[0]
     assert row["reward"] == pytest.approx(row["terms"]["accuracy"]) and row["tokens_second"] is None and row["kl"] == 0
+
+
+MINE = """
+import torch
+from dr2seg_lib.recipes import Recipe, summed, visionreasoner
+mine = Recipe("mine", visionreasoner.prompt, lambda recipe, group, frame: dict(brevity=-torch.tensor([float(r.think_tokens) for r in group.first])), summed)
+"""
+
+
+def test_a_recipe_of_a_file_trains_by_its_path(tmp_path):
+    (tmp_path / "rewards.py").write_text(MINE)
+    name = f"{tmp_path}/rewards.py:mine"
+    config = pickle.loads(pickle.dumps(TrainConfig(**SMALL | dict(recipe=name, steps=1, kl=0)))) # as a sweep's workers get it
+    del recipes.RECIPES[name]
+    try: row, = train(config, runs.new_folder(tmp_path, f"train-{name}")).metrics()
+    finally: recipes.RECIPES.pop(name, None)
+    assert row["terms"] == {"brevity": -row["tokens"]}
+    assert [p.name for p in tmp_path.glob("train-*")] == [f"train-{tmp_path}-rewards.py-mine-1".replace("/", "-").replace("--", "-")]
+
+
+@pytest.mark.parametrize("code, name, says", [(MINE, "mien", "has no recipe mien; it has visionreasoner, mine"), ("1/0", "mine", "cannot be run .ZeroDivisionError"), (None, "mine", "does not exist")])
+def test_a_file_without_the_recipe_is_told(code, name, says, tmp_path):
+    if code: (tmp_path / "rewards.py").write_text(code)
+    with pytest.raises(ValueError, match=says): TrainConfig(recipe=f"{tmp_path}/rewards.py:{name}")
 
 
 def test_questions_are_a_permutation_of_the_data():
