@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-import nbformat
 import pytest
 from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from dr2seg_lib.cli import kernel_class, parameters_of
@@ -25,7 +25,7 @@ def outputs(path): return [o for c in cells(path, "code") for o in c["outputs"]]
 @each
 def test_tour_runs(path):
     "From top to bottom in a kernel of its own."
-    nb = nbformat.read(path, as_version=4)
+    nb = load_notebook_node(str(path))
     if path.stem in LITTLE:
         assert LITTLE[path.stem].keys() <= parameters_of(path).keys()
         nb = parameterize_notebook(nb, LITTLE[path.stem])
