@@ -54,6 +54,22 @@ def test_notebook_has_no_outputs(path):
     assert not any(c.get("outputs") for c in cells), f"clear the outputs of {path.name}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, **names)
+def test_the_title_is_the_one_heading_of_first_rank(path):
+    "Prose behind a stray # would be shown as headings, line by line."
+    said = [re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown"]
+    titles = [line for text in said for line in text.splitlines() if re.match(r"# |#$", line)]
+    assert titles == said[0].splitlines()[:1], f"{path.name}: {titles[1:] or titles}"
+
+
+def test_a_room_imports_only_from_rooms_before_it():
+    rooms = [p.stem[3:] for p in LIBRARY]
+    for place, room in enumerate(rooms):
+        text = (ROOT/"dr2seg_lib"/f"{room}.py").read_text()
+        used = re.findall(r"^from \.(\w+) import", text, re.M) + [n.split(" as ")[0].strip() for line in re.findall(r"^from \. import (.*)", text, re.M) for n in line.split(",")]
+        assert set(used) <= set(rooms[:place]), f"{room} imports {sorted(set(used) - set(rooms[:place]))}, which come after it"
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, **names)
 def test_experiment_has_one_parameters_cell(path):
     cells = json.loads(path.read_text())["cells"]

@@ -128,7 +128,7 @@ def test_unknown_name(name, tmp_path, monkeypatch):
 def test_a_folder_that_does_not_fit_is_one_sentence(file, text, tmp_path):
     shutil.copytree(EMBEDDED_SEGMENTER, tmp_path/"own")
     (tmp_path/"own"/file).write_text(text)
-    with pytest.raises(ValueError, match=f"segmenter {tmp_path}/own cannot be loaded .*; take config.json and model.safetensors of one training") as e: load_segmenter(str(tmp_path/"own"))
+    with pytest.raises(ValueError, match=f"segmenter.* {tmp_path}/own.*(cannot be loaded .*; take config.json and model.safetensors of one training|is no JSON object; restore it|describes no model; give a folder)") as e: load_segmenter(str(tmp_path/"own"))
     assert "\n" not in str(e.value)
 
 def test_metas_checkpoint_is_one_sentence_where_it_is_none(tmp_path):
