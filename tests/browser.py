@@ -149,18 +149,19 @@ def looking(page, name: str):
 
 
 def report_pictures(page, run: Path, folder: Path, to: Path):
-    "The top of the report, and a group of rollouts in it."
+    "The top of the report, and in it the group with the least rewards."
     from dr2seg_lib.report import write_report
     page.goto(write_report(run, folder/"report.html").as_uri())
     page.set_viewport_size(dict(width=1180, height=1125))
     page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
+    page.add_style_tag(content=".bar-of-layers { position: static !important }") # it would stand in the picture
     for dark in (False, True):
         page.emulate_media(color_scheme="dark" if dark else "light")
         page.wait_for_timeout(400)
         page.evaluate("scrollTo(0, 0)")
         names = [f"{n}{'-dark' if dark else ''}.png" for n in ("report", "report-rollouts")]
         page.screenshot(path=to/names[0])
-        page.locator("#rollouts article").last.screenshot(path=to/names[1])
+        page.locator("#rollouts article").nth(1).screenshot(path=to/names[1])
         for n in names: small(to/n)
 
 
@@ -181,7 +182,7 @@ def pictures(run: Path, other: Path | None, to: Path):
                 for name in views: whole(page, page.locator(f".d2-{name.removesuffix('or')}").first, to/f"{name}{'-dark' if dark else ''}.png")
             theme(page, False)
             looking(page, "inspect")
-            whole(page, page.locator(".d2-inspect .d2-body"), to/"look.png")
+            whole(page, page.locator(".d2-inspect").first, to/"look.png")
             report_pictures(page, run, Path(folder), to)
 
 
