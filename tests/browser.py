@@ -116,7 +116,7 @@ def telling(run: Path) -> int:
     return max(range(len(groups)), key=lambda i: spread(groups[i])) if groups else 0
 
 
-def small(path: Path, width: int = 1320):
+def small(path: Path, width: int = 1100):
     "A screenshot no wider than a page shows it."
     from PIL import Image
     image = Image.open(path).convert("RGB")
@@ -145,6 +145,7 @@ def looking(page, name: str):
         said = re.search(r"(\d+) % of", page.locator(f".d2-{name} .d2-status").inner_text())
         shares.append(int(said[1]) if said else 0)
     words.nth(max(range(len(shares)), key=shares.__getitem__)).click()
+    page.locator(f".d2-{name} .d2-right").first.evaluate("e => { e.scrollTop = 0 }")
     page.wait_for_timeout(300)
 
 
