@@ -116,7 +116,7 @@ def telling(run: Path) -> int:
     return max(range(len(groups)), key=lambda i: spread(groups[i])) if groups else 0
 
 
-def small(path: Path, width: int = 1320):
+def small(path: Path, width: int = 1100):
     "A screenshot no wider than a page shows it."
     from PIL import Image
     image = Image.open(path).convert("RGB")
@@ -145,22 +145,24 @@ def looking(page, name: str):
         said = re.search(r"(\d+) % of", page.locator(f".d2-{name} .d2-status").inner_text())
         shares.append(int(said[1]) if said else 0)
     words.nth(max(range(len(shares)), key=shares.__getitem__)).click()
+    page.locator(f".d2-{name} .d2-right").first.evaluate("e => { e.scrollTop = 0 }")
     page.wait_for_timeout(300)
 
 
 def report_pictures(page, run: Path, folder: Path, to: Path):
-    "The top of the report, and a group of rollouts in it."
+    "The top of the report, and in it the group with the least rewards."
     from dr2seg_lib.report import write_report
     page.goto(write_report(run, folder/"report.html").as_uri())
     page.set_viewport_size(dict(width=1180, height=1125))
     page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
+    page.add_style_tag(content=".bar-of-layers { position: static !important }") # it would stand in the picture
     for dark in (False, True):
         page.emulate_media(color_scheme="dark" if dark else "light")
         page.wait_for_timeout(400)
         page.evaluate("scrollTo(0, 0)")
         names = [f"{n}{'-dark' if dark else ''}.png" for n in ("report", "report-rollouts")]
         page.screenshot(path=to/names[0])
-        page.locator("#rollouts article").last.screenshot(path=to/names[1])
+        page.locator("#rollouts article").nth(1).screenshot(path=to/names[1])
         for n in names: small(to/n)
 
 
@@ -181,7 +183,7 @@ def pictures(run: Path, other: Path | None, to: Path):
                 for name in views: whole(page, page.locator(f".d2-{name.removesuffix('or')}").first, to/f"{name}{'-dark' if dark else ''}.png")
             theme(page, False)
             looking(page, "inspect")
-            whole(page, page.locator(".d2-inspect .d2-body"), to/"look.png")
+            whole(page, page.locator(".d2-inspect").first, to/"look.png")
             report_pictures(page, run, Path(folder), to)
 
 
