@@ -10,6 +10,7 @@ __all__ = ['Processes', 'RecipeName', 'ModelName', 'AdapterPath', 'located', 'pr
 
 # %% ../nbs/16_evaluation.ipynb #d7e96bd6
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -154,8 +155,9 @@ def known_recipe(name: str) -> str:
     return name
 
 def known_model(name: str, field: str = "model") -> str: # field: the parameter that a complaint names
+    if name == "embedded": return name
     if Path(name).is_dir() and (wrong := torn(Path(name))): raise ValueError(f"{field} {name} is not whole ({wrong}); fetch it again")
-    if name == "embedded" or "/" in name or Path(name).is_dir(): return name
+    if Path(name).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name): return name
     raise ValueError(f"{field} '{name}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
 
 def known_adapter(name: str) -> str: # "" for none

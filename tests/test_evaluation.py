@@ -400,7 +400,7 @@ def test_attention_reaches_the_model(tmp_path):
     assert load_policy("embedded", attention="eager").model.model.visual.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(smaples=3), "smaples"), (dict(recipe="dr3seg"), "use one of visionreasoner"), (dict(model="embeded"), "use embedded"), (dict(protocol="lissa"), "lisa"),
+@pytest.mark.parametrize("wrong, says", [(dict(smaples=3), "smaples"), (dict(recipe="dr3seg"), "use one of visionreasoner"), (dict(model="embeded"), "use embedded"), (dict(model="/nowhere/Qwen"), "model '/nowhere/Qwen' is unknown; use embedded, a local folder"), (dict(model="~/Qwen"), "is unknown"), (dict(protocol="lissa"), "lisa"),
                                          (dict(data="coco"), "data: coco does not exist.*called mini"), (dict(split="tset"), "no split 'tset'"), (dict(batch=0), "batch")], ids=str)
 def test_wrong_parameters_are_named(wrong, says):
     with pytest.raises(ValidationError, match=says): EvaluateConfig(**wrong)
