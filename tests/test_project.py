@@ -7,6 +7,9 @@ import nbformat, pytest
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
 from dr2seg_lib.cli import kernel_class
+from dr2seg_lib.evaluation import EvaluateConfig
+from dr2seg_lib.rea2seg import Rea2SegConfig
+from dr2seg_lib.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -74,6 +77,14 @@ def test_a_room_imports_only_from_rooms_before_it():
 def test_experiment_has_one_parameters_cell(path):
     cells = json.loads(path.read_text())["cells"]
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
+
+
+@pytest.mark.parametrize("name, config", [("train", TrainConfig), ("evaluate", EvaluateConfig), ("rea2seg", Rea2SegConfig)])
+def test_the_parameters_of_an_experiment_are_those_of_its_configuration(name, config):
+    cells, found = json.loads((ROOT/"nbs"/"experiments"/f"{name}.ipynb").read_text())["cells"], {}
+    exec("".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"]), {}, found)
+    assert set(found) - {"out", "resume"} == set(config.model_fields)
+    assert config(**{k: found[k] for k in config.model_fields}) == config()
 
 
 @pytest.mark.parametrize("path", LIBRARY, **names)
