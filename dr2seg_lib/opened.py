@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from . import plots, runs
-from .evaluation import load_data, located
+from .evaluation import load_data, located, prompts_of
 from .masks import decode
 from .samples import Sample
 from .scenes import draw_sample
@@ -157,7 +157,9 @@ def sample(self:Opened, source:str, at:int)->Sample:
 @patch
 def draws(self:Opened, sample:Sample, text:str)->np.ndarray: # [H,W] bool
     "What the run's segmenter draws from a response."
-    with DRAWING: return segmenter_of(self.parameters.get('segmenter', 'embedded')).segment(sample.image, located(text, self.frame, sample.size))
+    with DRAWING:
+        segmenter = segmenter_of(self.parameters.get('segmenter', 'embedded'))
+        return segmenter.segment(sample.image, prompts_of(segmenter, text, sample.query, self.frame, sample.size))
 
 @patch
 def drawn(self:Opened, sample:Sample, row:dict)->tuple: # mask [H,W] bool, or None where a large segmenter would have to draw; list of Target

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import dialogue, masks, plots, scenes
 from .attention import glow, heat_map, image_attention
-from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, load_policy, located
+from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, load_policy, located, prompts_of
 from .plots import Figure, Interval, Table, table
 from .policy import EMBEDDED, Policy, Prefix, Seen
 from .recipes import RECIPES
@@ -220,7 +220,7 @@ def rea2seg(policy: Policy, # answers
         prefix = policy.read([text], seen)
         direct = responses(policy, policy.generate(prefix, 1, max_new_tokens, temperature=0))[0]
         targets = located(direct.text, policy.frame, sample.size)
-        drawn = segmenter.segment(sample.image, targets)
+        drawn = segmenter.segment(sample.image, prompts_of(segmenter, direct.text, sample.query, policy.frame, sample.size))
     with clock("candidates"):
         grid = attention_grid(policy, text, seen[0], prefix, direct.text)
         cell = tuple(n / c for n, c in zip(sample.size, grid.shape[::-1]))
