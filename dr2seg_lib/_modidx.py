@@ -305,6 +305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                    'dr2seg_lib.policy.Policy.piece': ('policy.html#policy.piece', 'dr2seg_lib/policy.py'),
                                    'dr2seg_lib.policy.Policy.read': ('policy.html#policy.read', 'dr2seg_lib/policy.py'),
                                    'dr2seg_lib.policy.Policy.reference': ('policy.html#policy.reference', 'dr2seg_lib/policy.py'),
+                                   'dr2seg_lib.policy.Policy.reread': ('policy.html#policy.reread', 'dr2seg_lib/policy.py'),
                                    'dr2seg_lib.policy.Policy.sharded': ('policy.html#policy.sharded', 'dr2seg_lib/policy.py'),
                                    'dr2seg_lib.policy.Policy.tokenize': ('policy.html#policy.tokenize', 'dr2seg_lib/policy.py'),
                                    'dr2seg_lib.policy.Policy.trainable': ('policy.html#policy.trainable', 'dr2seg_lib/policy.py'),

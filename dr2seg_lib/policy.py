@@ -309,18 +309,25 @@ def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperatu
 
 # %% ../nbs/06_policy.ipynb #daa69857
 @patch
+def reread(self: Policy, prefix: Prefix, # B prompts
+           ids: Tensor, # [B*n,T] answers, right-padded
+          ) -> tuple[Tensor, Tensor]: # [B*n,V] logits of the first token; [B*n,T-1,D] hidden states that predict those after it
+    "The answers, read behind their prompts."
+    n, T = len(ids) // len(prefix.start), ids.shape[1]
+    rep = lambda x: x.repeat_interleave(n, 0)
+    embeds = self.model.get_input_embeddings()(ids[:, :-1])
+    if T == 1: return rep(prefix.logits), embeds # answers that ended at once: nothing is behind the first token
+    positions = rep(prefix.start)[:, None] + torch.arange(T - 1, device=ids.device)
+    return rep(prefix.logits), self._hidden(embeds, positions.expand(3, -1, -1), look_mask(rep(prefix.pad), T - 1, embeds.dtype), Shared(prefix.layers, n))
+
+@patch
 def logprobs(self: Policy, prefix: Prefix, # B prompts; read under autograd for gradients
              ids: Tensor, # [B*n,T] answers, right-padded
              mask: Tensor, # [B*n,T] bool
             ) -> Tensor: # [B*n,T], 0 on padding
     "Log-probability of every answer token given its prompt and the tokens before it."
-    n, T = len(ids) // len(prefix.start), ids.shape[1]
-    rep = lambda x: x.repeat_interleave(n, 0)
-    embeds = self.model.get_input_embeddings()(ids[:, :-1])
-    positions = rep(prefix.start)[:, None] + torch.arange(T - 1, device=ids.device)
-    hidden = self._hidden(embeds, positions.expand(3, -1, -1), look_mask(rep(prefix.pad), T - 1, embeds.dtype), Shared(prefix.layers, n))
-    first = rep(prefix.logits).log_softmax(-1).gather(1, ids[:, :1])
-    on = mask[:, 1:]
+    logits, hidden = self.reread(prefix, ids)
+    first, on = logits.log_softmax(-1).gather(1, ids[:, :1]), mask[:, 1:]
     later = self.model.lm_head(hidden[on]).float().log_softmax(-1).gather(1, ids[:, 1:][on][:, None])[:, 0]
     return torch.cat([first, torch.zeros_like(on, dtype=later.dtype).masked_scatter(on, later)], 1) * mask
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from . import dialogue
-from .policy import EMBEDDED, Completions, Policy, Prefix, Seen, Shared, look_mask, squashed, token_statistics
+from .policy import EMBEDDED, Completions, Policy, Prefix, Seen, squashed, token_statistics
 
 # %% ../nbs/13_server.ipynb #94e56f03
 WAITS = 1, 2, 4, 8, 16 # seconds before asking again
@@ -112,13 +112,10 @@ def statistics(policy: Policy, prefix: Prefix, # B prompts
                mask: Tensor, # [B*n,T] bool
                chunk: int = 2048) -> Tensor: # [3,B*n,T]; chunk: tokens whose logits are held at once
     "Log-probability, entropy and margin of every token of given answers; 0 on padding."
-    n, T, on = len(ids) // len(prefix.start), ids.shape[1], mask[:, 1:]
-    rep = lambda x: x.repeat_interleave(n, 0)
+    (logits, hidden), on = policy.reread(prefix, ids), mask[:, 1:]
     found = torch.zeros(3, *ids.shape, device=ids.device)
-    found[:, :, 0] = token_statistics(rep(prefix.logits), ids[:, 0])
+    found[:, :, 0] = token_statistics(logits, ids[:, 0])
     if not on.any(): return found
-    embeds, positions = policy.model.get_input_embeddings()(ids[:, :-1]), rep(prefix.start)[:, None] + torch.arange(T - 1, device=ids.device)
-    hidden = policy._hidden(embeds, positions.expand(3, -1, -1), look_mask(rep(prefix.pad), T - 1, embeds.dtype), Shared(prefix.layers, n))
     parts = zip(hidden[on].split(chunk), ids[:, 1:][on].split(chunk))
     found[:, :, 1:][:, on] = torch.cat([token_statistics(policy.model.lm_head(h).float(), i) for h, i in parts], 1)
     return found

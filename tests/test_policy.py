@@ -71,6 +71,14 @@ def test_shared_prefix_equals_plain_forward_in_values_and_gradients(policy, aske
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def test_answers_that_end_at_once(policy, asked):
+    _, texts, seen, _ = asked
+    prefix, ids = policy.read(texts, seen), torch.tensor([[1], [2], [3], [4], [5], [6]])
+    logp = policy.logprobs(prefix, ids, torch.ones(6, 1, dtype=torch.bool))
+    assert logp.shape == (6, 1) and torch.allclose(logp[:, 0], prefix.logits.log_softmax(-1).repeat_interleave(2, 0).gather(1, ids)[:, 0])
+    logp.sum().backward()
+
+
 def test_sampling_records_what_scoring_finds(policy, asked):
     _, texts, seen, done = asked
     assert (policy.logprobs(policy.read(texts, seen), done.ids, done.mask) - done.logp * done.mask).abs().max() < 1e-5
