@@ -97,7 +97,7 @@ def read_progress(folder: Path) -> dict | None:  # stage, i, n, note, time
     "How far a run is. The note of a run that holds others tells which of them are busy, and with what."
     own = Path(folder)/"progress.json"
     if not own.exists(): return None
-    inner = [p for p in sorted(Path(folder).glob("*/progress.json")) if read_json(p.with_name("run.json"))["status"] == "running"]
+    inner = [p for p in sorted(Path(folder).glob("*/progress.json")) if p.with_name("run.json").exists() and read_json(p.with_name("run.json"))["status"] == "running"]
     busy = ["{} {stage} {i}/{n}".format(p.parent.name, **read_json(p)) for p in inner]
     return read_json(own) | ({"note": " · ".join(busy)} if busy else {})
 
