@@ -272,6 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                   'dr2seg_lib.plots.colours': ('plots.html#colours', 'dr2seg_lib/plots.py'),
                                   'dr2seg_lib.plots.evaluation_table': ('plots.html#evaluation_table', 'dr2seg_lib/plots.py'),
                                   'dr2seg_lib.plots.health': ('plots.html#health', 'dr2seg_lib/plots.py'),
+                                  'dr2seg_lib.plots.in_order': ('plots.html#in_order', 'dr2seg_lib/plots.py'),
                                   'dr2seg_lib.plots.mean_interval': ('plots.html#mean_interval', 'dr2seg_lib/plots.py'),
                                   'dr2seg_lib.plots.number': ('plots.html#number', 'dr2seg_lib/plots.py'),
                                   'dr2seg_lib.plots.over_seeds': ('plots.html#over_seeds', 'dr2seg_lib/plots.py'),
