@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                  'dr2seg_lib.runs.list_runs': ('runs.html#list_runs', 'dr2seg_lib/runs.py'),
                                  'dr2seg_lib.runs.lock': ('runs.html#lock', 'dr2seg_lib/runs.py'),
                                  'dr2seg_lib.runs.new_folder': ('runs.html#new_folder', 'dr2seg_lib/runs.py'),
+                                 'dr2seg_lib.runs.part': ('runs.html#part', 'dr2seg_lib/runs.py'),
                                  'dr2seg_lib.runs.read_progress': ('runs.html#read_progress', 'dr2seg_lib/runs.py'),
                                  'dr2seg_lib.runs.save_checkpoint': ('runs.html#save_checkpoint', 'dr2seg_lib/runs.py'),
                                  'dr2seg_lib.runs.status': ('runs.html#status', 'dr2seg_lib/runs.py'),

@@ -31,7 +31,7 @@ from .policy import ATTENTION, Policy
 from .readers import PROTOCOLS, BrokenRecord, open_data
 from .recipes import RECIPES, load_recipe
 from .rollout import Response, responses
-from .runs import Run, append_jsonl, begin, damage, launch, read_jsonl
+from .runs import Run, append_jsonl, begin, damage, launch, part, read_jsonl
 from .samples import Sample, Target
 from .scenes import MiniReasonSeg
 from .segmenters import Segmenter, load_segmenter, phrase
@@ -264,3 +264,4 @@ def run_evaluation(config: EvaluateConfig, out, # the run's folder
 # %% ../nbs/16_evaluation.ipynb #25e887f5
 if __name__ == "__main__" and "__file__" in globals():
     run_evaluation(EvaluateConfig.model_validate_json(sys.argv[1]), sys.argv[2], resume=len(sys.argv) > 3)
+    part()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STALE', 'PACKAGES', 'RECORDS', 'lock', 'last_sign', 'status', 'versions', 'git_revision', 'Bar', 'read_progress',
-           'check_free', 'new_folder', 'update', 'Run', 'Follower', 'begin', 'launch', 'save_checkpoint', 'damage',
-           'latest_checkpoint', 'list_runs']
+           'check_free', 'new_folder', 'update', 'Run', 'Follower', 'begin', 'part', 'launch', 'save_checkpoint',
+           'damage', 'latest_checkpoint', 'list_runs']
 
 # %% ../nbs/15_runs.ipynb #57545ec6
 import fcntl, hashlib, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time, warnings
@@ -304,6 +304,13 @@ def begin(folder: Path, parameters: dict, seed: int = 0, resume: bool = False) -
     return kind.resume(folder) if resume else kind.create(folder, parameters, seed)
 
 # %% ../nbs/15_runs.ipynb #6f31182b
+def part():
+    "The processes of a run leave together: one that goes while others still speak may be aborted in the middle of its end."
+    from torch import distributed # here, since most of this room is asked without torch
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
 def launch(module: str,  # called as MODULE CONFIG FOLDER [resume], CONFIG in JSON
            config,  # a pydantic model with `processes`
            folder: Path, resume: bool = False) -> Run:

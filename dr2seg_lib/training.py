@@ -33,7 +33,7 @@ from .policy import PROJECTIONS, Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe, known_scorer, known_segmenter, load_recipe
 from .rollout import Clock, Rollouts, roll_out
-from .runs import Run, begin, latest_checkpoint, launch, read_json, save_checkpoint, write_jsonl
+from .runs import Run, begin, latest_checkpoint, launch, part, read_json, save_checkpoint, write_jsonl
 from .segmenters import draws_by_phrase, load_segmenter
 from .server import ServedPolicy, mismatch, served_name
 
@@ -344,3 +344,4 @@ def train(config: TrainConfig, out, # the run's folder
 # %% ../nbs/17_training.ipynb #6a21dd5c
 if __name__ == "__main__" and "__file__" in globals():
     train(TrainConfig.model_validate_json(sys.argv[1]), sys.argv[2], resume=len(sys.argv) > 3)
+    part()
