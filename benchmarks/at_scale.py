@@ -8,13 +8,12 @@ tokens and about 110 of text. Told: seconds by stage, tokens generated a second,
 """
 import argparse
 import json
-import resource
 import sys
 from pathlib import Path
 
 import torch
 
-from against_trl import RANK, SMALL, Ours, machine, medians
+from against_trl import RANK, SMALL, Ours, high_water, machine, medians
 
 SEVEN = dict(text=dict(vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, mrope_section=[16, 24, 24]),
              vision=dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]), tied=False) # Qwen2.5-VL-7B's config.json
@@ -22,7 +21,7 @@ SEVEN = dict(text=dict(vocab_size=152064, hidden_size=3584, num_hidden_layers=28
 
 def memory(device: str) -> dict: # GiB
     "The most that was in use, weights included: of the GPU, or of the process."
-    if device == "cpu": return dict(resident=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+    if device == "cpu": return dict(resident=round(high_water() / 2**20, 2))
     return dict(allocated=round(torch.cuda.max_memory_allocated() / 2**30, 2), reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2))
 
 

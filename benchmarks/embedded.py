@@ -7,17 +7,15 @@ reference and for the update (the model's own padded forward), as the public tra
 """
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
 from transformers import LogitsProcessor
 
+from against_trl import machine, medians
 from dr2seg_lib.evaluation import load_data
-from dr2seg_lib.policy import Completions, Policy, Seen, _draws
+from dr2seg_lib.policy import Completions, Policy, Seen, _draws, squashed
 from dr2seg_lib.recipes import RECIPES
 from dr2seg_lib.rollout import roll_out
 from dr2seg_lib.training import TrainConfig, prepared, questions, rewarded, train_step
@@ -42,8 +40,7 @@ class Asked:
 class Plain(Policy):
     "The same policy without the engine."
     def encode(self, images):
-        squashed = [cv2.resize(i, (self.side, self.side), interpolation=cv2.INTER_AREA) for i in images]
-        batch = self.processor.image_processor(squashed, do_resize=False, return_tensors="pt")
+        batch = self.processor.image_processor([squashed(i, self.side) for i in images], do_resize=False, return_tensors="pt")
         patches = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
         return [Seen(p[::self.model.model.visual.spatial_merge_size**2], g, (p,)) for p, g in zip(patches, batch["image_grid_thw"])]
 
@@ -114,11 +111,9 @@ def main():
     torch.set_num_threads(2)
     config = TrainConfig(prompts=args.prompts, samples=args.samples, eval_samples=0)
     rows = steps(config, args.turns, args.steps)
-    median = lambda name: {k: round(float(np.median([r["seconds"].get(k, 0.0) for r in rows[name]])), 3) for k in rows["plain"][0]["seconds"]}
-    seconds = {name: median(name) for name in rows}
+    seconds, here = {name: medians([r["seconds"] for r in found]) for name, found in rows.items()}, machine()
     torch.set_num_threads(1)
-    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
-    result = dict(machine=dict(cpu=cpu, threads=2, torch=torch.__version__), shape=dict(prompts=args.prompts, samples=args.samples, steps=args.steps, turns=args.turns),
+    result = dict(machine=here, shape=dict(prompts=args.prompts, samples=args.samples, steps=args.steps, turns=args.turns),
                   tokens=rows["engine"][0]["tokens"], seconds=seconds, ratio={k: round(seconds["plain"][k] / v, 2) for k, v in seconds["engine"].items() if v > 0.005},
                   rewards_per_core_second=rewards(config))
     args.out.mkdir(exist_ok=True)

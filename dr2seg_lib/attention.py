@@ -12,7 +12,7 @@ import torch
 from matplotlib import colormaps
 from torch import Tensor
 
-from .policy import Policy, Prefix, Seen, Shared, look_mask
+from .policy import Policy, Prefix, Seen
 
 # %% ../nbs/07_attention.ipynb #00be4212
 @torch.no_grad()
@@ -20,12 +20,10 @@ def answer_attention(policy: Policy, prefix: Prefix, # B prompts that have been 
                      ids: Tensor, # [B,T] an answer to each, T > 1
                     ) -> Tensor: # [B,T-1,P+T-1], rows sum to 1
     "Attention with which tokens 2..T of each answer were written, over prompt and answer: mean over heads of the upper half of the layers."
-    core, T = policy.model.model.language_model, ids.shape[1] - 1
-    embeds, kept = policy.model.get_input_embeddings()(ids[:, :-1]), core.config._attn_implementation
-    positions = prefix.start[:, None] + torch.arange(T, device=ids.device)
+    core = policy.model.model.language_model
+    (embeds, positions, mask, cache), kept = policy.behind(prefix, ids), core.config._attn_implementation
     core.set_attn_implementation("eager")
-    try: layers = core(inputs_embeds=embeds, position_ids=positions.expand(3, -1, -1), past_key_values=Shared(prefix.layers, 1), use_cache=False,
-                       attention_mask=look_mask(prefix.pad, T, embeds.dtype), output_attentions=True).attentions
+    try: layers = core(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=False, output_attentions=True).attentions
     finally: core.set_attn_implementation(kept)
     return torch.stack(layers[len(layers) // 2:]).float().mean((0, 2))
 

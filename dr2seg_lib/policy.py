@@ -309,16 +309,24 @@ def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperatu
 
 # %% ../nbs/06_policy.ipynb #daa69857
 @patch
+def behind(self: Policy, prefix: Prefix, # B prompts
+           ids: Tensor, # [B*n,T] answers, right-padded
+          ) -> tuple: # embeddings [B*n,T-1,D], positions [3,B*n,T-1], mask, cache
+    "What the language model is given to read all tokens of the answers but the last, behind their prompts."
+    n, T = len(ids) // len(prefix.start), ids.shape[1]
+    rep = lambda x: x.repeat_interleave(n, 0)
+    embeds = self.model.get_input_embeddings()(ids[:, :-1])
+    positions = rep(prefix.start)[:, None] + torch.arange(T - 1, device=ids.device)
+    return embeds, positions.expand(3, -1, -1), look_mask(rep(prefix.pad), T - 1, embeds.dtype), Shared(prefix.layers, n)
+
+@patch
 def reread(self: Policy, prefix: Prefix, # B prompts
            ids: Tensor, # [B*n,T] answers, right-padded
           ) -> tuple[Tensor, Tensor]: # [B*n,V] logits of the first token; [B*n,T-1,D] hidden states that predict those after it
     "The answers, read behind their prompts."
-    n, T = len(ids) // len(prefix.start), ids.shape[1]
-    rep = lambda x: x.repeat_interleave(n, 0)
-    embeds = self.model.get_input_embeddings()(ids[:, :-1])
-    if T == 1: return rep(prefix.logits), embeds # answers that ended at once: nothing is behind the first token
-    positions = rep(prefix.start)[:, None] + torch.arange(T - 1, device=ids.device)
-    return rep(prefix.logits), self._hidden(embeds, positions.expand(3, -1, -1), look_mask(rep(prefix.pad), T - 1, embeds.dtype), Shared(prefix.layers, n))
+    read = self.behind(prefix, ids)
+    first = prefix.logits.repeat_interleave(len(ids) // len(prefix.start), 0)
+    return first, self._hidden(*read) if ids.shape[1] > 1 else read[0] # answers that ended at once: nothing is behind the first token
 
 @patch
 def logprobs(self: Policy, prefix: Prefix, # B prompts; read under autograd for gradients

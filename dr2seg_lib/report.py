@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILES', 'LEFT', 'LAYERS', 'GIVEN', 'CHOICE', 'CSS', 'kind_of', 'gather', 'text', 'data_uri', 'shrunk', 'figure',
            'section', 'chart', 'outline', 'prompt_marks', 'picture', 'layer_bar', 'heading', 'asked', 'outcome',
-           'strata', 'response', 'warmth', 'chosen', 'kept', 'sample_card', 'samples', 'paid', 'stack', 'group_table',
-           'rollout_card', 'group_card', 'some_groups', 'rollouts', 'arms', 'starts', 'comparison', 'by_tag', 'dots',
-           'knowledge', 'choice', 'candidate_card', 'candidates', 'page', 'write_report']
+           'strata', 'response', 'warmth', 'chosen', 'kept', 'tagged', 'sample_card', 'samples', 'paid', 'stack',
+           'group_table', 'rollout_card', 'group_card', 'some_groups', 'rollouts', 'arms', 'starts', 'comparison',
+           'by_tag', 'dots', 'knowledge', 'choice', 'candidate_card', 'candidates', 'page', 'write_report']
 
 # %% ../nbs/22_report.ipynb #cab0c39b
 import base64, re
@@ -266,6 +266,10 @@ def _told(when, row, sample, drawn): # one response to a sample with its picture
     caption = f'<b>{when}</b> IoU {row["iou"]:.2f} · {row["tokens"] or 0:.0f} tokens'
     return f'<div>{picture(sample, *(drawn(sample, row) if sample else ()), caption=caption)}{response(row["text"])}</div>'
 
+def tagged(row:dict)->str:
+    "What kind of question a row is about, in words."
+    return ' · '.join(str(v) for k, v in (row.get('tags') or {}).items() if k not in ('targets', 'kind'))
+
 def sample_card(
     after:dict, # a row of predictions_after.jsonl
     before:dict|None, # the same sample's row before training
@@ -273,7 +277,7 @@ def sample_card(
     drawn=kept, # (sample, row) -> mask, targets
 )->str:
     "A question with the responses before and after, side by side."
-    tags = ' · '.join(str(v) for k, v in (after.get('tags') or {}).items() if k not in ('targets', 'kind'))
+    tags = tagged(after)
     truth = f'<div class=truth><h4>{text(after["query"])}</h4><p class=meta>{text(after["sample"])}<br>{text(tags)}</p>{picture(sample) if sample else ""}</div>'
     return f'<article class="panel trio">{truth}{_told("before", before, sample, drawn)}{_told("after", after, sample, drawn)}</article>'
 
@@ -370,7 +374,7 @@ def group_card(
 )->str:
     "A group of rollouts; the one with the greatest and the one with the least advantage are unfolded."
     ends = [f(records, key=lambda r: r['advantage'])['rollout'] for f in (max, min)]
-    tags = ' · '.join(str(v) for k, v in (records[0].get('tags') or {}).items() if k not in ('targets', 'kind'))
+    tags = tagged(records[0])
     head = f'<h4>{text(records[0]["query"])}</h4><p class=meta>{text(" · ".join(x for x in ("step " + str(records[0]["step"]), str(records[0]["sample"]), tags) if x))}</p>'
     return f'<article class=panel>{head}{group_table(records, factor)}{"".join(rollout_card(r, sample, r["rollout"] in ends, drawn) for r in records)}</article>'
 
@@ -497,7 +501,7 @@ def candidate_card(
 )->str:
     "A question: where the answer looked, every candidate with its score, and what was said of each."
     say = lambda c, i: f'<b>{c["score"]:g} of 10</b> {text(c["source"])}, IoU {c["iou"]:.2f}' + (' · chosen' if i == row['best'] else '')
-    tags = ' · '.join(str(v) for k, v in (row.get('tags') or {}).items() if k not in ('targets', 'kind'))
+    tags = tagged(row)
     head = f'<h4>{text(row["query"])}</h4><p class=meta>{text(" · ".join(x for x in (str(row["sample"]), tags) if x))} · direct {row["direct"]:.2f}, chosen {row["chosen"]:.2f}, best candidate {row["oracle"]:.2f}</p>'
     shown = ''
     if sample:

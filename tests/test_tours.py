@@ -38,7 +38,7 @@ def test_what_a_tour_shows_is_whole(path):
     shown = outputs(path)
     assert shown and not [o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"]
     texts = "".join("".join(o.get("text", "")) + json.dumps({k: v for k, v in o.get("data", {}).items() if k.startswith("text/")}) for o in shown)
-    assert not re.search(r"/tmp/|/home/|/root/|/work/", texts), "a path of the machine it ran on"
+    assert not re.search(r"/(tmp|home|root|work)/", texts), "a path of the machine it ran on"
     assert path.stat().st_size < 800_000
 
 
