@@ -116,7 +116,7 @@ def token_scatter(
                     ax.scatter(np.linspace(left, right, len(y)) if len(y) > 1 else [k + .5], y, s=5, color=colour, alpha=.4, lw=0, rasterized=True)
                     ax.fill_between([left, right], y.mean() - y.std(), y.mean() + y.std(), color=colour, alpha=.16, lw=0)
                     ax.hlines(y.mean(), left, right, color=colour, lw=1.8)
-            ax.set_xticks(np.arange(len(names)) + .5, [str(n) for n in names])
+            ax.set_xticks(np.arange(len(names)) + .5, [plots.short(n) for n in names])
             ax.tick_params(axis='x', length=0)
             ax.set_ylim(0)
         plots._legend(fig, arms)

@@ -91,7 +91,7 @@ def columns(
     def place(i, k, r): return dict(group=i, rollout=k, sample=str(r['sample']), query=r['query']) | ({'step': r['step']} if 'step' in r else {})
     pairs = [(place(i, k, r), row_fields(r)) for i, g in enumerate(groups) for k, r in enumerate(g)]
     rows = [own | {name: v for name, v in fields.items() if name not in own} for own, fields in pairs] # a tag may be called "step"
-    return {name: [r.get(name) for r in rows] for name in dict.fromkeys(k for r in rows for k in r)}
+    return {name: [r.get(name) for r in rows] for name in list(dict.fromkeys(k for r in rows for k in r))[:8*plots.MOST]}
 
 # %% ../nbs/23_inspector.ipynb #342b85f8
 def pass_html(
@@ -140,11 +140,11 @@ def _stack(ax, row, y, colours, factor): # a rollout's terms, one after the othe
     (summed, paid), up, down = report.paid(row['terms'], factor), 0., 0.
     for name, value in summed.items():
         v = value*paid
-        ax.barh(y, v, left=up if v >= 0 else down, height=.62, color=colours[name], label=name.replace('_', ' ') if y == 0 else None)
+        ax.barh(y, v, left=up if v >= 0 else down, height=.62, color=colours[name], label=plots.short(name.replace('_', ' ')) if y == 0 else None)
         if v >= 0: up += v
         else: down += v
     lost = sum(summed.values())*(1 - paid)
-    if factor: ax.barh(y, max(lost, 0), left=up, height=.62, fill=False, hatch='/////', ec=plots.GREY, lw=0, alpha=.6, label=f'not paid: × {factor.replace("_", " ")}' if y == 0 else None)
+    if factor: ax.barh(y, max(lost, 0), left=up, height=.62, fill=False, hatch='/////', ec=plots.GREY, lw=0, alpha=.6, label=f'not paid: × {plots.short(factor.replace("_", " "))}' if y == 0 else None)
 
 @patch
 def still(self:Opened, source:str, at:int, rollout:int)->plots.Figure:
@@ -183,7 +183,7 @@ def fill_lines(
     lines:int=3, # at most
 )->str:
     "A sentence as the title of a figure, however long it is."
-    return '\n'.join(wrap(words[:width*(lines + 1)], width, max_lines=lines, placeholder=' …'))
+    return '\n'.join(wrap(plots.drawable(words[:width*(lines + 1)]), width, max_lines=lines, placeholder=' …'))
 
 # %% ../nbs/23_inspector.ipynb #21e5f29e
 STATIC = Path(dr2seg_lib.__file__).parent/'static'
@@ -206,7 +206,7 @@ class View(anywidget.AnyWidget):
 
 def notice(text:str)->plots.Figure:
     "A sentence as a picture."
-    fig, (ax,) = plots.panels([text], height=.4)
+    fig, (ax,) = plots.panels([fill_lines(text)], height=.4)
     ax.axis('off')
     return fig
 
@@ -287,6 +287,7 @@ def curves(
 )->dict: # name, dotted: list; "step": the last step of each point
     "The measures of a run as columns."
     names = dict.fromkeys([*CURVES, *(f'{of}.{k}' for r in rows for of in ('terms', 'seconds') for k in r.get(of) or {} if k != 'total')])
+    names = list(names)[:4*plots.MOST]
     parts = np.array_split(np.arange(len(rows)), min(points, len(rows))) if rows else []
     def averaged(name):
         v = np.array([plots.number(r, name) for r in rows])
@@ -401,16 +402,16 @@ def token_scatter(
     (first, a), *others = arms.items()
     a, panels = {r['sample']: r for r in a}, len(others)
     with rc_context(plots.STYLE):
-        fig, axes = plots.panels([f'{arm}, tokens' for arm, _ in others], width=4.2*panels + .4, height=3.6)
+        fig, axes = plots.panels([f'{plots.short(arm)}, tokens' for arm, _ in others], width=4.2*panels + .4, height=3.6)
         for ax, (arm, b) in zip(axes, others):
             pairs = [(a[r['sample']], r) for r in b if r['sample'] in a]
             pairs = [(p, q) for p, q in pairs if None not in (p.get('tokens'), q.get('tokens'))]
             x, y, gain = (np.array([f(p, q) for p, q in pairs]) for f in (lambda p, q: p['tokens'], lambda p, q: q['tokens'], lambda p, q: q['iou'] - p['iou']))
             top = max([1., *x, *y])*1.05
             ax.plot([0, top], [0, top], color=plots.GREY, lw=.8, ls=(0, (4, 3)))
-            for some, colour, label in (abs(gain) <= .1, plots.GREY, 'alike'), (gain > .1, BETTER, f'{arm} better'), (gain < -.1, WORSE, f'{first} better'):
+            for some, colour, label in (abs(gain) <= .1, plots.GREY, 'alike'), (gain > .1, BETTER, f'{plots.short(arm)} better'), (gain < -.1, WORSE, f'{plots.short(first)} better'):
                 ax.plot(x[some], y[some], 'o', color=colour, ms=4.5, alpha=.7, mew=0, label=f'{label}: {some.sum()}')
-            ax.set(xlim=(0, top), ylim=(0, top), xlabel=f'{first}, tokens', aspect='equal')
+            ax.set(xlim=(0, top), ylim=(0, top), xlabel=f'{plots.short(first)}, tokens', aspect='equal')
             ax.grid(axis='x')
             ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.16), ncols=3, labelcolor='linecolor', handletextpad=.1, columnspacing=1)
     return fig
@@ -655,7 +656,7 @@ def _asked(self:Ask, _, content, buffers):
 def still(self:Ask)->plots.Figure:
     "The picture with what was drawn last."
     with rc_context(plots.STYLE):
-        fig, (ax,) = plots.panels([self.query], width=3.6, height=3.6)
+        fig, (ax,) = plots.panels([fill_lines(self.query, 44)], width=3.6, height=3.6)
         mask = runs_mask(self.drawn['runs'], self.picture['size']) if self.drawn else None
         truth, given = self.picture['truth'], self.picture['given']
         known = runs_mask(truth, self.picture['size']) if truth else None

@@ -564,7 +564,7 @@ def dots(
                 at = y + .22*(k - (len(found) - 1)/2)
                 ax.hlines(at, v.lo, v.hi, color=colours[name], lw=1.4, alpha=.55)
                 ax.plot(v.mean, at, 'o', color=colours[name], ms=6, label=None if y else name)
-        ax.set_yticks(range(len(rows)), rows)
+        ax.set_yticks(range(len(rows)), map(plots.short, rows))
         ax.set_ylim(len(rows) - .5, -.5)
         ax.grid(axis='x')
         ax.grid(visible=False, axis='y')

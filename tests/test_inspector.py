@@ -107,7 +107,7 @@ def test_a_cut_file_is_said(whole, tmp_path):
     (tmp_path/"rollouts.jsonl").write_bytes(text[:len(text)//2])
     (tmp_path/"run.json").write_text('{"status": "do')
     widget = inspect(tmp_path)
-    assert widget.about["missing"] == "Not shown: run.json is broken; 1 broken line of rollouts.jsonl." and widget.shown["entries"][0]["prompts"]
+    assert widget.about["missing"] == "Not shown: run.json is not valid JSON; rollouts.jsonl, line 28 is cut short." and widget.shown["entries"][0]["prompts"]
 
 
 def test_nothing_and_nowhere(tmp_path):
