@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.patches import Rectangle
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import field_validator
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import label, maximum_filter
 from tokenizers import AddedToken
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from . import dialogue, masks, plots, scenes
 from .attention import glow, heat_map, image_attention
-from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, load_policy, located, prompts_of
+from .config import Rea2SegFields
+from .evaluation import bootstrap, known_model, known_recipe, load_data, load_policy, located, prompts_of
 from .plots import Figure, Interval, Table, table
 from .policy import EMBEDDED, Policy, Prefix, Seen
 from .recipes import RECIPES
@@ -408,19 +409,10 @@ def gallery(rows: list[dict], pictures: dict, # sample id -> image [H,W,3] uint8
     return fig
 
 # %% ../nbs/26_rea2seg.ipynb #48391811
-class Rea2SegConfig(BaseModel):
-    "Parameters of a Rea2Seg run."
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    model: ModelName = Field("embedded", description="policy that answers: embedded, a local folder or a hub id")
-    scorer: str = Field("", description="who scores; empty: the policy itself, the embedded one with its scoring adapter")
-    segmenter: str = Field("embedded", description="embedded, grabcut, a local folder or a hub id")
-    data: str = Field("mini", description="data set: mini, a path or a hub id")
-    split: str = Field("val", description="split of the data set")
-    samples: int = Field(256, ge=1, description="the first so many of the split")
-    recipe: RecipeName = Field("dr2seg", description="whose prompt asks for the direct answer")
-    candidates: int = Field(8, ge=1, description="at most so many a sample")
-    overlap: float = Field(0.8, gt=0, lt=1, description="IoU above which two candidates are one")
-    max_new_tokens: int = Field(192, ge=1)
+class Rea2SegConfig(Rea2SegFields):
+    "Parameters of a Rea2Seg run, checked against what is on this machine."
+    _known_recipe = field_validator("recipe")(known_recipe)
+    _known_model = field_validator("model")(known_model)
 
     @field_validator("scorer")
     @classmethod

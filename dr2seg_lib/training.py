@@ -17,19 +17,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import field_validator, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import grpo, runs
-from .evaluation import ModelName, Processes, RecipeName, about, checked_data, evaluate, known_attention, load_data, load_policy
-from .policy import PROJECTIONS, Policy
+from .config import TrainFields
+from .evaluation import about, checked_data, enough_gpus, evaluate, known_attention, known_model, known_recipe, load_data, load_policy
+from .policy import Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe, known_scorer, known_segmenter, load_recipe
 from .rollout import Clock, Rollouts, roll_out
@@ -38,74 +38,25 @@ from .segmenters import draws_by_phrase, load_segmenter
 from .server import ServedPolicy, mismatch, served_name
 
 # %% ../nbs/17_training.ipynb #dba58f2e
-class TrainConfig(BaseModel):
-    "Parameters of a training run."
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    recipe: RecipeName = Field("dr2seg", description="method: a name in recipes.RECIPES, or FILE.py:NAME")
-    model: ModelName = Field("embedded", description="policy: embedded, a local folder or a hub id")
-    server: str = Field("", description="address of a vLLM server that samples, such as http://localhost:8000; empty: the policy does")
-    segmenter: str = Field("embedded", description="segmenter of the evaluation; dr2seg_sam3 also takes its reward from it")
-    data: str = Field("mini", description="data set: mini, a path or a hub id")
-    texts: Literal["all", "one"] = Field("all", description="ReasonSeg: each text of a file a question, or one of them, drawn anew in each pass")
-    strict: bool = Field(False, description="a record that cannot be read ends the run")
-    eval_data: str = Field("", description="data set of the evaluation; empty: the val split of data")
-    seed: int = Field(0, ge=0)
-    steps: int = Field(60, ge=1)
-    prompts: int = Field(16, ge=1, description="questions a step")
-    samples: int = Field(8, ge=2, description="answers a question: the group size n")
-    temperature: float = Field(1.0, gt=0)
-    max_new_tokens: int = Field(192, ge=1)
-    anchor: float = Field(40, ge=0, description="N0 of Eq. 5, tokens")
-    gamma: float = Field(0.05, ge=0, description="slope of Eq. 5")
-    tune: Literal["lora", "full"] = Field("lora", description="train an adapter, or all of the language model")
-    rank: int = Field(32, ge=1, description="LoRA rank")
-    alpha: int = Field(32, ge=1, description="LoRA alpha")
-    targets: tuple[Literal[PROJECTIONS], ...] = Field(PROJECTIONS, min_length=1, description="the projections of the language model that LoRA adapts")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights; LoRA's own are float32")
-    attention: str = Field("sdpa", description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics")
-    lr: float = Field(1e-3, gt=0)
-    norm_lr: float = Field(0.02, ge=0, description="learning rate of the final norm's gain; 0 leaves it frozen")
-    schedule: Literal["constant", "linear"] = Field("linear", description="learning rate over the run; linear falls to 0")
-    weight_decay: float = Field(0.01, ge=0)
-    grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    kl: float = Field(5e-3, ge=0, description="coefficient of the KL to the reference; 0 skips the reference")
-    clip: float = Field(0.2, gt=0)
-    updates: int = Field(1, ge=1, description="updates on each step's rollouts (mu)")
-    advantage_scale: Literal["group", "none"] = "group"
-    chunk: int = Field(4, ge=1, description="groups in one forward of the update: memory, not mathematics")
-    eval_samples: int = Field(256, ge=0, le=2048, description="held-out samples before and after; 0: no evaluation")
-    record: int = Field(2, ge=0, description="groups a step written to rollouts.jsonl")
-    checkpoint_every: int = Field(20, ge=1, description="steps")
-    scorer: str = Field("embedded", description="scorer of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder of open_clip's")
-    processes: Processes = Field(1, description="processes that share each step's questions")
-    checkpointing: bool = Field(False, description="compute each layer's inside again in the backward pass: memory for time")
-    shard: bool = Field(False, description="divide the frozen weights among the processes (FSDP)")
+class TrainConfig(TrainFields):
+    "Parameters of a training run, checked against what is on this machine."
+    _known_recipe = field_validator("recipe")(known_recipe)
+    _known_model = field_validator("model")(known_model)
+    _enough_gpus = field_validator("processes")(enough_gpus)
 
     @model_validator(mode="after")
     def _fine(self):
         known_attention(self.attention, self.dtype)
-        if self.dtype == "bfloat16" and (self.tune == "full" or self.norm_lr): raise ValueError("dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32")
         return self
 
     @model_validator(mode="after")
     def _served(self):
-        if self.server and (self.tune == "full" or self.norm_lr): raise ValueError("server: vLLM takes LoRA adapters alone; use tune lora and norm_lr 0, or leave server out")
         if self.server: served_name(self.server, self.model)
         return self
 
     @model_validator(mode="after")
     def _drawn(self):
         if RECIPES[self.recipe].segmenter and not draws_by_phrase(self.segmenter): raise ValueError(f"segmenter: {self.recipe} rewards what SAM 3 draws from a description, and {self.segmenter} is not SAM 3; use facebook/sam3 or a folder of it")
-        return self
-
-    @model_validator(mode="after")
-    def _shared(self):
-        if self.prompts % self.processes: raise ValueError(f"prompts: {self.prompts} questions a step cannot be shared by {self.processes} processes; use a multiple of it")
-        return self
-
-    @model_validator(mode="after")
-    def _frozen(self):
-        if self.shard and self.tune == "full": raise ValueError("shard: only frozen weights are divided, and tune full leaves none; use tune lora, or shard false")
         return self
 
     @model_validator(mode="after")
