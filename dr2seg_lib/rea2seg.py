@@ -29,7 +29,7 @@ from torch import Tensor
 from . import dialogue, masks, plots, scenes
 from .attention import glow, heat_map, image_attention
 from .config import Rea2SegFields
-from .evaluation import bootstrap, known_model, known_recipe, load_data, load_policy, located, prompts_of
+from .evaluation import askable, bootstrap, known_model, known_recipe, load_data, load_policy, located, prompts_of
 from .plots import Figure, Interval, Table, table
 from .policy import EMBEDDED, Policy, Prefix, Seen
 from .recipes import RECIPES
@@ -47,10 +47,10 @@ def coordinate_tokens(tokenizer, text: str) -> tuple[list[int], list[bool]]: # T
     lo = text.find("<answer>") + len("<answer>")
     hi = text.find("</answer>", lo)
     if lo < len("<answer>") or hi < 0: lo, hi = 0, len(text)
-    said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    over = lambda spans: [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"]]
+    said = dialogue.encode_text(tokenizer, [text], return_offsets_mapping=True)
+    over = lambda spans: [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"][0]]
     on = over([m.span() for m in NUMBER.finditer(text, lo, hi)])
-    return said["input_ids"], on if any(on) else over([(lo, hi)])
+    return said["input_ids"][0], on if any(on) else over([(lo, hi)])
 
 # %% ../nbs/26_rea2seg.ipynb #bd429fbd
 def attention_grid(policy: Policy, text: str, # user text
@@ -430,7 +430,7 @@ def run_rea2seg(config: Rea2SegConfig, out, # the run's folder
         write_jsonl(path, rows) # without a line that was cut short
         for i in range(len(rows), len(data)):
             if run.stop_requested(): return run
-            rows.append(rea2seg(policy, scorer, segmenter, data[i], prompt, config.overlap, config.candidates, config.max_new_tokens).row())
+            rows.append(rea2seg(policy, scorer, segmenter, askable(policy, data[i]), prompt, config.overlap, config.candidates, config.max_new_tokens).row())
             append_jsonl(path, rows[-1:])
             run.progress("scoring candidates", len(rows), len(data))
         summary = summarise(rows)
