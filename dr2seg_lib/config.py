@@ -171,6 +171,10 @@ def _may_exist(name: str) -> bool:
     return Path(name).expanduser().exists() or re.fullmatch(_HUB_ID, name) is not None
 
 # %% ../nbs/00_config.ipynb #d368c502
+def _may_change(asked: Parameters, name: str, old, new) -> bool:
+    if name == "norm_lr" and not (old and new): return False # 0 freezes the gain: what is trained would change
+    return name in asked.may_change
+
 def changed_parameters(recorded: dict, # of the run's record; what an older version did not know has its default
                        asked: Parameters) -> dict: # {name: [old, new]}
     "What a resume changes of a run's parameters; a ValueError names what has to stay."
@@ -184,7 +188,7 @@ def changed_parameters(recorded: dict, # of the run's record; what an older vers
     pairs = {name: [getattr(before, name), getattr(asked, name)] for name in fields.model_fields}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     for name, (old, new) in changed.items():
-        if name not in asked.may_change:
+        if not _may_change(asked, name, old, new):
             raise ValueError(f"the run was started with {name} = {old!r}, not {new!r}; "
                              "leave the parameter out, or start a new run in another folder")
     return changed

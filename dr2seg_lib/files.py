@@ -52,10 +52,12 @@ def make_folder(path: Path):
         for made in reversed(missing):
             sync(made.parent)
 
-def permit(folder: Path,
-           like: Path):  # a file that was written in the ordinary way
-    "Gives the files of a folder the permissions of `like`: some libraries leave theirs to the owner alone."
-    mode = stat.S_IMODE(Path(like).stat().st_mode)
+def permit(folder: Path):
+    "Gives the files of a folder the permissions that a new file has: some libraries leave theirs to the owner alone."
+    ordinary = Path(folder)/".permissions"
+    ordinary.touch()
+    mode = stat.S_IMODE(ordinary.stat().st_mode)
+    ordinary.unlink()
     for path in Path(folder).rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
@@ -97,19 +99,21 @@ def _lines(rows) -> str:
     lines = [json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows]
     return "".join(lines)
 
-def append_jsonl(path: Path, rows: list[dict]):
+def append_jsonl(path: Path, rows: list[dict]) -> bytes:  # what was added
     "Appends whole lines and forces them to the disk; what cannot be written whole is taken back."
     path, text = Path(path), _lines(rows).encode("utf-8", "backslashreplace")
     with writing(path), open(path, "ab", buffering=0) as f:
         before = f.seek(0, os.SEEK_END)
         try:
-            while text:
-                text = text[f.write(text):]
+            written = 0
+            while written < len(text):
+                written += f.write(text[written:])
             os.fsync(f.fileno())
         except OSError:
             with suppress(OSError): f.truncate(before)
             raise
         if not before: sync(path.parent) # its name may be new
+    return text
 
 def write_jsonl(path: Path, rows: list[dict]):
     "Writes a whole file of rows in one move."
