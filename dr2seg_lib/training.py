@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'PRESETS', 'TrainConfig', 'preset', 'shuffled', 'questions', 'rewarded', 'chunks', 'sum_gradients', 'update',
-           'gathered', 'metrics', 'records', 'save_state', 'load_state', 'prepared', 'step_seed', 'set_lr',
-           'train_step', 'judge', 'tell_skipped', 'train']
+           'gathered', 'metrics', 'records', 'unfinite', 'save_state', 'load_state', 'prepared', 'step_seed', 'set_lr',
+           'train_step', 'kept_predictions', 'write_evaluation', 'judge', 'tell_skipped', 'take_step', 'train']
 
 # %% ../nbs/17_training.ipynb #fc2a234f
 import math
@@ -21,19 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import field_validator, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import grpo, runs
 from .config import TrainFields
-from .evaluation import about, checked_data, enough_gpus, evaluate, known_attention, known_model, known_recipe, load_data, load_policy
+from .evaluation import about, checked_data, enough_gpus, evaluate, known_attention, known_model, known_recipe, load_data, load_policy, summarise
+from .files import loading, plain
 from .policy import Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe, known_scorer, known_segmenter, load_recipe
 from .rollout import Clock, Rollouts, roll_out
-from .runs import Run, begin, latest_checkpoint, launch, part, read_json, save_checkpoint, write_jsonl
+from .runs import Ledger, Run, begin, launch, part, read_jsonl, read_results, row_damage, save_checkpoint, step_of, write_jsonl
 from .segmenters import draws_by_phrase, load_segmenter
 from .server import ServedPolicy, mismatch, served_name
 
@@ -150,6 +151,7 @@ def update(policy: Policy, optimizer, accelerator: Accelerator, rolled: Rollouts
             if not math.isfinite(stats["loss"] + stats["grad_norm"]): raise FloatingPointError("the loss or its gradient is not a number; lower lr, then resume from the last checkpoint")
             optimizer.step()
             optimizer.zero_grad()
+            if wrong := unfinite(policy, optimizer): raise FloatingPointError(f"the update made {wrong} infinite or no number; lower lr, then resume from the last checkpoint")
     shared = accelerator.reduce(torch.tensor([stats["loss"], stats["kl"]], dtype=torch.float64), "sum").tolist()
     return stats | dict(zip(("loss", "kl"), shared))
 
@@ -181,19 +183,35 @@ def records(step: int, groups: list, terms: dict, reward: Tensor, advantage: Ten
             for b, g in enumerate(groups) for i, (one, two) in enumerate(zip(g.first, g.second))]
 
 # %% ../nbs/17_training.ipynb #4984905a
+def unfinite(policy: Policy, optimizer) -> str | None: # its name; None when all are numbers
+    "The first trained weight, or moment of the optimizer, that is infinite or no number."
+    values = {f"a weight of {name}": p for name, p in policy.trainable()}
+    for name, p in policy.trainable():
+        state = optimizer.state[p] if p in optimizer.state else {}
+        values |= {f"{k} of {name}": v for k, v in state.items() if torch.is_tensor(v) and k != "step"}
+    finite = torch.stack([v.isfinite().all() for v in values.values()]) # looked at once, not tensor by tensor
+    return None if finite.all() else list(values)[int(finite.logical_not().nonzero()[0])]
+
 def save_state(policy: Policy, optimizer, folder: Path):
-    "Adapter as a peft folder, or tuned weights; optimizer state beside it."
+    "Adapter as a peft folder, or tuned weights; optimizer state beside it. What is no number is never saved."
+    if wrong := unfinite(policy, optimizer):
+        raise FloatingPointError(f"{wrong} is not a number, so nothing is saved; lower lr, then resume from the last checkpoint")
     if policy.adapter is not None: policy.adapter.save_pretrained(str(folder))
     else: save_file({n: p.detach().contiguous() for n, p in policy.trainable()}, str(folder / "weights.safetensors"))
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 def load_state(policy: Policy, optimizer, folder: Path):
-    "The inverse of `save_state`, into a policy prepared the same way."
+    "The inverse of `save_state`, into a policy prepared the same way; rates and decay are those of the optimizer given."
     name = "adapter_model.safetensors" if policy.adapter is not None else "weights.safetensors"
-    saved = load_file(str(folder / name))
-    with torch.no_grad():
-        for n, p in policy.trainable(): p.copy_(saved[n.replace(".default", "").replace("modules_to_save.", "")])
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    with loading(f"checkpoint {folder}", "remove that folder to go on from an older one"):
+        saved = load_file(str(folder / name))
+        with torch.no_grad():
+            for n, p in policy.trainable(): p.copy_(saved[n.replace(".default", "").replace("modules_to_save.", "")])
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    for group, own in zip(optimizer.param_groups, settings): group.update(own)
+    if wrong := unfinite(policy, optimizer):
+        raise ValueError(f"checkpoint {folder} is of no use ({wrong} is not a number); remove that folder to go on from an older one")
 
 # %% ../nbs/17_training.ipynb #a4f04f0b
 def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer, Accelerator]:
@@ -244,50 +262,75 @@ def train_step(policy: Policy, recipe: Recipe, optimizer, accelerator: Accelerat
     return metrics(step, groups, terms, reward, stats, lr, clock), records(step, groups[:config.record], terms, reward, advantage)
 
 # %% ../nbs/17_training.ipynb #6e39a069
+def kept_predictions(run: Run, when: str, asked: dict, n: int) -> list[dict] | None: # None: they are to be made
+    "The predictions of an evaluation that is behind us, when they are whole and of the same questions."
+    results, path = read_results(run.folder), run.folder / f"predictions_{when}.jsonl"
+    if when not in results or results.get("evaluation", asked) != asked: return None
+    mark = (results.get("predictions") or {}).get(when) # results of older versions did not tell
+    try: rows = read_jsonl(path)
+    except (FileNotFoundError, ValueError): return None
+    return None if len(rows) != n or mark and row_damage(path, mark) else rows
+
+def write_evaluation(run: Run, when: str, asked: dict, rows: list[dict]):
+    "What is known of an evaluation, from its rows. Results of other questions are dropped: both ends are to be alike."
+    results, summary = read_results(run.folder), plain(summarise(rows))
+    if results.get("evaluation", asked) != asked: results = {}
+    predictions = (results.get("predictions") or {}) | {when: Ledger(run.folder / f"predictions_{when}.jsonl").mark()}
+    now = results | {"evaluation": asked, "predictions": predictions, when: summary}
+    if now != results: run.results(now)
+
 def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, config: TrainConfig, when: str): # when: "before" or "after"
-    "Evaluate on held-out samples and write summary and predictions into the run, unless they are there already."
-    path = run.folder / "results.json"
-    results = read_json(path) if path.exists() else {}
-    if when in results or not config.eval_samples: return
-    data = load_data(config.eval_data or config.data, "val", config.eval_samples)
-    if config.server: policy.publish()
-    segmenter = known_segmenter(config.segmenter) if recipe.segmenter else load_segmenter(config.segmenter) # one that rewards is there already
-    with policy.whole():
-        summary, rows = evaluate(policy, segmenter, data, recipe.prompt, min(64, math.ceil(len(data) / accelerator.num_processes)), config.max_new_tokens,
-                                 progress=lambda i, n: run.progress(f"evaluating {when}", i, n), crew=accelerator)
-    if not accelerator.is_main_process: return
-    write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)
-    run.results(results | {"evaluation": about(data, config.eval_data or config.data, "val"), when: summary})
+    "Evaluate on held-out samples and write predictions and results into the run; whole predictions are kept."
+    if not config.eval_samples: return
+    name, first = config.eval_data or config.data, accelerator.is_main_process
+    data = load_data(name, "val", config.eval_samples)
+    asked = about(data, name, "val")
+    rows = kept_predictions(run, when, asked, len(data)) if first else None
+    kept, = broadcast_object_list([rows is not None])
+    if not kept:
+        if config.server: policy.publish()
+        segmenter = known_segmenter(config.segmenter) if recipe.segmenter else load_segmenter(config.segmenter) # one that rewards is there already
+        with policy.whole():
+            _, rows = evaluate(policy, segmenter, data, recipe.prompt, min(64, math.ceil(len(data) / accelerator.num_processes)), config.max_new_tokens,
+                               progress=lambda i, n: run.progress(f"evaluating {when}", i, n), crew=accelerator)
+        if first: write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)
+    if first: write_evaluation(run, when, asked, rows)
 
 def tell_skipped(run: Run):
     "What training could not read, with how often it was met, into the results."
-    path, times = run.folder / "results.json", Counter(s for row in run.metrics() for s in row.get("skipped", []))
-    if times: run.results((read_json(path) if path.exists() else {}) | dict(skipped=dict(times)))
+    times = Counter(s for row in run.metrics() for s in row.get("skipped", []))
+    if times: run.results(read_results(run.folder) | dict(skipped=dict(times)))
+
+def take_step(run: Run, trainer: tuple, data, config: TrainConfig, step: int) -> bool: # whether to stop after it
+    "One step with all that is written about it: rows first, then the checkpoint that counts them."
+    policy, recipe, optimizer, accelerator = trainer
+    samples, skipped = questions(data, config, step)
+    row, rollouts = train_step(policy, recipe, optimizer, accelerator, samples, config, step)
+    run.log(row | (dict(skipped=skipped) if skipped else {}))
+    run.record(rollouts)
+    run.progress("training", step, config.steps, f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}")
+    asked = torch.tensor(float(step < config.steps and run.stop_requested()), device=accelerator.device)
+    stop = bool(accelerator.reduce(asked, "sum")) # the writing process decides for all
+    if accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps or stop):
+        save_checkpoint(run.folder, step, lambda folder: save_state(policy, optimizer, folder), rows=run.marks())
+    return stop
 
 def train(config: TrainConfig, out, # the run's folder
           resume: bool = False) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
     if config.processes > 1 and "WORLD_SIZE" not in os.environ: return launch("dr2seg_lib.training", config, out, resume)
-    with begin(out, config.model_dump(), config.seed, resume) as run, ExitStack() as stack:
+    with begin(out, config, config.seed, resume) as run, ExitStack() as stack:
+        read_results(run.folder) # what is wrong with it, or with the rows, is told before anything is loaded
+        checkpoint = run.rewind()
         policy, recipe, optimizer, accelerator = prepared(config)
         if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{accelerator.process_index}"))
         if accelerator.is_main_process: runs.update(run.folder, frame=policy.frame) # what the coordinates in its answers mean
-        judge(run, policy, recipe, accelerator, config, "before")
-        checkpoint = latest_checkpoint(run.folder)
-        start = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-        if checkpoint: load_state(policy, optimizer, checkpoint)
-        run.truncate_after(start)
         data = load_data(config.data, "train")
-        for step in range(start + 1, config.steps + 1):
-            samples, skipped = questions(data, config, step)
-            row, rollouts = train_step(policy, recipe, optimizer, accelerator, samples, config, step)
-            run.log(row | (dict(skipped=skipped) if skipped else {})); run.record(rollouts)
-            run.progress("training", step, config.steps, f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}")
-            asked = torch.tensor(float(step < config.steps and run.stop_requested()), device=accelerator.device)
-            stop = bool(accelerator.reduce(asked, "sum")) # the writing process decides for all
-            if accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps or stop):
-                save_checkpoint(run.folder, step, lambda folder: save_state(policy, optimizer, folder))
-            if stop: return run
+        # HERE, unless config.allow_overlap: readers.check_disjoint(data, the evaluation's data)
+        judge(run, policy, recipe, accelerator, config, "before")
+        if checkpoint: load_state(policy, optimizer, checkpoint)
+        for step in range(step_of(checkpoint) + 1 if checkpoint else 1, config.steps + 1):
+            if take_step(run, (policy, recipe, optimizer, accelerator), data, config, step): return run
         tell_skipped(run)
         judge(run, policy, recipe, accelerator, config, "after")
     return run
