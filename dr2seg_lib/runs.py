@@ -257,7 +257,8 @@ def row_damage(path: Path, mark: dict) -> str | None:  # in words; None when the
     if not mark["bytes"]: return None
     if not path.is_file(): return f"{path.name} is missing"
     found = _measure(path, mark["bytes"])
-    if found["bytes"] < mark["bytes"]: return f"{path.name} has {found['rows']} rows of {mark['rows']}"
+    if found["bytes"] < mark["bytes"]:
+        return f"{path.name} has {found['rows']} of {mark['rows']} rows, {found['bytes']} of {mark['bytes']} bytes"
     if found["sha256"].hexdigest() != mark["sha256"]: return f"{path.name} was altered"
 
 class Ledger:
@@ -637,23 +638,23 @@ def latest_checkpoint(folder: Path) -> Path | None:  # `step-NNNNNN`; None when 
         warnings.warn(f"checkpoint {path} is damaged ({wrong}); an older one is used, if there is one")
 
 # %% ../nbs/15_runs.ipynb #7528c91c
-def _gap(steps: list, last: int) -> bool: return steps != list(range(1, last + 1))
-
-def _rows_until(path: Path, step: int) -> list[dict]:
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        if type(row.get("step")) is not int: raise ValueError(f"{path.name}, line {number} has no step")
-    return [r for r in rows if r["step"] <= step]
+def _steps(path: Path,
+           until: int) -> list[int]:  # of the rows up to a step, in the file's order
+    "The steps of a file's rows; a ValueError says what is wrong with them, in words."
+    if not path.is_file(): raise ValueError(f"{path.name} is missing")
+    steps = [row.get("step") for row in read_jsonl(path)]
+    if not all(type(step) is int for step in steps): raise ValueError(f"{path.name} has rows without a step")
+    if steps != sorted(steps): raise ValueError(f"{path.name} is not in the order of its steps")
+    return [step for step in steps if step <= until]
 
 def lost_rows(folder: Path, checkpoint: Path) -> str | None:  # in words; None when all are there
     "What is wrong with the rows that a run had when a checkpoint was saved."
-    marks, step = read_manifest(checkpoint)["rows"], step_of(checkpoint)
+    marks, every = read_manifest(checkpoint)["rows"], list(range(1, step_of(checkpoint) + 1))
     if marks: return next(filter(None, (row_damage(Path(folder)/name, marks[name]) for name in ROW_FILES)), None)
-    try: metrics, rollouts = ([r["step"] for r in _rows_until(Path(folder)/name, step)] for name in ROW_FILES)
-    except (FileNotFoundError, ValueError) as e: return str(e)
-    if _gap(metrics, step): return f"metrics.jsonl has not every step from 1 to {step} once"
-    if rollouts and _gap(sorted(set(rollouts)), step) or rollouts != sorted(rollouts):
-        return f"rollouts.jsonl has not every step from 1 to {step} in order"
+    try: metrics, rollouts = (_steps(Path(folder)/name, len(every)) for name in ROW_FILES)
+    except ValueError as e: return str(e)
+    if metrics != every: return f"metrics.jsonl has not every step from 1 to {len(every)} once"
+    if rollouts and sorted(set(rollouts)) != every: return f"rollouts.jsonl has not every step from 1 to {len(every)}"
 
 def fit_checkpoint(folder: Path) -> Path | None:  # None when none was ever saved
     "The newest checkpoint that can be gone on from: it is whole, and so are the rows that the run had then."
