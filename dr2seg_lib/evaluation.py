@@ -54,12 +54,13 @@ def scored(sample: Sample, response: Response, mask: np.ndarray) -> dict:
     "One evaluation row: what was asked, said and drawn, and how it compares."
     i, u = masks.iou(mask, sample.mask, sample.ignore)
     return dict(sample=sample.id, query=sample.query, text=response.text, i=i, u=u, iou=masks.ratio(i, u), tokens=response.think_tokens,
-                answer_entropy=response.answer_entropy, format=float(bool(dialogue.parse_answer(response.parsed.answer))),
+                answer_entropy=response.answer_entropy, format=float(bool(dialogue.parse_answer(response.parsed.answer))), cut=response.cut,
                 targets=len(sample.targets), tags=sample.tags, rle=masks.encode(mask))
 
 def missed(i: int, error: BrokenRecord) -> dict: # i: the record's place in the split
     "The row of a record that cannot be read."
-    return dict(sample=f"#{i}", query="", text="", i=0, u=0, iou=0.0, tokens=None, answer_entropy=None, format=None, targets=None, tags={}, rle=None, error=str(error))
+    return dict(sample=f"#{i}", query="", text="", i=0, u=0, iou=0.0, tokens=None, answer_entropy=None, format=None, cut=None,
+                targets=None, tags={}, rle=None, error=str(error))
 
 # %% ../nbs/16_evaluation.ipynb #d1411c3e
 def bootstrap(values: np.ndarray, # [N] or [N,K], one row a sample
@@ -70,12 +71,13 @@ def bootstrap(values: np.ndarray, # [N] or [N,K], one row a sample
     return np.percentile(statistic(np.asarray(values)[picks]), [2.5, 97.5]).tolist()
 
 def measured(rows: list[dict]) -> dict:
-    "gIoU, cIoU, tokens, answer entropy, share of parsable answers and N-acc, with intervals where there is more than one row; None where no row tells."
+    "gIoU, cIoU, tokens, answer entropy, shares of parsable and of cut answers and N-acc, with intervals where there is more than one row; None where no row tells."
     iu = np.array([(r["i"], r["u"]) for r in rows], dtype=float)
     cumulative = lambda v: v[..., 0].sum(-1) / np.maximum(v[..., 1].sum(-1), 1)
     out = dict(n=len(rows), cIoU=float(cumulative(iu))) | (dict(cIoU_ci=bootstrap(iu, cumulative)) if len(rows) > 1 else {})
     empty = [r["u"] == 0 for r in rows if r.get("targets") == 0]
-    found = {name: [r[key] for r in rows] for name, key in dict(gIoU="iou", tokens="tokens", answer_entropy="answer_entropy", format="format").items()}
+    keys = dict(gIoU="iou", tokens="tokens", answer_entropy="answer_entropy", format="format", cut="cut")
+    found = {name: [r.get(key) for r in rows] for name, key in keys.items()} # rows of older runs do not say what was cut
     for name, values in (found | (dict(N_acc=empty) if empty else {})).items():
         values = np.array([v for v in values if v is not None], dtype=float)
         out |= {name: float(values.mean()) if len(values) else None} | ({f"{name}_ci": bootstrap(values)} if len(values) > 1 else {})

@@ -170,7 +170,7 @@ def metrics(step: int, groups: list, terms: dict, reward: Tensor, stats: dict, l
     return dict(step=step, reward=reward.mean().item(), terms={k: v.mean().item() for k, v in terms.items()},
                 accuracy=sum(right) if right else None,
                 tokens=mean([r.think_tokens for r in first]), tokens_second=mean([r.think_tokens for r in second]),
-                answer_entropy=mean([r.answer_entropy for r in first]), entropy=mean([e for r in first for e in r.entropy]),
+                cut=mean([r.cut for r in first + second]), answer_entropy=mean([r.answer_entropy for r in first]), entropy=mean([e for r in first for e in r.entropy]),
                 lr=lr, seconds=dict(clock, total=sum(clock.values())), tokens_per_second=spoken / max(clock["first"] + clock["second"], 1e-9), **stats)
 
 def records(step: int, groups: list, terms: dict, reward: Tensor, advantage: Tensor) -> list[dict]:

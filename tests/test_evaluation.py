@@ -51,8 +51,35 @@ def test_summary_by_hand():
     b = s["strata"]["kind"]["b"]
     assert (b["gIoU"], b["tokens"], b["n"]) == (.25, 50, 2) and b["cIoU"] == pytest.approx(.1) and b["gIoU_ci"] == [0, .5]
     assert "N_acc" not in s and "broken" not in s
-    assert s["strata"]["kind"]["a"].keys() == {"n", "gIoU", "cIoU", "tokens", "answer_entropy", "format"}, "one sample has no interval"
+    assert s["strata"]["kind"]["a"].keys() == {"n", "gIoU", "cIoU", "tokens", "answer_entropy", "format", "cut"}, "one sample has no interval"
+    assert s["cut"] is None, "rows of an older run do not say what was cut"
     assert s["gIoU_ci"][0] <= s["gIoU"] <= s["gIoU_ci"][1]
+
+
+def test_the_share_of_cut_answers_by_hand():
+    row = lambda cut: dict(i=0, u=1, iou=0., tokens=5, answer_entropy=.1, format=1., cut=cut, tags={"kind": "a" if cut else "b"})
+    s = summarise([row(True), row(False), row(False), row(None), row(False)])
+    assert s["cut"] == 1 / 4, "a record that cannot be read has no answer to cut"
+    assert s["cut_ci"][0] == 0 < s["cut_ci"][1]
+    assert s["strata"]["kind"]["a"]["cut"] == 1
+
+
+def test_a_limit_that_is_too_small_cuts_every_answer_and_a_large_one_none():
+    policy, segmenter = Policy.load(), load_segmenter("grabcut")
+    short, rows = evaluate(policy, segmenter, MiniReasonSeg("val", 3), dialogue.dr2seg, max_new_tokens=5)
+    assert [r["cut"] for r in rows] == [True] * 3 and short["cut"] == 1
+    long, rows = evaluate(policy, segmenter, MiniReasonSeg("val", 3), dialogue.dr2seg, max_new_tokens=256)
+    assert [r["cut"] for r in rows] == [False] * 3 and long["cut"] == 0
+
+
+def test_an_answer_of_exactly_the_limit_that_ends_there_is_not_cut():
+    policy, segmenter = Policy.load(), load_segmenter("grabcut")
+    samples = MiniReasonSeg("val", 1)
+    with torch.no_grad():
+        done = policy.generate(policy.read([dialogue.dr2seg(samples[0].query, eval=True)], policy.encode([samples[0].image])), 1, 256, temperature=0)
+    n = int(done.mask.sum())
+    for limit, cut in (n, False), (n - 1, True):
+        assert evaluate(policy, segmenter, samples, dialogue.dr2seg, max_new_tokens=limit)[1][0]["cut"] is cut
 
 
 def test_questions_without_an_answer_by_hand():
