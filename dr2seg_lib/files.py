@@ -65,9 +65,8 @@ def read_json(path: Path):
     "Reads one JSON value; a missing or broken file is named."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
-    if not path.is_file(): raise ValueError(f"{path} is no file; restore it or remove the run") # a pipe would be waited for
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run")
+    except json.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run")
 
 # %% ../nbs/05_files.ipynb #2677f4f0
 def _lines(rows) -> str: return "".join(json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
