@@ -828,6 +828,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                    'dr2seg_lib.tables.caveats': ('tables.html#caveats', 'dr2seg_lib/tables.py'),
                                    'dr2seg_lib.tables.evaluation_rows': ('tables.html#evaluation_rows', 'dr2seg_lib/tables.py'),
                                    'dr2seg_lib.tables.figures': ('tables.html#figures', 'dr2seg_lib/tables.py'),
+                                   'dr2seg_lib.tables.known_rows': ('tables.html#known_rows', 'dr2seg_lib/tables.py'),
                                    'dr2seg_lib.tables.latex': ('tables.html#latex', 'dr2seg_lib/tables.py'),
                                    'dr2seg_lib.tables.line': ('tables.html#line', 'dr2seg_lib/tables.py'),
                                    'dr2seg_lib.tables.ours': ('tables.html#ours', 'dr2seg_lib/tables.py'),

@@ -1,5 +1,5 @@
 "The command as a user meets it: every test that runs an experiment runs a real notebook in a real kernel."
-import errno, json, os, pty, signal, socket, subprocess, sys, time
+import errno, json, os, pty, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat, pydantic, pytest
 from dr2seg_lib import cli, runs
@@ -330,13 +330,15 @@ def test_a_folder_for_a_record_and_a_run_that_vanishes(tmp_path, capsys, monkeyp
     assert len(lines) == 2 and sum("unreadable" in line for line in lines) == 1
 
 
-def test_a_record_that_may_not_be_read_is_unreadable(tmp_path):
-    for folder in "bad", "good": runs.Run.create(tmp_path/folder, {}, bar=False).finish("done")
-    for path in (*tmp_path.parents, tmp_path, tmp_path/"good"):
-        if os.access(path, os.W_OK) and Path("/tmp") in path.parents: path.chmod(0o755)
-    (tmp_path/"bad"/"run.json").chmod(0)
-    script = f"import os; os.geteuid() or os.seteuid(65534)\nfrom dr2seg_lib import cli; cli.main(['runs', {str(tmp_path)!r}])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+def test_a_record_that_may_not_be_read_is_unreadable():
+    "As root nothing is forbidden, so the command gives its rights away first."
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for run in "bad", "good": runs.Run.create(folder/run, {}, bar=False).finish("done")
+        (folder/"bad"/"run.json").chmod(0)
+        script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     lines = {Path(line.split()[0]).name: line for line in done.stdout.splitlines()}
     assert "unreadable" in lines["bad"] and "Permission denied" in lines["bad"] and " done" in lines["good"]
 
