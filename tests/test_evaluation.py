@@ -446,3 +446,22 @@ def test_the_command(tmp_path, capsys):
     assert "mini, split val, protocol lisa" in out and "| all | 3 |" in out and "| difficulty: " in out
     assert cli.main([*args, "--resume"]) == 2 and "only a run that ended early" in capsys.readouterr().err
     assert cli.main(["run", "evaluate", "-p", "adapter", str(tmp_path)]) == 2 and "holds no adapter; name a checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_judged_as_it_was_trained(adapter, tmp_path, capsys):
+    "The notebook in its kernel, with nothing given but the checkpoint; what it took from the run is said and recorded."
+    folder = tmp_path / "runs" / "x" / "checkpoints" / "step-000002"
+    shutil.copytree(adapter, folder)
+    write_json(folder.parents[1] / "run.json", dict(status="done", parameters=TrainConfig(recipe="visionreasoner", segmenter="grabcut", max_new_tokens=20, max_question_tokens=200).model_dump()))
+    assert cli.main(["run", "evaluate", "-p", "adapter", str(folder), "-p", "samples", "2", "-p", "max_question_tokens", "300", "--out", str(tmp_path / "run")]) == 0
+    out, recorded = capsys.readouterr().out, Run.open(tmp_path / "run").info["parameters"]
+    assert f"from {folder.parents[1]}: model embedded, recipe visionreasoner, segmenter grabcut, dtype float32, max_new_tokens 20\n" in out
+    taken = dict(model="embedded", recipe="visionreasoner", segmenter="grabcut", max_new_tokens=20, max_question_tokens=300)
+    assert recorded.items() >= taken.items()
+    assert "100.0 % of the questions got an answer that max_new_tokens cut short" in out and read_json(tmp_path / "run" / "results.json")["cut"] == 1
+
+
+def test_how_the_split_was_made_is_in_the_results():
+    class Hashed(MiniReasonSeg): split_note = "a tenth of the ids, held out by their hash"
+    assert evaluation.about(Hashed("val", 1), "mine", "val")["split_note"] == "a tenth of the ids, held out by their hash"
+    assert "split_note" not in evaluation.about(MiniReasonSeg("val", 1), "mini", "val")
