@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 
-from dr2seg_lib import cli, dialogue, evaluation
+from dr2seg_lib import cli, dialogue, evaluation, training
 from dr2seg_lib.evaluation import EvaluateConfig, bootstrap, evaluate, known_model, load_data, load_policy, located, run_evaluation, scored, summarise
 from dr2seg_lib.policy import Policy
 from dr2seg_lib.readers import BrokenRecord
-from dr2seg_lib.rollout import Response
+from dr2seg_lib.rollout import Clock, Group, Response
 from dr2seg_lib.runs import Run, read_json, read_jsonl, write_json
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.segmenters import Segmenter, load_segmenter
@@ -70,6 +70,13 @@ def test_a_limit_that_is_too_small_cuts_every_answer_and_a_large_one_none():
     assert [r["cut"] for r in rows] == [True] * 3 and short["cut"] == 1
     long, rows = evaluate(policy, segmenter, MiniReasonSeg("val", 3), dialogue.dr2seg, max_new_tokens=256)
     assert [r["cut"] for r in rows] == [False] * 3 and long["cut"] == 0
+
+
+def test_a_step_tells_the_share_of_its_cut_answers():
+    answer = lambda cut: Response("", dialogue.parse(""), ["x"], [0.5], [1.0], 7, cut)
+    groups = [Group(SAMPLE, [answer(True), answer(False)], [answer(True), None])]
+    row = training.metrics(1, groups, dict(accuracy=torch.ones(1, 2)), torch.ones(1, 2), {}, 0.1, Clock(first=1.0, second=1.0))
+    assert row["cut"] == 2 / 3, "of both passes; no description, no answer"
 
 
 def test_an_answer_of_exactly_the_limit_that_ends_there_is_not_cut():
