@@ -11,7 +11,6 @@ __all__ = ['PROJECTIONS', 'NEW_TOKENS', 'CUT_SHARE', 'TEXT_LIMIT', 'TOKEN_LIMIT'
 # %% ../nbs/00_config.ipynb #ca50d52e
 import os.path
 import re
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
