@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'DISCRIMINATING', 'ORDER', 'GREY', 'RECIPES', 'OTHERS', 'STYLE', 'GREATEST', 'HEALTH', 'STAGES', 'TRUTH',
-           'PREDICTION', 'Interval', 'mean_interval', 'bootstrap', 'Table', 'table', 'change', 'before_after_table',
-           'evaluation_table', 'arms_table', 'in_order', 'strata_table', 'averaged', 'over_seeds', 'colours', 'Figure',
-           'panels', 'svg', 'number', 'series', 'smooth', 'bundle', 'by_arm', 'training_curves', 'reward_terms',
-           'health', 'stage_seconds', 'before_after', 'overlay']
+           'PREDICTION', 'Interval', 'mean_interval', 'bootstrap', 'cell', 'Table', 'table', 'change',
+           'before_after_table', 'evaluation_table', 'arms_table', 'in_order', 'strata_table', 'averaged', 'over_seeds',
+           'colours', 'Figure', 'panels', 'svg', 'number', 'series', 'smooth', 'bundle', 'by_arm', 'training_curves',
+           'reward_terms', 'health', 'stage_seconds', 'before_after', 'overlay']
 
 # %% ../nbs/19_plots.ipynb #351ba4f7
 import io, re
-from html import escape
 from itertools import cycle
 from typing import NamedTuple
 import cv2
@@ -19,6 +18,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure as MplFigure
 from scipy.special import stdtrit
+from .markup import Markup, escape, fill, joined, markdown
 from .masks import box_of, point_of
 
 # %% ../nbs/19_plots.ipynb #7db8dc04
@@ -55,7 +55,11 @@ def bootstrap(
     return Interval(float(statistic(v)), *(float(q) for q in np.quantile(again, (.025, .975))))
 
 # %% ../nbs/19_plots.ipynb #8753dac7
-def _cell(value, spec):
+def cell(
+    value, # a number or Interval; a text stays as it is
+    spec:str, # format
+)->str:
+    "A value as a table shows it; what is missing is a dash."
     if value is None or isinstance(value, float) and np.isnan(value): return '–'
     return value if isinstance(value, str) else format(value, spec).replace('-', '−')
 
@@ -67,18 +71,22 @@ class Table:
     ):
         columns = {key: (key, c) if isinstance(c, str) else c for key, c in columns.items()}
         self.head = [header for header, _ in columns.values()]
-        self.rows = [[_cell(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
+        self.rows = [[cell(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
         self.right = [bool(spec) for _, spec in columns.values()] # numbers to the right
 
     @property
     def markdown(self)->str:
-        line = lambda cells: '| ' + ' | '.join(c.replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
+        def line(cells): return '| ' + ' | '.join(map(markdown, cells)) + ' |'
         return '\n'.join([line(self.head), line(['---:' if r else '---' for r in self.right]), *map(line, self.rows)])
 
     @property
-    def html(self)->str:
-        def line(cells, tag): return '<tr>' + ''.join(f'<{tag}{" class=num" if r else ""}>{escape(c)}</{tag}>' for c, r in zip(cells, self.right)) + '</tr>'
-        return f'<table><thead>{line(self.head, "th")}</thead><tbody>{"".join(line(r, "td") for r in self.rows)}</tbody></table>'
+    def html(self)->Markup:
+        heads = joined(fill('<th class=num>{}</th>' if r else '<th>{}</th>', c) for c, r in zip(self.head, self.right))
+        rows = joined(fill('<tr>{}</tr>', self._cells(row)) for row in self.rows)
+        return fill('<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>', heads, rows)
+
+    def _cells(self, row):
+        return joined(fill('<td class=num>{}</td>' if r else '<td>{}</td>', c) for c, r in zip(row, self.right))
 
     def __str__(self): return self.markdown
     __repr__ = __str__
@@ -126,7 +134,7 @@ def before_after_table(
         old, new = ((results.get(when) or {}).get(name) for when in ('before', 'after'))
         if old is None and new is None: continue
         diff = change(name, before, after) or (Interval(new - old) if None not in (old, new) else None)
-        rows.append(dict(measure=title, before=_cell(old, spec), after=_cell(new, spec), change=_cell(diff, '+' + spec)))
+        rows.append(dict(measure=title, before=cell(old, spec), after=cell(new, spec), change=cell(diff, '+' + spec)))
     return table(rows, dict(measure=('', ''), before='s', after='s', change='s'))
 
 def evaluation_table(
@@ -136,8 +144,8 @@ def evaluation_table(
     known = {k: v for k, v in (MEASURES | dict(N_acc=('N-acc', '.3f'))).items() if results.get(k) is not None}
     def row(name, found):
         given = {k: Interval(found[k], *found.get(f'{k}_ci', ())) for k in known if found.get(k) is not None}
-        return dict(of=name, n=found['n']) | given
-    strata = [row(f'{tag.replace("_", " ")}: {value}', found) for tag, values in results['strata'].items() for value, found in values.items()]
+        return dict(of=name, n=found.get('n')) | given
+    strata = [row(f'{tag.replace("_", " ")}: {value}', found) for tag, values in (results.get('strata') or {}).items() for value, found in values.items()]
     return table([row('all', results), *strata], dict(of=('', ''), n='d', **known))
 
 def arms_table(
@@ -165,10 +173,13 @@ def strata_table(
 )->Table:
     "One measure by the values of a tag: mean ± 95 % t-interval over seeds."
     spec = MEASURES[measure][1]
-    values = in_order({v for results in arms.values() for r in results for v in r['strata'].get(tag, {})})
-    each = lambda results, v: [r['strata'][tag][v][measure] for r in results if v in r['strata'].get(tag, {})]
-    rows = [dict(arm=arm) | {v: mean_interval(found) if (found := each(results, v)) else None for v in values} for arm, results in arms.items()]
-    return table(rows, dict(arm=(measure, '')) | {v: spec for v in values})
+    of = lambda r: (r.get('strata') or {}).get(tag, {}) # {value: measures}
+    values = in_order({v for results in arms.values() for r in results for v in of(r)})
+    def each(results, v):
+        found = [of(r).get(v, {}).get(measure) for r in results]
+        return [x for x in found if x is not None]
+    def row(arm, results): return dict(arm=arm) | {v: mean_interval(found) for v in values if (found := each(results, v))}
+    return table([row(*pair) for pair in arms.items()], dict(arm=(measure, '')) | {v: spec for v in values})
 
 def averaged(
     runs:list, # rows of evaluation, one list a seed
@@ -183,7 +194,8 @@ def over_seeds(
     results:list, # results["after"], one a seed
 )->dict: # {measure: mean, measure_ci: [low, high]}
     "Results of several seeds as one, with the t-interval over seeds in the place of the one over samples."
-    means = {n: mean_interval([r[n] for r in results]) for n in MEASURES if all(n in r for r in results)}
+    known = [n for n in MEASURES if all(r.get(n) is not None for r in results)]
+    means = {n: mean_interval([r[n] for r in results]) for n in known}
     return {n: m.mean for n, m in means.items()} | {f'{n}_ci': [m.lo, m.hi] for n, m in means.items() if len(results) > 1}
 
 # %% ../nbs/19_plots.ipynb #969db504
@@ -191,6 +203,7 @@ GREY = '#808893'
 RECIPES = dict(visionreasoner='#c8780a', dr2seg_desc='#149a80', dr2seg='#5470ee', dpad='#c2488f', seg_zero='#7f8c2d', pixelthink='#9a62d8')
 OTHERS = '#d0503f', '#1f93b8', '#a07a4a', '#6b8f5e' # for recipes made in a notebook
 STYLE = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor': 'none', 'svg.fonttype': 'none', 'svg.hashsalt': 'dr2seg',
+         'text.parse_math': False, # a name may hold a $
          'text.color': GREY, 'axes.labelcolor': GREY, 'axes.titlecolor': GREY, 'xtick.color': GREY, 'ytick.color': GREY, 'axes.edgecolor': GREY,
          'font.size': 8.5, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'axes.titlepad': 9,
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.spines.left': False, 'axes.linewidth': .8,
@@ -232,15 +245,16 @@ def panels(
 def svg(
     fig, # a matplotlib Figure
     label:str='', # what it shows, for those who cannot see it
-)->str: # an <svg> element
+)->Markup: # an <svg> element; matplotlib has escaped the texts in it
     "A figure as a fragment of HTML that takes its font and its grey, `--muted`, from the page."
     out = io.StringIO()
     with rc_context(STYLE): fig.savefig(out, format='svg', metadata=dict(Date=None))
     text = out.getvalue()[out.getvalue().index('<svg'):]
     text = re.sub(r'<metadata>.*?</metadata>| font-family: [^;"]*;?| id="(?:figure|axes|patch|text|line2d|xtick|ytick|matplotlib\.axis|legend|FillBetween\w*|LineCollection)_\d+"', '', text, flags=re.S)
     text = re.sub(r'font: (?:(bold|700) )?([\d.]+px) [^;"]*', lambda m: f'font-size: {m[2]}' + ('; font-weight: 600' if m[1] else ''), text)
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', lambda m: f'<svg {m[1]}role="img" aria-label="{escape(label)}"', text, count=1)
-    return re.sub(r'(?:<!--.*?-->|\s*\n\s*)', ' ', text, flags=re.S).replace(GREY, f'var(--muted, {GREY})').strip()
+    text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', lambda m: f'{m[1]}role="img" aria-label="{escape(label)}"', text, count=1)
+    text = re.sub(r'(?:<!--.*?-->|\s*\n\s*)', ' ', text, flags=re.S).replace(GREY, f'var(--muted, {GREY})').strip()
+    return Markup(text)
 
 # %% ../nbs/19_plots.ipynb #1b213c5e
 def number(
@@ -401,7 +415,8 @@ def before_after(
         crowd = len(arms) > 3 # their names stand beside the figure
         fig, (ax,) = panels(['gIoU'], width=7.4 if crowd else 4.6, height=3.4 if crowd else 3.)
         for (arm, r), colour in zip(arms.items(), colours(arms).values()):
-            ends = [r[when] for when in ('before', 'after') if {'tokens', 'gIoU'} <= set(r.get(when) or {})]
+            both = ((r.get(when) or {}) for when in ('before', 'after'))
+            ends = [e for e in both if e.get('tokens') is not None and e.get('gIoU') is not None]
             for end in ends: _whiskers(ax, end, colour)
             if len(ends) < 2: continue
             at = [(e['tokens'], e['gIoU']) for e in ends]
@@ -434,6 +449,7 @@ def overlay(
     prediction:np.ndarray|None=None, # [H,W] bool, magenta
     box:tuple|None=None, # (x1,y1,x2,y2), image pixels
     point:tuple|None=None, # (x,y), image pixels
+    given:tuple=(), # of Target: the truth of a sample without masks, boxes and points in cyan
     contour:bool=True, # outlines beside the translucent fill
     scale:float|None=None, # of the result; None: small images grow to 448 pixels
 )->np.ndarray: # [h,w,3] uint8
@@ -443,7 +459,9 @@ def overlay(
     for mask, colour, fill in (truth, TRUTH, .12 if contour else .4), (prediction, PREDICTION, .3 if contour else .4):
         if mask is not None and mask.any(): _paint(canvas, mask, colour, scale, fill, contour)
     place = lambda x, y: (round((x + .5)*scale), round((y + .5)*scale))
-    for thickness, colour in (4, (20, 20, 24)), (2, (255, 255, 255)): # a dark rim keeps white visible
-        if box is not None: cv2.rectangle(canvas, place(*box[:2]), place(*box[2:]), colour, thickness, cv2.LINE_AA)
-        if point is not None: cv2.drawMarker(canvas, place(*point), colour, cv2.MARKER_CROSS, 14, thickness, cv2.LINE_AA)
+    marks = [(box, point, (255, 255, 255)), *((t.box, t.point, TRUTH) for t in given)]
+    for thickness, rim in (4, (20, 20, 24)), (2, None): # a dark rim keeps white visible
+        for b, p, colour in marks:
+            if b is not None: cv2.rectangle(canvas, place(*b[:2]), place(*b[2:]), rim or colour, thickness, cv2.LINE_AA)
+            if p is not None: cv2.drawMarker(canvas, place(*p[:2]), rim or colour, cv2.MARKER_CROSS, 14, thickness, cv2.LINE_AA)
     return canvas

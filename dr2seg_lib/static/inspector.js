@@ -86,7 +86,7 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
   constructor({draw = null} = {}) {
     this.draw = draw;
     this.layers = {truth: true, prediction: true, difference: false, contours: true, prompts: true};
-    this.opacity = .35; this.masks = {}; this.prompts = []; this.size = [1, 1];
+    this.opacity = .35; this.masks = {}; this.prompts = []; this.given = []; this.size = [1, 1];
     this.canvas = h("canvas", {class: "d2-canvas" + (draw ? " d2-draws" : ""), tabindex: 0, role: "img", "aria-label": "the picture with its layers"});
     this.note = h("div", {class: "d2-nopicture", hidden: true});
     this.frame = h("div", {class: "d2-frame"}, this.canvas, this.note, h("div", {class: "d2-zoom"},
@@ -109,7 +109,7 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
     return [(event.clientX - box.left - box.width / 2) / this.scale + this.centre[0], (event.clientY - box.top - box.height / 2) / this.scale + this.centre[1]];
   }
   show(uri, size, note = "") { // another picture; its masks are given apart
-    this.masks = {}; this.prompts = []; this.drawn = this.heat = null;
+    this.masks = {}; this.prompts = []; this.given = []; this.drawn = this.heat = null;
     const same = size && this.size[0] === size[0] && this.size[1] === size[1];
     this.size = size || [1, 1]; this.canvas.style.aspectRatio = `${clamp(this.size[0] / this.size[1], .75, 2)}`;
     this.note.hidden = !!uri; this.note.textContent = note;
@@ -150,10 +150,12 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
     if (L.contours) for (const name of ["truth", "prediction"]) if (L[name] && this.masks[name]) stroke(this.masks[name].path, css(COLOURS[name]), 1.8);
     const cross = ([x, y]) => { const p = new Path2D(), r = 6 / s; p.moveTo(x - r, y); p.lineTo(x + r, y); p.moveTo(x, y - r); p.lineTo(x, y + r); return p; };
     const frame = ([x1, y1, x2, y2]) => { const p = new Path2D(); p.rect(x1, y1, x2 - x1 + 1, y2 - y1 + 1); return p; };
-    if (L.prompts && !this.heat) for (const {box, point} of this.prompts) {
-      if (box) stroke(frame(box), "#fff", 1.6);
-      if (point) stroke(cross([point[0] + .5, point[1] + .5]), "#fff", 1.8);
-    }
+    const marks = (list, colour) => { for (const {box, point} of list) {
+      if (box) stroke(frame(box), colour, 1.6);
+      if (point) stroke(cross([point[0] + .5, point[1] + .5]), colour, 1.8);
+    } };
+    if (L.truth && !this.heat) marks(this.given, css(COLOURS.truth)); // a truth without masks
+    if (L.prompts && !this.heat) marks(this.prompts, "#fff");
     if (this.drawn) { ctx.setLineDash([5 / s, 4 / s]); stroke(frame(this.drawn), "#fff", 1.6); ctx.setLineDash([]); }
   }
   pointers() {
@@ -398,6 +400,7 @@ function inspect(model, root) {
     const s = model.get("shown");
     if (!s.entries) { fill(question, about.empty || "Nothing to show."); return; }
     picture.show(s.image, s.size, s.note);
+    picture.given = s.given || [];
     picture.mask("truth", s.truth);
     fill(question, s.query); fill(meta, s.meta);
     fill(table, s.source === "evaluation" ? predictionTable(s, pick) : rewardTable(s, about, pick));
@@ -413,7 +416,7 @@ function inspect(model, root) {
     const key = `${s.source}/${s.at}/${e.number}`, found = masks.get(key);
     picture.mask("prediction", found ? found.runs : null);
     if (!found && s.image && picture.layers.prediction) model.send({ask: "mask", source: s.source, at: s.at, rollout: e.number});
-    fill(status, h("b", {}, e.title), found ? (found.iou === null ? found.note : `  IoU ${fixed(found.iou)}`) : s.image && picture.layers.prediction ? "  segmenting…" : "");
+    fill(status, h("b", {}, e.title), found ? (found.iou === null ? found.note || "  IoU –" : `  IoU ${fixed(found.iou)}`) : s.image && picture.layers.prediction ? "  segmenting…" : "");
     marks(); sight.again();
   }
   const percent = v => v > 0 && v < .01 ? "under 1 %" : `${Math.round(100 * v)} %`;
@@ -448,7 +451,7 @@ function inspect(model, root) {
 // ---- curves -------------------------------------------------------------------------------------------------------------------------
 function ticks(lo, hi) { // two to four round numbers between
   const span = hi - lo || 1, raw = span / 3.4, ten = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find(m => m * ten >= raw) * ten, out = [];
-  for (let v = Math.ceil(lo / step - 1e-9) * step; v <= hi + 1e-9 * span; v += step) out.push(+v.toPrecision(6));
+  for (let v = Math.ceil(lo / step - 1e-9) * step; v <= hi + 1e-9 * span && out.length < 9; v += step) out.push(+v.toPrecision(6)); // a step may be lost in a huge number
   return out;
 }
 
@@ -506,7 +509,7 @@ function live(model, root) {
     pill.textContent = s.status; pill.className = `d2-pill d2-is-${s.status}`;
     stop.hidden = s.status !== "running"; stop.disabled = s.stopping; stop.textContent = s.stopping ? "stopping after this step" : "Stop after this step";
     bar.style.width = `${100 * here}%`;
-    doing.textContent = s.status === "waiting" ? "no run in this folder yet" : s.stage ? `${s.stage} ${s.i} of ${s.n}${s.note ? " · " + s.note : ""}` : "starting";
+    doing.textContent = s.status === "waiting" ? "no run in this folder yet" : s.status === "unreadable" ? "" : s.stage ? `${s.stage} ${s.i} of ${s.n}${s.note ? " · " + s.note : ""}` : "starting";
     error.hidden = !s.error; error.textContent = s.error || "";
   }
   function draw() {
@@ -538,7 +541,8 @@ function ask(model, root) {
   const first = h("div"), second = h("div"), status = h("p", {class: "d2-status"}), go = h("button", {class: "d2-button d2-main", onclick: send("first")}, "Ask"), again = h("button", {class: "d2-button", onclick: send("second")}, "Ask again"), wrong = h("p", {class: "d2-notice", hidden: true});
   const use = which => h("button", {class: "d2-link", hidden: true, "data-pass": which, onclick: () => model.send({ask: "again", pass: which})}, "show its mask");
   const shows = {first: use("first"), second: use("second")};
-  const layers = picture.controls({...(model.get("picture").truth ? {truth: "ground truth"} : {}), prediction: "mask", ...(model.get("picture").truth ? {difference: "difference"} : {}), contours: "contours", prompts: "box and point"});
+  const p = model.get("picture"), known = p.truth || p.given.length; // whether there is a ground truth
+  const layers = picture.controls({...(known ? {truth: "ground truth"} : {}), prediction: "mask", ...(p.truth ? {difference: "difference"} : {}), contours: "contours", prompts: "box and point"});
   root.append(h("div", {class: "d2-asked"}, query, go), wrong, h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, h("p", {class: "d2-keys"}, "Drag a box or click a point to segment; ", h("kbd", {}, "+"), h("kbd", {}, "−"), " zoom")),
     h("div", {class: "d2-right d2-steps"}, h("section", {}, h("h6", {}, "first pass"), first), h("section", {}, h("h6", {}, "description"), h("div", {class: "d2-asked"}, description, again)), h("section", {}, h("h6", {}, "second pass, asked about the description alone"), second),
       h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more"))));
@@ -551,7 +555,7 @@ function ask(model, root) {
   const drawn = () => {
     const d = model.get("drawn");
     picture.prompts = d.prompts || []; picture.mask("prediction", d.runs || null);
-    fill(status, d.by ? [h("b", {}, `Mask of ${d.by === "your box" || d.by === "your point" ? d.by : "the " + d.by}`), d.iou === null ? "" : `IoU ${fixed(d.iou)} · `, `${num(d.seconds, 2)} s`] : "");
+    fill(status, d.by ? [h("b", {}, `Mask of ${d.by === "your box" || d.by === "your point" ? d.by : "the " + d.by}`), d.iou === null ? (known ? "IoU – · " : "") : `IoU ${fixed(d.iou)} · `, `${num(d.seconds, 2)} s`] : "");
   };
   const tell = {first: told(first, "first"), second: told(second, "second")};
   model.on("change:first", tell.first); model.on("change:second", tell.second); model.on("change:drawn", drawn);
@@ -559,8 +563,7 @@ function ask(model, root) {
   model.on("change:busy", () => { if (model.get("busy")) busy(model.get("busy")); tell.first(); tell.second(); });
   model.on("change:query", () => { query.value = model.get("query"); }); model.on("change:description", () => { description.value = model.get("description"); });
   root.addEventListener("keydown", e => { if (!e.target.matches("textarea,input") && picture.key(e.key)) e.preventDefault(); });
-  const p = model.get("picture");
-  picture.show(p.image, p.size); picture.mask("truth", p.truth);
+  picture.show(p.image, p.size); picture.given = p.given; picture.mask("truth", p.truth);
   if (picture.toggles.truth) picture.toggle("truth"); // one asks before one knows
   query.value = model.get("query"); description.value = model.get("description");
   tell.first(); tell.second(); drawn();
