@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from pydantic import ValidationError
 import dr2seg_lib
 from . import runs
-from .config import PRESETS, EvaluateFields, Rea2SegFields, TrainFields, brief, cut_note, find_unknown_name, without_unsaid
+from .config import PRESETS, EvaluateFields, Rea2SegFields, TrainFields, brief, cut_note, find_unknown_name, split_notes, without_unsaid
 from .verify import inherit, known_adapter, known_model
 
 # %% ../nbs/27_cli.ipynb #6f296b74
@@ -283,10 +283,8 @@ def unreadable(results: dict) -> list[str]:
 
 def cautions(results: dict) -> list[str]:
     "What the figures must not be read without, in lines for the terminal: how the split was made, and answers that were cut."
-    about = results.get("evaluation")
-    split = about.get("split_note") if isinstance(about, dict) else None
     cuts = {when: cut_note(found) for when, found in _parts(results).items()}
-    return [str(split)] * bool(split) + [f"{when}: {note}" if when else note for when, note in cuts.items() if note]
+    return split_notes(results) + [f"{when}: {note}" if when else note for when, note in cuts.items() if note]
 
 def comparison(before: dict, after: dict) -> list[str]:
     "The measures before and after training, a line each."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROJECTIONS', 'NEW_TOKENS', 'CUT_SHARE', 'TEXT_LIMIT', 'TOKEN_LIMIT', 'MACHINE', 'UPDATE', 'TRAIN_MAY_CHANGE',
            'INHERITED', 'ELSE', 'SEGMENTER_NAMES', 'RECIPE_NAMES', 'PAPER', 'PRESETS', 'default_new_tokens',
-           'Parameters', 'cut_note', 'TrainFields', 'without_unsaid', 'EvaluateFields', 'Rea2SegFields',
+           'Parameters', 'split_notes', 'cut_note', 'TrainFields', 'without_unsaid', 'EvaluateFields', 'Rea2SegFields',
            'find_unknown_name', 'brief', 'changed_parameters']
 
 # %% ../nbs/00_config.ipynb #ca50d52e
@@ -36,6 +36,12 @@ class Parameters(BaseModel):
         return given | dict(max_new_tokens=default_new_tokens(given.get("model", "embedded")))
 
 CUT_SHARE = 0.01 # of the questions; beyond it the limit is judged, not the model
+
+def split_notes(results: dict) -> list[str]: # what was trained on and what was evaluated may differ
+    "How sets that name no splits were divided, a sentence each."
+    known = [results.get(key) for key in ("trained_on", "evaluation")]
+    notes = [str(about.get("split_note") or "") for about in known if isinstance(about, dict)]
+    return list(dict.fromkeys(filter(None, notes)))
 
 def cut_note(summary: dict) -> str: # "" where few answers were cut, or none knows
     "A warning of answers that were cut at their limit of tokens."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'preset', 'shuffled', 'questions', 'rewarded', 'chunks', 'sum_gradients', 'update', 'gathered',
            'metrics', 'records', 'unfinite', 'save_state', 'load_state', 'prepared', 'step_seed', 'set_lr',
-           'train_step', 'kept_predictions', 'write_evaluation', 'judge', 'tell_skipped', 'take_step', 'train']
+           'train_step', 'kept_predictions', 'write_evaluation', 'judge', 'tell_skipped', 'take_step', 'training_data',
+           'train']
 
 # %% ../nbs/17_training.ipynb #fc2a234f
 import math
@@ -31,7 +32,7 @@ from .evaluation import about, askable, checked_data, enough_gpus, evaluate, kno
 from .files import loading, plain
 from .config import PRESETS, TrainFields
 from .policy import Policy
-from .readers import BrokenRecord, ReasonSeg
+from .readers import BrokenRecord, ReasonSeg, check_disjoint
 from .recipes import RECIPES, Recipe, known_scorer, known_segmenter, load_recipe
 from .rollout import Clock, Rollouts, roll_out
 from .runs import Ledger, Run, begin, launch, part, read_jsonl, read_results, row_damage, save_checkpoint, step_of, write_jsonl
@@ -216,6 +217,7 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     torch.manual_seed(config.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available()) # said, or several processes on CPUs would not know of each other
     policy = load_policy(config.model, dtype=config.dtype, attention=config.attention, device=accelerator.device)
+    policy.max_question_tokens = config.max_question_tokens
     policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
     if config.checkpointing: policy.checkpointed()
     if config.shard and accelerator.num_processes > 1: policy.sharded()
@@ -312,6 +314,13 @@ def take_step(run: Run, trainer: tuple, data, config: TrainConfig, step: int) ->
         save_checkpoint(run.folder, step, lambda folder: save_state(policy, optimizer, folder), rows=run.marks())
     return stop
 
+def training_data(config: TrainConfig):
+    "What is trained on; unless it is allowed, no question of it may be among those of the evaluation."
+    data = load_data(config.data, "train")
+    if config.eval_samples and not config.allow_overlap:
+        check_disjoint(data, load_data(config.eval_data or config.data, "val", config.eval_samples))
+    return data
+
 def train(config: TrainConfig, out, # the run's folder
           resume: bool = False) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
@@ -319,11 +328,11 @@ def train(config: TrainConfig, out, # the run's folder
     with begin(out, config, config.seed, resume) as run, ExitStack() as stack:
         read_results(run.folder) # what is wrong with it, or with the rows, is told before anything is loaded
         checkpoint = run.rewind()
+        data = training_data(config)
         policy, recipe, optimizer, accelerator = prepared(config)
         if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{accelerator.process_index}"))
         if accelerator.is_main_process: runs.update(run.folder, frame=policy.frame) # what the coordinates in its answers mean
-        data = load_data(config.data, "train")
-        # HERE, unless config.allow_overlap: readers.check_disjoint(data, the evaluation's data)
+        run.results(read_results(run.folder) | dict(trained_on=about(data, config.data, "train")))
         judge(run, policy, recipe, accelerator, config, "before")
         if checkpoint: load_state(policy, optimizer, checkpoint)
         for step in range(step_of(checkpoint) + 1 if checkpoint else 1, config.steps + 1):
