@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['REASONSEG', 'REFERRING', 'REFCOCO', 'ABLATION', 'ANCHORS', 'SLOPES', 'SMALL', 'SAM3', 'STRATA', 'AS_PUBLISHED',
-           'COLUMNS', 'SETS', 'SPLITS', 'ARMS', 'STYLE', 'line', 'published', 'set_name', 'figures', 'ours',
-           'evaluation_rows', 'ablation_rows', 'training_rows', 'known_rows', 'run_rows', 'caveats', 'side_by_side',
-           'tex', 'latex', 'written']
+           'COLUMNS', 'SETS', 'SPLITS', 'ARMS', 'STYLE', 'line', 'published', 'set_name', 'figure', 'figures', 'ours',
+           'asked', 'evaluation_rows', 'arm_title', 'ablation_rows', 'training_rows', 'run_rows', 'caveats',
+           'side_by_side', 'latex', 'written']
 
 # %% ../nbs/25_tables.ipynb #494fd9c2
 import re
-from html import escape
 from pathlib import Path
+from .markup import SHUT, Markup, fill, joined, markdown, tex
 from .plots import Interval, Table, mean_interval, table
-from .runs import read_json, read_record, status
+from .records import Info, Results, name_of, read_strictly
+from .runs import status
 
 # %% ../nbs/25_tables.ipynb #a4dd4a8a
 REASONSEG = ( # method, then tokens, gIoU, cIoU on val and on test
@@ -65,70 +66,87 @@ def set_name(
     about:dict, # `evaluation` of results.json: data, format, split
 )->str: # "ReasonSeg val"
     "What a data set is called in the tables."
-    parts = [p.lower() for p in Path(about['data']).parts[::-1]]
+    parts = [p.lower() for p in Path(about['data']).parts[::-1]] or ['']
     hub = re.fullmatch(r'(\w+?)_(val|test[ab]?)', parts[0]) # one split a set
     if hub and hub[1] in SETS: return f'{SETS[hub[1]]} {SPLITS[hub[2]]}'
     known = next((SETS[p] for p in parts if p in SETS), None)
     return f'{known if known and about["format"] in ("ReasonSeg", "RefCOCO") else Path(about["data"]).name} {about["split"]}'
 
+def figure(
+    name:str, # tokens, gIoU or cIoU
+    found:list, # summaries, one a seed
+)->Interval|None:
+    "One measure: of one summary with its interval over samples, of several with theirs over seeds."
+    known = [f for f in found if f.get(name) is not None]
+    if not known: return None
+    if len(known) > 1: return mean_interval([f[name] for f in known])
+    return Interval(known[0][name], *known[0].get(f'{name}_ci') or ())
+
 def figures(
     found:list, # summaries, one a seed
 )->dict: # tokens, gIoU, cIoU
-    "Our numbers as the papers print them: one summary with its interval over samples, several with theirs over seeds."
-    out = {}
-    for name, unit in dict(tokens=1, gIoU=100, cIoU=100).items():
-        values = [f[name] for f in found if f.get(name) is not None]
-        each = Interval(values[0], *found[0].get(f'{name}_ci', ())) if len(values) == 1 else mean_interval(values) if values else None
-        out[name] = each and Interval(*(unit*v for v in each))
-    return out
+    "Our numbers as the papers print them, shares in per cent."
+    each = {name: (figure(name, found), unit) for name, unit in dict(tokens=1, gIoU=100, cIoU=100).items()}
+    return {name: value and Interval(*(unit*v for v in value)) for name, (value, unit) in each.items()}
 
 # %% ../nbs/25_tables.ipynb #e5a5babc
 ARMS = dict(visionreasoner='none', dr2seg_desc='+ R_desc', dr2seg='+ R_len')
 
 def ours(about:dict|None, name:str, found:list)->dict:
     "A row of our own."
+    n, seeds = found[0].get('n'), f' × {len(found)} seeds' if len(found) > 1 else ''
     return dict(method=f'ours: {name}', on=set_name(about) if about else 'not recorded', protocol=about['protocol'] if about else 'not recorded',
-                n=f'{found[0]["n"]}' + (f' × {len(found)} seeds' if len(found) > 1 else ''), **figures(found))
+                n=f'{"–" if n is None else n}{seeds}', **figures(found))
+
+def asked(
+    folder:Path,
+    p:dict, # the run's parameters
+    name:str,
+)->str: # '' where it is None
+    "A parameter that a row names."
+    if name not in p: raise ValueError(f'{folder/"run.json"}: field "parameters.{name}" is missing; add it, or leave the run out.')
+    return p[name] or ''
 
 def evaluation_rows(folder:Path, p:dict, results:dict)->list: # p: the run's parameters; of (title, row)
     "What an evaluation run adds to the tables."
-    about, who = results['evaluation'], f'{folder.name}, {p["recipe"]}, {Path(p["model"]).name}' + (f' + {"/".join(Path(p["adapter"]).parts[-3:])}' if p['adapter'] else '')
+    recipe, model, adapter, segmenter = (asked(folder, p, k) for k in ('recipe', 'model', 'adapter', 'segmenter'))
+    about, weights = results['evaluation'], f' + {"/".join(Path(adapter).parts[-3:])}' if adapter else ''
+    who = f'{name_of(folder)}, {recipe}, {Path(model).name}{weights}'
     row = ours(about, who, [results])
     titles = [row['on'] if row['on'].startswith('ReasonSeg') else 'Referring expressions' if row['on'] in REFERRING else 'Other data']
-    titles += ['Models of 3B']*('3b' in p['model'].lower()) + ['SAM 3 as segmenter']*('sam3' in p['segmenter'].lower())
-    strata = results['strata'].get('difficulty', {})
+    titles += ['Models of 3B']*('3b' in model.lower()) + ['SAM 3 as segmenter']*('sam3' in segmenter.lower())
+    strata = (results.get('strata') or {}).get('difficulty', {})
     return [(t, row) for t in titles] + [('Strata', ours(about, f'{who}, {value}', [found])) for value, found in strata.items()]
+
+def arm_title(arm:str)->str: return f'{ARMS[arm]} ({arm})' if arm in ARMS else arm
 
 def ablation_rows(folder:Path, p:dict, results:dict)->list:
     "What an ablation adds."
-    inner = (read_json(f).get('evaluation') for f in sorted(folder.glob('*/results.json')))
+    inner = (read_strictly(f, Results).get('evaluation') for f in sorted(folder.glob('*/results.json')))
     about, found = next((a for a in inner if a), None), {arm: f for arm, f in results['arms'].items() if f}
-    rows = [('What the reward terms do', ours(about, f'{folder.name}, {ARMS.get(arm, arm)} ({arm})' if arm in ARMS else f'{folder.name}, {arm}', f)) for arm, f in found.items()]
-    given = p.get('settings', {})
-    swept = [('The anchor N0', 'anchor', 'N0'), ('The slope γ', 'gamma', 'γ')]
-    return rows + [(title, ours(about, f'{folder.name}, {sign} = {given[key]:g}', found['dr2seg'])) for title, key, sign in swept if key in given and 'dr2seg' in found]
+    rows = [('What the reward terms do', ours(about, f'{name_of(folder)}, {arm_title(arm)}', f)) for arm, f in found.items()]
+    given, swept = p.get('settings') or {}, [('The anchor N0', 'anchor', 'N0'), ('The slope γ', 'gamma', 'γ')]
+    number = lambda v: f'{v:g}' if type(v) in (int, float) else str(v)
+    return rows + [(title, ours(about, f'{name_of(folder)}, {sign} = {number(given[key])}', found['dr2seg'])) for title, key, sign in swept if key in given and 'dr2seg' in found]
 
 def training_rows(folder:Path, p:dict, results:dict)->list:
     "What a training run adds."
-    return [('Other data', ours(results.get('evaluation'), f'{folder.name}, {p.get("recipe", "")}, {when} training', [results[when]])) for when in ('before', 'after') if when in results]
-
-def known_rows(folder:Path, p:dict, results:dict)->list: # of (title, row); none for other runs
-    "What a run of evaluate, ablate or train adds."
-    if 'arms' in results: return ablation_rows(folder, p, results)
-    if 'gIoU' in results and 'evaluation' in results: return evaluation_rows(folder, p, results)
-    return training_rows(folder, p, results)
+    about, who = results.get('evaluation'), f'{name_of(folder)}, {p.get("recipe") or ""}'
+    return [('Other data', ours(about, f'{who}, {when} training', [results[when]])) for when in ('before', 'after') if results.get(when)]
 
 def run_rows(
     folder, # of a run
 )->list: # of (title, row)
     "What a run adds to the tables."
     folder = Path(folder)
-    p = read_record(folder)['parameters']
-    if not (folder/'results.json').is_file(): raise ValueError(f'{folder} is {status(folder)} and has no results yet; resume the run or leave it out.')
-    try: rows = known_rows(folder, p, read_json(folder/'results.json'))
-    except (AttributeError, IndexError, KeyError, TypeError) as e: # results.json may be of anyone
-        raise ValueError(f'{folder}: results.json or the parameters in run.json are not those of a run ({type(e).__name__}: {e}); leave it out.') from None
-    if rows: return rows
+    info = read_strictly(folder/'run.json', Info)
+    p, state = info.get('parameters') or {}, info.get('status') or 'of no known status'
+    if state == 'running' and info.get('host'): state = status(folder) # its process may be gone
+    if not (folder/'results.json').exists(): raise ValueError(f'{folder} is {state} and has no results yet; resume the run or leave it out.')
+    results = read_strictly(folder/'results.json', Results)
+    if results.get('arms'): return ablation_rows(folder, p, results)
+    if results.get('gIoU') is not None and results.get('evaluation'): return evaluation_rows(folder, p, results)
+    if rows := training_rows(folder, p, results): return rows
     raise ValueError(f'{folder} has no figures for the tables; give runs of evaluate, ablate or train.')
 
 # %% ../nbs/25_tables.ipynb #72335899
@@ -155,28 +173,22 @@ def side_by_side(
     return {title: (table(rows, COLUMNS), caveats(rows)) for title, rows in found.items() if rows}
 
 # %% ../nbs/25_tables.ipynb #27123d10
-_TEX = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_', '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
-        '±': r'$\pm$', '−': '$-$', '–': '--', '²': '$^2$', 'γ': r'$\gamma$', '×': r'$\times$'}
-
-def tex(text:str)->str:
-    "Text as LaTeX has it."
-    return ''.join(_TEX.get(c, c) for c in text)
-
 def latex(title:str, t:Table, note:str)->str:
     "A table environment that needs no package."
     row = lambda cells: ' & '.join(map(tex, cells)) + r' \\'
     return '\n'.join([r'\begin{table}', r'\centering', rf'\caption{{{tex(f"{title}. {note}".strip())}}}', rf'\begin{{tabular}}{{{"".join("r" if r else "l" for r in t.right)}}}', r'\hline',
                       row(t.head), r'\hline', *map(row, t.rows), r'\hline', r'\end{tabular}', r'\end{table}'])
 
-STYLE = 'body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}th,td{padding:.25em .8em;text-align:left;border-bottom:1px solid #8884}.num{text-align:right;font-variant-numeric:tabular-nums}p{max-width:48em;opacity:.75}'
+STYLE = Markup('body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}th,td{padding:.25em .8em;text-align:left;border-bottom:1px solid #8884}.num{text-align:right;font-variant-numeric:tabular-nums}p{max-width:48em;opacity:.75}')
 
 def written(
     tables:dict, # what `side_by_side` gives
     format:str='markdown', # latex or html
 )->str:
     "All tables as one text."
-    if format == 'markdown': return '\n\n'.join('\n\n'.join(filter(None, [f'## {title}', t.markdown, note])) for title, (t, note) in tables.items())
+    if format == 'markdown': return '\n\n'.join('\n\n'.join(filter(None, [f'## {title}', t.markdown, markdown(note)])) for title, (t, note) in tables.items())
     if format == 'latex': return '\n\n'.join(latex(title, t, note) for title, (t, note) in tables.items())
     if format != 'html': raise ValueError(f'format: "{format}" is unknown; use markdown, latex or html.')
-    body = ''.join(f'<h2>{escape(title)}</h2>\n{t.html}\n' + (f'<p>{escape(note)}</p>\n' if note else '') for title, (t, note) in tables.items())
-    return f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>DR²Seg: tables</title><style>{STYLE}</style>\n{body}</html>'
+    def part(title, t, note): return fill('<h2>{}</h2>\n{}\n{}', title, t.html, fill('<p>{}</p>\n', note) if note else '')
+    head = fill('<meta charset="utf-8">{}<title>DR²Seg: tables</title><style>{}</style>', SHUT, STYLE)
+    return fill('<!doctype html>\n<html lang="en">{}\n{}</html>', head, joined(part(title, t, note) for title, (t, note) in tables.items()))
