@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['located', 'prompts_of', 'scored', 'missed', 'bootstrap', 'measured', 'strata', 'summarise', 'load_data',
            'checked_data', 'answer_greedily', 'fetched', 'predicted', 'predictions', 'evaluate', 'known_recipe',
-           'known_model', 'known_adapter', 'known_attention', 'enough_gpus', 'EvaluateConfig', 'load_policy',
-           'whole_batches', 'about', 'run_evaluation']
+           'known_attention', 'enough_gpus', 'EvaluateConfig', 'load_policy', 'whole_batches', 'about',
+           'run_evaluation']
 
 # %% ../nbs/16_evaluation.ipynb #d7e96bd6
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -26,16 +25,16 @@ from transformers.utils import is_flash_attn_2_available
 
 from . import dialogue, masks
 from .config import EvaluateFields
-from .files import cut, torn
 from .policy import ATTENTION, Policy
 from .readers import BrokenRecord, open_data
 from .recipes import RECIPES, load_recipe
 from .rollout import Response, responses
-from .runs import Run, append_jsonl, begin, damage, launch, part, read_jsonl
+from .runs import Run, append_jsonl, begin, launch, part, read_jsonl
 from .samples import Sample, Target
 from .scenes import MiniReasonSeg
 from .segmenters import Segmenter, load_segmenter, phrase
 from .server import ServedPolicy, lora_alone, served_name
+from .verify import known_adapter, known_model
 
 # %% ../nbs/16_evaluation.ipynb #76e778f5
 def located(text: str, # a response, coordinates in the policy's frame
@@ -54,12 +53,13 @@ def scored(sample: Sample, response: Response, mask: np.ndarray) -> dict:
     "One evaluation row: what was asked, said and drawn, and how it compares."
     i, u = masks.iou(mask, sample.mask, sample.ignore)
     return dict(sample=sample.id, query=sample.query, text=response.text, i=i, u=u, iou=masks.ratio(i, u), tokens=response.think_tokens,
-                answer_entropy=response.answer_entropy, format=float(bool(dialogue.parse_answer(response.parsed.answer))),
+                answer_entropy=response.answer_entropy, format=float(bool(dialogue.parse_answer(response.parsed.answer))), cut=response.cut,
                 targets=len(sample.targets), tags=sample.tags, rle=masks.encode(mask))
 
 def missed(i: int, error: BrokenRecord) -> dict: # i: the record's place in the split
     "The row of a record that cannot be read."
-    return dict(sample=f"#{i}", query="", text="", i=0, u=0, iou=0.0, tokens=None, answer_entropy=None, format=None, targets=None, tags={}, rle=None, error=str(error))
+    return dict(sample=f"#{i}", query="", text="", i=0, u=0, iou=0.0, tokens=None, answer_entropy=None, format=None, cut=None,
+                targets=None, tags={}, rle=None, error=str(error))
 
 # %% ../nbs/16_evaluation.ipynb #d1411c3e
 def bootstrap(values: np.ndarray, # [N] or [N,K], one row a sample
@@ -70,12 +70,13 @@ def bootstrap(values: np.ndarray, # [N] or [N,K], one row a sample
     return np.percentile(statistic(np.asarray(values)[picks]), [2.5, 97.5]).tolist()
 
 def measured(rows: list[dict]) -> dict:
-    "gIoU, cIoU, tokens, answer entropy, share of parsable answers and N-acc, with intervals where there is more than one row; None where no row tells."
+    "gIoU, cIoU, tokens, answer entropy, shares of parsable and of cut answers and N-acc, with intervals where there is more than one row; None where no row tells."
     iu = np.array([(r["i"], r["u"]) for r in rows], dtype=float)
     cumulative = lambda v: v[..., 0].sum(-1) / np.maximum(v[..., 1].sum(-1), 1)
     out = dict(n=len(rows), cIoU=float(cumulative(iu))) | (dict(cIoU_ci=bootstrap(iu, cumulative)) if len(rows) > 1 else {})
     empty = [r["u"] == 0 for r in rows if r.get("targets") == 0]
-    found = {name: [r[key] for r in rows] for name, key in dict(gIoU="iou", tokens="tokens", answer_entropy="answer_entropy", format="format").items()}
+    keys = dict(gIoU="iou", tokens="tokens", answer_entropy="answer_entropy", format="format", cut="cut")
+    found = {name: [r.get(key) for r in rows] for name, key in keys.items()} # rows of older runs do not say what was cut
     for name, values in (found | (dict(N_acc=empty) if empty else {})).items():
         values = np.array([v for v in values if v is not None], dtype=float)
         out |= {name: float(values.mean()) if len(values) else None} | ({f"{name}_ci": bootstrap(values)} if len(values) > 1 else {})
@@ -154,22 +155,6 @@ def known_recipe(name: str) -> str:
     load_recipe(name)
     return name
 
-def known_model(name: str, field: str = "model") -> str: # field: the parameter that a complaint names
-    if name == "embedded": return name
-    if Path(name).is_dir() and (wrong := torn(Path(name))): raise ValueError(f"{field} {name} is not whole ({wrong}); fetch it again")
-    if Path(name).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name): return name
-    raise ValueError(f"{field} '{name}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
-
-def known_adapter(name: str) -> str: # "" for none
-    "A checkpoint folder of `train`, or any adapter that peft has saved."
-    folder, newest = Path(name), max((Path(name) / "checkpoints").glob("step-*"), default="runs/x/checkpoints/step-000060")
-    if not name: return name
-    if not (folder / "weights.safetensors").is_file() and not all((folder / f).is_file() for f in ("adapter_config.json", "adapter_model.safetensors")):
-        raise ValueError(f"adapter {name} {'holds no adapter' if folder.exists() else 'does not exist'}; name a checkpoint such as {newest}")
-    if wrong := damage(folder) if (folder / "manifest.json").is_file() else next(filter(None, map(cut, folder.glob("*.safetensors"))), None):
-        raise ValueError(f"adapter {name} is damaged ({wrong}); name another checkpoint")
-    return name
-
 def known_attention(name: str, dtype: str) -> str:
     if name not in ATTENTION: raise ValueError(f"attention '{name}' is unknown; use one of {', '.join(ATTENTION)}")
     if name == "flash" and not is_flash_attn_2_available(): raise ValueError("attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa")
@@ -225,7 +210,9 @@ def whole_batches(path: Path, size: int, total: int) -> int: # lines that stay; 
 
 def about(data, name: str, split: str) -> dict:
     "What is evaluated, as the results and the tables name it."
-    return dict(data=name, format=getattr(data, "format", "MiniReasonSeg"), split=split, protocol=getattr(data, "protocol", "lisa"))
+    note = getattr(data, "split_note", None) # how the split was made, where the data set names none
+    found = dict(data=name, format=getattr(data, "format", "MiniReasonSeg"), split=split, protocol=getattr(data, "protocol", "lisa"))
+    return found | (dict(split_note=note) if note else {})
 
 def run_evaluation(config: EvaluateConfig, out, # the run's folder
                    resume: bool = False) -> Run:

@@ -205,7 +205,7 @@ class Verdict:
         of = [dict(source=c.source, score=s, iou=self.iou(c.mask), text=r.text, rle=masks.encode(c.mask)) for c, r, s in zip(self.candidates, self.said, self.scores)]
         ious = dict(direct=self.iou(self.drawn), chosen=self.iou(self.mask))
         return dict(sample=self.sample.id, query=self.sample.query, tags=self.sample.tags, text=self.direct.text, grid=self.grid.astype(float).round(5), candidates=of,
-                    **ious, oracle=max([ious["direct"], *(c["iou"] for c in of)]), best=best(self.scores), tokens_direct=len(self.direct.tokens),
+                    **ious, oracle=max([ious["direct"], *(c["iou"] for c in of)]), best=best(self.scores), cut=any(r.cut for r in (self.direct, *self.said)), tokens_direct=len(self.direct.tokens),
                     tokens_scoring=sum(len(r.tokens) for r in self.said), seconds=self.seconds)
 
 # %% ../nbs/26_rea2seg.ipynb #87a8e281
@@ -434,5 +434,6 @@ def run_rea2seg(config: Rea2SegConfig, out, # the run's folder
             append_jsonl(path, rows[-1:])
             run.progress("scoring candidates", len(rows), len(data))
         summary = summarise(rows)
-        run.results(dict(table=cost_table(summary).markdown, summary=summary))
+        cut = [r["cut"] for r in rows if "cut" in r] # rows of an older run do not say
+        run.results(dict(table=cost_table(summary).markdown, summary=summary, cut=float(np.mean(cut)) if cut else None))
     return run

@@ -669,15 +669,19 @@ def fit_checkpoint(folder: Path) -> Path | None:  # None when none was ever save
 
 # %% ../nbs/15_runs.ipynb #cb050251
 def _listed(folder: Path) -> dict:
-    steps = Run.open(folder).metrics()
-    last = steps[-1].get("step") if steps else None
-    return read_record(folder) | dict(folder=folder, status=status(folder), progress=read_progress(folder), step=last)
+    "A run's record with its folder, effective status, step and progress."
+    record, steps = read_record(folder), Run.open(folder).metrics()
+    last = steps[-1] if steps else dict(step=None)
+    if not isinstance(last, dict) or not isinstance(last.get("step"), int | None):
+        raise ValueError(f"{folder/'metrics.jsonl'}: its last row is none of a step; restore the file or remove the run")
+    return record | dict(folder=folder, status=status(folder), progress=read_progress(folder), step=last.get("step"))
 
 def list_runs(root: Path) -> list[dict]:  # the records, with `folder`, the effective `status`, `step` and `progress`
-    "Every run below a folder, the oldest first; one that cannot be read is listed with the reason."
+    "Every run below a folder, the oldest first; one that cannot be read has the status `unreadable` and the reason as its error."
     found = []
-    for path in Path(root).rglob("run.json"):
-        try: found.append(_listed(path.parent))
+    for folder in (Path(parent) for parent, folders, files in os.walk(root) if "run.json" in folders + files):
+        try: found.append(_listed(folder))
         except (OSError, ValueError) as e:
-            found.append(dict(folder=path.parent, status="unreadable", error=str(e), started="", progress=None, step=None))
+            if not os.path.lexists(folder/"run.json"): continue     # it went while we looked
+            found.append(dict(folder=folder, status="unreadable", error=str(e), step=None, progress=None, started="", parameters={}))
     return sorted(found, key=lambda r: r["started"])

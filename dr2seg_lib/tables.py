@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['REASONSEG', 'REFERRING', 'REFCOCO', 'ABLATION', 'ANCHORS', 'SLOPES', 'SMALL', 'SAM3', 'STRATA', 'AS_PUBLISHED',
            'COLUMNS', 'SETS', 'SPLITS', 'ARMS', 'STYLE', 'line', 'published', 'set_name', 'figures', 'ours',
-           'evaluation_rows', 'ablation_rows', 'training_rows', 'run_rows', 'caveats', 'side_by_side', 'tex', 'latex',
-           'written']
+           'evaluation_rows', 'ablation_rows', 'training_rows', 'known_rows', 'run_rows', 'caveats', 'side_by_side',
+           'tex', 'latex', 'written']
 
 # %% ../nbs/25_tables.ipynb #494fd9c2
 import re
 from html import escape
 from pathlib import Path
 from .plots import Interval, Table, mean_interval, table
-from .runs import read_json, status
+from .runs import read_json, read_record, status
 
 # %% ../nbs/25_tables.ipynb #a4dd4a8a
 REASONSEG = ( # method, then tokens, gIoU, cIoU on val and on test
@@ -112,17 +112,23 @@ def training_rows(folder:Path, p:dict, results:dict)->list:
     "What a training run adds."
     return [('Other data', ours(results.get('evaluation'), f'{folder.name}, {p.get("recipe", "")}, {when} training', [results[when]])) for when in ('before', 'after') if when in results]
 
+def known_rows(folder:Path, p:dict, results:dict)->list: # of (title, row); none for other runs
+    "What a run of evaluate, ablate or train adds."
+    if 'arms' in results: return ablation_rows(folder, p, results)
+    if 'gIoU' in results and 'evaluation' in results: return evaluation_rows(folder, p, results)
+    return training_rows(folder, p, results)
+
 def run_rows(
     folder, # of a run
 )->list: # of (title, row)
     "What a run adds to the tables."
     folder = Path(folder)
-    p = read_json(folder/'run.json')['parameters']
+    p = read_record(folder)['parameters']
     if not (folder/'results.json').is_file(): raise ValueError(f'{folder} is {status(folder)} and has no results yet; resume the run or leave it out.')
-    results = read_json(folder/'results.json')
-    if 'arms' in results: return ablation_rows(folder, p, results)
-    if 'gIoU' in results and 'evaluation' in results: return evaluation_rows(folder, p, results)
-    if rows := training_rows(folder, p, results): return rows
+    try: rows = known_rows(folder, p, read_json(folder/'results.json'))
+    except (AttributeError, IndexError, KeyError, TypeError) as e: # results.json may be of anyone
+        raise ValueError(f'{folder}: results.json or the parameters in run.json are not those of a run ({type(e).__name__}: {e}); leave it out.') from None
+    if rows: return rows
     raise ValueError(f'{folder} has no figures for the tables; give runs of evaluate, ablate or train.')
 
 # %% ../nbs/25_tables.ipynb #72335899
