@@ -62,7 +62,7 @@ def test_without_an_adapter_nothing_is_filled_in(given):
 
 
 @pytest.mark.parametrize("text, why", [
-    (b"", "is not valid JSON"), (b"[]", "is no record of a run"), (b"{}", "status is no str"),
+    (b"", "is not valid JSON"), (b"[]", "is no record of a run"), (b"{}", 'field "status"'),
     (b'{"status": "done", "parameters": {"model": 7}}', "model cannot be 7"),
     (b'{"status": "done", "parameters": {"dtype": "int4"}}', "dtype cannot be 'int4'"),
     (b'{"status": "done", "parameters": {"max_new_tokens": -5}}', "max_new_tokens cannot be -5"),
