@@ -47,10 +47,10 @@ def coordinate_tokens(tokenizer, text: str) -> tuple[list[int], list[bool]]: # T
     lo = text.find("<answer>") + len("<answer>")
     hi = text.find("</answer>", lo)
     if lo < len("<answer>") or hi < 0: lo, hi = 0, len(text)
-    said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    over = lambda spans: [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"]]
+    said = dialogue.encode_text(tokenizer, [text], return_offsets_mapping=True)
+    over = lambda spans: [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"][0]]
     on = over([m.span() for m in NUMBER.finditer(text, lo, hi)])
-    return said["input_ids"], on if any(on) else over([(lo, hi)])
+    return said["input_ids"][0], on if any(on) else over([(lo, hi)])
 
 # %% ../nbs/26_rea2seg.ipynb #bd429fbd
 def attention_grid(policy: Policy, text: str, # user text
