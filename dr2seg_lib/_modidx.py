@@ -101,6 +101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                        'dr2seg_lib.evaluation.about': ('evaluation.html#about', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.answer_greedily': ( 'evaluation.html#answer_greedily',
                                                                                   'dr2seg_lib/evaluation.py'),
+                                       'dr2seg_lib.evaluation.askable': ('evaluation.html#askable', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.bootstrap': ('evaluation.html#bootstrap', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.checked_data': ('evaluation.html#checked_data', 'dr2seg_lib/evaluation.py'),
                                        'dr2seg_lib.evaluation.enough_gpus': ('evaluation.html#enough_gpus', 'dr2seg_lib/evaluation.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['located', 'prompts_of', 'scored', 'missed', 'bootstrap', 'measured', 'strata', 'summarise', 'load_data',
-           'checked_data', 'answer_greedily', 'fetched', 'predicted', 'predictions', 'evaluate', 'known_recipe',
-           'known_model', 'known_adapter', 'known_attention', 'enough_gpus', 'EvaluateConfig', 'load_policy',
-           'whole_batches', 'about', 'run_evaluation']
+           'checked_data', 'answer_greedily', 'askable', 'fetched', 'predicted', 'predictions', 'evaluate',
+           'known_recipe', 'known_model', 'known_adapter', 'known_attention', 'enough_gpus', 'EvaluateConfig',
+           'load_policy', 'whole_batches', 'about', 'run_evaluation']
 
 # %% ../nbs/16_evaluation.ipynb #d7e96bd6
 import os
@@ -112,9 +112,14 @@ def answer_greedily(policy: Policy, samples: list[Sample], prompt: Callable, max
     seen = policy.encode([s.image for s in samples])
     return responses(policy, policy.generate(policy.read([prompt(s.query, eval=True) for s in samples], seen), 1, max_new_tokens, temperature=0))
 
-def fetched(samples: Sequence[Sample], i: int) -> Sample | BrokenRecord:
-    "A sample, or why it cannot be read."
-    try: return samples[i]
+def askable(policy: Policy, sample: Sample) -> Sample:
+    "The sample; a `BrokenRecord` where its question is too long to be asked."
+    if problem := policy.question_problem(sample): raise BrokenRecord(problem)
+    return sample
+
+def fetched(policy: Policy, samples: Sequence[Sample], i: int) -> Sample | BrokenRecord:
+    "A sample, or why it cannot be read or asked."
+    try: return askable(policy, samples[i])
     except BrokenRecord as e: return e
 
 def predicted(policy: Policy, segmenter: Segmenter, samples: Sequence[Sample],
@@ -122,7 +127,7 @@ def predicted(policy: Policy, segmenter: Segmenter, samples: Sequence[Sample],
               batch: Sequence[int], # places of the samples
               max_new_tokens: int = 256) -> list[dict]: # a row a sample
     "Greedy answers to a batch, drawn and scored."
-    found = {i: fetched(samples, i) for i in batch}
+    found = {i: fetched(policy, samples, i) for i in batch}
     whole = {i: s for i, s in found.items() if not isinstance(s, BrokenRecord)}
     with torch.no_grad(): answers = dict(zip(whole, answer_greedily(policy, list(whole.values()), prompt, max_new_tokens))) if whole else {}
     draw = lambda i, s: segmenter.segment(s.image, prompts_of(segmenter, answers[i].text, s.query, policy.frame, s.size))

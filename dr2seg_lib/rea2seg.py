@@ -29,7 +29,7 @@ from torch import Tensor
 from . import dialogue, masks, plots, scenes
 from .attention import glow, heat_map, image_attention
 from .config import Rea2SegFields
-from .evaluation import bootstrap, known_model, known_recipe, load_data, load_policy, located, prompts_of
+from .evaluation import askable, bootstrap, known_model, known_recipe, load_data, load_policy, located, prompts_of
 from .plots import Figure, Interval, Table, table
 from .policy import EMBEDDED, Policy, Prefix, Seen
 from .recipes import RECIPES
@@ -430,7 +430,7 @@ def run_rea2seg(config: Rea2SegConfig, out, # the run's folder
         write_jsonl(path, rows) # without a line that was cut short
         for i in range(len(rows), len(data)):
             if run.stop_requested(): return run
-            rows.append(rea2seg(policy, scorer, segmenter, data[i], prompt, config.overlap, config.candidates, config.max_new_tokens).row())
+            rows.append(rea2seg(policy, scorer, segmenter, askable(policy, data[i]), prompt, config.overlap, config.candidates, config.max_new_tokens).row())
             append_jsonl(path, rows[-1:])
             run.progress("scoring candidates", len(rows), len(data))
         summary = summarise(rows)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import grpo, runs
 from .config import TrainFields
-from .evaluation import about, checked_data, enough_gpus, evaluate, known_attention, known_model, known_recipe, load_data, load_policy
+from .evaluation import about, askable, checked_data, enough_gpus, evaluate, known_attention, known_model, known_recipe, load_data, load_policy
 from .policy import Policy
 from .readers import BrokenRecord, ReasonSeg
 from .recipes import RECIPES, Recipe, known_scorer, known_segmenter, load_recipe
@@ -96,11 +96,13 @@ def shuffled(data, config: TrainConfig, at: int) -> Iterator[tuple]: # (data, in
         passed, order = a_pass(epoch), np.random.default_rng([config.seed, epoch]).permutation(n)
         yield from ((passed, int(i)) for i in order[max(0, at - epoch * n):])
 
-def questions(data, config: TrainConfig, step: int) -> tuple[list, list]: # config.prompts Sample; a sentence for each broken record
+def questions(data, config: TrainConfig, step: int,
+              policy: Policy | None = None, # who is asked, and takes questions up to a limit; None: without limit
+             ) -> tuple[list, list]: # config.prompts Sample; a sentence for each broken record
     "The samples of a step (counted from 1), and what was passed over to get them."
     samples, skipped = [], []
     for passed, i in shuffled(data, config, (step - 1) * config.prompts):
-        try: samples.append(passed[i])
+        try: samples.append(askable(policy, passed[i]) if policy else passed[i])
         except BrokenRecord as e:
             if config.strict: raise
             skipped.append(str(e))
@@ -279,7 +281,7 @@ def train(config: TrainConfig, out, # the run's folder
         run.truncate_after(start)
         data = load_data(config.data, "train")
         for step in range(start + 1, config.steps + 1):
-            samples, skipped = questions(data, config, step)
+            samples, skipped = questions(data, config, step, policy)
             row, rollouts = train_step(policy, recipe, optimizer, accelerator, samples, config, step)
             run.log(row | (dict(skipped=skipped) if skipped else {})); run.record(rollouts)
             run.progress("training", step, config.steps, f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}")
