@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SYSTEM', 'EXAMPLE', 'VISION_REASONER', 'DR2SEG', 'SINGLE', 'SEG_ZERO', 'DPAD', 'MAX_QUESTION_TOKENS',
            'CHARACTERS_PER_TOKEN', 'chat', 'question', 'filled', 'vision_reasoner', 'dr2seg', 'seg_zero', 'dpad',
-           'chat_frame', 'encode_text', 'text_ids', 'spells_special', 'question_too_long', 'Parsed', 'block', 'parse',
-           'reasoning', 'load_json', 'numbers', 'single_of', 'targets_of', 'parse_answer', 'format_answer',
-           'format_single', 'format_response']
+           'chat_frame', 'well_formed', 'encode_text', 'text_ids', 'spells_special', 'question_too_long', 'Parsed',
+           'block', 'parse', 'reasoning', 'load_json', 'numbers', 'single_of', 'targets_of', 'parse_answer',
+           'format_answer', 'format_single', 'format_response']
 
 # %% ../nbs/03_dialogue.ipynb #61bfd48c
 import json
@@ -117,13 +117,19 @@ def chat_frame(
                          'as it stands; fetch chat_template.jinja again')
     return tuple(parts)
 
+def well_formed(
+    text:str, # anything
+)->str:
+    "A text with a question mark for each lone surrogate, which no tokenizer and no UTF-8 takes."
+    return text.encode('utf-8', 'replace').decode('utf-8')
+
 def encode_text(
     tokenizer,
     texts:list, # of str: anything
     **options, # for the tokenizer
 ): # transformers' BatchEncoding
-    "Texts as token ids, of which none is a special token's; a lone surrogate becomes a question mark."
-    texts = [t.encode('utf-8', 'replace').decode('utf-8') for t in texts]
+    "Texts as token ids, of which none is a special token's."
+    texts = [well_formed(t) for t in texts]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **options)
 
 def text_ids(
@@ -138,7 +144,7 @@ def spells_special(
     text:str,
 )->bool:
     "Whether a tokenizer that is not told otherwise would read a special token from a text."
-    whole = tokenizer(text.encode('utf-8', 'replace').decode('utf-8'), add_special_tokens=False)
+    whole = tokenizer(well_formed(text), add_special_tokens=False)
     return whole['input_ids'] != text_ids(tokenizer, [text])[0]
 
 # %% ../nbs/03_dialogue.ipynb #b161cd07
