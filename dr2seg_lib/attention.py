@@ -12,6 +12,7 @@ import torch
 from matplotlib import colormaps
 from torch import Tensor
 
+from . import dialogue
 from .policy import Policy, Prefix, Seen
 
 # %% ../nbs/07_attention.ipynb #00be4212
@@ -35,7 +36,7 @@ def image_attention(policy: Policy, text: str, # user text
     "Attention to the image with which tokens 2..T of a response were written."
     (t, h, w), m = seen.grid.tolist(), policy.model.model.visual.spatial_merge_size
     if len(ids) < 2: return np.zeros((0, h // m, w // m), np.float32)
-    image = policy.tokenize([text], [seen])[0][0] == policy.model.config.image_token_id
+    image = policy.prompt_ids([text], [seen])[2][0]
     rows = answer_attention(policy, prefix, torch.tensor([ids], device=prefix.start.device))[0]
     return rows[:, :len(image)][:, image].view(-1, t, h // m, w // m).mean(1).cpu().numpy()
 
@@ -51,10 +52,10 @@ def token_attention(policy: Policy, text: str, # user text
                     pieces: list[str], # a response in pieces, such as a record's tokens
                    ) -> np.ndarray: # [len(pieces),h,w]; zeros for the first token, which the prompt has written
     "Attention to the image with which each piece of a response was written."
-    said = policy.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
-    grids, ends = image_attention(policy, text, seen, prefix, said["input_ids"]), np.cumsum([len(p) for p in pieces]).tolist()
+    said = dialogue.encode_text(policy.tokenizer, ["".join(pieces)], return_offsets_mapping=True)
+    grids, ends = image_attention(policy, text, seen, prefix, said["input_ids"][0]), np.cumsum([len(p) for p in pieces]).tolist()
     grids = np.concatenate([np.zeros_like(grids, shape=(1, *grids.shape[1:])), grids])
-    found = overlapping(list(zip([0, *ends], ends)), said["offset_mapping"])
+    found = overlapping(list(zip([0, *ends], ends)), said["offset_mapping"][0])
     return np.stack([grids[i].mean(0) if i else grids[0] for i in found]) if found else grids[:0]
 
 # %% ../nbs/07_attention.ipynb #180b89df

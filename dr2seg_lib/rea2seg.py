@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.patches import Rectangle
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import field_validator
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import label, maximum_filter
 from tokenizers import AddedToken
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from . import dialogue, masks, plots, scenes
 from .attention import glow, heat_map, image_attention
-from .evaluation import ModelName, RecipeName, bootstrap, known_model, load_data, load_policy, located, prompts_of
+from .config import Rea2SegFields
+from .evaluation import askable, bootstrap, known_model, known_recipe, load_data, load_policy, located, prompts_of
 from .plots import Figure, Interval, Table, table
 from .policy import EMBEDDED, Policy, Prefix, Seen
 from .recipes import RECIPES
@@ -46,10 +47,10 @@ def coordinate_tokens(tokenizer, text: str) -> tuple[list[int], list[bool]]: # T
     lo = text.find("<answer>") + len("<answer>")
     hi = text.find("</answer>", lo)
     if lo < len("<answer>") or hi < 0: lo, hi = 0, len(text)
-    said = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    over = lambda spans: [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"]]
+    said = dialogue.encode_text(tokenizer, [text], return_offsets_mapping=True)
+    over = lambda spans: [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"][0]]
     on = over([m.span() for m in NUMBER.finditer(text, lo, hi)])
-    return said["input_ids"], on if any(on) else over([(lo, hi)])
+    return said["input_ids"][0], on if any(on) else over([(lo, hi)])
 
 # %% ../nbs/26_rea2seg.ipynb #bd429fbd
 def attention_grid(policy: Policy, text: str, # user text
@@ -204,7 +205,7 @@ class Verdict:
         of = [dict(source=c.source, score=s, iou=self.iou(c.mask), text=r.text, rle=masks.encode(c.mask)) for c, r, s in zip(self.candidates, self.said, self.scores)]
         ious = dict(direct=self.iou(self.drawn), chosen=self.iou(self.mask))
         return dict(sample=self.sample.id, query=self.sample.query, tags=self.sample.tags, text=self.direct.text, grid=self.grid.astype(float).round(5), candidates=of,
-                    **ious, oracle=max([ious["direct"], *(c["iou"] for c in of)]), best=best(self.scores), tokens_direct=len(self.direct.tokens),
+                    **ious, oracle=max([ious["direct"], *(c["iou"] for c in of)]), best=best(self.scores), cut=any(r.cut for r in (self.direct, *self.said)), tokens_direct=len(self.direct.tokens),
                     tokens_scoring=sum(len(r.tokens) for r in self.said), seconds=self.seconds)
 
 # %% ../nbs/26_rea2seg.ipynb #87a8e281
@@ -408,19 +409,10 @@ def gallery(rows: list[dict], pictures: dict, # sample id -> image [H,W,3] uint8
     return fig
 
 # %% ../nbs/26_rea2seg.ipynb #48391811
-class Rea2SegConfig(BaseModel):
-    "Parameters of a Rea2Seg run."
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    model: ModelName = Field("embedded", description="policy that answers: embedded, a local folder or a hub id")
-    scorer: str = Field("", description="who scores; empty: the policy itself, the embedded one with its scoring adapter")
-    segmenter: str = Field("embedded", description="embedded, grabcut, a local folder or a hub id")
-    data: str = Field("mini", description="data set: mini, a path or a hub id")
-    split: str = Field("val", description="split of the data set")
-    samples: int = Field(256, ge=1, description="the first so many of the split")
-    recipe: RecipeName = Field("dr2seg", description="whose prompt asks for the direct answer")
-    candidates: int = Field(8, ge=1, description="at most so many a sample")
-    overlap: float = Field(0.8, gt=0, lt=1, description="IoU above which two candidates are one")
-    max_new_tokens: int = Field(192, ge=1)
+class Rea2SegConfig(Rea2SegFields):
+    "Parameters of a Rea2Seg run, checked against what is on this machine."
+    _known_recipe = field_validator("recipe")(known_recipe)
+    _known_model = field_validator("model")(known_model)
 
     @field_validator("scorer")
     @classmethod
@@ -438,9 +430,10 @@ def run_rea2seg(config: Rea2SegConfig, out, # the run's folder
         write_jsonl(path, rows) # without a line that was cut short
         for i in range(len(rows), len(data)):
             if run.stop_requested(): return run
-            rows.append(rea2seg(policy, scorer, segmenter, data[i], prompt, config.overlap, config.candidates, config.max_new_tokens).row())
+            rows.append(rea2seg(policy, scorer, segmenter, askable(policy, data[i]), prompt, config.overlap, config.candidates, config.max_new_tokens).row())
             append_jsonl(path, rows[-1:])
             run.progress("scoring candidates", len(rows), len(data))
         summary = summarise(rows)
-        run.results(dict(table=cost_table(summary).markdown, summary=summary))
+        cut = [r["cut"] for r in rows if "cut" in r] # rows of an older run do not say
+        run.results(dict(table=cost_table(summary).markdown, summary=summary, cut=float(np.mean(cut)) if cut else None))
     return run

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib import rc_context
 from . import plots, runs
 from .attention import glow, heat_map
+from .config import split_notes
 from .dialogue import parse
 from .markup import SHUT, Markup, escape, fill, joined
 from .opened import Opened, factor_of, grouped, iou_of, lookup, stored, term_colours, truth_of
@@ -254,9 +255,8 @@ def cut_note(
 def remarks(run:dict)->Markup:
     "What must be said of the figures: how the split was made, and answers that were cut."
     results, limit = run['results'], (run['info'].get('parameters') or {}).get('max_new_tokens')
-    split = (results.get('evaluation') or {}).get('split_note')
     cut = [cut_note(results, limit), *(cut_note(results.get(k) or {}, limit, f' {k} training') for k in ('before', 'after'))]
-    return (fill('<p class=note>{}</p>', split) if split else Markup('')) + joined(cut)
+    return joined([*(fill('<p class=note>{}</p>', note) for note in split_notes(results)), *cut])
 
 def outcome(run:dict)->Markup|str:
     "The before → after table and its picture; of an evaluation its own."

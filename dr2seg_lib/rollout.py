@@ -27,6 +27,7 @@ class Response:
     entropy: list # T floats, nats
     margin: list # T floats, p_top1 - p_top2
     think_tokens: int # N, tokens of reasoning
+    cut: bool = False # it reached the limit of tokens without an end of turn
 
     @property
     def answer_entropy(self) -> float:
@@ -53,13 +54,14 @@ class Response:
 def responses(policy: Policy, done: Completions) -> list[Response]: # one a row
     "Sampled token rows as responses."
     eos, lengths = policy.tokenizer.eos_token_id, done.mask.sum(1).tolist()
-    rows = [ids[:n - (n > 0 and ids[n - 1] == eos)] for ids, n in zip(done.ids.tolist(), lengths)]
+    ended = [n > 0 and ids[n - 1] == eos for ids, n in zip(done.ids.tolist(), lengths)]
+    rows = [ids[:n - end] for ids, n, end in zip(done.ids.tolist(), lengths, ended)]
     tokens = [[policy.piece(i) for i in row] for row in rows]
     texts = ["".join(t) for t in tokens]
-    counts = [len(ids) for ids in policy.tokenizer([dialogue.reasoning(t) for t in texts], add_special_tokens=False)["input_ids"]]
+    counts = [len(ids) for ids in dialogue.text_ids(policy.tokenizer, [dialogue.reasoning(t) for t in texts])]
     entropy, margin = done.entropy.tolist(), done.margin.tolist()
-    return [Response(text, dialogue.parse(text), toks, e[:len(toks)], m[:len(toks)], n)
-            for text, toks, e, m, n in zip(texts, tokens, entropy, margin, counts)]
+    return [Response(text, dialogue.parse(text), toks, e[:len(toks)], m[:len(toks)], n, not end)
+            for text, toks, e, m, n, end in zip(texts, tokens, entropy, margin, counts, ended)]
 
 # %% ../nbs/10_rollout.ipynb #b3684753
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def ask_descriptions(policy: Policy, seen: list[Seen], # B images
     asked = {} # (image, description) -> rollouts that gave it
     for b, group in enumerate(first):
         for i, r in enumerate(group):
-            if r.parsed.description is not None: asked.setdefault((b, r.parsed.description), []).append((b, i))
+            d = r.parsed.description
+            if d is None or dialogue.question_too_long(policy.tokenizer, d, policy.max_question_tokens): continue
+            asked.setdefault((b, d), []).append((b, i))
     second = [[None] * len(group) for group in first]
     if not asked: return second
     of = torch.tensor([b for b, _ in asked], device=prefix.start.device)

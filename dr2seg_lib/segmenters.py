@@ -213,7 +213,9 @@ class Sam3Segmenter(Segmenter):
         return [drawn[p].copy() if p in drawn else np.zeros(hw, dtype=bool) for p in prompts]
 
     def _inputs(self, some, hw): # what the model reads of phrases, or of boxes
-        if isinstance(some[0], str): found = self.processor.tokenizer(some, padding='max_length', truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors='pt')
+        if isinstance(some[0], str): # words that spell a special token are words
+            longest = self.model.config.text_config.max_position_embeddings
+            found = self.processor.tokenizer(some, padding='max_length', truncation=True, max_length=longest, return_tensors='pt', split_special_tokens=True)
         else:
             corners = [np.array(in_frame(t, hw[::-1])[0], dtype=float) + (0, 0, 1, 1) for t in some]
             found = self.processor(text=['visual'] * len(some), input_boxes=[[c.tolist()] for c in corners], original_sizes=[list(hw)] * len(some), return_tensors='pt')

@@ -1,171 +1,177 @@
-"""Run folders as a stranger could send them: python tests/hostile.py FOLDER [--n 60] [--seed 0] writes some."""
-import argparse, copy, json, os, random
+"""What a file, a text or a number may be that nobody meant: values, and changes to whole files.
+
+Everything is drawn from a `random.Random`, so that an attack can be repeated from its seed.
+"""
+import json
+import os
+import pickle
+import shutil
+import struct
+from copy import deepcopy
 from pathlib import Path
-import numpy as np
-from dr2seg_lib.masks import encode
-from dr2seg_lib.scenes import draw_sample
+from random import Random
 
-RUN = "window.__pwned=1;document.title='pwned';console.log('pwned')"
-WORDS = [f"<script>{RUN}</script>", f'<img src=x onerror="{RUN}">', f'"><svg onload="{RUN}"></svg>', f"' autofocus onfocus='{RUN}' x='", f"</style><script>{RUN}</script>",
-         f"</title></textarea></script><script>{RUN}</script>", f"--><img src=x onerror={RUN}>", f"]]></svg><iframe srcdoc=\"<script>parent.{RUN}</script>\">", f"javascript:{RUN}",
-         f"[click](javascript:{RUN})", f"![x](x\" onerror=\"{RUN})", "a|b|c", "`code` ``` ~~~", "one\ntwo\r\n| three |", "$\\href{javascript:" + RUN + "}{x}$", "$\\frac{1", "\\begin{x}\\write18{touch x}",
-         "{0.__class__} {x} %s ${" + RUN + "}", "{{7*7}}", "__proto__", "constructor", "\u202egnp.\u2066", "nul\x00bell\x07", "half \ud83d", "x"*5000, "&lt;script&gt;&#60;", "' OR 1=1", "../../../etc/passwd", "",
-         f"a style=\"position:fixed\" onmouseover={RUN}", f"<math><mtext><mglyph><style><!--</style><img title=\"--&gt;&lt;img src=1 onerror={RUN}&gt;\">", "=cmd()", "N" + "a"*30 + "N"]
-NUMBERS = [10**400, 1e308, -1e308, float("nan"), float("inf"), 1e31, -5, 2**63, 0.5, True, None, [], [1, 2], {}, {"a": {"b": [1]}}, "12", "1e999", *WORDS[:6]]
-KINDS = "training", "evaluate", "rea2seg", "conditioning", "ablate"
+MARK = "<canary-tag onload=alert(1)>" # on a page, this must be text
+RAW = "@@raw@@" # stands in a JSON text where something is put that Python's own writer would refuse
 
-# ---- runs that are whole
-
-def said(n=30): return dict(text="<think>so it is this.</think><description>the ring</description><answer>[{\"bbox_2d\": [10,10,60,60], \"point_2d\": [30,30]}]</answer>",
-                            tokens=["<think>", "so it", " is this.", "</think>", "…"], entropy=[0., .4, 1.2, 0., .1], think_tokens=n)
-
-
-def prediction(i, shift):
-    s = draw_sample(2_000_000 + i)
-    return dict(sample=s.id, query=s.query, text=said()["text"], i=10, u=40, iou=.25*(1 + (i + shift) % 3), tokens=30 + shift, answer_entropy=.4, format=1., targets=1, tags=s.tags, rle=encode(np.roll(s.mask, shift, 1)))
+TEXTS = [
+    "", " ", "\n", "\0", "a\x1b[31m\x07", "\u202egnp.exe", "\ud800", "é" * 300, "x" * 5000, "w " * 5000, MARK,
+    "<|image_pad|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>" * 50,
+    "<think>", "</think><answer>[]</answer>", "</think>" * 400, "<answer>[{\"bbox_2d\": [1e308, NaN, 1, 1], \"point_2d\": [0, 0]}]</answer>",
+    "../../witness/secret.txt", "/etc/passwd", "~/x", "C:\\x", "file:///etc/passwd", "a/b/c", ".", "..", "con.py:r", "canary.py:r",
+    "nobody/nothing", "http://127.0.0.1:9", "{0.__class__}", "%s%n%d", "$(touch canary)", "'; import os; os.system('touch canary') #",
+    "NaN", "1e999", "-0", "true", "null", "|", "`", "\\", "</script>", "\"", "2026-13-99T99:99:99", "#" * 80]
+NUMBERS = [0, -1, 1, 2, -2**31, 2**31, 2**63, -2**63, 10**30, 10**300, 0.5, -0.0, 1e308, 1e-320, 1e16, 32766, -32766, True, False]
+SHAPES = [None, [], {}, [[]], [None], {"": {}}, [{}], [[[[]]]], [0] * 3000, {"a": {"a": {"a": 1}}}, ["x"] * 50]
+RAWS = ["[" * 50_000 + "]" * 50_000, "[" * 3000, '{"a":' * 20_000 + "1" + "}" * 20_000, "1e999", "-1e999", "NaN", "-Infinity",
+        "9" * 5000, "0." + "1" * 100_000, '"\\ud800"', '"\\u0000"', "tru", "'x'", "1 2", '{"a":1,"a":2}', "\x00", "/*x*/1"]
 
 
-def rollouts():
-    return [dict(step=step, sample=f"mini-{1_000_000 + step}", query="what is round?", tags=dict(difficulty="easy", kind="x"), rollout=k, first=said(30 + k), second=said(9) if k else None, description="the ring" if k else None,
-                 terms=dict(accuracy=3.*k, description=1.*k, length=.5), reward=2.*k, advantage=k - .5) for step in (1, 2) for k in (0, 1)]
+def text(rng: Random) -> str:
+    "A hostile text, or several in a row."
+    return "".join(rng.choice(TEXTS) for _ in range(rng.choice((1, 1, 1, 2, 4))))
 
 
-def summary(gIoU=.5): return dict(n=3, gIoU=gIoU, gIoU_ci=[.4, .6], cIoU=.5, cIoU_ci=[.4, .6], tokens=30., tokens_ci=[28., 32.], answer_entropy=.4, cut=.02, strata=dict(difficulty=dict(easy=dict(n=2, gIoU=.5, tokens=20.), hard=dict(n=1, gIoU=.4, tokens=40.))))
+def value(rng: Random):
+    "Anything that JSON can say, and what it cannot, by `RAW`."
+    return rng.choice((lambda: text(rng), lambda: rng.choice(NUMBERS), lambda: deepcopy(rng.choice(SHAPES)), lambda: RAW))()
 
 
-def info(**parameters):
-    return dict(status="done", parameters=dict(recipe="dr2seg", model="embedded", adapter="", segmenter="embedded", data="mini", seed=0, max_new_tokens=192) | parameters, seed=0, versions=dict(torch="2.0"), git="abc",
-                started="2026-01-01T00:00:00+00:00", ended="2026-01-01T00:10:00+00:00", resumed=[dict(time="2026-01-01T00:05:00+00:00")], host="here", pid=1, error=None, frame=112)
+# ---- JSON
 
-
-EVALUATION = dict(data="mini", format="MiniReasonSeg", split="val", protocol="lisa", split_note="The set names no splits: 20 % of it was held out.")
-METRICS = [dict(step=s, reward=2. + s, terms=dict(accuracy=1., description=.5, length=.5), accuracy=.5, tokens=60. - s, tokens_second=20., answer_entropy=.4, kl=.01, loss=.1, lr=1e-3, grad_norm=.5, seconds=dict(first=.4, update=.5, total=.9)) for s in (1, 2, 3)]
-FILES = {"run.json", "results.json"}
-
-
-def training(recipe="dr2seg"):
-    rows = {when: [prediction(i, shift) for i in range(3)] for when, shift in (("before", 9), ("after", 1))}
-    return {"run.json": info(recipe=recipe, steps=3, prompts=2, samples=2, eval_samples=3), "metrics.jsonl": copy.deepcopy(METRICS), "rollouts.jsonl": rollouts(), "progress.json": dict(stage="training", i=3, n=3, note="x", time=""),
-            "predictions_before.jsonl": rows["before"], "predictions_after.jsonl": rows["after"], "results.json": dict(evaluation=EVALUATION, before=summary(.4), after=summary(.6), skipped={"a.json: broken": 2})}
-
-
-def evaluate(): return {"run.json": info(protocol="lisa", split="val", samples=3), "predictions.jsonl": [prediction(i, 1) for i in range(3)], "results.json": dict(evaluation=EVALUATION, table="| a |") | summary()}
-
-
-def rea2seg():
-    rows = []
-    for i in range(3):
-        s = draw_sample(2_000_000 + i)
-        found = [dict(source=k, score=3., iou=.5, text="<think>x</think><score>3</score>", rle=encode(s.mask)) for k in ("direct", "peak")]
-        rows.append(dict(sample=s.id, query=s.query, tags=s.tags, text=said()["text"], grid=(np.eye(7)/9).tolist(), candidates=found, direct=.4, chosen=.6, oracle=.7, best=1, tokens_direct=30, tokens_scoring=20, seconds=dict(direct=1., scoring=.5)))
-    line = dict(n=3) | {k: [.4, .3, .5] for k in ("direct", "oracle", "chosen", "change", "candidates", "tokens_direct", "tokens_scoring", "seconds_direct", "seconds_more")}
-    return {"run.json": info(candidates=8, overlap=.8, split="val", samples=3), "predictions.jsonl": rows, "results.json": dict(table="| a |", summary=dict(spatial=line, all=line))}
-
-
-def conditioning():
-    h = {k: [.3, .4, None, .5] for k in ("I, Q", "I, Q, D", "I, D")}
-    return {"run.json": info(adapters=["runs/x/checkpoints/step-000060"], split="val", samples=4), "results.json": {"start": h, "runs/x/checkpoints/step-000060": h}}
-
-
-def ablate():
-    files = {"run.json": info(recipes=["dr2seg"], seeds=[0, 1], settings=dict(gamma=.1)), "results.json": dict(arms=dict(dr2seg=[summary()], visionreasoner=[summary()]), table="| a |", failed={})}
-    for name in "dr2seg-s0", "dr2seg-s1", "visionreasoner-s0": files |= {f"{name}/{k}": v for k, v in training(name[:-3]).items()}
-    return files
-
-
-# ---- what is done to them
-
-def places(value, way=()): # of every leaf, and of every key, of parsed JSON
-    if isinstance(value, dict):
-        for k, v in value.items():
-            yield (*way, k), "key"
-            yield from places(v, (*way, k))
-    elif isinstance(value, list):
-        for k, v in enumerate(value): yield from places(v, (*way, k))
-    else: yield way, "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else "text"
-
-
-def at(value, way):
-    for k in way: value = value[k]
-    return value
-
-
-def change(value, way, kind, rng, word):
-    "Puts something else where something stands."
-    holder, last = at(value, way[:-1]), way[-1]
-    if kind == "key": holder[word] = holder.pop(last)
-    elif kind == "text": holder[last] = word
-    else: holder[last] = copy.deepcopy(rng.choice(NUMBERS))
-
-
-PLAIN = "sample", "data", "counts", "started", "ended", "time" # so that the record still fits, and what is in it reaches a page
-ASKED = "recipe", "model", "adapter", "segmenter", "data", "steps", "protocol", "candidates", "adapters" # without which it is another kind of run
-NAMED = "parameters", "versions", "terms", "seconds", "tags", "strata", "difficulty", "arms", "skipped" # whose keys are names
-
-
-def attacked(files, rng, how):
-    "The files with every text changed, every number, or some of all."
-    found = copy.deepcopy(files)
-    for value in found.values():
-        where = [(w, k) for w, k in places(value) if w]
-        rng.shuffle(where)
-        if how == "texts": where = [(w, k) for w, k in where if k == "text" and w[-1] not in PLAIN or k == "key" and len(w) > 1 and w[-2] in NAMED and w[-1] not in ASKED]
-        elif how == "numbers": where = [(w, k) for w, k in where if k == "number" and rng.random() < .5]
-        elif how == "one": where = where[:1]
-        else: where = [(w, k) for w, k in where if rng.random() < .06]
-        for way, kind in where:
-            try: change(value, way, kind, rng, rng.choice(WORDS))
-            except (KeyError, IndexError, TypeError): pass # it went with its holder
+def places(tree, path: tuple = ()) -> list: # of paths
+    "Where the values of a JSON tree are."
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found = [path] if path else []
+    for key, child in inner:
+        found += places(child, (*path, key))
     return found
 
 
-RAW = {"empty": b"", "null": b"null", "list": b"[]", "text": b'"<script>"', "number": b"12", "torn": None, "latin": "é".encode("latin-1"), "utf16": '{"status": "done"}'.encode("utf-16"), "deep": b'{"a":' + b"["*50_000 + b"]"*50_000 + b"}",
-       "deeper": b'{"step":1,"x":' + b"["*200 + b"]"*200 + b"}", "digits": b'{"step": ' + b"9"*6000 + b"}", "noise": bytes(range(256))*40, "bom": b'\xef\xbb\xbf{"step": 1}', "lines": b"\n\n\r\n{}\n{}\n[]\n", "twice": b'{"step":1,"step":"<img src=x onerror=alert(1)>"}\n',
-       "gone": None, "folder": None, "pipe": None, "link": None}
+def _holder(tree, path: tuple):
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree
 
 
-def spoil(path, how):
-    "Makes a file something else than a whole file of JSON."
-    whole = path.read_bytes()
-    path.unlink()
-    if how == "folder": path.mkdir()
-    elif how == "pipe": os.mkfifo(path)
-    elif how == "link": path.symlink_to("nowhere")
-    elif how == "torn": path.write_bytes(whole[:len(whole)*2//3])
-    elif how != "gone": path.write_bytes(RAW[how])
+def _replace(rng, holder, key): holder[key] = value(rng)
+def _delete(rng, holder, key): del holder[key]
+def _wrap(rng, holder, key): holder[key] = [holder[key]]
+def _stringify(rng, holder, key): holder[key] = str(holder[key])
+def _repeat(rng, holder, key): holder[key] = [deepcopy(holder[key]) for _ in range(rng.choice((2, 1000)))]
 
 
-NAMES = ["<img src=x onerror=alert(1)>", "a\nb", "name`|$x$[l](javascript:alert(1))", "'\" onload=alert(1)", "ü" + "x"*200, b"\xff\xfe-bytes", "&amp;", "-s0"]
+def _nudge(rng, holder, key):
+    old = holder[key]
+    if isinstance(old, str): holder[key] = old[:len(old) // 2] + text(rng) + old[len(old) // 2:]
+    elif isinstance(old, (int, float)): holder[key] = rng.choice((-old, old * 10**6, old + 0.5, old + 1, 10**9, -1))
+    else: holder[key] = deepcopy(rng.choice(SHAPES))
 
 
-def write(folder, files):
-    for name, value in files.items():
-        path = Path(folder)/name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = value if name.endswith("l") else [value]
-        path.write_text("".join(json.dumps(r, **({} if name.endswith("l") else dict(indent=1))) + "\n" for r in rows))
-    return Path(folder)
+def _add(rng, holder, key):
+    if isinstance(holder, dict): holder[text(rng)] = value(rng)
+    else: holder.insert(rng.randrange(len(holder) + 1), value(rng))
 
 
-def cases(root, n=60, seed=0):
-    "Hostile run folders below `root`, in turn of every kind and every manner."
-    rng, root, raw = random.Random(seed), Path(root), list(RAW)
-    for i in range(n):
-        kind, how = KINDS[i % len(KINDS)], ("texts", "numbers", "some", "raw", "one")[i//len(KINDS) % 5]
-        name = rng.choice(NAMES) if i % 3 == 0 else "run"
-        folder = root/str(i)/(name if isinstance(name, str) else os.fsdecode(name))
-        files = globals()[kind]()
-        write(folder, files if how == "raw" else attacked(files, rng, how))
-        if how == "raw":
-            for k, file in enumerate(sorted(files)):
-                if rng.random() < .6: spoil(folder/file, raw[(i + k) % len(raw)])
-        yield folder
+CHANGES = _replace, _replace, _nudge, _nudge, _delete, _wrap, _stringify, _repeat, _add
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--n", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    for folder in cases(args.folder, args.n, args.seed): print(repr(str(folder)))
+def json_bytes(rng: Random, tree, say, times: int | None = None) -> bytes:
+    "A JSON text of a tree after some changes."
+    tree = json.loads(json.dumps(tree))
+    for _ in range(rng.choice((1, 1, 2, 3)) if times is None else times):
+        if not (found := places(tree)): break
+        path, change = rng.choice(found), rng.choice(CHANGES)
+        change(rng, _holder(tree, path), path[-1])
+        say(f"{change.__name__.strip('_')} at {path}")
+    written = json.dumps(tree)
+    while f'"{RAW}"' in written:
+        raw = rng.choice(RAWS)
+        written = written.replace(f'"{RAW}"', raw, 1)
+        say(f"raw {raw[:20]!r}")
+    return written.replace(RAW, "raw").encode()
+
+
+# ---- bytes and files
+
+def spoil(rng: Random, data: bytes, say) -> bytes:
+    "Some bytes of a file after a few accidents."
+    kind = rng.choice(("flip", "flip", "flip", "cut", "cut", "insert", "double", "zero", "empty", "utf16", "bom", "noise"))
+    say(f"{kind} of {len(data)} bytes")
+    at, end = (sorted(rng.randrange(len(data) + 1) for _ in range(2)) if data else (0, 0))
+    if kind == "flip":
+        data = bytearray(data)
+        for _ in range(rng.choice((1, 3, 20)) if data else 0): data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        return bytes(data)
+    if kind == "cut": return data[:at]
+    if kind == "insert": return data[:at] + rng.randbytes(rng.choice((1, 8, 400))) + data[at:]
+    if kind == "double": return data[:end] + data[at:]
+    if kind == "zero": return data[:at] + bytes(end - at) + data[end:]
+    if kind == "utf16": return data.decode("latin1").encode("utf-16")
+    return dict(empty=b"", bom=b"\xef\xbb\xbf" + data, noise=rng.randbytes(len(data)))[kind]
+
+
+def misplace(rng: Random, path: Path, witness: Path, say):
+    "Something else where a file should be."
+    kind = rng.choice(("missing", "folder", "dangling", "loop", "outside", "pipe", "empty", "forbidden", "device"))
+    say(f"{kind} in place of {path.name}")
+    if kind == "forbidden": return path.chmod(0)
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
+    if kind == "folder": path.mkdir()
+    elif kind == "dangling": path.symlink_to(path.with_name("nowhere"))
+    elif kind == "loop": path.symlink_to(path)
+    elif kind == "outside": path.symlink_to(witness)
+    elif kind == "pipe": os.mkfifo(path)
+    elif kind == "empty": path.touch()
+    elif kind == "device": path.symlink_to("/dev/zero")
+
+
+def harm(rng: Random, path: Path, witness: Path, say):
+    "One file, spoiled or misplaced."
+    if rng.random() < 0.25: return misplace(rng, path, witness, say)
+    say(f"in {path.name}:")
+    path.write_bytes(spoil(rng, path.read_bytes(), say))
+
+
+# ---- pickles
+
+def pickles(canary: Path) -> dict: # {name: bytes}
+    "Pickles that would run something, or be larger than they look."
+    class Touch:
+        def __reduce__(self): return os.system, (f"touch {canary}",)
+    laughs = b"\x80\x02]q\x00" + b"".join(b"](h" + bytes([k]) + b"h" + bytes([k]) + b"eq" + bytes([k + 1]) for k in range(60)) + b"."
+    return {
+        "a call": pickle.dumps(Touch(), 2),
+        "a call, old": f"cos\nsystem\n(S'touch {canary}'\ntR.".encode(),
+        "a call by name": f"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c{chr(len(str(canary)) + 6)}touch {canary}\x85R.".encode("latin1"),
+        "builtins": f"cbuiltins\neval\n(S'open(\"{canary}\", \"w\")'\ntR.".encode(),
+        "a huge memo": b"\x80\x02]r\xff\xff\xff\x7f.",
+        "a huge text": b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x.",
+        "huge bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
+        "a huge frame": b"\x80\x04\x95" + struct.pack("<Q", 2**50) + b".",
+        "deep": b"\x80\x02" + b"(" * 200_000 + b"l" * 1000 + b".",
+        "laughs": laughs,
+        "nothing on the stack": b"\x80\x02.",
+        "an extension": b"\x80\x02\x82\x01.",
+        "a persistent id": b"\x80\x02X\x01\x00\x00\x00aQ.",
+        "not a list": pickle.dumps({"a": 1}, 0)}
+
+
+# ---- geometry
+
+def polygon(rng: Random) -> list: # [[x, y], …]
+    "A polygon that is drawn slowly, or not at all."
+    n = rng.choice((0, 1, 2, 3, 300, 3000, 20_000))
+    reach = rng.choice((30, 32766, 10**6, 1e300, -1e-300))
+    kind = rng.choice(("zigzag", "random", "same", "odd"))
+    if kind == "zigzag": return [[reach if k % 2 else -reach, k % 20] for k in range(n)]
+    if kind == "random": return [[rng.uniform(-reach, reach), rng.uniform(-reach, reach)] for _ in range(n)]
+    return [[5, 5]] * n if kind == "same" else [[1, 2, 3], ["a", None], [RAW, 1], [5]]
+
+
+def run_lengths(rng: Random, w: int, h: int) -> dict:
+    "Run lengths of a mask that lie."
+    size = rng.choice(([h, w], [w, h], [2**31, 2**31], [0, 0], [-h, w], None, [h], [h, w, 3], [10**5, 10**5]))
+    counts = rng.choice(([w * h], [0, w * h], [10**12], [-1, w * h + 1], [0.5], [], [0] * 10**5, "0" * 1000, "~~~~", "PPYo0", "\ud800", None, [RAW], 7))
+    return dict(size=size, counts=counts)

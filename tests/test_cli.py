@@ -1,5 +1,5 @@
 "The command as a user meets it: every test that runs an experiment runs a real notebook in a real kernel."
-import json, os, pty, signal, subprocess, sys, time
+import errno, json, os, pty, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat, pydantic, pytest
 from dr2seg_lib import cli, runs
@@ -134,6 +134,298 @@ def test_a_config_class_has_the_say(notebook, monkeypatch, given, sentence):
 @pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("-3", -3), ("[1, 2]", [1, 2]), ("None", None), ("FALSE", False),
                                          ("007", "007"), ("a b", "a b"), ("", ""), ("__import__('os')", "__import__('os')")])
 def test_values_as_typed(text, value): assert cli.read_value(text) == value
+
+
+# ---- quickly: before torch is imported
+
+def told_quickly(folder, *args):
+    "What a command says in a fresh process, in which torch cannot be imported."
+    code = f"""import sys
+sys.modules["torch"] = None
+from dr2seg_lib import cli
+raise SystemExit(cli.main({list(args)!r}))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("args, says", [
+    (["train", "-p", "lr", "inf"], 'parameter "lr": input should be a finite number'),
+    (["train", "-p", "lr", "1e999"], 'parameter "lr": input should be a finite number'),
+    (["train", "-p", "steps", "0"], 'parameter "steps": input should be greater than or equal to 1, not 0'),
+    (["train", "-p", "recipe", "x"], "recipe 'x' is unknown; use one of visionreasoner"),
+    (["train", "-p", "recipe", "nowhere.py:mine"], "recipe: nowhere.py does not exist; give the path of the file that holds mine"),
+    (["train", "-p", "model", "nope"], "model 'nope' is unknown"),
+    (["train", "-p", "data", "nope"], "data: nope does not exist"),
+    (["train", "-p", "eval_data", "nope"], "eval_data: nope does not exist"),
+    (["train", "-p", "segmenter", "nope"], "segmenter: 'nope' is not known"),
+    (["train", "-p", "norm_lr", "0.1", "-p", "dtype", "bfloat16"], "dtype: bfloat16 would lose"),
+    (["train", "--preset", "visionreasoner_7k", "-p", "lr", "inf"], 'parameter "lr": input should be a finite number'),
+    (["train", "--preset", "visionreasoner_8k"], 'unknown preset "visionreasoner_8k"; did you mean "visionreasoner_7k"?'),
+    (["train", "--preset", "reasonseg_few_shot"], "needs ReasonSeg's folder; name it by data"),
+    (["evaluate", "-p", "adapter", "nope"], "adapter nope does not exist"),
+    (["evaluate", "-p", "batch", "many"], 'parameter "batch": input should be a valid integer'),
+    (["rea2seg", "-p", "overlap", "2"], 'parameter "overlap": input should be less than 1'),
+    (["ablate", "-p", "recipes", '["dr3seg"]'], "recipe 'dr3seg' is unknown"),
+    (["ablate", "-p", "recipes", "[]"], 'parameter "recipes" is empty; give one or more'),
+    (["ablate", "-p", "settings", '{"lr": -1}'], 'parameter "lr": input should be greater than 0'),
+    (["ablate", "-p", "settings", '{"lrr": 1}'], 'parameter "lrr": extra inputs are not permitted'),
+    (["ablate", "-p", "settings", "{1: 2}"], "a name is no text"),
+    (["ablate", "-p", "vary", '{"anchor": 25}'], 'parameter "vary": anchor needs a list of values, not 25'),
+    (["ablate", "-p", "vary", '{"anchor": [25, "many"]}'], 'parameter "anchor": input should be a valid number'),
+    (["compare", "-p", "workers", "0"], 'parameter "workers" is 0; use 1 or more'),
+    (["compare", "-p", "seeds", "[-1]"], 'parameter "seed": input should be greater than or equal to 0'),
+    (["conditioning", "-p", "model", "nope"], "model 'nope' is unknown"),
+    (["conditioning", "-p", "data", "nope"], "data: nope does not exist"),
+    (["conditioning", "-p", "adapters", '["nope"]'], "adapter nope does not exist"),
+    (["conditioning", "-p", "samples", "many"], 'parameter "samples" takes int such as 256'),
+    (["warmstart_policy", "-p", "lr", "1e999"], 'parameter "lr" cannot be inf; use finite numbers')], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_a_wrong_value_is_refused_without_torch(tmp_path, args, says):
+    code, text = told_quickly(tmp_path, "run", *args)
+    assert code == 2 and says in text
+    assert text.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args, says", [(["nothing.jpg", "what", "--model", "nope"], "model 'nope' is unknown"),
+                                        (["nothing.jpg", "what", "--adapter", "nope"], "adapter nope does not exist"),
+                                        (["nothing.jpg", "what", "--recipe", "x"], "recipe 'x' is unknown")])
+def test_segment_refuses_names_without_torch(tmp_path, args, says):
+    code, text = told_quickly(tmp_path, "segment", *args)
+    assert code == 2 and says in text
+
+
+@pytest.mark.parametrize("args, limit", [(["run", "train", "-p", "lr", "inf"], 1.5), (["run", "evaluate", "-p", "adapter", "nope"], 1.5), (["runs"], 1), (["--help"], 1)], ids=str)
+def test_it_takes_about_a_second(tmp_path, args, limit):
+    "CPU time of the whole process, which a busy machine leaves alone."
+    code = f"""import resource, subprocess
+subprocess.run({[str(DR2SEG), *args]!r}, cwd={str(tmp_path)!r}, capture_output=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime)"""
+    seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    assert seconds < limit
+
+
+# ---- odd notebooks, odd names
+
+def written(folder, text):
+    path = folder/"odd.ipynb"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+CELL = dict(cell_type="code", source="steps = 3", metadata=dict(tags=["parameters"]), outputs=[], execution_count=None)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"cells": 3}', b'{"cells": [3]}', b'{"cells": [{}]}', b"[" * 100_000,
+    json.dumps(dict(cells=[CELL | dict(metadata=None)])), json.dumps(dict(cells=[CELL | dict(source=None)])), json.dumps(dict(cells=[CELL | dict(source=[1])])),
+    json.dumps(dict(cells=[CELL | dict(metadata=dict(tags=3))])), json.dumps(dict(worksheets=[]))], ids=lambda t: str(t[:40]))
+def test_what_is_no_notebook_is_one_sentence(tmp_path, text, capsys):
+    assert cli.main(["run", str(written(tmp_path, text)), "--out", str(tmp_path/"run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is no notebook" in err and "save it again in Jupyter" in err and not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("cell, says", [
+    ("steps = ", "the parameters cell is no Python"), ("%matplotlib inline", "the parameters cell is no Python"), ("steps = 3\0", "the parameters cell is no Python"),
+    ("(" * 3000, "the parameters cell is no Python"),
+    ("a, b = 1, 2", "line 1 of the parameters cell is not NAME = VALUE"), ("a = b = 1", "is not NAME = VALUE"), ("x.y = 1", "is not NAME = VALUE"),
+    ("*a, = [1]", "is not NAME = VALUE"), ("x[0] = 1", "is not NAME = VALUE"), ("x = 1\nx += 1", "line 2 of the parameters cell is not NAME = VALUE"),
+    ("steps: int", "parameter steps is no literal"), ("steps = range(3)", "parameter steps is no literal"), ("steps = {[]: 1}", "parameter steps is no literal")])
+def test_an_odd_parameters_cell_is_one_sentence(notebook, cell, says, capsys, tmp_path):
+    assert cli.main(["run", notebook(parameters=cell), "--out", str(tmp_path/"run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and says in err and not (tmp_path/"run").exists()
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("args", [[LONG], [LONG + ".ipynb"], ["train", "-p", LONG, "1"], ["train", "-p", "recipe", LONG], ["train", "-p", "recipe", f"{LONG}.py:r"], ["train", "-p", "model", LONG],
+                                  ["train", "-p", "data", LONG], ["train", "-p", "lr", LONG], ["train", "-p", "segmenter", LONG], ["train", "--preset", LONG], ["train", "--out", LONG],
+                                  ["train", "--resume", "--out", LONG], ["evaluate", "-p", "adapter", LONG], ["rea2seg", "-p", "scorer", LONG]], ids=lambda a: " ".join(a).replace(LONG, "LONG"))
+def test_names_that_no_disk_takes_are_one_sentence(tmp_path, monkeypatch, capsys, args):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", *args]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("dr2seg: ") and err.count("\n") == 1 and len(err) < 1000 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["--out", "a\udcff"], ["-p", "recipe", "a\udcff"], ["-p", "\udcff", "1"]])
+def test_arguments_that_are_no_text_are_one_sentence(notebook, capsys, args):
+    assert cli.main(["run", notebook(), *args]) == 2
+    assert "is not UTF-8; type it anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["{[]: 1}", "(" * 5000, "9" * 5000, "{1, 2}", "...", "1j", "b'3'"])
+def test_a_value_of_an_odd_kind_is_one_sentence(notebook, capsys, value):
+    assert cli.main(["run", notebook(), "-p", "steps", value]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and 'parameter "steps" takes int such as 3' in err and len(err) < 300
+
+
+def test_a_text_stays_a_text(notebook):
+    declared = dict(recipe="dr2seg", steps=3)
+    assert cli.typed([("recipe", "1e-5"), ("steps", "1e3")], declared) == dict(recipe="1e-5", steps=1000.0)
+    assert cli.typed([("recipe", '"dpad"')], declared) == dict(recipe="dpad")
+
+
+def test_a_terminal_that_cannot_show_a_name_shows_its_numbers(tmp_path):
+    (tmp_path/"für").mkdir()
+    done = subprocess.run([DR2SEG, "runs", tmp_path/"für"], capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0 and b"f\\xfcr" in done.stdout and not done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    runs.Run.create(tmp_path/"run", {}, bar=False).finish("done")
+    done = subprocess.run(f"{DR2SEG} runs {tmp_path} | true", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+# ---- runs that cannot be read
+
+def record(**changes):
+    return json.dumps(dict(status="done", parameters={}, started="2026-01-01T00:00:00", error=None, resumed=[], host="here") | changes)
+
+
+@pytest.mark.parametrize("text, why", [
+    (b"", "is not valid JSON"), (b"null", "is no record of a run"), (b"[1]", "is no record of a run"), (b"{}", 'field "status"'), (b"\xff\xfe{}", "is not valid JSON"),
+    (record(status=3), 'field "status"'), (record(status="fine"), 'field "status"'), (record(parameters=[]), 'field "parameters"'),
+    (record(parameters=None), 'field "parameters"'), (record(started=5), 'field "started"'), (record(error=[1]), 'field "error"'), (record(resumed="x"), 'field "resumed"'),
+    (record(status="running", host=7), 'field "host"')], ids=str)
+def test_one_bad_record_does_not_hide_the_other_runs(tmp_path, capsys, text, why):
+    runs.Run.create(tmp_path/"good", {}, bar=False).finish("done")
+    (tmp_path/"bad").mkdir()
+    (tmp_path/"bad"/"run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and any("good" in line and "done" in line for line in lines)
+    bad, = [line for line in lines if "/bad" in line]
+    assert "unreadable" in bad and why in bad
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("metrics.jsonl", b'{"step": 1}\nnonsense\n{"step": 3}\n', "unreadable"), ("metrics.jsonl", b"[1]\n", "unreadable"), ("metrics.jsonl", b'{"step": "one"}\n', "unreadable"),
+    ("metrics.jsonl", b"\xff\xff\n\n", "unreadable"), ("metrics.jsonl", b'{"loss": 1}\n', "done"),
+    ("progress.json", b"[]", "done"), ("progress.json", b"\xff", "done"), ("progress.json", b'{"stage": 1}', "done")], ids=str)
+def test_bad_lines_of_one_run_do_not_hide_the_others(tmp_path, capsys, name, text, says):
+    for folder in "bad", "good": runs.Run.create(tmp_path/folder, {}, bar=False).finish("done")
+    (tmp_path/"bad"/name).write_bytes(text)
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    lines = {Path(line.split()[0]).name: line for line in capsys.readouterr().out.splitlines()}
+    assert says in lines["bad"] and "done" in lines["good"]
+
+
+def test_a_folder_for_a_record_and_a_run_that_vanishes(tmp_path, capsys, monkeypatch):
+    runs.Run.create(tmp_path/"good", {}, bar=False).finish("done")
+    (tmp_path/"odd"/"run.json").mkdir(parents=True)
+    (tmp_path/"gone").mkdir()
+    (tmp_path/"gone"/"run.json").write_text(record())
+    real = runs.status
+    def status(folder):
+        if folder.name == "gone": (folder/"run.json").unlink()
+        return real(folder)
+    monkeypatch.setattr(runs, "status", status)
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and sum("unreadable" in line for line in lines) == 1
+
+
+def test_a_record_that_may_not_be_read_is_unreadable():
+    "As root nothing is forbidden, so the command gives its rights away first."
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for run in "bad", "good": runs.Run.create(folder/run, {}, bar=False).finish("done")
+        (folder/"bad"/"run.json").chmod(0)
+        script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = {Path(line.split()[0]).name: line for line in done.stdout.splitlines()}
+    assert "unreadable" in lines["bad"] and "Permission denied" in lines["bad"] and " done" in lines["good"]
+
+
+def test_a_record_does_not_steer_the_terminal(tmp_path, capsys):
+    (tmp_path/"run").mkdir()
+    (tmp_path/"run"/"run.json").write_text(record(status="failed", error="\x1b[31mred\x1b]0;title\x07\nfake line", started="\x1b[2J"))
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"parameters": {"steps": 3}}', record(parameters=3).encode(), b"\xff"], ids=str)
+def test_a_run_whose_record_cannot_be_read_is_not_resumed(tmp_path, notebook, capsys, text):
+    (tmp_path/"run").mkdir()
+    (tmp_path/"run"/"run.json").write_bytes(text)
+    assert cli.main(["run", notebook(), "--resume", "--out", str(tmp_path/"run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "run.json" in err and (tmp_path/"run"/"run.json").read_bytes() == text
+
+
+@pytest.mark.parametrize("name, text", [("results.json", b"[]"), ("results.json", b"null"), ("results.json", b'{"arms": 3}'), ("results.json", b'{"gIoU": 1, "evaluation": 3}'),
+                                        ("results.json", b'{"after": [1]}'), ("results.json", b'{"after": {"gIoU": "x"}}'), ("results.json", b'{"gIoU": 1, "evaluation": {"data": 3}}'),
+                                        ("results.json", b'{"gIoU": 1, "n": 1, "strata": [], "evaluation": {"data": "a", "format": "b", "split": "c", "protocol": "d"}}'),
+                                        ("run.json", b"[]"), ("run.json", b"{}"), ("run.json", b'{"parameters": []}')], ids=str)
+def test_tables_of_a_malformed_run_are_one_sentence(tmp_path, capsys, name, text):
+    runs.Run.create(tmp_path/"run", dict(recipe="dr2seg", model="embedded", adapter="", segmenter="embedded"), bar=False).finish("done")
+    (tmp_path/"run"/"results.json").write_text('{"gIoU": 1}')
+    (tmp_path/"run"/name).write_bytes(text)
+    assert cli.main(["tables", str(tmp_path/"run")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("dr2seg: ") and err.count("\n") == 1 and str(tmp_path/"run") in err
+
+
+# ---- what the disk refuses
+
+@pytest.mark.parametrize("error, says", [
+    (OSError(errno.ENOSPC, "No space left on device"), "out/.notebook.ipynb cannot be written (No space left on device); free space, or choose another folder with --out"),
+    (PermissionError(errno.EACCES, "Permission denied", "out/x"), "out/x cannot be written (Permission denied); grant permission, or choose another folder with --out"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone/x"), "gone/x cannot be written (No such file or directory); restore gone, or choose another folder with --out"),
+    (OSError("a sentence; mend it"), "papermill failed: OSError: a sentence; mend it"),
+    (TimeoutError("no answer"), "papermill failed: TimeoutError: no answer")])
+def test_what_papermill_cannot_write_is_named(error, says):
+    assert cli.explain(error, Path("out")) == (says, 1)
+
+
+def test_a_disk_that_is_full_for_papermill_and_the_record(tmp_path, notebook, capsys, monkeypatch):
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("papermill.execute_notebook", full)
+    monkeypatch.setattr(runs.Run, "create", full)
+    assert cli.main(["run", notebook(), "--out", str(tmp_path/"out")]) == 1
+    err = capsys.readouterr().err
+    said, = [line for line in err.splitlines() if line.startswith("dr2seg:")]
+    assert "cannot be written (No space left on device); free space" in said and "Traceback" not in err
+
+
+def test_a_folder_that_is_deleted_while_its_run_is_going(tmp_path, notebook):
+    path = notebook("open(out + '/here', 'w').close()\nimport shutil\nshutil.rmtree(out)")
+    done = dr2seg(tmp_path, "run", path, "--out", "out")
+    said = [line for line in done.stderr.splitlines() if line.startswith("dr2seg:")]
+    assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr and not (tmp_path/"out").exists()
+
+
+# ---- what the figures must not be read without
+
+def test_cut_answers_and_the_split_are_told(tmp_path):
+    runs.write_json(tmp_path/"results.json", dict(table="the table", cut=0.125, evaluation=dict(split_note="a tenth of the ids, held out by their hash")))
+    assert cli.summary(tmp_path).splitlines() == ["the table", "", "a tenth of the ids, held out by their hash",
+        "12.5 % of the questions got an answer that max_new_tokens cut short, which is mostly a miss; raise max_new_tokens"]
+
+
+def test_what_the_table_says_is_not_said_twice(tmp_path):
+    note = cli.cut_note(dict(cut=1))
+    runs.write_json(tmp_path/"results.json", dict(table=f"the table\n\n{note}", cut=1))
+    assert cli.summary(tmp_path).count(note) == 1
+
+
+@pytest.mark.parametrize("cut, told", [(0.01, False), (0.011, True), (None, False), ("x", False)])
+def test_up_to_one_percent_is_silent(cut, told):
+    assert bool(cli.cautions(dict(before=dict(cut=cut), after={}))) is told
+    if told: assert cli.cautions(dict(before=dict(cut=cut)))[0].startswith("before training: 1.1 % of the questions")
+
+
+@pytest.mark.parametrize("results", [[], None, 3, dict(before=3, after=[]), dict(before={}, after={}), dict(before=dict(gIoU="x"), after=dict(gIoU=[]))], ids=str)
+def test_results_of_any_form_have_a_summary(tmp_path, results):
+    runs.write_json(tmp_path/"results.json", results)
+    cli.summary(tmp_path)
 
 
 # ---- runs

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 
-from dr2seg_lib import cli, dialogue, evaluation
+from dr2seg_lib import cli, dialogue, evaluation, training
 from dr2seg_lib.evaluation import EvaluateConfig, bootstrap, evaluate, known_model, load_data, load_policy, located, run_evaluation, scored, summarise
 from dr2seg_lib.policy import Policy
 from dr2seg_lib.readers import BrokenRecord
-from dr2seg_lib.rollout import Response
+from dr2seg_lib.rollout import Clock, Group, Response
 from dr2seg_lib.runs import Run, read_json, read_jsonl, write_json
 from dr2seg_lib.scenes import MiniReasonSeg
 from dr2seg_lib.segmenters import Segmenter, load_segmenter
@@ -51,8 +51,42 @@ def test_summary_by_hand():
     b = s["strata"]["kind"]["b"]
     assert (b["gIoU"], b["tokens"], b["n"]) == (.25, 50, 2) and b["cIoU"] == pytest.approx(.1) and b["gIoU_ci"] == [0, .5]
     assert "N_acc" not in s and "broken" not in s
-    assert s["strata"]["kind"]["a"].keys() == {"n", "gIoU", "cIoU", "tokens", "answer_entropy", "format"}, "one sample has no interval"
+    assert s["strata"]["kind"]["a"].keys() == {"n", "gIoU", "cIoU", "tokens", "answer_entropy", "format", "cut"}, "one sample has no interval"
+    assert s["cut"] is None, "rows of an older run do not say what was cut"
     assert s["gIoU_ci"][0] <= s["gIoU"] <= s["gIoU_ci"][1]
+
+
+def test_the_share_of_cut_answers_by_hand():
+    row = lambda cut: dict(i=0, u=1, iou=0., tokens=5, answer_entropy=.1, format=1., cut=cut, tags={"kind": "a" if cut else "b"})
+    s = summarise([row(True), row(False), row(False), row(None), row(False)])
+    assert s["cut"] == 1 / 4, "a record that cannot be read has no answer to cut"
+    assert s["cut_ci"][0] == 0 < s["cut_ci"][1]
+    assert s["strata"]["kind"]["a"]["cut"] == 1
+
+
+def test_a_limit_that_is_too_small_cuts_every_answer_and_a_large_one_none():
+    policy, segmenter = Policy.load(), load_segmenter("grabcut")
+    short, rows = evaluate(policy, segmenter, MiniReasonSeg("val", 3), dialogue.dr2seg, max_new_tokens=5)
+    assert [r["cut"] for r in rows] == [True] * 3 and short["cut"] == 1
+    long, rows = evaluate(policy, segmenter, MiniReasonSeg("val", 3), dialogue.dr2seg, max_new_tokens=256)
+    assert [r["cut"] for r in rows] == [False] * 3 and long["cut"] == 0
+
+
+def test_a_step_tells_the_share_of_its_cut_answers():
+    answer = lambda cut: Response("", dialogue.parse(""), ["x"], [0.5], [1.0], 7, cut)
+    groups = [Group(SAMPLE, [answer(True), answer(False)], [answer(True), None])]
+    row = training.metrics(1, groups, dict(accuracy=torch.ones(1, 2)), torch.ones(1, 2), {}, 0.1, Clock(first=1.0, second=1.0))
+    assert row["cut"] == 2 / 3, "of both passes; no description, no answer"
+
+
+def test_an_answer_of_exactly_the_limit_that_ends_there_is_not_cut():
+    policy, segmenter = Policy.load(), load_segmenter("grabcut")
+    samples = MiniReasonSeg("val", 1)
+    with torch.no_grad():
+        done = policy.generate(policy.read([dialogue.dr2seg(samples[0].query, eval=True)], policy.encode([samples[0].image])), 1, 256, temperature=0)
+    n = int(done.mask.sum())
+    for limit, cut in (n, False), (n - 1, True):
+        assert evaluate(policy, segmenter, samples, dialogue.dr2seg, max_new_tokens=limit)[1][0]["cut"] is cut
 
 
 def test_questions_without_an_answer_by_hand():
@@ -408,7 +442,8 @@ def test_wrong_parameters_are_named(wrong, says):
 
 def test_the_notebook_declares_the_config():
     declared = cli.parameters_of(Path(__file__).parents[1] / "nbs/experiments/evaluate.ipynb")
-    assert {k: v for k, v in declared.items() if k not in ("out", "resume")} == EvaluateConfig().model_dump()
+    defaults = {k: v for k, v in declared.items() if k not in ("out", "resume")}
+    assert EvaluateConfig(**defaults) == EvaluateConfig()
 
 
 def test_the_command(tmp_path, capsys):
@@ -418,3 +453,22 @@ def test_the_command(tmp_path, capsys):
     assert "mini, split val, protocol lisa" in out and "| all | 3 |" in out and "| difficulty: " in out
     assert cli.main([*args, "--resume"]) == 2 and "only a run that ended early" in capsys.readouterr().err
     assert cli.main(["run", "evaluate", "-p", "adapter", str(tmp_path)]) == 2 and "holds no adapter; name a checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_judged_as_it_was_trained(adapter, tmp_path, capsys):
+    "The notebook in its kernel, with nothing given but the checkpoint; what it took from the run is said and recorded."
+    folder = tmp_path / "runs" / "x" / "checkpoints" / "step-000002"
+    shutil.copytree(adapter, folder)
+    write_json(folder.parents[1] / "run.json", dict(status="done", parameters=TrainConfig(recipe="visionreasoner", segmenter="grabcut", max_new_tokens=20, max_question_tokens=200).model_dump()))
+    assert cli.main(["run", "evaluate", "-p", "adapter", str(folder), "-p", "samples", "2", "-p", "max_question_tokens", "300", "--out", str(tmp_path / "run")]) == 0
+    out, recorded = capsys.readouterr().out, Run.open(tmp_path / "run").info["parameters"]
+    assert f"from {folder.parents[1]}: model embedded, recipe visionreasoner, segmenter grabcut, dtype float32, max_new_tokens 20\n" in out
+    taken = dict(model="embedded", recipe="visionreasoner", segmenter="grabcut", max_new_tokens=20, max_question_tokens=300)
+    assert recorded.items() >= taken.items()
+    assert "100.0 % of the questions got an answer that max_new_tokens cut short" in out and read_json(tmp_path / "run" / "results.json")["cut"] == 1
+
+
+def test_how_the_split_was_made_is_in_the_results():
+    class Hashed(MiniReasonSeg): split_note = "a tenth of the ids, held out by their hash"
+    assert evaluation.about(Hashed("val", 1), "mine", "val")["split_note"] == "a tenth of the ids, held out by their hash"
+    assert "split_note" not in evaluation.about(MiniReasonSeg("val", 1), "mini", "val")

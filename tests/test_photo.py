@@ -1,5 +1,6 @@
 "One photograph in, a picture and a record out."
 import json, re
+from dataclasses import replace
 from pathlib import Path
 import matplotlib
 import numpy as np
@@ -46,6 +47,52 @@ def test_files(tmp_path, monkeypatch):
     one, = kept['objects']
     assert one['box'] == [150, 18, 384, 152] and one['point'] == [267, 85] and decode(one['mask']).sum() == one['area'] == decode(kept['mask']).sum()
     assert decode(one['mask']).shape == (600, 512) and Image.open(png).size[0] == 546 # 600 high grows to 640, and a caption below
+
+
+def test_an_earlier_result_stays(tmp_path):
+    found = photo.segment(HOPPER, box=CAP)
+    (tmp_path/'grace_hopper.segment.json').write_text('of another day')
+    names = lambda **how: [p.name for p in found.save(tmp_path, **how)]
+    assert names() == ['grace_hopper.segment-2.png', 'grace_hopper.segment-2.json']
+    assert names() == ['grace_hopper.segment-3.png', 'grace_hopper.segment-3.json']
+    assert (tmp_path/'grace_hopper.segment.json').read_text() == 'of another day'
+    assert names(overwrite=True) == ['grace_hopper.segment.png', 'grace_hopper.segment.json']
+    assert json.loads((tmp_path/'grace_hopper.segment.json').read_text())['photo'] == 'grace_hopper' and len(list(tmp_path.iterdir())) == 6
+
+
+def test_a_long_name_and_one_that_is_no_text_are_saved(tmp_path):
+    found = photo.segment(HOPPER, box=CAP)
+    for name in 'x'*250, 'ü'*120, 'a\udcff':
+        png, record = replace(found, name=name).save(tmp_path)
+        assert Image.open(png).size[0] == 546 and json.loads(record.read_text())['segmenter'] == 'grabcut'
+
+
+@pytest.mark.parametrize('out', ['file', 'file/below', 'file/far/below'])
+def test_a_file_where_a_folder_should_be_is_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys, out):
+    (tmp_path/'file').write_text('mine')
+    monkeypatch.setattr(photo, 'segment', None) # would be too late
+    assert cli.main(['segment', str(HOPPER), '--box', CAP, '--out', str(tmp_path/out)]) == 2
+    assert capsys.readouterr().err == f'dr2seg: {tmp_path}/file is a file; name a folder for the results.\n'
+    with pytest.raises(ValueError, match='is a file'): photo.check_folder(tmp_path/out)
+    assert (tmp_path/'file').read_text() == 'mine'
+
+
+def test_an_adapter_brings_what_it_was_trained_with(tmp_path, monkeypatch, no_policy):
+    asked = dict(model='embedded', recipe='visionreasoner', segmenter='grabcut', dtype='float32', max_new_tokens=20)
+    monkeypatch.setattr(photo, 'inherit', lambda given: (asked | {k: v for k, v in given.items() if v}, 'from runs/x'))
+    sample = MiniReasonSeg('val')[0]
+    found = photo.segment(sample.image, sample.query)
+    assert found.asked == dict(model='embedded', adapter='', recipe='visionreasoner', segmenter='grabcut') and found.response.cut and len(found.response.tokens) == 20
+    assert photo.segment(sample.image, sample.query, max_new_tokens=3, recipe='dr2seg').asked['recipe'] == 'dr2seg'
+
+
+def test_a_question_of_a_million_letters_has_a_caption_of_a_few_lines():
+    assert photo.caption(640, 'x'*10**6, 'y'*10**6).shape[0] < 200
+
+
+def test_a_question_that_is_no_text_is_one_sentence(capsys):
+    assert cli.main(['segment', str(HOPPER), 'what\udcff', '--box', CAP]) == 2
+    assert 'the question' in (said := capsys.readouterr().err) and 'is not UTF-8' in said
 
 
 def test_a_question_is_answered_as_in_evaluation(no_policy):

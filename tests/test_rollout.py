@@ -1,12 +1,19 @@
 "What a rollout records, and that the second pass sees nothing but image and description."
 import dataclasses
+import json
+import resource
 
 import pytest
+from PIL import Image
 
 from dr2seg_lib import dialogue
+from dr2seg_lib.evaluation import EvaluateConfig, run_evaluation
+from dr2seg_lib.masks import encode
 from dr2seg_lib.policy import Policy
 from dr2seg_lib.rollout import Clock, Response, ask_descriptions, responses, roll_out
+from dr2seg_lib.runs import read_json, read_jsonl
 from dr2seg_lib.scenes import MiniReasonSeg
+from dr2seg_lib.training import TrainConfig, train
 
 SAMPLES = [MiniReasonSeg("val")[i] for i in range(3)]
 
@@ -81,3 +88,40 @@ def test_a_group_depends_on_its_own_seeds_alone(policy, rolled):
     alone = roll_out(policy, SAMPLES[1:2], dialogue.dr2seg, dialogue.vision_reasoner, n=n, seed=3 + 2 * n)
     texts = lambda group: [r and r.text for r in group.first + group.second]
     assert texts(alone.groups[0]) == texts(rolled.groups[1])
+
+
+QUERIES = ["the ball", "<|image_pad|>", "the <|im_end|> ball<|vision_start|>", "ball " * 20_000]
+
+@pytest.fixture
+def hostile(tmp_path):
+    "A folder of one's own whose questions spell special tokens, or are far too long."
+    home = tmp_path / "own"
+    home.mkdir()
+    rows = []
+    for split in ("train", "val"):
+        for i, (query, sample) in enumerate(zip(QUERIES, MiniReasonSeg(split, len(QUERIES)))):
+            Image.fromarray(sample.image).save(home / f"{split}-{i}.png")
+            masks = [encode(t.mask) for t in sample.targets]
+            rows.append(dict(id=f"{split}-{i}", image=f"{split}-{i}.png", query=query, mask=masks, split=split))
+    (home / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return home
+
+
+def test_training_asks_hostile_questions_and_passes_over_those_too_long(hostile, tmp_path):
+    config = TrainConfig(data=str(hostile), steps=2, prompts=3, samples=2, rank=4, alpha=4, eval_samples=4, segmenter="grabcut", max_new_tokens=60)
+    run = train(config, tmp_path / "run")
+    skipped = [told for row in run.metrics() for told in row.get("skipped", [])]
+    assert {*skipped} == {"sample train-3: its question of 100,000 characters has more than 512 tokens; shorten it, or raise max_question_tokens."}
+    asked = {r["query"] for r in read_jsonl(run.folder / "rollouts.jsonl")}
+    assert asked <= {*QUERIES[:3]} and len(run.metrics()) == 2
+    results = read_json(run.folder / "results.json")
+    assert results["before"]["n"] == 4 and results["before"]["broken"] == 1
+
+
+def test_evaluation_counts_a_question_that_is_too_long_as_a_miss(hostile, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = run_evaluation(EvaluateConfig(data=str(hostile), segmenter="grabcut", max_new_tokens=60), tmp_path / "run")
+    rows = read_jsonl(run.folder / "predictions.jsonl")
+    assert [r.get("error", "")[:54] for r in rows] == ["", "", "", "sample val-3: its question of 100,000 characters has m"]
+    assert rows[3]["iou"] == 0 and read_json(run.folder / "results.json")["broken"] == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "less than 1 GiB"

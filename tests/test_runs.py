@@ -1,8 +1,10 @@
 "The run folder: what a reader finds in it however the writer ended."
-import json, os, signal, subprocess, sys, time
+import itertools, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 from dr2seg_lib import runs
+from dr2seg_lib.config import TrainFields
 from dr2seg_lib.runs import Run
 
 ROWS = [{"step": i, "reward": i / 7, "text": "né\n"} for i in range(6)]
@@ -221,3 +223,208 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, harm, words):
 
 def test_new_folders_do_not_collide(tmp_path):
     assert [runs.new_folder(tmp_path/"runs", "demo").name for _ in range(3)] == ["demo-1", "demo-2", "demo-3"]
+
+
+@pytest.mark.parametrize("make, words", [(lambda p: p.symlink_to("nowhere"), "is a link to nowhere, which does not exist"), (Path.touch, "is a file; choose another")])
+def test_a_new_folder_where_none_can_be_is_a_sentence(make, words, tmp_path):
+    make(tmp_path/"runs")
+    with pytest.raises((ValueError, FileNotFoundError), match=words): runs.new_folder(tmp_path/"runs", "demo")
+
+
+def test_a_new_folder_passes_over_links_files_and_folders(tmp_path):
+    (tmp_path/"demo-1").symlink_to("nowhere")
+    (tmp_path/"demo-2").touch()
+    (tmp_path/"demo-3").mkdir()
+    assert runs.new_folder(tmp_path, "demo").name == "demo-4"
+
+
+# ---- a second SIGTERM
+
+STUCK = """
+import hashlib, itertools, re, sys
+from dr2seg_lib.runs import Run
+with Run.create(sys.argv[1], {"steps": 9}, bar=False) as run:
+    run.log({"step": 1})
+    print("ready", flush=True)
+    CALL
+"""
+CALLS = dict(with_the_lock="all(itertools.repeat(True))", without_it="hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+             a_regular_expression="re.match(r'(a*)*b', 'a' * 60)", of_python="while True: pass")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_second_sigterm_ends_whatever_the_process_is_at(call, tmp_path):
+    process = start(STUCK.replace("CALL", CALLS[call]), tmp_path/"run")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None and runs.status(tmp_path/"run") == "running", "the first one only asks"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM and runs.status(tmp_path/"run") == "failed"
+    with Run.resume(tmp_path/"run", bar=False) as run: run.log({"step": 2})
+    assert run.metrics() == [{"step": 1}, {"step": 2}] and run.status == "done"
+
+
+def test_a_process_dies_with_the_one_that_started_it(tmp_path):
+    child = "import os, sys, time; from dr2seg_lib.runs import *; die_with_parent(int(sys.argv[1])); lock(sys.argv[2]); print('ready', flush=True); time.sleep(60)"
+    parent = start(f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid()), sys.argv[1]]); time.sleep(60)", tmp_path)
+    assert runs.lock(tmp_path) is None
+    parent.kill()
+    parent.wait()
+    held = next(filter(None, (runs.lock(tmp_path) for _ in range(40))))
+    os.close(held)
+
+
+# ---- records that our code did not write
+
+@pytest.mark.parametrize("text, words", [
+    ("", "not valid JSON"), ("null", "it is no JSON object"), ("[]", "it is no JSON object"), ("{}", 'field "status": Field required'), ("\xff\xfe", "not valid JSON"),
+    ('{"status": "dead"}', 'field "status"'), ('{"status": "done", "parameters": [1]}', 'field "parameters"'), ('{"status": "done", "resumed": {}}', 'field "resumed"'),
+    ('{"status": "done", "seed": "1"}', 'field "seed"'), ('{"status": "done", "started": 7}', 'field "started"'), ("[" * 100_000, "not valid JSON")], ids=range(11))
+def test_a_bad_record_is_named_and_listed_beside_the_good(text, words, tmp_path):
+    with Run.create(tmp_path/"good", {}, bar=False) as run: run.log({"step": 1})
+    (tmp_path/"bad").mkdir()
+    (tmp_path/"bad"/"run.json").write_bytes(text.encode("latin-1"))
+    for ask in runs.status, Run.open, Run.resume, lambda f: runs.update(f, seed=1):
+        with pytest.raises(ValueError, match="bad/run.json") as told: ask(tmp_path/"bad")
+        assert words in str(told.value) and "\n" not in str(told.value)
+    bad, good = runs.list_runs(tmp_path)
+    assert (good["status"], good["step"]) == ("done", 1)
+    assert bad["status"] == "unreadable" and "bad/run.json" in bad["error"] and words in bad["error"]
+
+
+@pytest.mark.parametrize("name, text", [("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n'), ("metrics.jsonl", "[1]\n"), ("progress.json", "[]"), ("progress.json", ""),
+                                        ("progress.json", '{"stage": 3}')])
+def test_one_bad_file_of_a_run_hides_no_other_run(name, text, tmp_path):
+    for folder in "a", "b":
+        with Run.create(tmp_path/folder, {}, bar=False): pass
+    (tmp_path/"a"/name).write_text(text)
+    found = {r["folder"].name: r["status"] for r in runs.list_runs(tmp_path)}
+    assert found == dict(a="unreadable" if name == "metrics.jsonl" else "done", b="done")
+    assert runs.read_progress(tmp_path/"a") is None
+
+
+def test_a_run_deleted_while_at_work_is_one_sentence(tmp_path):
+    with pytest.raises(OSError, match="metrics.jsonl cannot be written .No such file or directory.; .*run was deleted or moved; restore it and resume, or start anew"):
+        with Run.create(tmp_path/"run", {}, bar=False) as run:
+            shutil.rmtree(run.folder)
+            run.log({"step": 1})
+    with pytest.raises(FileNotFoundError, match="run.json was deleted or moved while the run was at work"):
+        with Run.create(tmp_path/"run", {}, bar=False) as run: shutil.rmtree(run.folder)
+    with pytest.raises(OSError, match="checkpoint of step 1 cannot be written"), Run.create(tmp_path/"run", {}, bar=False) as run:
+        shutil.rmtree(run.folder)
+        runs.save_checkpoint(run.folder, 1, fill("1"))
+    assert not (tmp_path/"run").exists(), "nothing is made anew in its place"
+
+
+def test_another_run_in_the_place_of_a_deleted_one_is_left_alone(tmp_path):
+    with pytest.raises(ValueError, match="metrics.jsonl was changed while the run was writing it"):
+        with Run.create(tmp_path/"run", {}, bar=False) as run:
+            run.log({"step": 1})
+            shutil.rmtree(run.folder)
+            with Run.create(tmp_path/"run", {"other": 1}, bar=False): pass
+            run.log({"step": 2})
+    assert not (tmp_path/"run/metrics.jsonl").exists()
+
+
+def test_a_fresh_run_does_not_go_on_from_checkpoints_that_lie_about(tmp_path):
+    runs.save_checkpoint(tmp_path, 5, fill("5"))
+    with pytest.raises(ValueError, match="already holds checkpoints; choose another folder"): Run.create(tmp_path, {})
+
+
+# ---- what a resume changes
+
+def test_a_resume_records_what_it_changes_and_refuses_the_rest(tmp_path):
+    with Run.create(tmp_path/"run", TrainFields().model_dump(), bar=False) as run: run.stopped = True
+    with pytest.raises(ValueError, match="run: the run was started with rank = 32, not 8"): Run.resume(tmp_path/"run", False, TrainFields(rank=8))
+    assert run.status == "interrupted" and run.info["resumed"] == []
+    with Run.resume(tmp_path/"run", False, TrainFields(lr=1e-4, checkpoint_every=5)) as run: run.stopped = True
+    with Run.resume(tmp_path/"run", False, TrainFields(lr=1e-4, checkpoint_every=5)) as run: pass
+    assert [r["changed"] for r in run.info["resumed"]] == [dict(lr=[1e-3, 1e-4], checkpoint_every=[20, 5]), {}]
+    assert run.info["parameters"] == json.loads(json.dumps(TrainFields(lr=1e-4, checkpoint_every=5).model_dump()))
+
+
+# ---- checkpoints that our code did not write
+
+@pytest.mark.parametrize("text, words", [
+    ("[]", "no valid object"), ("null", "no valid object"), ("{}", "no valid step"), ('{"step": 10, "files": {}}', "no valid files"), ('{"step": "10", "files": {"a": "b"}}', "no valid step"),
+    ('{"step": 10, "files": ["a"]}', "no valid files"), ('{"step": 10, "files": {"a": 1}}', "no valid files.a"), ('{"step": 10, "files": {"../a": "0"}}', "names ../a, which is outside"),
+    ('{"step": 10, "files": {"/etc/passwd": "0"}}', "outside"), ('{"step": 11, "files": {"a": "0"}}', "is of step 11"), ("\xff", "not valid JSON"),
+    ('{"step": 10, "files": {"a": "0"}, "rows": {}}', "no valid rows"), ('{"step": 10, "files": {"a": "0"}, "rows": {"x": 1}}', "no valid rows")], ids=range(13))
+def test_a_manifest_that_is_none_is_named(text, words, tmp_path):
+    older, newer = (runs.save_checkpoint(tmp_path, s, fill(str(s))) for s in (5, 10))
+    (newer/"manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.warns(UserWarning, match="step-000010 is damaged"): assert runs.latest_checkpoint(tmp_path) == older
+    assert words in runs.damage(newer)
+    with pytest.warns(UserWarning, match="step-000010 cannot be gone on from"): assert runs.fit_checkpoint(tmp_path) == older
+
+
+def test_what_only_looks_like_a_checkpoint_is_left_alone(tmp_path):
+    kept = runs.save_checkpoint(tmp_path, 1, fill("1"))
+    strange = [tmp_path/"checkpoints"/name for name in ("step-abc", "step-", "step-1e3", "step--2", "step-000002.bak")]
+    for path in strange: path.mkdir()
+    (tmp_path/"checkpoints"/"step-000009").write_text("a file")
+    assert runs.latest_checkpoint(tmp_path) == runs.fit_checkpoint(tmp_path) == kept
+    for step in 2, 3, 4: last = runs.save_checkpoint(tmp_path, step, fill("x"))
+    assert runs.checkpoints(tmp_path) == [last, last.with_name("step-000003")] and all(p.is_dir() for p in strange)
+    with pytest.raises(OSError, match="checkpoint of step 9 cannot be written.*step-000009"): runs.save_checkpoint(tmp_path, 9, fill("9"))
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in 999_999, 1_000_000: runs.save_checkpoint(tmp_path, step, fill(str(step)))
+    assert runs.latest_checkpoint(tmp_path).name == "step-1000000"
+
+
+def test_a_step_that_is_made_again_leaves_no_later_one(tmp_path):
+    for step in 10, 20: runs.save_checkpoint(tmp_path, step, fill(str(step)))
+    runs.save_checkpoint(tmp_path, 15, fill("15"))
+    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-000015", "step-000010"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
+    with Run.create(tmp_path/"run", {}, bar=False) as run:
+        run.log({"step": 1})
+        path = runs.save_checkpoint(run.folder, 1, fill("1"), rows=run.marks())
+    (path/"deep/adapter.safetensors").unlink()
+    with Run.resume(run.folder, bar=False) as run, pytest.warns(UserWarning), pytest.raises(ValueError, match="step-000001: deep/adapter.safetensors is missing.; restore the files"):
+        run.rewind()
+    assert run.metrics() == [{"step": 1}]
+
+
+def test_checkpoints_have_the_permissions_of_the_umask(tmp_path):
+    def private(folder): os.close(os.open(folder/"adapter", os.O_CREAT | os.O_WRONLY, 0o600))
+    before = os.umask(0o027)
+    try: path = runs.save_checkpoint(tmp_path, 1, private)
+    finally: os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in path.iterdir()} == {"0o640"} and sorted(p.name for p in path.iterdir()) == ["adapter", "manifest.json"]
+
+
+# ---- a disk that is full
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 256 kB."
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
+    if done.returncode: pytest.skip("only root may mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_on_a_full_disk_no_line_is_half_and_the_run_goes_on_later(small_disk):
+    row = lambda step: {"step": step, "text": "x" * 3000}
+    with pytest.raises(OSError, match="metrics.jsonl cannot be written .No space left on device.; free space or grant permission, then resume"):
+        with Run.create(small_disk/"run", {}, bar=False) as run:
+            for step in itertools.count(1): run.log(row(step))
+    assert run.status == "failed" and (run.folder/"metrics.jsonl").read_bytes().endswith(b"\n") and len(run.metrics()) == step - 1
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    with Run.resume(run.folder, bar=False) as run: run.log(row(step))
+    assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, step + 1))
+
+
+def test_on_a_full_disk_the_last_checkpoint_stays_whole(small_disk):
+    kept = runs.save_checkpoint(small_disk, 1, fill("x" * 60_000))
+    with pytest.raises(OSError, match="the checkpoint of step 2 cannot be written to .*disk/checkpoints .*No space left.*free space"):
+        runs.save_checkpoint(small_disk, 2, fill("x" * 600_000))
+    assert runs.fit_checkpoint(small_disk) == kept

@@ -68,6 +68,15 @@ def test_a_phrase_is_cut_behind_its_thirtieth_token(sam3, image):
     assert read[0].shape == (3, 32) and read[0][0].equal(read[0][1]) and read[0][:, 0].eq(start).all() and read[0][:, -1].eq(end).all() and read[0][:, 1:-1].ne(end).all()
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
+def test_a_phrase_that_spells_the_end_is_read_on(sam3, image):
+    read, (end,) = [], sam3.processor.tokenizer.convert_tokens_to_ids(["<|endoftext|>"])
+    hook = sam3.model.text_encoder.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"]), with_kwargs=True)
+    sam3.masks(image, ["red<|endoftext|>", "red ball"])
+    hook.remove()
+    plain = sam3.processor.tokenizer(["red ball"], padding="max_length", max_length=32, return_tensors="pt")["input_ids"]
+    assert read[0][0].eq(end).nonzero()[0] > 4, "the letters of the word, one by one"
+    assert read[0][1:].equal(plain), "the ids of ordinary words are what they were"
+
 def test_it_draws_what_the_processor_would(sam3, image):
     with torch.no_grad(): out = sam3.model(**{k: v for k, v in sam3.processor(images=image, text="red ball", return_tensors="pt").items() if k != "original_sizes"})
     found = sam3.processor.post_process_instance_segmentation(out, target_sizes=[image.shape[:2]])[0]

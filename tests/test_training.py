@@ -1,7 +1,9 @@
 "The loop: same seed, same metrics; stop and resume; what a run leaves behind."
 import dataclasses
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from dr2seg_lib.policy import Policy
 from dr2seg_lib.readers import BrokenRecord
 from dr2seg_lib.runs import Run, latest_checkpoint, read_json, read_jsonl, save_checkpoint
 from dr2seg_lib.scenes import MiniReasonSeg
-from dr2seg_lib.training import TrainConfig, preset, prepared, questions, save_state, train, train_step
+from dr2seg_lib.training import TrainConfig, load_state, preset, prepared, questions, save_state, train, train_step
 
 SMALL = dict(steps=2, prompts=2, samples=3, rank=4, alpha=4, eval_samples=0, max_new_tokens=60, checkpoint_every=1)
 TOGETHER = SMALL | dict(prompts=4, eval_samples=5, record=4)
@@ -232,7 +234,8 @@ def test_wrong_parameters_are_named(wrong, says):
 
 def test_the_notebook_declares_the_config():
     declared = parameters_of(Path(__file__).parents[1] / "nbs/experiments/train.ipynb")
-    assert {k: v for k, v in declared.items() if k not in ("out", "resume")} == TrainConfig().model_dump(mode="json")
+    defaults = {k: v for k, v in declared.items() if k not in ("out", "resume")}
+    assert TrainConfig(**defaults) == TrainConfig()
 
 
 def test_presets_are_the_papers_settings(tmp_path):
@@ -281,3 +284,212 @@ def test_every_method_of_the_field_trains(recipe, terms, tmp_path):
 
 def test_a_scorer_that_is_not_there_is_told_before_anything_is_asked(tmp_path):
     with pytest.raises(ValueError, match="scorer: 'clap' is not known; use embedded"): train(TrainConfig(**SMALL | dict(recipe="dpad", scorer="clap")), tmp_path / "run")
+
+
+# ---- going on with a run whose files are not as it has left them
+
+ENDED = SMALL | dict(steps=3, samples=2, max_new_tokens=12, eval_samples=2, segmenter="grabcut", norm_lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    return train(TrainConfig(**ENDED), tmp_path_factory.mktemp("ended") / "run")
+
+
+@pytest.fixture
+def cut_off(ended, tmp_path):
+    "A copy of a run, as if it had been interrupted after its third step; it has checkpoints of the steps 2 and 3."
+    shutil.copytree(ended.folder, tmp_path / "run")
+    runs.update(tmp_path / "run", status="interrupted")
+    return tmp_path / "run"
+
+
+def older(folder):
+    "Takes from the manifests what older versions did not write."
+    for path in folder.glob("checkpoints/*/manifest.json"):
+        manifest = read_json(path)
+        del manifest["rows"]
+        runs.write_json(path, manifest)
+
+
+def lines(path): return path.read_text().splitlines(keepends=True)
+def without_last(path): path.write_text("".join(lines(path)[:-1]))
+def without_half_a_row(path): path.write_text(path.read_text()[:-9])
+def last_altered(path): path.write_text("".join([*lines(path)[:-1], lines(path)[-1].replace("reward", "REWARD")]))
+def last_twice(path): path.write_text("".join([*lines(path), lines(path)[-1]]))
+def first_twice(path): path.write_text("".join([lines(path)[0], *lines(path)]))
+def first_altered(path): path.write_text("".join([lines(path)[0].replace('"step": 1', '"step": 7'), *lines(path)[1:]]))
+def second_missing(path): path.write_text("".join([lines(path)[0], *lines(path)[2:]]))
+def garbage_after(path): path.write_text(path.read_text() + "[1]\nno JSON\n")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize("harm, goes_back_to", [(without_last, 2), (without_half_a_row, 2), (last_altered, 2), (last_twice, 3), (garbage_after, 3)])
+def test_a_resume_goes_back_to_where_the_rows_are_whole(harm, goes_back_to, name, cut_off, ended):
+    harm(cut_off / name)
+    run = train(TrainConfig(**ENDED), cut_off, resume=True)
+    assert run.status == "done" and [timeless(r) for r in run.metrics()] == [timeless(r) for r in ended.metrics()]
+    assert run.rollouts() == ended.rollouts()
+    same = [a == b for a, b in zip(lines(cut_off / "metrics.jsonl"), lines(ended.folder / "metrics.jsonl"))]
+    assert same == [step <= goes_back_to for step in (1, 2, 3)], "rows that were whole are the same to the byte, the others are new"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize("harm", [Path.unlink, first_twice, first_altered, second_missing], ids=lambda f: f.__name__)
+def test_a_resume_is_refused_where_no_rows_are_whole(harm, name, cut_off):
+    harm(cut_off / name)
+    before = {p: p.read_bytes() for p in cut_off.rglob("*") if p.is_file() and p.name != "run.json"}
+    with pytest.raises(ValueError, match=f"run has no checkpoint that can be gone on from .step-000003: {name}.*step-000002: {name}.*restore the files, or start"):
+        train(TrainConfig(**ENDED), cut_off, resume=True)
+    assert {p: p.read_bytes() for p in cut_off.rglob("*") if p.is_file() and p.name != "run.json"} == before
+    assert runs.status(cut_off) == "failed"
+
+
+def test_a_run_of_an_older_version_goes_on(cut_off, ended):
+    older(cut_off)
+    without_last(cut_off / "metrics.jsonl")
+    run = train(TrainConfig(**ENDED), cut_off, resume=True)
+    assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in ended.metrics()] and run.rollouts() == ended.rollouts()
+
+
+@pytest.mark.parametrize("harm, name", [(Path.unlink, "metrics.jsonl"), (Path.unlink, "rollouts.jsonl"), (first_twice, "metrics.jsonl"),
+                                        (first_altered, "metrics.jsonl"), (second_missing, "metrics.jsonl"), (first_altered, "rollouts.jsonl")])
+def test_a_run_of_an_older_version_with_a_gap_is_refused(harm, name, cut_off):
+    older(cut_off)
+    harm(cut_off / name)
+    with pytest.raises(ValueError, match="no checkpoint that can be gone on from"): train(TrainConfig(**ENDED), cut_off, resume=True)
+
+
+def test_rows_that_vanish_while_the_run_is_at_work_are_no_result(tmp_path, monkeypatch):
+    log = Run.log
+    def log_after_a_cut(self, row):
+        if row["step"] == 2: without_last(self.folder / "metrics.jsonl")
+        log(self, row)
+    monkeypatch.setattr(Run, "log", log_after_a_cut)
+    with pytest.raises(ValueError, match="metrics.jsonl was changed while the run was writing it"): train(TrainConfig(**SMALL), tmp_path / "run")
+    assert runs.status(tmp_path / "run") == "failed"
+
+
+def lost(path): path.unlink()
+def altered(path): path.write_text(path.read_text().replace('"iou": 0.', '"iou": 1.').replace('"tokens": 12', '"tokens": 13'))
+def emptied(path): path.write_text("")
+def forged(path): runs.write_json(path, read_json(path) | dict(before=read_json(path)["before"] | dict(gIoU=0.99)))
+def without_before(path): runs.write_json(path, {k: v for k, v in read_json(path).items() if k != "before"})
+
+
+@pytest.mark.parametrize("harm, name", [(lost, "predictions_before.jsonl"), (emptied, "predictions_before.jsonl"), (without_last, "predictions_before.jsonl"),
+                                        (altered, "predictions_before.jsonl"), (altered, "predictions_after.jsonl"), (lost, "results.json"),
+                                        (forged, "results.json"), (without_before, "results.json")])
+def test_results_of_a_resumed_run_are_those_of_its_predictions(harm, name, cut_off, ended):
+    harm(cut_off / name)
+    assert not (cut_off / name).exists() or (cut_off / name).read_bytes() != (ended.folder / name).read_bytes()
+    train(TrainConfig(**ENDED), cut_off, resume=True)
+    assert read_json(cut_off / "results.json") == read_json(ended.folder / "results.json")
+    for kept in "predictions_before.jsonl", "predictions_after.jsonl": assert (cut_off / kept).read_bytes() == (ended.folder / kept).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", '"results"', "\ufffe", "[" * 100_000], ids=range(6))
+def test_malformed_results_are_named(text, cut_off):
+    (cut_off / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="results.json is .*(remove|restore) it") as told: train(TrainConfig(**ENDED), cut_off, resume=True)
+    assert "\n" not in str(told.value)
+
+
+# ---- what a resume may change
+
+def weights(folder): return load_file(str(latest_checkpoint(folder) / "adapter_model.safetensors"))
+
+
+def test_a_new_rate_is_in_force_after_a_resume(cut_off, ended):
+    shutil.rmtree(cut_off / "checkpoints/step-000003")
+    start, slow = weights(cut_off), TrainConfig(**ENDED | dict(lr=1e-5, norm_lr=2e-4, weight_decay=0.5))
+    run = train(slow, cut_off, resume=True)
+    assert [r["lr"] for r in run.metrics()] == [pytest.approx(lr) for lr in (1e-3, 1e-3 * 2 / 3, 1e-5 / 3)]
+    moved = lambda end: max(float((end[k] - start[k]).abs().max()) for k in start if "norm" not in k)
+    assert moved(weights(run.folder)) == pytest.approx(moved(weights(ended.folder)) / 100, rel=0.1), "AdamW moves by its rate"
+    assert run.info["resumed"][0]["changed"] == dict(lr=[1e-3, 1e-5], norm_lr=[0.02, 2e-4], weight_decay=[0.01, 0.5])
+    assert run.info["parameters"]["lr"] == 1e-5 and run.info["parameters"]["rank"] == 4
+    policy, recipe, optimizer, accelerator = prepared(slow)
+    load_state(policy, optimizer, latest_checkpoint(run.folder))
+    assert [(g["base"], g["weight_decay"]) for g in optimizer.param_groups] == [(1e-5, 0.5), (2e-4, 0.5)]
+
+
+@pytest.mark.parametrize("change", [dict(rank=8), dict(steps=4), dict(seed=1), dict(recipe="visionreasoner"), dict(prompts=4), dict(data="other"),
+                                    dict(norm_lr=0.0), dict(temperature=0.5), dict(anchor=20), dict(max_new_tokens=13)], ids=str)
+def test_what_a_run_is_may_not_change(change, cut_off):
+    before = (cut_off / "run.json").read_bytes()
+    (name, value), = change.items()
+    config = TrainConfig.model_construct(**TrainConfig(**ENDED).model_dump() | change)
+    with pytest.raises(ValueError, match=f"run: the run was started with {name} = .*, not .*; leave the parameter out"): train(config, cut_off, resume=True)
+    assert (cut_off / "run.json").read_bytes() == before
+
+
+def test_with_another_evaluation_the_start_is_evaluated_again(cut_off, tmp_path):
+    asked = ENDED | dict(eval_samples=3)
+    fresh = train(TrainConfig(**asked), tmp_path / "fresh")
+    run = train(TrainConfig(**asked), cut_off, resume=True)
+    for name in "results.json", "predictions_before.jsonl", "predictions_after.jsonl":
+        assert (run.folder / name).read_bytes() == (fresh.folder / name).read_bytes()
+
+
+def test_a_record_of_wrong_types_is_named(cut_off):
+    runs.update(cut_off, parameters=runs.read_record(cut_off)["parameters"] | dict(steps="many"))
+    with pytest.raises(ValueError, match="run: the run's record cannot be gone on from .parameter steps: Input should be a valid integer"):
+        train(TrainConfig(**ENDED), cut_off, resume=True)
+
+
+# ---- what is no number
+
+def test_after_a_loss_that_is_no_number_the_run_goes_on_with_a_lower_rate(tmp_path):
+    wild = TrainConfig(**SMALL | dict(lr=1e30, steps=4))
+    with pytest.raises(FloatingPointError, match="lower lr, then resume"): train(wild, tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoints/step-*"):
+        kept = torch.load(path / "optimizer.pt", weights_only=True)["state"].values()
+        assert all(torch.isfinite(v).all() for state in kept for v in state.values() if torch.is_tensor(v))
+        assert all(torch.isfinite(v).all() for v in load_file(str(path / "adapter_model.safetensors")).values())
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True) # one with weights of 1e27 is finite, and of no use
+    run = train(TrainConfig(**SMALL | dict(lr=1e-3, steps=4)), tmp_path / "run", resume=True)
+    assert run.status == "done" and [r["step"] for r in run.metrics()] == [1, 2, 3, 4]
+    tame = train(TrainConfig(**SMALL | dict(lr=1e-3, steps=4)), tmp_path / "tame")
+    assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in tame.metrics()], "nothing of the wild run is left"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight", "exp_avg", "exp_avg_sq"])
+def test_a_state_that_is_no_number_is_never_saved(where, value, tmp_path):
+    policy, recipe, optimizer, accelerator = prepared(TrainConfig(**SMALL))
+    train_step(policy, recipe, optimizer, accelerator, questions(load_data("mini", "train"), TrainConfig(**SMALL), 1)[0], TrainConfig(**SMALL), 1)
+    save_checkpoint(tmp_path, 1, lambda d: save_state(policy, optimizer, d))
+    name, p = policy.trainable()[-1] if isinstance(policy.trainable(), list) else list(policy.trainable())[-1]
+    with torch.no_grad(): (p if where == "weight" else optimizer.state[p][where]).view(-1)[-1] = value
+    with pytest.raises(FloatingPointError, match=f"{where} of {name} is not a number, so nothing is saved"):
+        save_checkpoint(tmp_path, 2, lambda d: save_state(policy, optimizer, d))
+    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-000001"]
+
+
+def test_a_checkpoint_of_an_older_version_that_is_no_number_is_told(cut_off):
+    path = cut_off / "checkpoints/step-000003"
+    state = load_file(str(path / "adapter_model.safetensors"))
+    name = max(state)
+    state[name][0] = float("nan")
+    from safetensors.torch import save_file
+    save_file(state, str(path / "adapter_model.safetensors"))
+    manifest = read_json(path / "manifest.json")
+    manifest["files"]["adapter_model.safetensors"] = runs._sha256(path / "adapter_model.safetensors")
+    runs.write_json(path / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="step-000003 is of no use .a weight of .* is not a number.; remove that folder"): train(TrainConfig(**ENDED), cut_off, resume=True)
+
+
+def test_a_checkpoint_of_another_rank_is_told(cut_off):
+    runs.update(cut_off, parameters=runs.read_record(cut_off)["parameters"] | dict(rank=8))
+    with pytest.raises(ValueError, match="checkpoint .*step-000003 cannot be loaded .*remove that folder"): train(TrainConfig(**ENDED | dict(rank=8)), cut_off, resume=True)
+
+
+# ---- permissions
+
+def test_every_file_of_a_run_has_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try: run = train(TrainConfig(**ENDED | dict(steps=1)), tmp_path / "run")
+    finally: os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in run.folder.rglob("*") if p.is_file()} == {"0o640"}
+    assert {oct(p.stat().st_mode & 0o777) for p in run.folder.rglob("*") if p.is_dir()} == {"0o750"}

@@ -2,7 +2,7 @@
 import ast, json, re
 from pathlib import Path
 import pytest
-import browser, hostile
+import browser, hostile_runs as hostile
 from dr2seg_lib import inspector, markup, plots, report, tables
 from dr2seg_lib.opened import Opened
 from test_report import Reader
