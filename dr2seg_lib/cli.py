@@ -7,7 +7,8 @@ __all__ = ['FIELDS', 'CONFIGS', 'NO_LITERAL', 'PART', 'USER_ERRORS', 'experiment
            'parameters_of', 'read_value', 'check_type', 'free', 'check_names', 'validated', 'look_up', 'check_sweep',
            'check_quickly', 'check_parameters', 'kernel_class', 'Lines', 'execute', 'unwritable', 'explain', 'settle',
            'unreadable', 'cautions', 'comparison', 'summary', 'with_preset', 'typed', 'check_text', 'prepare',
-           'from_run', 'prepare_resume', 'run', 'one_line', 'show_runs', 'check', 'segment', 'tables', 'parser', 'main']
+           'from_run', 'code_named', 'check_trust', 'check_changes', 'prepare_resume', 'run', 'one_line', 'show_runs',
+           'check', 'segment', 'tables', 'parser', 'main']
 
 # %% ../nbs/27_cli.ipynb #12fd3536
 import argparse, ast, difflib, errno, importlib, json, os, re, signal, sys, time
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 from pydantic import ValidationError
 import dr2seg_lib
 from . import runs
-from .config import PRESETS, EvaluateFields, Rea2SegFields, TrainFields, brief, cut_note, find_unknown_name, split_notes, without_unsaid
+from .config import PRESETS, EvaluateFields, Rea2SegFields, TrainFields, brief, changed_parameters, cut_note, find_unknown_name, split_notes, without_unsaid
 from .verify import inherit, known_adapter, known_model
 
 # %% ../nbs/27_cli.ipynb #6f296b74
@@ -197,30 +198,51 @@ class Lines:
 
     def close(self): pass
 
+def _tell(pids: list, number: int):
+    "Sends a signal to kernels and to what they have started."
+    for pid in pids:
+        with suppress(ProcessLookupError): os.killpg(pid, number)     # it is gone already
+
+def _listener(asked: list, pids: list):
+    "Counts Ctrl-C and SIGTERM: the first is for the run to hear, a second Ctrl-C interrupts, what comes then kills."
+    def on_signal(number, frame):
+        asked.append(number)
+        if len(asked) == 2 and number == signal.SIGINT: _tell(pids, signal.SIGINT)
+        elif len(asked) > 1: _tell(pids, signal.SIGKILL)
+    return on_signal
+
+def _ask_to_stop(out: Path, pids: list) -> bool:  # whether that is for good
+    "Leaves the file `stop` for the run to see; where there is no room for it, interrupts, which a run takes as a first request."
+    try: (out/"stop").touch()
+    except FileNotFoundError: pass     # the folder may have been deleted meanwhile
+    except OSError:
+        _tell(pids, signal.SIGINT)
+        return True
+    return False     # a run that begins only now removes what is left of an earlier one
+
+def _watch(work, out: Path, asked: list, pids: list):
+    "Draws the bar until a notebook has come to its end."
+    bar, over, told = runs.Bar() if sys.stderr.isatty() else Lines(), False, False
+    while not over:
+        over = wait([work], 0.2).done
+        at = runs.read_progress(out) or dict(stage="starting", i=0, n=1)
+        if asked and not over:
+            told = told or _ask_to_stop(out, pids)
+            at["note"] = "stopping after this step; Ctrl-C again stops at once"
+        bar.show(**at)
+    bar.close()
+
 def execute(notebook: Path, out: Path, parameters: dict) -> tuple[Exception | None, int]:  # what ended it; Ctrl-Cs
     "Runs a notebook into `out/notebook.ipynb`."
     import papermill
     log, asked = open(out/"kernel.log", "w"), []
     kernel = kernel_class(log)
-    bar = runs.Bar() if sys.stderr.isatty() else Lines()
-    def on_signal(number, frame):
-        asked.append(number)
-        if len(asked) > 1:
-            with suppress(ProcessLookupError):     # it is gone already
-                for pid in kernel.pids: os.killpg(pid, signal.SIGINT if len(asked) == 2 else signal.SIGKILL)
+    on_signal = _listener(asked, kernel.pids)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(papermill.execute_notebook, notebook, out/PART, parameters, kernel_name="python3", language="python",
                            progress_bar=False, start_timeout=300, kernel_manager_class=kernel)
-        over = False
-        while not over:
-            over = wait([work], 0.2).done
-            at = runs.read_progress(out) or dict(stage="starting", i=0, n=1)
-            if asked and not over:
-                with suppress(FileNotFoundError): (out/"stop").touch()
-                at["note"] = "stopping after this step; Ctrl-C again stops at once"
-            bar.show(**at)
-    bar.close()
+        _watch(work, out, asked, kernel.pids)
     log.close()
     with suppress(FileNotFoundError):     # the folder may have been deleted meanwhile
         if not (out/"kernel.log").stat().st_size: (out/"kernel.log").unlink()
@@ -258,7 +280,9 @@ def settle(out: Path, parameters: dict, error: Exception | None, asked: int) -> 
         (out/PART).unlink(missing_ok=True)
         return sentence, code
     if not out.is_dir(): return sentence or f"{out} was deleted while its run was going; nothing of it is left", 1
-    if not (out/"run.json").exists(): runs.Run.create(out, parameters, bar=False).finish("done")
+    if not (out/"run.json").exists():
+        if error and any((out/name).exists() for name in runs.ROW_FILES): return sentence, code     # its record was deleted
+        runs.Run.create(out, parameters, bar=False, free=False).finish("done")
     if (out/PART).exists(): (out/PART).replace(out/"notebook.ipynb")
     stopped = asked and (error or runs.status(out) != "done") or getattr(error, "ename", "") == "KeyboardInterrupt"
     if stopped or runs.status(out) == "interrupted":
@@ -353,17 +377,40 @@ def from_run(declared: dict, given: dict) -> dict:
     if sentence: print(sentence)
     return given
 
+def code_named(value) -> list[str]:
+    "Every FILE.py:NAME in a value: code of one's own, which whoever loads it runs."
+    if isinstance(value, dict): value = [*value.values()]
+    if isinstance(value, (list, tuple)): return [name for one in value for name in code_named(one)]
+    return [value] if isinstance(value, str) and value.rpartition(":")[0].endswith(".py") else []
+
+def check_trust(args, recorded: dict, given: dict):
+    "A folder may come from anyone: the code that its record names is run only by those who say so."
+    named = [name for name in code_named(recorded) if name not in code_named(given)]
+    if not named or args.trust: return
+    raise ValueError(f"{args.out} names code of a file, {brief(named[0])}, which resuming would run; look at it, then add --trust")
+
+def check_changes(args, notebook: Path, recorded: dict, given: dict):
+    "A resume may change what `config` says; of other notebooks, in how many processes they run."
+    if args.experiment in FIELDS:
+        asked = validated(FIELDS[args.experiment], recorded | given)
+        try: changed_parameters(recorded, asked)
+        except ValueError as e: raise ValueError(f"{args.out}: {e}") from None
+        return
+    for name, value in given.items():
+        if name not in ("processes", "workers") and recorded.get(name) != value:
+            raise ValueError(f"{args.out}: the run was started with {name} = {recorded.get(name)!r}, not {value!r}; "
+                             "leave the parameter out, or start a new run in another folder")
+
 def prepare_resume(args, notebook: Path, given: dict) -> tuple[Path, dict]:  # run folder, parameters
-    "A run is resumed with the parameters it was started with, in as many processes as one likes."
+    "A run is resumed with the parameters it was started with, but for those that may change."
     if not args.out: raise ValueError("--resume needs the run's folder; name it with --out")
     recorded = runs.read_record(args.out)["parameters"]
     recorded = {n: v for n, v in recorded.items() if n not in ("out", "resume")}
-    now = runs.status(args.out)
-    if now in ("running", "done"): raise ValueError(f"{args.out} is {now}; only a run that ended early can be resumed")
-    for name, value in check_parameters(args.experiment, notebook, given).items():
-        if name != "processes" and recorded.get(name) != value: # these may be as many as there are now
-            raise ValueError(f'{args.out} was started with {name} = {recorded.get(name)!r}, not {value!r}; '
-                             "leave the parameter out, or start a new run in another folder")
+    now, unfinished = runs.status(args.out), (args.out/PART).exists()     # its notebook was killed, in its report perhaps
+    if now == "running" or now == "done" and not unfinished:
+        raise ValueError(f"{args.out} is {now}; only a run that ended early can be resumed")
+    check_trust(args, recorded, given)
+    check_changes(args, notebook, recorded, check_parameters(args.experiment, notebook, given))
     return args.out, check_parameters(args.experiment, notebook, recorded | given)
 
 def _carry_out(notebook: Path, out: Path, parameters: dict, resume: bool) -> tuple[str | None, int]:  # sentence, exit code
@@ -453,7 +500,8 @@ def parser() -> argparse.ArgumentParser:
                    help="set a parameter of the notebook; may be given again")
     p.add_argument("--preset", metavar="NAME", help="start from a published training: reasonseg_few_shot or visionreasoner_7k; -p has precedence")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: the next free one in runs/)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out; -p may change its rate, its memory, its evaluation")
+    p.add_argument("--trust", action="store_true", help="with --resume: run the code of FILE.py:NAME that the run's record names")
     p.set_defaults(run=run)
     p = commands.add_parser("runs", help="list runs and what has become of them")
     p.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs")

@@ -10,36 +10,83 @@ import multiprocessing
 import os
 import re
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
 from itertools import product
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from .runs import Run, read_json, status
+from .runs import Run, die_with_parent, read_results, status
 from .training import TrainConfig, train
 
 # %% ../nbs/18_sweeps.ipynb #0dbaf165
-def _train_alone(name: str, config: TrainConfig, folder: Path, threads: int):
-    "One run in a worker process."
+def _train_alone(config: TrainConfig, folder: Path, threads: int, report: Connection):
+    "One run in a process of its own, which ends with the one that holds the sweep."
+    die_with_parent(multiprocessing.parent_process().pid)
     import torch
     torch.set_num_threads(threads)
-    train(config, folder, resume=(Path(folder) / "run.json").exists())
+    os.environ["DR2SEG_WATCHED"] = "1" # it draws no bar
+    try: train(config, folder, resume=(folder / "run.json").exists())
+    except Exception as e: # whatever a run may end with: it is told, and the others go on
+        report.send(f"{type(e).__name__}: {e}")
+        raise
+
+class _Worker:
+    "A run that is being trained, and the process that does it."
+    def __init__(self, config: TrainConfig, folder: Path, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.folder, (self.reader, writer) = folder, context.Pipe(duplex=False)
+        self.process: BaseProcess = context.Process(target=_train_alone, args=(config, folder, threads, writer))
+        self.process.start()
+        writer.close() # the other process has its own
+
+    def ended(self) -> bool: return not self.process.is_alive()
+
+    def problem(self) -> str | None: # a sentence; None when it ended well
+        "What a run has ended with."
+        self.process.join()
+        try: return self.reader.recv()
+        except EOFError: code = self.process.exitcode
+        return f"its process ended with {code}, killed perhaps for memory; resume the sweep" if code else None
+
+    def stop(self):
+        if self.folder.exists(): (self.folder / "stop").touch()
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+def _is_done(folder: Path) -> bool: return (folder / "run.json").exists() and status(folder) == "done"
+
+def _todo(folders: dict) -> tuple[deque, dict]: # names of runs; {name: one sentence}, those whose folders cannot be read
+    names, failed = deque(), {}
+    for name, folder in folders.items():
+        try:
+            if not _is_done(folder): names.append(name)
+        except (OSError, ValueError) as e: failed[name] = f"{type(e).__name__}: {e}"
+    return names, failed
 
 def sweep(run: Run, # the run that holds the others
           configs: dict, # {name: TrainConfig}
           workers: int = 2) -> dict: # {name: one sentence}, what failed
-    "Train every configuration in `run.folder/name`."
-    folders = {n: run.folder / n for n in configs}
-    todo = [n for n, f in folders.items() if not ((f / "run.json").exists() and status(f) == "done")]
-    os.environ["DR2SEG_WATCHED"] = "1" # the workers draw no bars
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = {n: pool.submit(_train_alone, n, configs[n], folders[n], max(1, (os.cpu_count() or 1) // workers)) for n in todo}
-        while not all(j.done() for j in jobs.values()):
-            run.progress("runs", len(configs) - len(todo) + sum(j.done() for j in jobs.values()), len(configs))
+    "Train every configuration in `run.folder/name`, each in a process of its own, so many at a time."
+    folders, threads = {n: run.folder / n for n in configs}, max(1, (os.cpu_count() or 1) // workers)
+    (todo, failed), busy = _todo(folders), {}
+    try:
+        while todo or busy:
+            while todo and len(busy) < workers:
+                name = todo.popleft()
+                busy[name] = _Worker(configs[name], folders[name], threads)
+            for name in [n for n, w in busy.items() if w.ended()]:
+                if problem := busy.pop(name).problem(): failed[name] = problem
+            run.progress("runs", len(configs) - len(todo) - len(busy), len(configs))
             if run.stop_requested():
-                for n, j in jobs.items():
-                    if not j.cancel() and not j.done() and folders[n].exists(): (folders[n] / "stop").touch()
-            time.sleep(0.5)
-    return {n: f"{type(e).__name__}: {e}" for n, j in jobs.items() if not j.cancelled() and (e := j.exception())}
+                todo.clear()
+                for worker in busy.values(): worker.stop()
+            time.sleep(0.2)
+    finally:
+        for worker in busy.values(): worker.kill() # an interrupt does not wait for them
+    return failed
 
 # %% ../nbs/18_sweeps.ipynb #783c632d
 def arms(recipes: list, seeds: list,
@@ -58,9 +105,8 @@ def in_turn(arms: dict) -> dict: # {run name: TrainConfig}
 # %% ../nbs/18_sweeps.ipynb #af8f02e4
 def finished(folder: Path, names: dict) -> dict: # names {arm: [run names]} -> {arm: [run names]}
     "The runs of each arm that have been evaluated after training."
-    ended = lambda path: path.exists() and "after" in read_json(path)
-    return {arm: [n for n in runs if ended(Path(folder) / n / "results.json")] for arm, runs in names.items()}
+    return {arm: [n for n in runs if "after" in read_results(Path(folder) / n)] for arm, runs in names.items()}
 
 def arm_results(folder: Path, names: dict) -> dict: # names {arm: [run names]} -> {arm: [results]}
     "The results of every finished run of each arm."
-    return {arm: [read_json(Path(folder) / n / "results.json") for n in runs] for arm, runs in finished(folder, names).items()}
+    return {arm: [read_results(Path(folder) / n) for n in runs] for arm, runs in finished(folder, names).items()}

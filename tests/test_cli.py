@@ -3,6 +3,7 @@ import errno, json, os, pty, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat, pydantic, pytest
 from dr2seg_lib import cli, runs
+from dr2seg_lib.config import TrainFields
 
 DR2SEG = Path(sys.executable).parent/"dr2seg"
 TRAIN = """
@@ -580,3 +581,76 @@ def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(experime
     assert cli.main(["run", experiment, "-p", "model", str(tmp_path/"model"), "--out", str(tmp_path/"run")]) == 2
     assert capsys.readouterr().err == f"dr2seg: model {tmp_path}/model is not whole (model-00001-of-00002.safetensors is missing); fetch it again\n"
     assert not (tmp_path/"run").exists()
+
+
+# ---- what a resume may do
+
+def asked(folder, *given, experiment="train"):
+    return cli.prepare(cli.parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given]))[2]
+
+
+@pytest.fixture
+def ended(tmp_path):
+    "A training that ended early."
+    runs.Run.create(tmp_path/"run", TrainFields(steps=9, lr=0.5).model_dump(), bar=False).finish("failed", "FloatingPointError: the loss is not a number")
+    return tmp_path/"run"
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0.01), ("schedule", "constant"), ("checkpoint_every", 3), ("eval_samples", 8), ("record", 0), ("chunk", 1), ("kl", 0.0)])
+def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
+    found = asked(ended, "-p", name, str(value))
+    assert found[name] == value and found["steps"] == 9
+
+
+@pytest.mark.parametrize("name, value", [("rank", "8"), ("steps", "10"), ("recipe", "dpad"), ("seed", "1"), ("norm_lr", "0")])
+def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
+    assert cli.main(["run", "train", "--resume", "--out", str(ended), "-p", name, value]) == 2
+    said = capsys.readouterr().err
+    assert f"{ended}: the run was started with {name} = " in said and said.count("\n") == 1
+
+
+def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
+    runs.update(ended, status="done")
+    with pytest.raises(ValueError, match="is done; only a run that ended early"): asked(ended)
+    (ended/cli.PART).write_text("{}")
+    assert asked(ended)["steps"] == 9
+
+
+RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.recipes import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
+
+
+@pytest.mark.parametrize("experiment, parameters", [("train", lambda name: TrainFields.model_construct(**TrainFields().model_dump() | dict(recipe=name)).model_dump()),
+                                                    ("ablate", lambda name: dict(recipes=["dr2seg", name], seeds=[0], steps=1, eval_samples=2, workers=1, vary={}, settings={})),
+                                                    ("ablate", lambda name: dict(recipes=["dr2seg"], seeds=[0], steps=1, eval_samples=2, workers=1, vary={"recipe": [name]}, settings={}))])
+def test_code_that_a_record_names_is_run_only_with_trust(experiment, parameters, tmp_path, capsys):
+    (tmp_path/"rewards.py").write_text(RUNS_CODE)
+    name = f"{tmp_path}/rewards.py:mine"
+    runs.Run.create(tmp_path/"run", parameters(name), bar=False).finish("interrupted")
+    assert cli.main(["run", experiment, "--resume", "--out", str(tmp_path/"run")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "names code of a file, " in said and "look at it, then add --trust" in said
+    assert not (tmp_path/"it-ran").exists()
+    asked(tmp_path/"run", "--trust", experiment=experiment)
+    assert (tmp_path/"it-ran").exists() == (experiment == "train"), "a sweep's workers load it themselves"
+    if experiment == "train": assert asked(tmp_path/"run", "-p", "recipe", name)["recipe"] == name, "who names the code trusts it"
+
+
+# ---- a second SIGTERM, a record that goes
+
+def test_a_second_sigterm_kills_a_notebook_that_is_stuck(tmp_path, notebook):
+    stuck = TRAIN.replace("time.sleep(nap)", "step > 1 and all(__import__('itertools').repeat(True))")
+    process = start(tmp_path, "run", notebook(stuck), "--out", "out")
+    while not (tmp_path/"out/metrics.jsonl").exists(): time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    while not (tmp_path/"out/stop").exists(): time.sleep(0.1)
+    time.sleep(1)
+    assert process.poll() is None, "the first one only asks"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and runs.status(tmp_path/"out") == "interrupted" and runs.Run.open(tmp_path/"out").metrics() == [{"step": 1}]
+
+
+def test_a_record_deleted_while_the_run_is_at_work_is_one_sentence(tmp_path, notebook):
+    failed = dr2seg(tmp_path, "run", notebook(TRAIN.replace("run.progress(", "(run.folder/'run.json').unlink(missing_ok=True); run.progress(")), "--out", "out")
+    assert failed.returncode == 1 and "out/run.json was deleted or moved while the run was at work; restore it" in failed.stderr
+    assert "Traceback" not in failed.stderr and (tmp_path/"out/metrics.jsonl").exists()
