@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                     'dr2seg_lib.readers.rle_mask': ('readers.html#rle_mask', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.rows_mask': ('readers.html#rows_mask', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.several': ('readers.html#several', 'dr2seg_lib/readers.py'),
+                                    'dr2seg_lib.readers.solution_items': ('readers.html#solution_items', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.solved': ('readers.html#solved', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.under': ('readers.html#under', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.within': ('readers.html#within', 'dr2seg_lib/readers.py')},

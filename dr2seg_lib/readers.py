@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NAMES', 'MAX_PIXELS', 'REACH', 'PROTOCOLS', 'SPLITS', 'FRAME', 'FORMATS', 'BrokenRecord', 'broken', 'part', 'item',
            'parsed', 'picture', 'pixels', 'within', 'rle_mask', 'polygon', 'paint', 'coco_mask', 'under', 'Reader',
-           'choose', 'outlines', 'ReasonSeg', 'solved', 'rows_mask', 'Parquet', 'plain_pickle', 'lines', 'line_at',
-           'entries', 'named', 'joined_refs', 'RefCOCO', 'Own', 'several', 'locate', 'recognise', 'open_data', 'Report',
-           'check']
+           'choose', 'outlines', 'ReasonSeg', 'solution_items', 'solved', 'rows_mask', 'Parquet', 'plain_pickle',
+           'lines', 'line_at', 'entries', 'named', 'joined_refs', 'RefCOCO', 'Own', 'several', 'locate', 'recognise',
+           'open_data', 'Report', 'check']
 
 # %% ../nbs/14_readers.ipynb #ec19ca5e
 import io, json, os, pickle, re, struct, zlib
@@ -226,21 +226,31 @@ class ReasonSeg(Reader):
 
 # %% ../nbs/14_readers.ipynb #2b7a69af
 FRAME = 840 # of the training sets' solutions
-_SEG_ZERO = re.compile(r'\s*<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>\s*<points>\((\d+),(\d+)\),\((\d+),(\d+)\)</points>\s*')
+_PAIR = r'\(([0-9]{1,6}),([0-9]{1,6})\)' # more digits are no coordinate
+_SEG_ZERO = re.compile(rf'\s*<box>{_PAIR},{_PAIR}</box>\s*<points>{_PAIR},{_PAIR}</points>\s*')
 
-def solved(text: str, size: tuple, where) -> tuple: # a solution, (W,H) of the image -> Targets without masks, in the image's pixels
-    "The objects of a training set's row: VisionReasoner's JSON list or Seg-Zero's tags, in the 840 frame."
-    tags = _SEG_ZERO.fullmatch(text)
-    if tags: items = [dict(bbox_2d=[int(v) for v in tags.groups()[:4]], point_2d=[int(v) for v in tags.groups()[4:]])]
-    else: items = parsed(text.encode(), f'{where}: field "solution"')
-    if not isinstance(items, list): raise broken(where, 'field "solution"', 'is not a list', 'make it [{"bbox_2d": …, "point_2d": …}]')
+def solution_items(text: str, where) -> list: # of (box, point, second point or None)
+    "What a solution lists: VisionReasoner's JSON, or the one object of Seg-Zero's tags."
+    if tags := _SEG_ZERO.fullmatch(text):
+        values = [int(v) for v in tags.groups()]
+        return [(values[:4], values[4:6], values[6:])]
+    items = parsed(text.encode(), f'{where}: field "solution"')
+    if not isinstance(items, list):
+        raise broken(where, 'field "solution"', 'is not a list',
+                     'make it [{"bbox_2d": …, "point_2d": …}]')
+    return [(*(part(item, k, list, where) for k in ('bbox_2d', 'point_2d')), None) for item in items]
+
+def solved(text: str, size: tuple, where) -> tuple: # a solution, (W,H) -> Targets, in the image's pixels
+    "The objects of a training set's row, given in the 840 frame; they have no masks."
+    def to_image(values):
+        return tuple(v*size[k % 2]/FRAME for k, v in enumerate(values))
     targets = []
-    for i, found in enumerate(items):
-        box, point = part(found, 'bbox_2d', list, where), part(found, 'point_2d', list, where)
-        good = numbers(box, 4) and numbers(point, 4 if tags else 2) and box[0] <= box[2] and box[1] <= box[3]
-        if not good or not all(0 <= v <= FRAME for v in box + point):
-            raise broken(where, f'solution[{i}]', f'{brief(box)} with point {brief(point)} is not inside the {FRAME} frame', 'correct or drop the row')
-        targets.append(Target(*(tuple(v*size[k % 2]/FRAME for k, v in enumerate(vs)) for vs in (box, point))))
+    for i, (box, point, second) in enumerate(solution_items(text, where)):
+        good = numbers(box, 4) and numbers(point, 2) and box[0] <= box[2] and box[1] <= box[3]
+        if not good or not all(0 <= v <= FRAME for v in box + point + (second or [])):
+            said = f'{brief(box)} with point {brief(point)} is not inside the {FRAME} frame'
+            raise broken(where, f'solution[{i}]', said, 'correct or drop the row')
+        targets.append(Target(to_image(box), to_image(point), second=second and to_image(second)))
     return tuple(targets)
 
 # %% ../nbs/14_readers.ipynb #8a279a67

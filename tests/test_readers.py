@@ -10,7 +10,11 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from pycocotools import mask as coco
 from dr2seg_lib import readers
+from dr2seg_lib.dialogue import parse
 from dr2seg_lib.masks import encode
+from dr2seg_lib.recipes import RECIPES
+from dr2seg_lib.rewards import seg_zero
+from dr2seg_lib.rollout import Group, Response
 from dr2seg_lib.readers import BrokenRecord, Own, Parquet, ReasonSeg, RefCOCO, check, open_data, paint, parsed, picture, plain_pickle, rle_mask, solved
 
 W, H = 40, 30
@@ -339,11 +343,61 @@ def test_solutions_survive_an_image_of_any_size(w, h, a, b):
 
 def test_seg_zero_solutions_keep_both_points():
     t, = solved('<box>(84,100),(420,800)</box><points>(200,300),(210,600)</points>', (840, 840), 'f')
-    assert (t.box, t.point) == ((84, 100, 420, 800), (200, 300, 210, 600))
+    assert (t.box, t.point, t.second) == ((84, 100, 420, 800), (200, 300), (210, 600))
+    visionreasoner, = solved('[{"bbox_2d": [84, 100, 420, 800], "point_2d": [200, 300]}]', (840, 840), 'f')
+    assert visionreasoner.second is None
+
+
+# a row as Seg-Zero's own script writes it: two lines, no spaces, the frame's whole pixels
+SEG_ZERO = '<box>(84,210),(420,630)</box>\n<points>(210,315),(378,525)</points>'
+
+
+@pytest.fixture
+def seg_zero_set(tmp_path):
+    "Seg-Zero's training set by hand: its columns, in its order, and no others."
+    columns = dict(id=['refcocog_7'], problem=['the cup'], solution=[SEG_ZERO],
+                   image=[dict(bytes=encoded(cv2.resize(PHOTO, (840, 840))), path=None)],
+                   img_height=[H], img_width=[W])
+    file = tmp_path/'refCOCOg_2k_840'/'data'/'train-00000-of-00001.parquet'
+    file.parent.mkdir(parents=True)
+    pq.write_table(pa.table(columns), file)
+    return open_data(file.parent.parent, 'train')
+
+
+def test_seg_zero_set_by_hand(seg_zero_set):
+    s, = seg_zero_set
+    t, = s.scaled(840)
+    assert (s.id, s.query, s.size) == ('refcocog_7', 'the cup', (840, 840))
+    assert (t.box, t.point, t.second) == ((84, 210, 420, 630), (210, 315), (378, 525))
+    half, = s.scaled(420)
+    assert (half.point, half.second) == ((105, 158), (189, 263))
+
+
+ANSWER = '<think>A cup.</think><answer>{"bbox": [84, 210, 420, 630], "points_1": [378, 525], "points_2": [210, 315]}</answer>'
+
+
+@pytest.mark.parametrize('method', ['seg_zero', 'pixelthink', 'dpad'])
+def test_seg_zero_sets_are_rewarded(seg_zero_set, method):
+    "The points of the answer lie in its box: what compares them with the two true ones must have two."
+    text = ANSWER + '<caption>a cup</caption>' if method == 'dpad' else ANSWER
+    answers = [Response(t, parse(t), [1, 2], [.1, .1], [.9, .9], 2) for t in (text, text.replace('[378, 525]', '[90, 620]'))]
+    terms, total = RECIPES[method].reward(Group(seg_zero_set[0], answers, [None, None]), 840)
+    assert all(terms[k].tolist() == [1, 1] for k in ('thinking_format', 'answer_format', 'iou', 'box'))
+    assert terms['points'].tolist() == [1, 0] and total[0] > total[1]
+
+
+def test_targets_without_a_second_point_are_rewarded():
+    "VisionReasoner's solutions have boxes and one point; Seg-Zero's terms take it for both."
+    one = solved('[{"bbox_2d": [84, 210, 420, 630], "point_2d": [210, 315]}]', (840, 840), 'f')
+    both = ANSWER.replace('[378, 525]', '[220, 320]')
+    assert set(seg_zero(both, list(one)).values()) == {1} and seg_zero(ANSWER, list(one))['points'] == 0
+    two = solved('[{"bbox_2d": [84, 210, 200, 630], "point_2d": [210, 315]}, {"bbox_2d": [300, 300, 420, 500], "point_2d": [378, 525]}]', (840, 840), 'f')
+    assert set(seg_zero(ANSWER, list(two)).values()) == {1}
 
 
 @pytest.mark.parametrize('solution', ['', 'nothing', '{}', '5', '[5]', '[{"bbox_2d": [1, 2, 3, 4]}]', '[{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]',
     '[{"bbox_2d": [1, 2, 900, 4], "point_2d": [1, 2]}]', '[{"bbox_2d": [5, 2, 3, 4], "point_2d": [1, 2]}]', '[{"bbox_2d": [1, 2, NaN, 4], "point_2d": [1, 2]}]',
+    f'<box>({"1"*5000},2),(3,4)</box><points>(1,2),(3,4)</points>', '<box>(1,2),(3,4)</box><points>(1,2)</points>',
     '[{"bbox_2d": [1, 2, 3, 4], "point_2d": ["1", 2]}]', '[{"bbox_2d": [-1, 2, 3, 4], "point_2d": [1, 2]}]', '<box>(84,100),(920,800)</box><points>(200,300),(210,600)</points>'])
 def test_broken_solutions_are_told(tmp_path, solution):
     file = parquet(tmp_path/'train-00000-of-00001.parquet', [training_row(solution), training_row('[]', id='b')])
