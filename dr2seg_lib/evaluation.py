@@ -225,7 +225,9 @@ def whole_batches(path: Path, size: int, total: int) -> int: # lines that stay; 
 
 def about(data, name: str, split: str) -> dict:
     "What is evaluated, as the results and the tables name it."
-    return dict(data=name, format=getattr(data, "format", "MiniReasonSeg"), split=split, protocol=getattr(data, "protocol", "lisa"))
+    found = dict(data=name, format=getattr(data, "format", "MiniReasonSeg"), split=split, protocol=getattr(data, "protocol", "lisa"))
+    note = getattr(data, "split_note", None) # how a set that names no splits was divided
+    return found | (dict(split_note=note) if note else {})
 
 def run_evaluation(config: EvaluateConfig, out, # the run's folder
                    resume: bool = False) -> Run:
