@@ -1,5 +1,5 @@
 "Readers: tiny data sets in the true formats, written here; what is broken is told in one sentence, and nothing runs."
-import io, json, os, pickle, struct, sys, zlib
+import hashlib, io, json, os, pickle, struct, sys, time, warnings, zlib
 from pathlib import Path
 import cv2
 import numpy as np
@@ -11,11 +11,13 @@ from PIL import Image
 from pycocotools import mask as coco
 from dr2seg_lib import readers
 from dr2seg_lib.dialogue import parse
+from dr2seg_lib.evaluation import about
 from dr2seg_lib.masks import encode
 from dr2seg_lib.recipes import RECIPES
 from dr2seg_lib.rewards import seg_zero
 from dr2seg_lib.rollout import Group, Response
-from dr2seg_lib.readers import BrokenRecord, Own, Parquet, ReasonSeg, RefCOCO, check, open_data, paint, parsed, picture, plain_pickle, rle_mask, solved
+from dr2seg_lib.scenes import MiniReasonSeg
+from dr2seg_lib.readers import BrokenRecord, Own, Parquet, ReasonSeg, RefCOCO, check, check_disjoint, open_data, paint, parsed, picture, plain_pickle, rle_mask, solved
 
 W, H = 40, 30
 PHOTO = np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8)
@@ -180,11 +182,144 @@ def test_pictures_stand_upright():
     assert np.array_equal(readers.pixels(out.getvalue(), 'f'), np.rot90(PHOTO, -1))
 
 
-@pytest.mark.parametrize('mode', ['L', 'RGBA', 'P', '1'])
-def test_every_mode_becomes_rgb(mode):
+def written(image, format='PNG', **options):
     out = io.BytesIO()
-    Image.fromarray(PHOTO).convert(mode).save(out, 'PNG')
-    assert readers.pixels(out.getvalue(), 'f').shape == (H, W, 3)
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [255, 255, 255], [10, 20, 30]]], np.uint8)
+SEEN = np.array([[255, 0, 128], [1, 254, 77]], np.uint8)
+
+
+def modes():
+    "A picture in each of Pillow's modes, and what it looks like, by hand."
+    grey, colour = Image.fromarray(SEEN), Image.fromarray(COLOURS)
+    palette = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    palette.putpalette(COLOURS.tobytes())     # mode P
+    repeated = np.repeat(SEEN[..., None], 3, 2)
+    yield '1', Image.fromarray(SEEN > 100), np.where(repeated > 100, 255, 0)
+    yield 'L', grey, repeated
+    yield 'LA', Image.merge('LA', [grey, Image.fromarray(255 - SEEN)]), repeated
+    yield 'P', palette, COLOURS
+    yield 'PA', palette.convert('PA'), COLOURS
+    yield 'RGB', colour, COLOURS
+    yield 'RGBA', Image.merge('RGBA', [*colour.split(), Image.new('L', (3, 2), 0)]), COLOURS
+    yield 'RGBX', Image.merge('RGBX', [*colour.split(), Image.new('L', (3, 2), 0)]), COLOURS
+    yield 'CMYK', Image.merge('CMYK', [*Image.fromarray(255 - COLOURS).split(), Image.new('L', (3, 2), 0)]), COLOURS
+    yield 'HSV', Image.fromarray(np.stack([SEEN*0, SEEN*0, SEEN], -1), 'HSV'), repeated
+    yield 'YCbCr', Image.fromarray(np.stack([SEEN, SEEN*0 + 128, SEEN*0 + 128], -1), 'YCbCr'), repeated
+    for mode in 'I;16', 'I;16B', 'I;16L':
+        deep = SEEN.astype(np.uint16)*257
+        yield mode, Image.frombytes(mode, (3, 2), deep.astype('>u2' if mode == 'I;16B' else '<u2').tobytes()), repeated
+    yield 'I', Image.fromarray(SEEN.astype(np.int32)*1000 - 70_000), repeated
+    yield 'F', Image.fromarray(SEEN.astype(np.float32)/255*8 - 4), repeated
+
+
+@pytest.mark.parametrize('mode, image, looks', [pytest.param(*case, id=case[0]) for case in modes()])
+def test_every_mode_becomes_rgb(mode, image, looks):
+    assert image.mode == mode
+    rgb = readers.as_rgb(image)
+    assert rgb.dtype == np.uint8 and np.array_equal(rgb, looks)
+    if mode not in ('I', 'F') and ';' not in mode: assert np.array_equal(rgb, np.array(image.convert('RGB')))     # as the peers have it
+
+
+FILES = {'1': 'PNG BMP', 'L': 'PNG BMP JPEG', 'LA': 'PNG WEBP', 'P': 'PNG BMP', 'RGB': 'PNG BMP JPEG WEBP', 'RGBA': 'PNG WEBP', 'CMYK': 'JPEG', 'I;16': 'PNG'}
+
+
+@pytest.mark.parametrize('mode, format', [(mode, f) for mode, formats in FILES.items() for f in formats.split()])
+def test_every_mode_that_a_file_has(mode, format):
+    "Against OpenCV's decoders, which are not Pillow's, and for CMYK, which it reads otherwise, against Pillow."
+    image, looks = next((i, l) for m, i, l in modes() if m == mode)
+    big = image.resize((48, 32), Image.NEAREST) if mode != 'I;16' else Image.fromarray(np.array(image).repeat(16, 0).repeat(16, 1))
+    data = written(big, format, **({'lossless': True, 'exact': True} if format == 'WEBP' else {'quality': 100, 'subsampling': 0} if format == 'JPEG' else {}))
+    rgb = readers.pixels(data, 'f')
+    other = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1] if mode != 'CMYK' else np.array(Image.open(io.BytesIO(data)).convert('RGB'))
+    tolerance = 12 if format == 'JPEG' else 1 if mode == 'I;16' else 0     # OpenCV cuts 16 bits to the upper 8
+    assert np.abs(rgb.astype(int) - other).max() <= tolerance
+    assert np.abs(rgb.astype(int) - looks.repeat(16, 0).repeat(16, 1)).max() <= (40 if format == 'JPEG' else 0)
+
+
+@given(arrays(np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+def test_16_bits_of_grey_are_scaled_by_their_range(values):
+    "A 16-bit grey PNG is white at 65,535, as the PNG specification says, whatever the picture holds."
+    rgb = readers.pixels(written(Image.fromarray(values)), 'f')
+    assert np.array_equal(rgb, np.repeat(np.rint(values/65535*255).astype(np.uint8)[..., None], 3, 2))
+
+
+def test_transparent_and_moving_pictures():
+    "What transparent pixels hide is shown, as by Pillow's convert; of a moving picture, the first."
+    palette = next(i for m, i, _ in modes() if m == 'P')
+    for transparent in 2, bytes([0, 255, 0, 255, 0, 9]):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert np.array_equal(readers.pixels(written(palette, transparency=transparent), 'f'), COLOURS)
+    frames = [Image.fromarray(np.full((4, 4, 3), v, np.uint8)) for v in (10, 200)]
+    for format in 'PNG', 'WEBP':
+        options = dict(lossless=True) if format == 'WEBP' else {}
+        data = written(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        assert Image.open(io.BytesIO(data)).n_frames == 2 and (readers.pixels(data, 'f') == 10).all()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_turned_pictures_and_their_masks(own, orientation):
+    "The masks are drawn on the picture as it is seen: upright, in all three forms."
+    raw = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+           6: lambda a: np.rot90(a), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}[orientation]
+    turned = Image.Exif()
+    turned[0x0112] = orientation
+    stored, png = (np.ascontiguousarray(raw(a)) for a in (PHOTO, (DISC*255).astype(np.uint8)))
+    home = own(dict(mask=encode(DISC)), dict(mask='m.png'), dict(mask='turned.png'), dict(mask=encode(raw(DISC))), dict(polygon=BOX),
+               m=encoded((DISC*255).astype(np.uint8)), turned=written(Image.fromarray(png), exif=turned))
+    (home/'images'/'a.png').write_bytes(written(Image.fromarray(stored), exif=turned))
+    data = open_data(home, 'all')
+    for s in (data[i] for i in range(3)): assert np.array_equal(s.image, PHOTO) and np.array_equal(s.mask, DISC)
+    assert data[4].mask.sum() == 16*11
+    if orientation > 4: assert 'the upright image' in sentence(data.__getitem__, 3)     # drawn on the picture as it is stored
+
+
+def bmp_of_runs(side):
+    "A BMP in run lengths, which Pillow decodes one by one in Python."
+    runs = bytes([255, 7])*(side*side//255 + 1) + b'\0\1'
+    head = struct.pack('<IiiHHIIiiII', 40, side, side, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    return b'BM' + struct.pack('<IHHI', 14 + 40 + 1024 + len(runs), 0, 0, 14 + 40 + 1024) + head + bytes(1024) + runs
+
+
+def jpeg_of_scans(n):
+    whole = written(Image.new('L', (64, 64), 128), 'JPEG', progressive=True)
+    return whole[:-2] + whole[whole.rindex(b'\xff\xda'):-2]*n + b'\xff\xd9'
+
+
+def png_of_text():
+    "Chunks of text that unfold to 256 MB each."
+    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    squeeze = zlib.compressobj(9)
+    text = b''.join([*(squeeze.compress(bytes(2**20)) for _ in range(256)), squeeze.flush()])
+    whole = encoded()
+    return whole[:33] + chunk(b'zTXt', b'k\0\0' + text) + chunk(b'iCCP', b'k\0\0' + text) + whole[33:]
+
+
+@pytest.mark.parametrize('bomb, words', [(lambda: jpeg_of_scans(100), '106 scans'), (lambda: bmp_of_runs(64), 'run lengths'), (png_of_text, '')])
+def test_pictures_that_cost_too_much(bomb, words):
+    data, began = bomb(), time.process_time()
+    try: assert readers.pixels(data, 'f').shape == PHOTO.shape and not words
+    except BrokenRecord as e: assert words in str(e)
+    assert time.process_time() - began < 5 and len(data) < 5_000_000
+    assert readers.pixels(jpeg_of_scans(20), 'f').shape == (64, 64, 3)
+
+
+def test_what_is_no_plain_file_is_not_waited_for(own):
+    home = own(dict(mask=[]))
+    (home/'images'/'a.png').unlink()
+    os.mkfifo(home/'images'/'a.png')
+    assert 'is no file' in sentence(open_data(home, 'all').__getitem__, 0)
+    (home/'images'/'a.png').unlink()
+    (home/'images'/'a.png').symlink_to('/dev/zero')
+    assert 'is no file' in sentence(open_data(home, 'all').__getitem__, 0)
+    assert 'cannot be read' in sentence(open_data(own(dict(mask=[], image='images/' + 'x'*5000 + '.png')), 'all').__getitem__, 0)
+    home = own(dict(mask=[], image='images/b.png'))
+    with open(home/'images'/'b.png', 'wb') as f: f.truncate(2**30)     # takes no room on the disk
+    assert 'longer than' in sentence(open_data(home, 'all').__getitem__, 0)
 
 
 @pytest.mark.parametrize('side', [9_000, 13_000, 100_000])
@@ -699,3 +834,405 @@ def test_memory_does_not_grow(own):
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < PHOTO.nbytes*20
+
+
+# a set without splits is divided
+
+def place(name):
+    "The rule, written again: the hash of an image's name as a fraction."
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)/2**256
+
+
+@pytest.fixture
+def unsplit(own):
+    "A function that writes a folder of one's own without splits: questions about so many images."
+    def write(images, questions=2):
+        home = own(*[dict(mask=[], image=f'images/{k}.png', query=f'thing {q}') for k in range(images) for q in range(questions)])
+        for k in range(images): (home/'images'/f'{k}.png').write_bytes(encoded(PHOTO + np.uint8(k)))
+        return home
+    return write
+
+
+def images_of(data): return {image for _, image, _ in data.asked()}
+
+
+def test_a_tenth_of_the_images_is_held_out(unsplit):
+    home = unsplit(60)
+    train, val, test, every = (open_data(home, s) for s in ('train', 'val', 'test', 'all'))
+    held = {f'images/{k}.png' for k in range(60) if place(f'images/{k}.png') < .1}
+    assert 0 < len(held) < 15 and images_of(val) == held
+    assert images_of(train) == {f'images/{k}.png' for k in range(60)} - held
+    assert list(test.asked()) == list(val.asked())
+    assert sorted([*train.asked(), *val.asked()]) == sorted(every.asked())
+    assert (len(every), every.split_note) == (120, None)
+    assert train.split_note == val.split_note and f'{2*len(held)} of 120 records are held out' in val.split_note
+    assert f'{val.split_note}.' in check(home).remarks
+    assert about(val, 'mine', 'val')['split_note'] == val.split_note
+    assert 'use one of train, val, test, all' in sentence(open_data, home, 'testA')
+
+
+def test_new_images_do_not_move_the_old(unsplit):
+    before = [images_of(open_data(unsplit(30), s)) for s in ('train', 'val')]
+    after = [images_of(open_data(unsplit(60), s)) for s in ('train', 'val')]
+    assert before[0] < after[0] and before[1] <= after[1]
+
+
+@pytest.mark.parametrize('images', [2, 3, 5])
+def test_each_side_has_an_image(unsplit, images):
+    train, val = (images_of(open_data(unsplit(images), s)) for s in ('train', 'val'))
+    assert train and val and not train & val and len(train | val) == images
+
+
+def test_one_image_cannot_be_divided(unsplit):
+    home = unsplit(1)
+    told = sentence(open_data, home, 'val')
+    assert 'one image alone' in told and told in check(home).remarks and len(open_data(home, 'train')) == len(open_data(home, 'all')) == 2
+
+
+@given(st.lists(st.text(st.characters(), min_size=1), min_size=1, unique=True))
+def test_any_names_are_divided(names):
+    records = lambda: zip(names, range(len(names)))
+    if len(names) == 1:
+        sentence(readers.divided, records, 'val', None, 'x')
+        return
+    train, val = (readers.divided(records, s, None, 'x')[0] for s in ('train', 'val'))
+    assert train and val and sorted(train + val) == list(range(len(names)))
+    for limit in 1, 2:
+        for s, whole in ('train', train), ('val', val): assert readers.divided(records, s, limit, 'x')[0] == whole[:limit]
+
+
+def test_a_split_in_every_record_or_in_none(own):
+    home = own(dict(mask=[], split='train'), dict(mask=[]), dict(mask=[], split='val'))
+    assert 'data.jsonl:2: field "split" is missing' in sentence(open_data(home, 'val').__getitem__, 0) and len(check(home).broken) == 1
+    home = own(dict(mask=[]), dict(mask=[], split='val'))
+    assert 'name a split in every record or in none' in sentence(open_data(home, 'all').__getitem__, 1)
+    assert len(check(home).broken) == 1
+
+
+def test_a_folder_of_reasonseg_without_splits(reasonseg, tmp_path):
+    for k in range(20): root = reasonseg(f'n{k}', text=('a', 'b'), split='mine', root=tmp_path)
+    train, val = open_data(root/'mine', 'train'), open_data(root/'mine', 'val')
+    held = {f'n{k}' for k in range(20) if place(f'n{k}') < .1} or {min((f'n{k}' for k in range(20)), key=place)}
+    assert images_of(val) == held and len(train) == 2*(20 - len(held)) and len(val) == len(held)
+    assert 'of 20 records are held out' in train.split_note and len(open_data(root/'mine', 'all')) == 20
+    assert len(open_data(root/'mine', 'train', limit=3)) == 3 == len(open_data(root/'mine', 'train', limit=3, texts=1))
+
+
+def test_a_parquet_file_without_a_split(tmp_path):
+    rows = [hub_row(k, image_id=f'im{k//2}') for k in range(30)]
+    file = parquet(tmp_path/'mine.parquet', rows, row_group_size=4)
+    train, val = open_data(file, 'train'), open_data(file, 'val')
+    held = {f'im{k}' for k in range(15) if place(f'im{k}') < .1} or {min((f'im{k}' for k in range(15)), key=place)}
+    assert images_of(val) == held and not images_of(train) & held and len(train) + len(val) == 30 == len(open_data(file, 'all'))
+    assert [s.query for s in val] == [f'thing {k}' for k in range(30) if f'im{k//2}' in held]
+    assert 'records are held out, chosen by a hash of their image_id, path or id' in val.split_note
+
+
+@pytest.mark.parametrize('label', ['path', 'id'])
+def test_training_rows_are_divided_by_path_or_id(tmp_path, label):
+    row = lambda k: training_row('[]', id=f'q{k}') | dict(image=dict(bytes=encoded(), path=f'p{k//2}.png' if label == 'path' else None))
+    file = parquet(tmp_path/'mine.parquet', [row(k) for k in range(24)])
+    names = [f'p{k//2}.png' if label == 'path' else f'q{k}' for k in range(24)]
+    held = {n for n in names if place(n) < .1} or {min(names, key=place)}
+    assert images_of(open_data(file, 'val')) == held and images_of(open_data(file, 'train')) == set(names) - held
+
+
+def test_a_parquet_file_named_for_its_split_has_that_alone(tmp_path):
+    file = parquet(tmp_path/'data'/'train-00000-of-00001.parquet', [training_row('[]')])
+    assert open_data(file, 'train').split_note is None and 'use one of train' in sentence(open_data, file, 'val')
+    parquet(tmp_path/'data'/'validation-00000-of-00001.parquet', [training_row('[]', id='v')])
+    assert [s.id for s in open_data(tmp_path, 'val')] == ['v'] == [s.id for s in open_data(tmp_path, 'validation')]
+
+
+def test_pictures_that_splits_share_are_told(own, tmp_path):
+    home = own(dict(mask=[], split='train'), dict(mask=[], split='val', image='images/b.png'), dict(mask=[], split='val', image='images/c.png'))
+    (home/'images'/'b.png').write_bytes(encoded()), (home/'images'/'c.png').write_bytes(encoded(255 - PHOTO))
+    remark, = check(home).remarks
+    assert remark == 'train and val have 1 of the same pictures, such as images/a.png.' and remark in str(check(home))
+
+
+# what was trained on is not held out
+
+def test_the_same_question_about_the_same_image_is_found(own, tmp_path):
+    home = own(dict(mask=[], split='train'), dict(mask=[], split='train', query='Other.'), dict(id='v', mask=[], split='val', query='OTHER'))
+    train, val = open_data(home, 'train'), open_data(home, 'val')
+    told = sentence(check_disjoint, train, val)
+    assert 'sample "v" of the evaluation is sample "r1" of the training' in told and 'allow_overlap' in told
+    check_disjoint(open_data(home, 'train', limit=1), val)     # another question about the same image
+    assert 'r0' in sentence(check_disjoint, train, train)
+
+
+def test_names_alone_are_no_overlap(own, tmp_path):
+    "Two folders, each with an images/a.png and the same question: it depends on the pictures."
+    one, two = own(dict(mask=[])), tmp_path/'two'
+    (two/'images').mkdir(parents=True)
+    (two/'data.jsonl').write_bytes((one/'data.jsonl').read_bytes())
+    (two/'images'/'a.png').write_bytes(encoded(255 - PHOTO))
+    check_disjoint(open_data(one, 'all'), open_data(two, 'all'))
+    (two/'images'/'a.png').write_bytes(encoded())
+    assert 'sample "r0"' in sentence(check_disjoint, open_data(one, 'all'), open_data(two, 'all'))
+    (two/'images'/'a.png').unlink()
+    check_disjoint(open_data(one, 'all'), open_data(two, 'all'))
+
+
+def test_every_reader_tells_what_it_asks(reasonseg, refcoco, tmp_path):
+    root = reasonseg('a', text=('one', 'two'), split='train', root=tmp_path/'rs')
+    assert list(open_data(root, 'train').asked()) == [('a', 'a', 'one'), ('a#1', 'a', 'two')]
+    home = refcoco([ref(), ref(2, split='val')])
+    assert list(open_data(home, 'testA', level='expression').asked()) == [(f'1#{k}', 'COCO_train2014_000000000007.jpg', q) for k, q in enumerate(['the cup', 'left thing'])]
+    file = parquet(tmp_path/'test-00000-of-00001.parquet', [hub_row(), hub_row(1, text=' ')])
+    assert list(open_data(file, 'test').asked()) == [('7-0-0', '7', 'thing 0'), None]
+    for data in open_data(root, 'train'), open_data(home, 'val'), open_data(file, 'test'):
+        assert 'the same question about the same image' in sentence(check_disjoint, data, data)
+    assert 'sample "1"' in sentence(check_disjoint, open_data(home, 'val'), open_data(home, 'testA'))
+    check_disjoint(open_data(home, 'val'), open_data(root, 'train'))
+
+
+def test_no_picture_is_decoded_to_compare(own, monkeypatch):
+    home = own(dict(mask=[], split='train'), dict(mask=[], split='val'))
+    monkeypatch.setattr(readers, 'picture', lambda *a, **k: pytest.fail('decoded'))
+    assert 'r0' in sentence(check_disjoint, open_data(home, 'train'), open_data(home, 'val'))
+    check_disjoint(MiniReasonSeg('train', 2), open_data(home, 'val'))
+
+
+# opening reads no more than it must
+
+@pytest.fixture
+def counted(monkeypatch):
+    "How often JSON is parsed."
+    calls, real = [], readers.parsed
+    monkeypatch.setattr(readers, 'parsed', lambda *a, **k: calls.append(1) or real(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'all'])
+@pytest.mark.parametrize('named', [True, False])
+def test_a_limit_is_reached_without_the_rest(own, counted, named, split):
+    rows = [dict(mask=[], image=f'images/{k}.png') | (dict(split=('train', 'val')[k % 2]) if named else {}) for k in range(3000)]
+    home = own(*rows)
+    if named and split == 'all': return
+    data = open_data(home, split, limit=1)
+    assert len(data) == 1 and len(counted) < 300
+
+
+def test_reasonseg_and_refcoco_reach_a_limit_without_the_rest(reasonseg, refcoco, counted):
+    for k in range(30): root = reasonseg(f'n{k:02}', text=('a', 'b'), split='train')
+    assert len(open_data(root, 'train', limit=3)) == 3 and len(counted) == 2
+    for seed in range(9):
+        assert open_data(root, 'train', texts=seed, limit=3).index == open_data(root, 'train', texts=seed).index[:3]
+    home = refcoco([ref(k) for k in range(200)])
+    open_data(home, 'testA')
+    counted.clear()
+    assert len(open_data(home, 'testA', limit=2)) == 2 and len(counted) < 5
+
+
+# check
+
+def test_questions_with_special_tokens_are_remarked(own):
+    home = own(dict(mask=[], query='the <|image_pad|><|image_pad|> and <|im_end|>'), dict(mask=[], query='a <|b', tags=dict(x='<|im_end|>')))
+    report = check(home)
+    remark, = [r for r in report.remarks if 'as text' in r]
+    assert not report.broken and '"r0"' in remark and '<|im_end|>, <|image_pad|>' in remark and remark in str(report)
+
+
+def test_questions_that_are_too_long_are_broken(own):
+    home = own(dict(mask=[], query='word '*512), dict(mask=[], query='word '*513), dict(mask=[], query='x'*100_000))
+    told = check(home).broken
+    assert len(told) == 2 and '"r1"' in told[0] and '513 tokens' in told[0] and '12,500 tokens' in told[1] and 'max_question_tokens' in told[0]
+    assert check(home, count_tokens=len).broken[0].count('2,560 tokens') == 1
+
+
+def test_a_report_has_an_end(own, monkeypatch):
+    monkeypatch.setattr(readers, 'MAX_TOLD', 5)
+    broken = check(own(*['{']*20)).broken
+    assert len(broken) == 6 and broken[-1] == 'There are 15 more like these; mend these first.'
+
+
+# hostile data ends in a sentence, in time, within bounds
+
+@pytest.fixture
+def soon():
+    "A few seconds of computing, on any machine."
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < 20
+
+
+def zigzag(n, reach=32766., width=20): return [v for k in range(n) for v in (k*width/n, reach if k % 2 else -reach)]
+
+
+@pytest.mark.parametrize('segmentation, words', [
+    ([zigzag(20_000)], 'pixels of outline'), ([zigzag(300)], 'pixels of outline'), ([zigzag(200_000)], 'points'), ([zigzag(50_000, 20.)], 'pixels of outline'),
+    ([zigzag(4, 10)]*2000, '2,000 polygons'), ([zigzag(16)]*300, 'pixels of outline'), ([[0., 0.]*70_000]*2, 'points')], ids=range(7))
+def test_polygons_that_would_break_cocos_code(soon, segmentation, words):
+    assert words in sentence(readers.coco_mask, segmentation, (20, 10), 'f')
+
+
+@given(st.lists(st.lists(st.tuples(st.floats(-60, 120), st.floats(-60, 100)), min_size=3, max_size=30), min_size=1, max_size=4))
+def test_polygons_that_stick_out_are_cocos_own(polygons):
+    flat = [[float(v) for p in polygon for v in p] for polygon in polygons]
+    assert np.array_equal(readers.coco_mask(flat, (W, H), 'f'), coco.decode(coco.merge(coco.frPyObjects(flat, H, W))).astype(bool))
+
+
+def painted_plainly(polygons, values, size):
+    "As it was before: the area of each on a whole canvas of its own."
+    def draw(canvas, points, value): return cv2.fillPoly(cv2.polylines(canvas, [points], True, value, 1), [points], value)
+    blank = np.zeros(size[::-1], np.uint8)
+    areas = [draw(blank.copy(), p, 1).sum() for p in polygons]
+    for i in np.argsort(areas)[::-1]: draw(blank, polygons[i], values[i])
+    return blank, areas
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(-90, 120), st.integers(-90, 120)), min_size=3, max_size=9), max_size=5))
+def test_painting_is_what_it_was(polygons):
+    arrays = [np.array(p, np.int32) for p in polygons]
+    values = list(range(1, len(arrays) + 1))
+    assert np.array_equal(paint(arrays, values, (W, H)), painted_plainly(arrays, values, (W, H))[0])
+
+
+def test_fine_outlines_are_drawn(soon):
+    "Every border pixel of a crooked thing in a photo of 12 million pixels."
+    y, x = np.mgrid[:3000, :4000]
+    r, a = np.hypot(x - 2000, y - 1500), np.arctan2(y - 1500, x - 2000)
+    thing = (r < 1200 + 150*np.sin(90*a)).astype(np.uint8)
+    contour = max(cv2.findContours(thing, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len)[:, 0]
+    assert len(contour) > 20_000
+    drawn = paint(readers.drawable([readers.polygon(contour.tolist(), 'f', 'p')], (4000, 3000), 'f', 'p'), [1], (4000, 3000))
+    assert (drawn != thing).mean() < 1e-4
+    assert abs(readers.coco_mask([contour.ravel().astype(float).tolist()], (4000, 3000), 'f').mean() - thing.mean()) < 5e-3     # it fills between the pixels' corners
+
+
+def comb(n, height=20): return [[k*7919 % 32_000, (height - 1)*(k % 2)] for k in range(n)]
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(polygon=[[k, k % 2] for k in range(200_000)]), '200,000 points'), (dict(polygon=comb(60_000)), 'outline'),
+    (dict(polygon=[BOX]*5000), '5,000 objects'), (dict(polygon=[[[0, 0], [32000, 0], [0, 32000]]]*100), 'outline'), (dict(mask=[encode(DISC)]*1001), '1,001 objects'),
+    (dict(tags={f't{k}': 1 for k in range(65)}), '65 tags'), (dict(tags=dict(a='x'*1001)), 'tags'), (dict(tags=dict(a=float('nan'))), 'tags'), (dict(tags=dict(a=float('inf'))), 'tags'),
+    (dict(tags={'\ud800': 1}), 'tags'), (dict(tags=dict(a='\udfff')), 'tags'), (dict(id='x'*1001), 'characters'), (dict(id='\ud800'), 'half of a character'),
+    (dict(query='\udc00?'), 'half of a character'), (dict(image='a\ud83d.png'), 'half of a character'), (dict(id=float('nan')), 'field "id"'),
+    (dict(mask=dict(size=[H, W], counts='?'*3_000_000)), 'add up'), (dict(mask=dict(size=[H, W], counts=[0]*3_000_000)), 'add up'),
+    (dict(mask=dict(size=[H, W], counts=[10**4000])), 'add up'), (dict(mask=dict(size=[10**9, 10**9], counts=[10**18])), 'size'), (dict(query='x'*2**24), 'longer than'),
+    ('{"id": "a", "id": "b"}', "'id' is there twice"), ('{"id": ' + '['*200_000, 'cannot be parsed'), ('{"id": ' + '{"a": '*200_000, 'cannot be parsed'),
+    ('{"id": ' + '9'*5_000_000 + '}', 'cannot be parsed'), ('{"id": 1.' + '9'*5_000_000 + '}', 'field "id"'), ('{"a": [' + '[],'*5_000_000 + '[]]}', 'more than 524,288 lists'),
+    ('{"\\u001b[2J\\n": 1, "id": "a", "image": "images/a.png", "query": "q"}', '\\x1b[2J'), ('x'*50_000_000, 'longer than')], ids=lambda v: str(v)[:30])
+def test_hostile_records_of_ones_own(own, soon, change, words):
+    record = change if isinstance(change, str) else {k: v for k, v in (dict(mask=[]) | change).items() if 'polygon' not in change or k != 'mask'}
+    home = own(dict(mask=[]), record)
+    data = open_data(home, 'all')
+    told = sentence(data.__getitem__, 1)
+    assert words in told and len(told) < 1500 and told.isprintable() and data[0].id == 'r0'
+    assert told in check(home).broken
+
+
+def test_an_image_of_many_large_masks(own, monkeypatch):
+    whole = dict(size=[H, W], counts=[0, W*H])
+    monkeypatch.setattr(readers, 'MAX_BOXED', 5*W*H)
+    home = own(dict(mask=[whole]*5), dict(mask=[whole]*6))
+    assert len(open_data(home, 'all')[0].targets) == 5 and 'too many pixels' in sentence(open_data(home, 'all').__getitem__, 1)
+    monkeypatch.setattr(readers, 'MAX_DRAWN', 4*W*H)
+    assert 'give at most 4' in sentence(open_data(home, 'all').__getitem__, 0)
+
+
+@pytest.mark.parametrize('change', [dict(shapes=[shape(BOX)]*1001), dict(shapes=[shape([[k, k % 2] for k in range(200_000)])]), dict(shapes=[shape(comb(60_000))]),
+                                    dict(shapes=[shape([[0, 0], [32000, 0], [0, 32000]])]*100), dict(text=['x'*2**24])], ids=range(5))
+def test_hostile_reasonseg(reasonseg, soon, change):
+    root = reasonseg('a', **change)
+    assert 'a.json' in sentence(ReasonSeg(root, 'val').__getitem__, 0)
+
+
+def test_a_file_without_an_end_of_line(own, soon):
+    home = own(dict(mask=[]), 'x'*40_000_000, dict(mask=[]))
+    data = open_data(home, 'all')
+    assert len(data) == 3 and data[2].id == 'r2' and 'data.jsonl:2' in sentence(data.__getitem__, 1)
+
+
+nested = b'N' + b'\x85'*200_000     # a tuple in a tuple in a tuple: to hash it, C calls itself as often
+PICKLES = dict(
+    memo_binary=b']r\xff\xff\xff\x7f.', memo_unsigned=b']r\xff\xff\xff\xff.', memo_text=b']p2147483647\n.', memo_huge=b']p' + b'9'*100_000 + b'\n.', get=b'g99999999999\n.',
+    text=b'X\xff\xff\xff\x7fa.', text8=b'\x8d' + b'\xff'*7 + b'\x7fa.', bytearray8=b'\x96' + b'\xff'*6 + b'\0\0a.', frame=b'\x80\x04\x95' + b'\xff'*8 + b'].', long4=b'\x8b\xff\xff\xff\x7f1.',
+    number=b'L' + b'9'*4000 + b'L\n.', long1=b'\x8a\xff' + b'\x7f'*255 + b'.', deep_key=b'}' + nested + b'K\x01s.', sets=b'\x8f'*2000 + b'.', lists=b'('*20_000_000 + b'l'*20_000_000 + b'.',
+    ext=b'\x82\x01.', persistent=b'Pid\n.', build=b'}}b.', cut=b'(((', empty=b'', no_name=b'cos', no_stop=b']', pop=b'0.', mark=b'a.', negative_text=b'T\xff\xff\xff\xffa.', line=b'S' + b'a'*1_000_000)
+
+
+@pytest.mark.parametrize('name', PICKLES)
+def test_hostile_pickles(refcoco, soon, name):
+    home = refcoco(PICKLES[name])
+    told = sentence(open_data, home, 'val')
+    assert 'refs(unc).p' in told and len(told) < 1500 and told.isprintable() and check(home).broken == (told,)
+
+
+def test_a_pickle_may_not_say_more_than_it_has(refcoco, monkeypatch, soon):
+    "A reference that is there a thousand times by its place in the memo is written out a thousand times."
+    one = ref(sents=['x'*1000])
+    monkeypatch.setattr(readers, 'MAX_TABLE', 500_000)
+    assert len(open_data(refcoco([one]*100), 'testA')) == 100
+    home = refcoco([one]*1000, protocol=4)
+    (home/'refs(unc).jsonl').unlink()
+    assert (home/'refs(unc).p').stat().st_size < 10_000 and 'says more than' in sentence(open_data, home, 'testA')
+    assert not list(home.glob('*.jsonl*')) and not list(home.glob('.*'))
+
+
+def test_ids_that_fall_on_one_another(refcoco, soon):
+    "Python hashes a whole number modulo 2^61 - 1: a table of its multiples would be searched from end to end for each."
+    home = refcoco([ref()])
+    told = json.loads((home/'instances.json').read_text())
+    told['annotations'] += [dict(id=k*(2**61 - 1), image_id=7, segmentation=[]) for k in range(1, 100_000)]
+    (home/'instances.json').write_text(json.dumps(told))
+    assert open_data(home, 'testA')[0].query == 'the cup'
+
+
+def test_a_pickle_of_the_size_of_refcoco(tmp_path):
+    "Looking at it first costs less than loading it."
+    words = [f'word{k}' for k in range(3000)]
+    refs = [ref(k, k, 'train', [' '.join(words[(7*k + 3*j + i) % 3000] + '' for i in range(5)) for j in range(3)]) for k in range(8000)]
+    for protocol in 0, 2, 4:
+        data = pickle.dumps(refs, protocol=protocol)
+        began = time.process_time()
+        pickle.loads(data)
+        loaded = time.process_time()
+        assert readers.scan_pickle(data, 'f') is data and time.process_time() - loaded < 2*(loaded - began) + .5
+        (tmp_path/'refs.p').write_bytes(data)
+        assert plain_pickle(tmp_path/'refs.p') == refs
+
+
+def test_a_parquet_file_that_unfolds(tmp_path, monkeypatch, soon):
+    "A picture of 4 MB that a dictionary repeats 5,000 times, in a file of 200 kB."
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(5000, np.int32)), pa.array([bytes(4_000_000)]))
+    file = tmp_path/'bomb.parquet'
+    pq.write_table(pa.table(dict(image=repeated, problem=['q']*5000, solution=['[]']*5000)), file, dictionary_pagesize_limit=2**30, store_schema=False)
+    assert file.stat().st_size < 500_000
+    monkeypatch.setattr(readers, 'MAX_GROUP', 2**28)
+    data = open_data(file, 'all')
+    assert 'row group 0' in sentence(data.__getitem__, 0)
+
+
+def test_parquet_files_that_lie(tmp_path):
+    file = tmp_path/'twice.parquet'
+    row = hub_row()
+    pq.write_table(pa.table([pa.array([row['text']]), pa.array([row['text']]), pa.array([row['image']])], names=['text', 'text', 'image']), file)
+    assert 'two columns of one name' in sentence(open_data, file, 'all')
+    monstrous = parquet(tmp_path/'rows.parquet', [hub_row()])
+    class Layout:
+        schema_arrow, num_row_groups = pq.read_schema(monstrous), 1
+        class metadata: row_group = staticmethod(lambda g: type('Group', (), dict(num_rows=2**40)))
+    assert 'declares 1,099,511,627,776 rows' in sentence(readers._layout, Layout, monstrous)
+    os.mkfifo(tmp_path/'pipe.parquet')
+    assert 'is no file' in sentence(readers._arrow, readers._layout, tmp_path/'pipe.parquet')
+
+
+@pytest.mark.parametrize('difficulty', [[1], dict(a=1), float('nan'), 'x'*2000, b'x'], ids=str)
+def test_tags_of_the_hub_are_plain(tmp_path, difficulty):
+    file = parquet(tmp_path/'train-00000-of-00001.parquet', [training_row('[]', difficulty=difficulty)])
+    assert 'tags' in sentence(open_data(file, 'train').__getitem__, 0) and len(check(file).broken) == 1
+
+
+def test_rows_without_an_id_have_their_number(tmp_path):
+    file = parquet(tmp_path/'train-00000-of-00001.parquet', [training_row('[]', id=None), training_row('[]', id='x'*2000)])
+    assert open_data(file, 'train')[0].id == '0' and '2,000 characters' in sentence(open_data(file, 'train').__getitem__, 1)
+
+
+@pytest.mark.parametrize('name', ['x'*5000, 'a/'*3000 + 'b', '~nobody-of-that-name/x', 'a\0b', '\x1b[2J', '\ud800'], ids=range(6))
+def test_names_that_cannot_be(name):
+    told = sentence(open_data, name, 'val')
+    assert told.isprintable() and len(told) < 600
