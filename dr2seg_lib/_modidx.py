@@ -220,7 +220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                   'dr2seg_lib.masks.box_of': ('masks.html#box_of', 'dr2seg_lib/masks.py'),
                                   'dr2seg_lib.masks.circle_of': ('masks.html#circle_of', 'dr2seg_lib/masks.py'),
                                   'dr2seg_lib.masks.decode': ('masks.html#decode', 'dr2seg_lib/masks.py'),
-                                  'dr2seg_lib.masks.depth_of': ('masks.html#depth_of', 'dr2seg_lib/masks.py'),
+                                  'dr2seg_lib.masks.depths_squared': ('masks.html#depths_squared', 'dr2seg_lib/masks.py'),
                                   'dr2seg_lib.masks.encode': ('masks.html#encode', 'dr2seg_lib/masks.py'),
                                   'dr2seg_lib.masks.iou': ('masks.html#iou', 'dr2seg_lib/masks.py'),
                                   'dr2seg_lib.masks.point_of': ('masks.html#point_of', 'dr2seg_lib/masks.py'),

@@ -2,9 +2,10 @@
 import json
 import numpy as np
 import pytest
+from pycocotools import mask as coco
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
-from dr2seg_lib.masks import box_iou, box_of, decode, encode, iou, point_of, ratio, second_point_of
+from dr2seg_lib.masks import box_iou, box_of, circle_of, decode, encode, iou, point_of, ratio, second_point_of
 
 masks = arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 24)))
 coordinate = st.integers(-50, 50)
@@ -22,6 +23,35 @@ def test_rle_round_trip_through_json(mask):
     assert rle['size'] == list(mask.shape) and isinstance(rle['counts'], str)
     back = decode(rle)
     assert back.dtype == bool and np.array_equal(back, mask)
+
+
+@given(masks)
+def test_decoding_is_cocos(mask):
+    rle = coco.encode(np.asfortranarray(mask, np.uint8))     # counts are bytes
+    assert np.array_equal(decode(rle), coco.decode(rle).astype(bool)) and np.array_equal(decode(rle), mask)
+
+
+@pytest.mark.parametrize('h, w', [(1, 1), (480, 640), (2000, 3), (3, 2000)])
+def test_long_runs_are_decoded(h, w):
+    for mask in np.zeros((h, w), bool), np.ones((h, w), bool), np.random.default_rng(0).random((h, w)) > .5, np.arange(h*w).reshape(h, w) > h*w//2:
+        assert np.array_equal(decode(encode(mask)), mask)
+
+
+GOOD = encode(np.eye(5, 4, dtype=bool))
+
+
+@pytest.mark.parametrize('bad', [
+    None, [], {}, 'x', 5, dict(size=[5, 4]), dict(counts=GOOD['counts']), GOOD | dict(size=[4, 4]), GOOD | dict(size=[5]), GOOD | dict(size='54'), GOOD | dict(size=[5, -4]),
+    GOOD | dict(size=[5., 4]), GOOD | dict(size=[10**6, 10**6]), GOOD | dict(size=[10**6, 10**6], counts=[10**12]), GOOD | dict(counts=''), GOOD | dict(counts='é'), GOOD | dict(counts='~'),
+    GOOD | dict(counts='0' + 'o'*40 + '1'), GOOD | dict(counts='P'*12 + '0'), GOOD | dict(counts=[21, -1]), GOOD | dict(counts=[20.]), GOOD | dict(counts=[True]*20), GOOD | dict(counts=5), GOOD | dict(counts=b'\xff')])
+def test_counts_are_not_believed(bad):
+    with pytest.raises(ValueError, match='; '): decode(bad)
+
+
+@given(st.text(st.characters(min_codepoint=40, max_codepoint=127), max_size=30))
+def test_any_counts_are_a_mask_or_refused(counts):
+    try: assert decode(dict(size=[5, 4], counts=counts)).shape == (5, 4)
+    except ValueError: pass
 
 
 def test_rle_takes_any_memory_layout():
@@ -69,6 +99,35 @@ def test_point_is_as_deep_as_any_pixel(mask):
     x, y = point_of(mask)
     x1, y1, x2, y2 = box_of(mask)
     assert mask[y, x] and depth[y, x] == depth.max() and x1 <= x <= x2 and y1 <= y <= y2
+
+
+def circle_plainly(mask):
+    "By scipy, over the whole mask."
+    from scipy.ndimage import distance_transform_edt
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return (x, y), depth[y, x]
+
+
+@given(masks.filter(np.any))
+def test_the_largest_circle_is_scipys(mask):
+    assert circle_of(mask) == circle_plainly(mask)
+
+
+@pytest.mark.parametrize('h, w', [(700, 900), (1900, 2046), (2050, 300), (2046, 2046)])
+def test_the_largest_circle_of_large_masks(h, w):
+    "On both sides of the size from which scipy computes."
+    waves = np.add.outer(np.sin(np.arange(h)/97) + np.cos(np.arange(h)/41), np.sin(np.arange(w)/83) + np.cos(np.arange(w)/59))
+    for mask in waves > .1, waves > -1.5, np.ones((h, w), bool):
+        assert circle_of(mask) == circle_plainly(mask)
+
+
+@given(masks.filter(np.any))
+def test_the_second_point_by_the_rule(mask):
+    (x, y), radius = circle_plainly(mask)
+    Y, X = np.indices(mask.shape)
+    rest = mask & ((X - x)**2 + (Y - y)**2 >= round(radius**2))
+    assert second_point_of(mask) == (circle_plainly(rest)[0] if rest.any() else (x, y))
 
 
 @pytest.mark.parametrize('f', [box_of, point_of])
