@@ -230,6 +230,7 @@ def drawable(polygons: list, size: tuple, where, field: str) -> list: # of [N,2]
             raise broken(where, field, f'has {n:,.0f} {what}', f'draw it with {most:,} or less, or as a mask')
     return polygons
 
+# %% ../nbs/14_readers.ipynb #ed778199
 def paint(polygons: list, values: list, size: tuple) -> np.ndarray: # of [N,2] int32, of 1..255, (W,H) -> [H,W] uint8
     "Polygons with their outlines in descending area, later ones over earlier ones (METHODS §5)."
     def draw(canvas, points, value):
