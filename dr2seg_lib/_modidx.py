@@ -588,6 +588,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                     'dr2seg_lib.readers.polygon': ('readers.html#polygon', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.rank': ('readers.html#rank', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.recognise': ('readers.html#recognise', 'dr2seg_lib/readers.py'),
+                                    'dr2seg_lib.readers.refused_pickle': ('readers.html#refused_pickle', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.rle_mask': ('readers.html#rle_mask', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.rough_tokens': ('readers.html#rough_tokens', 'dr2seg_lib/readers.py'),
                                     'dr2seg_lib.readers.rows_mask': ('readers.html#rows_mask', 'dr2seg_lib/readers.py'),

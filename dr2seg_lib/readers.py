@@ -6,14 +6,14 @@
 __all__ = ['NAMES', 'MAX_RECORD', 'MAX_LISTS', 'MAX_FILE', 'MAX_SCANNED', 'REACH', 'MAX_OBJECTS', 'MAX_POINTS', 'MAX_OUTLINE',
            'MAX_CROSSINGS', 'MAX_DRAWN', 'PROTOCOLS', 'MAX_NAME', 'MAX_TAGS', 'HELD_OUT', 'SIDES', 'SPLITS', 'FRAME',
            'MAX_ROWS', 'MAX_GROUP', 'MAX_PICKLE', 'MAX_CONTAINERS', 'MAX_RARE', 'MAX_TABLE', 'MAX_BOXED', 'FORMATS',
-           'MAX_TOLD', 'MAX_QUESTION', 'SPECIAL', 'BrokenRecord', 'one_line', 'broken', 'is_writable', 'part', 'item',
-           'contents', 'each_once', 'parsed', 'costs_too_much', 'picture', 'within', 'as_rgb', 'pixels', 'drawn_mask',
-           'rle_mask', 'polygon', 'outline', 'crossings', 'boxed', 'measures', 'drawable', 'paint', 'coco_mask',
-           'under', 'Reader', 'choose', 'check_id', 'plain_tags', 'rank', 'border', 'divided', 'outlines', 'ReasonSeg',
-           'solution_items', 'solved', 'rows_mask', 'Parquet', 'scan_pickle', 'plain_pickle', 'opened', 'lines',
-           'line_at', 'entries', 'named', 'all_named', 'tables', 'joined_lines', 'joined_refs', 'RefCOCO', 'Own',
-           'several', 'locate', 'recognise', 'open_data', 'same_image', 'check_disjoint', 'Told', 'rough_tokens',
-           'Report', 'Checker', 'check']
+           'MAX_TOLD', 'MAX_QUESTION', 'SPECIAL', 'COUNTED', 'BrokenRecord', 'one_line', 'broken', 'is_writable',
+           'part', 'item', 'contents', 'each_once', 'parsed', 'costs_too_much', 'picture', 'within', 'as_rgb', 'pixels',
+           'drawn_mask', 'rle_mask', 'polygon', 'outline', 'crossings', 'boxed', 'measures', 'drawable', 'paint',
+           'coco_mask', 'under', 'Reader', 'choose', 'check_id', 'plain_tags', 'rank', 'border', 'divided', 'outlines',
+           'ReasonSeg', 'solution_items', 'solved', 'rows_mask', 'Parquet', 'refused_pickle', 'scan_pickle',
+           'plain_pickle', 'opened', 'lines', 'line_at', 'entries', 'named', 'all_named', 'tables', 'joined_lines',
+           'joined_refs', 'RefCOCO', 'Own', 'several', 'locate', 'recognise', 'open_data', 'same_image',
+           'check_disjoint', 'Told', 'rough_tokens', 'Report', 'Checker', 'check']
 
 # %% ../nbs/14_readers.ipynb #ec19ca5e
 import io, json, os, pickle, re, struct, zlib
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path, PurePosixPath
 from reprlib import repr as brief # short, whatever it is
@@ -77,7 +77,7 @@ def item(record, field: str, k: int, where) -> str: # one text of a list of them
     return part({name: texts[k]} if k < len(texts) else {}, name, str, where)
 
 # %% ../nbs/14_readers.ipynb #f72ee1e4
-MAX_RECORD = 2**24 # bytes of a record's JSON; the largest masks and outlines of photographs have a tenth
+MAX_RECORD = 2**24 # bytes of a record's JSON; the largest masks of photographs have a tenth
 MAX_LISTS = 2**19 # lists and objects in it; an outline has one for each point
 
 def contents(file: Path, where, field: str = 'the file', most: int = MAX_RECORD) -> bytes:
@@ -103,7 +103,8 @@ def each_once(pairs: list) -> dict: # (key, value) of a JSON object
     (key, _), = Counter(k for k, _ in pairs).most_common(1)
     raise ValueError(f'{brief(key)} is there twice')
 
-def parsed(data: bytes, where, encodings: tuple = ('utf-8-sig',), most: int = MAX_RECORD, lists: int = MAX_LISTS):
+def parsed(data: bytes, where, encodings: tuple = ('utf-8-sig',),
+           most: int = MAX_RECORD, lists: int = MAX_LISTS):
     "What a JSON text of at most so many bytes and lists says; the encodings are tried in turn."
     if len(data) > most:
         raise broken(where, 'the JSON', f'is longer than {most:,} bytes', 'make it smaller')
@@ -117,8 +118,8 @@ def parsed(data: bytes, where, encodings: tuple = ('utf-8-sig',), most: int = MA
     raise broken(where, 'the text', f'is not {" or ".join(encodings)}', 'save it as UTF-8')
 
 # %% ../nbs/14_readers.ipynb #f9e85142
-MAX_FILE = 2**28 # bytes, as many as the pixels of the largest picture uncompressed, with transparency
-MAX_SCANNED = 2**30 # pixels × scans of a progressive JPEG, whose every scan costs a pass; programs write about 10
+MAX_FILE = 2**28 # bytes of a picture, as many as the largest has uncompressed
+MAX_SCANNED = 2**30 # pixels × scans of a progressive JPEG; programs write about 10 scans
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError,
                struct.error, zlib.error, # what broken files make Pillow raise
                Image.DecompressionBombError)
@@ -138,9 +139,11 @@ def picture(source: Path | bytes, where, field: str = 'the image') -> Image.Imag
             cost = costs_too_much(image, data)
             if not cost: return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise broken(where, field, 'cannot be decoded (it is of another kind)', 'put a JPEG, PNG, WebP or BMP there') from None
+        raise broken(where, field, 'cannot be decoded (it is of another kind)',
+                     'put a JPEG, PNG, WebP or BMP there') from None
     except _UNREADABLE as e:
-        raise broken(where, field, f'cannot be decoded ({e})', 'put a whole JPEG, PNG, WebP or BMP there') from None
+        raise broken(where, field, f'cannot be decoded ({e})',
+                     'put a whole JPEG, PNG, WebP or BMP there') from None
     raise broken(where, field, cost, f'save it as PNG or JPEG of at most {MAX_PIXELS:,} pixels')
 
 def within(folder: Path, name: str, where, field: str) -> Path:
@@ -148,7 +151,8 @@ def within(folder: Path, name: str, where, field: str) -> Path:
     pure = PurePosixPath(name.replace('\\', '/'))
     inside = pure.parts and not pure.is_absolute() and '..' not in pure.parts
     if inside and not re.match('[A-Za-z]:', name): return folder/pure
-    raise broken(where, f'field "{field}"', f'leads out of the data set ({name[:80]})', f'name a file below {folder}')
+    raise broken(where, f'field "{field}"', f'leads out of the data set ({name[:80]})',
+                 f'name a file below {folder}')
 
 # %% ../nbs/14_readers.ipynb #fd6d27f6
 def as_rgb(image: Image.Image) -> np.ndarray: # of any mode -> [H,W,3] uint8
@@ -172,14 +176,18 @@ def drawn_mask(image: Image.Image) -> np.ndarray: # of any mode -> [H,W] bool
     return seen[..., :3].any(-1) & (seen[..., 3] > 0)
 
 # %% ../nbs/14_readers.ipynb #e861aab3
-def rle_mask(rle, size: tuple, where, field: str) -> np.ndarray: # {"size": [H,W], "counts": str or list}, (W,H) -> [H,W] bool
+def rle_mask(rle, # {"size": [H,W], "counts": str or list}
+             size: tuple, where, field: str) -> np.ndarray: # (W,H) -> [H,W] bool
     "The mask of a run-length encoding, if it is of the image's size."
     w, h = size
     said = rle.get('size') if isinstance(rle, dict) else None
     if said != [h, w]:
-        raise broken(where, field, f'has the size {brief(said)}', f'give "size" as [{h}, {w}], the upright image\'s')
+        raise broken(where, field, f'has the size {brief(said)}',
+                     f'give "size" as [{h}, {w}], the upright image\'s')
     try: return decode(rle)
-    except ValueError: raise broken(where, field, f'has counts that do not add up to {h*w} pixels', 'encode the mask again') from None
+    except ValueError:
+        raise broken(where, field, f'has counts that do not add up to {h*w} pixels',
+                     'encode the mask again') from None
 
 # %% ../nbs/14_readers.ipynb #63d5c61a
 REACH = 2**15 # polygons may go beyond the image, not beyond this
@@ -191,12 +199,15 @@ MAX_DRAWN = 2**30 # pixels of the boxes around them
 
 def polygon(points, where, field: str) -> np.ndarray: # [[x,y],…] -> [N,2] int32
     "A polygon of at least three points."
-    if not isinstance(points, list): raise broken(where, field, 'is not a list of [x, y]', 'give pixel coordinates')
+    if not isinstance(points, list):
+        raise broken(where, field, 'is not a list of [x, y]', 'give pixel coordinates')
     if len(points) > MAX_POINTS:
         raise broken(where, field, f'has {len(points):,} points', f'draw it with {MAX_POINTS:,} or less')
     if not all(numbers(p, 2) and max(map(abs, p)) < REACH for p in points):
-        raise broken(where, field, 'is not a list of [x, y]', f'give finite pixel coordinates below {REACH:,}')
-    if len(points) < 3: raise broken(where, field, f'has {len(points)} points', 'draw three or more, or delete it')
+        raise broken(where, field, 'is not a list of [x, y]',
+                     f'give finite pixel coordinates below {REACH:,}')
+    if len(points) < 3:
+        raise broken(where, field, f'has {len(points)} points', 'draw three or more, or delete it')
     return np.array(points).astype(np.int32)
 
 # %% ../nbs/14_readers.ipynb #a17bf7b5
@@ -215,8 +226,8 @@ def boxed(points: np.ndarray, size: tuple) -> int: # [N,2], (W,H) -> pixels
     low, high = points.min(0).clip(0, size), points.max(0).clip(0, size)
     return int(np.prod(high - low + 1))
 
-def measures(polygons: list, size: tuple) -> Iterator[tuple]: # of [N,2], (W,H) -> what, how many, how many at most
-    "What drawing polygons costs, the cheap to find out first."
+def measures(polygons: list, size: tuple) -> Iterator[tuple]: # of [N,2], (W,H)
+    "What drawing polygons costs: the measure's name, how much, how much at most; the cheap first."
     yield 'polygons', len(polygons), MAX_OBJECTS
     yield 'points', sum(map(len, polygons)), MAX_POINTS
     yield 'pixels of outline', sum(map(outline, polygons)), MAX_OUTLINE
@@ -227,11 +238,13 @@ def drawable(polygons: list, size: tuple, where, field: str) -> list: # of [N,2]
     "A record's polygons, if drawing them takes no more than the outlines of things do."
     for what, n, most in measures(polygons, size):
         if n > most:
-            raise broken(where, field, f'has {n:,.0f} {what}', f'draw it with {most:,} or less, or as a mask')
+            raise broken(where, field, f'has {n:,.0f} {what}',
+                         f'draw it with {most:,} or less, or as a mask')
     return polygons
 
 # %% ../nbs/14_readers.ipynb #ed778199
-def paint(polygons: list, values: list, size: tuple) -> np.ndarray: # of [N,2] int32, of 1..255, (W,H) -> [H,W] uint8
+def paint(polygons: list, # of [N,2] int32
+          values: list, size: tuple) -> np.ndarray: # of 1..255, (W,H) -> [H,W] uint8
     "Polygons with their outlines in descending area, later ones over earlier ones (METHODS §5)."
     def draw(canvas, points, value):
         cv2.polylines(canvas, [points], True, value, 1)
@@ -239,21 +252,25 @@ def paint(polygons: list, values: list, size: tuple) -> np.ndarray: # of [N,2] i
     def area(points): # drawn alone, on no more of the image than it takes
         low, high = points.min(0).clip(0, size), points.max(0).clip(0, size)
         w, h = np.minimum(high - low + 1, np.array(size) - low)
-        return cv2.countNonZero(draw(np.zeros((h, w), np.uint8), points - low, 1)) if min(w, h) > 0 else 0
+        if min(w, h) <= 0: return 0
+        return cv2.countNonZero(draw(np.zeros((h, w), np.uint8), points - low, 1))
     canvas = np.zeros(size[::-1], np.uint8)
     for i in np.argsort([area(p) for p in polygons])[::-1]: draw(canvas, polygons[i], values[i])
     return canvas
 
-def coco_mask(segmentation, size: tuple, where) -> np.ndarray: # a list of [x,y,x,y,…] or run lengths, (W,H) -> [H,W] bool
+def coco_mask(segmentation, # a list of [x,y,x,y,…], or run lengths
+              size: tuple, where) -> np.ndarray: # (W,H) -> [H,W] bool
     "The mask of a COCO annotation; [] is empty."
     if isinstance(segmentation, dict): return rle_mask(segmentation, size, where, 'segmentation')
     def is_polygon(p):
         if not isinstance(p, list) or len(p) < 6 or len(p) % 2: return False
         return numbers(p, len(p)) and max(map(abs, p)) < REACH
     if isinstance(segmentation, list) and len(segmentation) > MAX_OBJECTS:
-        raise broken(where, 'segmentation', f'has {len(segmentation):,} polygons', f'draw it with {MAX_OBJECTS:,} or less')
+        raise broken(where, 'segmentation', f'has {len(segmentation):,} polygons',
+                     f'draw it with {MAX_OBJECTS:,} or less')
     if not isinstance(segmentation, list) or not all(map(is_polygon, segmentation)):
-        raise broken(where, 'segmentation', 'holds a polygon that is not x,y of three points or more', 'correct or delete it')
+        raise broken(where, 'segmentation', 'holds a polygon that is not x,y of three points or more',
+                     'correct or delete it')
     drawable([np.array(p, float).reshape(-1, 2) for p in segmentation], size, where, 'segmentation')
     if not segmentation: return np.zeros(size[::-1], bool)
     return decode(coco.merge(coco.frPyObjects(segmentation, *size[::-1])))
@@ -301,17 +318,21 @@ MAX_TAGS = 64 # of a record
 
 def check_id(id: str, where):
     "An id goes into every table and page: a short text."
-    if len(id) > MAX_NAME: raise broken(where, 'field "id"', f'has {len(id):,} characters', f'use {MAX_NAME:,} or less')
+    if len(id) > MAX_NAME:
+        raise broken(where, 'field "id"', f'has {len(id):,} characters', f'use {MAX_NAME:,} or less')
 
 def plain_tags(tags: dict, where) -> dict:
     "The tags of a record, if they are few, and short texts or finite numbers."
-    if len(tags) > MAX_TAGS: raise broken(where, 'field "tags"', f'holds {len(tags):,} tags', f'use {MAX_TAGS} or less')
+    if len(tags) > MAX_TAGS:
+        raise broken(where, 'field "tags"', f'holds {len(tags):,} tags', f'use {MAX_TAGS} or less')
     for text in [*tags, *(v for v in tags.values() if isinstance(v, str))]:
         if len(text) > MAX_NAME or not is_writable(text):
-            raise broken(where, 'field "tags"', f'holds {brief(text)}', f'use whole texts of {MAX_NAME:,} characters or less')
+            raise broken(where, 'field "tags"', f'holds {brief(text)}',
+                         f'use whole texts of {MAX_NAME:,} characters or less')
     for value in tags.values():
         if not isinstance(value, (str, int, float)) or isinstance(value, float) and not isfinite(value):
-            raise broken(where, 'field "tags"', 'holds more than texts and numbers', 'make each tag one of these')
+            raise broken(where, 'field "tags"', 'holds more than texts and numbers',
+                         'make each tag one of these')
     return tags
 
 # %% ../nbs/14_readers.ipynb #b6d99aee
@@ -356,7 +377,8 @@ SPLITS = 'train', 'val', 'test'
 def outlines(shapes: list, where) -> tuple: # polygons [N,2], values: 1 target, 255 ignore
     "ReasonSeg's shapes, ready to paint."
     if len(shapes) > MAX_OBJECTS:
-        raise broken(where, 'shapes', f'has {len(shapes):,} polygons', f'draw it with {MAX_OBJECTS:,} or less')
+        raise broken(where, 'shapes', f'has {len(shapes):,} polygons',
+                     f'draw it with {MAX_OBJECTS:,} or less')
     polygons, values = [], []
     for i, shape in enumerate(shapes):
         label = part(shape, 'label', str, where).lower()
@@ -377,12 +399,13 @@ class ReasonSeg(Reader):
         found = self.splits(path)
         undivided = list(found) == ['all']
         self.folder = choose(found, 'all' if undivided else split, path)
-        files = (p for p in self.folder.iterdir() if p.suffix in ('.json', '.jpg') and p.name[0] != '.')
-        names = every = sorted({p.stem for p in files})
-        if undivided: names, self.split_note = divided(lambda: zip(every, every), split, None, path)
+        files = (p for p in self.folder.iterdir() if p.suffix in ('.json', '.jpg'))
+        names = every = sorted({p.stem for p in files if p.name[0] != '.'})
+        if undivided:
+            names, self.split_note = divided(lambda: zip(every, every), split, None, path)
         if texts is None: texts = 'all' if split == 'train' else 'first'
         if type(texts) is int: index = self.one_each(list(self.questions(names[:limit])), texts)
-        else: index = list(islice(self.questions(names, first=texts == 'first'), limit))
+        else: index = list(islice(self.questions(names, texts == 'first'), limit))
         super().__init__(index, limit)
 
     @staticmethod
@@ -400,7 +423,8 @@ class ReasonSeg(Reader):
     def record(self, name: str) -> tuple: # file, annotation
         file = self.folder/f'{name}.json'
         if not file.is_file():
-            raise broken(file, 'the annotation', 'does not exist', f'put it beside {name}.jpg or remove the image')
+            raise broken(file, 'the annotation', 'does not exist',
+                         f'put it beside {name}.jpg or remove the image')
         return file, parsed(contents(file, file), file, ('utf-8-sig', 'cp1252'))
 
     @staticmethod
@@ -438,8 +462,10 @@ class ReasonSeg(Reader):
         drawn = paint(drawable(polygons, size, where, 'shapes'), values, size)
         targets, ignore = (Target.of(drawn == 1),) if (drawn == 1).any() else (), drawn == 255
         tags = {}
-        if 'is_sentence' in record: tags['query'] = 'long' if part(record, 'is_sentence', bool, where) else 'short'
-        return name, Sample(f'{name}#{k}' if k else name, image, query, targets, tags, ignore if ignore.any() else None)
+        if 'is_sentence' in record:
+            tags['query'] = 'long' if part(record, 'is_sentence', bool, where) else 'short'
+        id, ignore = f'{name}#{k}' if k else name, ignore if ignore.any() else None
+        return name, Sample(id, image, query, targets, tags, ignore)
 
 # %% ../nbs/14_readers.ipynb #2b7a69af
 FRAME = 840 # of the training sets' solutions
@@ -489,7 +515,8 @@ def _layout(opened, file) -> tuple: # {column: type}, rows of each group
         raise broken(file, 'the parquet file', 'has two columns of one name', 'rename one')
     rows = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) > MAX_ROWS:
-        raise broken(file, 'the parquet file', f'declares {sum(rows):,} rows', f'divide it into files of at most {MAX_ROWS:,}')
+        raise broken(file, 'the parquet file', f'declares {sum(rows):,} rows',
+                     f'divide it into files of at most {MAX_ROWS:,}')
     return {c.name: str(c.type) for c in schema}, rows
 
 def _group(opened, file, g: int, columns: list): # -> pyarrow Table
@@ -500,10 +527,12 @@ def _group(opened, file, g: int, columns: list): # -> pyarrow Table
         pieces.append(piece)
         size += piece.nbytes
         if size > MAX_GROUP:
-            raise broken(file, f'row group {g}', f'takes more than {MAX_GROUP:,} bytes', 'write the file with smaller row groups')
+            raise broken(file, f'row group {g}', f'takes more than {MAX_GROUP:,} bytes',
+                         'write the file with smaller row groups')
     rows = opened.metadata.row_group(g).num_rows
     if sum(piece.num_rows for piece in pieces) != rows:
-        raise broken(file, f'row group {g}', f'does not hold the {rows} rows that it declares', 'fetch the file again')
+        raise broken(file, f'row group {g}', f'does not hold the {rows} rows that it declares',
+                     'fetch the file again')
     return Table.from_batches(pieces)
 
 def rows_mask(rows, size: tuple, where) -> np.ndarray: # pyarrow list array, a list of pixels a row, (W,H) -> [H,W] bool
@@ -531,11 +560,14 @@ class Parquet(Reader):
                 raise ValueError(f'{file}: column "mask" is {types["mask"]}; make it lists of rows of booleans.')
         self.columns, self.masked = [*kind, *(c for c in self.kinds[kind] if c in names)], 'mask' in kind
         self.labels = [c for c in self.columns if c not in ('image', 'mask', 'solution')] # what is short
-        if all(re.search(r'\bpath: (large_)?string', types['image']) for _, types, _ in layouts): self.labels.append('image.path')
+        if all(re.search(r'\bpath: (large_)?string', types['image']) for _, types, _ in layouts):
+            self.labels.append('image.path')
         self.groups = [(file, g) for file, _, rows in layouts for g in range(len(rows))]
         self.starts, self.held = np.cumsum([0, *(n for _, _, rows in layouts for n in rows)]), (None, None)
         index = range(self.starts[-1])
-        if list(splits) == ['all']: index, self.split_note = divided(self.images, split, limit, path, 'their image_id, path or id')
+        if list(splits) == ['all']:
+            by = 'their image_id, path or id'
+            index, self.split_note = divided(self.images, split, limit, path, by)
         super().__init__(index, limit)
 
     @staticmethod
@@ -550,8 +582,8 @@ class Parquet(Reader):
         "The split of a file by the hub's naming, test-00000-of-00003.parquet or test/0000.parquet, else all."
         shard = re.fullmatch(r'(\w+)-\d+-of-\d+(-\w+)?', file.stem)
         if shard: return shard[1]
-        known = (n for n in (file.stem, file.parent.name) if re.fullmatch('train|val|validation|test[AB]?', n))
-        return next(known, 'all')
+        names = (file.stem, file.parent.name)
+        return next((n for n in names if re.fullmatch('train|val|validation|test[AB]?', n)), 'all')
 
     @classmethod
     def splits(cls, path: Path) -> dict: # {name: files}
@@ -571,7 +603,8 @@ class Parquet(Reader):
     def values(self, cells: dict, where) -> dict: # {column: value}
         try: return {c: v.as_py() for c, v in cells.items() if c != 'mask'}
         except (ValueError, OverflowError) as e: # a text that is not UTF-8, a date of no calendar
-            raise broken(where, 'a value', f'cannot be read ({e})', 'save it as UTF-8 text or as a number') from None
+            raise broken(where, 'a value', f'cannot be read ({e})',
+                         'save it as UTF-8 text or as a number') from None
 
     def label(self, row: dict, n: int) -> tuple: # image, id
         "What names a row's image, as far as it is told, and the row."
@@ -606,15 +639,17 @@ class Parquet(Reader):
     def read(self, n: int) -> tuple: # image name, Sample
         where, cells = self.row(n, self.columns)
         row = self.values(cells, where)
-        image, tags = pixels(self.embedded(row, where), where), {k: row[k] for k in ('difficulty',) if row.get(k) is not None}
-        plain_tags(tags, where)
+        image = pixels(self.embedded(row, where), where)
         size, query = image.shape[1::-1], part(row, 'text' if self.masked else 'problem', str, where)
+        tags = {} if row.get('difficulty') is None else dict(difficulty=row['difficulty'])
+        plain_tags(tags, where)
         name, id = self.label(row, n)
         check_id(id, where)
-        if not self.masked:
-            return name, Sample(id, image, query, solved(part(row, 'solution', str, where), size, where), tags)
-        mask = rows_mask(cells['mask'].values, size, where)
-        return name, Sample(id, image, query, (Target.of(mask),) if mask.any() else (), tags)
+        if self.masked:
+            mask = rows_mask(cells['mask'].values, size, where)
+            targets = (Target.of(mask),) if mask.any() else ()
+        else: targets = solved(part(row, 'solution', str, where), size, where)
+        return name, Sample(id, image, query, targets, tags)
 
 # %% ../nbs/14_readers.ipynb #e8a05939
 MAX_PICKLE = 2**27 # bytes; RefCOCO's have 20 to 40 million
@@ -622,33 +657,40 @@ MAX_CONTAINERS = 2**24 # lists and dictionaries of a pickle, or of a table in JS
 MAX_RARE = 1000 # opcodes that references do not need: tuples, sets, calls
 _PLAIN = re.compile(rb'(?s:' # opcodes with no argument, a line of text, or a fixed number of bytes
                     rb'[\]}(ldsaeuN012\x88\x89\x94]'
-                    rb'|[SV][^\n]*+\n|[gp]\d{1,7}\n|[IL]-?\d{1,18}L?\n|F[^\n]{1,32}\n' # memo places below 10^7
-                    rb'|[qhK].|M..|J....|[rj]...\x00|G.{8}|\x95.{8}|\x80[\x00-\x05]' # or 2^24
-                    rb'|\x8a(?:\x00|\x01.|\x02..|\x03...|\x04....|\x05.{5}|\x06.{6}|\x07.{7})' # integers below 2^55
+                    rb'|[SV][^\n]*+\n|[IL]-?\d{1,18}L?\n|F[^\n]{1,32}\n'
+                    rb'|[gp]\d{1,7}\n' # places in the memo below 10^7,
+                    rb'|[qhK].|M..|J....|[rj]...\x00|G.{8}|\x95.{8}|\x80[\x00-\x05]' # 2^24
+                    rb'|\x8a(?:\x00|\x01.|\x02..|\x03...|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7})' # 2^55
                     rb')*+')
-_COUNTED = {ord(op): n for n, ops in {1: 'U\x8cC', 4: 'XTB', 8: '\x8d\x8e\x96'}.items() for op in ops} # bytes of the length that follows
+_COUNTED = dict.fromkeys(b'U\x8cC', 1) | dict.fromkeys(b'XTB', 4) | dict.fromkeys(b'\x8d\x8e\x96', 8) # bytes of their length
 _RARE = frozenset(b't)\x85\x86\x87\x8f\x90\x91RbOo\x81\x92\x93\x97\x98')
 
+def refused_pickle(file, why: str) -> BrokenRecord:
+    return broken(file, 'the pickle', f'is refused ({why})', "take the file of the data set's own release")
+
 def scan_pickle(data: bytes, file) -> bytes: # the same
-    "Refuses a pickle that would make the unpickler reserve what its size does not warrant, without running it."
-    def refuse(what): return broken(file, 'the pickle', f'is refused ({what})', "take the file of the data set's own release")
-    if data.count(b'(') + data.count(b']') + data.count(b'}') > MAX_CONTAINERS: raise refuse('it holds too many lists')
+    "Refuses a pickle that would have more reserved than its size warrants, without loading it."
+    if sum(map(data.count, (b'(', b']', b'}'))) > MAX_CONTAINERS:
+        raise refused_pickle(file, 'it holds too many lists')
     at, rare = 0, 0
     while at < len(data):
         at = _PLAIN.match(data, at).end()
-        op = data[at] if at < len(data) else None
-        if op is None: break
+        if at == len(data): break
+        op = data[at]
         if op == ord('.'): return data
         if op in _COUNTED:
             first = at + 1 + _COUNTED[op]
             at = first + int.from_bytes(data[at + 1:first], 'little')
             continue
         rare += 1
-        if op == ord('c'): at = data.find(b'\n', data.find(b'\n', at) + 1) + 1 # the name of what it asks for
+        if op == ord('c'): at = data.find(b'\n', data.find(b'\n', at) + 1) + 1 # what it asks for
         elif op in _RARE: at += 1
-        else: raise refuse(f'the opcode {bytes([op])!r} at byte {at} is none of plain data, or its number is too large')
-        if rare > MAX_RARE or not at: raise refuse('it holds more than lists, dictionaries, numbers and texts')
-    raise refuse('it is cut short')
+        else:
+            opcode = f'the opcode {bytes([op])!r} at byte {at}'
+            raise refused_pickle(file, f'{opcode} is none of plain data, or its number is too large')
+        if rare > MAX_RARE or not at:
+            raise refused_pickle(file, 'it holds more than lists, dictionaries, numbers and texts')
+    raise refused_pickle(file, 'it is cut short')
 
 # %% ../nbs/14_readers.ipynb #3d2e88c1
 class _Plain(pickle.Unpickler):
@@ -663,16 +705,17 @@ def plain_pickle(file: Path):
     "What a pickle holds, if it is only numbers, texts and plain containers."
     data = scan_pickle(contents(file, file, 'the pickle', MAX_PICKLE), file)
     try: return _Plain(io.BytesIO(data), encoding='utf-8', errors='replace').load()
-    except _UNPICKLABLE as e: raise broken(file, 'the pickle', f'is refused ({e})', "take the file of the data set's own release") from None
+    except _UNPICKLABLE as e: raise refused_pickle(file, str(e)) from None
 
 # %% ../nbs/14_readers.ipynb #80eb6843
 def opened(file: Path): # -> a file to read bytes from
     "A file of lines; what cannot be opened is told."
     try: return open(file, 'rb')
-    except OSError as e: raise broken(file, 'the file', f'cannot be read ({e})', 'grant permission or put it there again') from None
+    except OSError as e:
+        raise broken(file, 'the file', f'cannot be read ({e})', 'grant permission or put it there again') from None
 
 def lines(file: Path) -> Iterator[tuple]: # offset, line number, line
-    "The lines of a file with where they start, blank ones left out; of one that is too long to be a record, the beginning."
+    "The lines of a file that are not blank; of one that is too long to be a record, the beginning."
     at = number = 0
     with opened(file) as f:
         while line := f.readline(MAX_RECORD + 1):
@@ -719,14 +762,15 @@ def _joined(ref, instances: dict, images: dict, where) -> dict: # a reference wi
         return dict(broken=str(e), split=split if isinstance(split, str) else None)
 
 # %% ../nbs/14_readers.ipynb #36fd8d5d
-MAX_TABLE = 2**29 # bytes of instances.json, or of the joined file; that of the whole of COCO train2014 has 330 million
+MAX_TABLE = 2**29 # bytes of instances.json, or of the joined file; all of COCO train2014 has 330 million
 
 def tables(file: Path) -> list: # annotations and images, each {id: entry}
     "What instances.json holds, by id."
     data = contents(file, file, most=MAX_TABLE)
     instances = parsed(data, file, most=MAX_TABLE, lists=MAX_CONTAINERS)
-    def by_id(entries): # of an id in one machine word: larger ones can be chosen to fall on one another
-        return {e['id']: e for e in entries if isinstance(e, dict) and type(e.get('id')) is int and 0 <= e['id'] < 2**53}
+    def is_known(entry): # by an id in one machine word: larger ones can be chosen to fall on one another
+        return isinstance(entry, dict) and type(entry.get('id')) is int and 0 <= entry['id'] < 2**53
+    def by_id(entries): return {e['id']: e for e in entries if is_known(e)}
     return [by_id(part(instances, key, list, file)) for key in ('annotations', 'images')]
 
 def joined_lines(found: list, instances: list, refs: Path) -> Iterator[str]: # references, what `tables` gives
@@ -736,7 +780,7 @@ def joined_lines(found: list, instances: list, refs: Path) -> Iterator[str]: # r
         line = json.dumps(_joined(ref, *instances, f'{refs} reference {i}')) + '\n'
         size += len(line)
         if size > MAX_TABLE:
-            raise broken(refs, 'the pickle', f'says more than {MAX_TABLE:,} bytes', "take the file of the data set's own release")
+            raise refused_pickle(refs, f'it says more than {MAX_TABLE:,} bytes')
         yield line
 
 def joined_refs(refs: Path) -> Path: # refs(….p), beside instances.json -> JSON lines; the first says what it was made from
@@ -804,7 +848,8 @@ class RefCOCO(Reader):
         at, number, k = map(int, key)
         where = f'{self.file}:{number}'
         record = parsed(line_at(self.file, at), where)
-        if isinstance(record, dict) and 'broken' in record: raise BrokenRecord(one_line(str(record['broken'])))
+        if isinstance(record, dict) and 'broken' in record:
+            raise BrokenRecord(one_line(str(record['broken'])))
         return where, record
 
     def asks(self, key) -> tuple: # id, image, question
@@ -879,7 +924,8 @@ class Own(Reader):
             raise broken(where, f'field "{f}"', 'is unknown', f'use {", ".join(self.fields)}')
         if self.names_splits: part(record, 'split', str, where)
         elif 'split' in record:
-            raise broken(where, 'field "split"', 'is not in the first record', 'name a split in every record or in none')
+            raise broken(where, 'field "split"', 'is not in the first record',
+                         'name a split in every record or in none')
         return where, record
 
     def asks(self, key) -> tuple: # id, image, question
@@ -898,24 +944,30 @@ class Own(Reader):
             raise broken(where, field, f'{value[:80]} is no PNG', 'save it as PNG, which keeps every pixel')
         image = picture(within(self.folder, value, where, field), where, field)
         if image.size != size:
-            raise broken(where, field, f'is {image.size} beside an image of {size}', 'draw it on the upright image, at its size')
+            raise broken(where, field, f'is {image.size} beside an image of {size}',
+                         'draw it on the upright image, at its size')
         return drawn_mask(image)
 
     def objects(self, record: dict, size: tuple, where) -> dict: # {field, with its place in a list: [H,W] bool}
         "The masks of a record, each with a pixel, all together within bounds."
-        values = {f: v for field in ('mask', 'polygon') if field in record for f, v in several(record[field], field)}
-        if len(values) > MAX_OBJECTS or len(values)*size[0]*size[1] > MAX_DRAWN:
-            raise broken(where, 'field "mask"', f'holds {len(values):,} objects in an image of {size[0]}×{size[1]}',
-                         f'give at most {min(MAX_OBJECTS, MAX_DRAWN//(size[0]*size[1])):,}')
-        drawable([polygon(v, where, f) for f, v in values.items() if f.startswith('polygon')], size, where, 'polygon')
+        given = [several(record[field], field) for field in ('mask', 'polygon') if field in record]
+        values = dict(chain(*given))
+        most = min(MAX_OBJECTS, MAX_DRAWN//(size[0]*size[1]))
+        if len(values) > most:
+            raise broken(where, 'field "mask"', f'holds {len(values):,} objects in an image of {size}',
+                         f'give at most {most:,}')
+        polygons = [polygon(v, where, f) for f, v in values.items() if f.startswith('polygon')]
+        drawable(polygons, size, where, 'polygon')
         masks, boxed = {}, 0
         for f, value in values.items():
             masks[f] = self.mask(value, size, where, f)
             if not masks[f].any():
-                raise broken(where, f, 'has no pixel inside the image', 'correct it, or say "mask": [] where there is no answer')
+                raise broken(where, f, 'has no pixel inside the image',
+                             'correct it, or say "mask": [] where there is no answer')
             x1, y1, x2, y2 = box_of(masks[f])
             boxed += (x2 - x1 + 1)*(y2 - y1 + 1)
-            if boxed > MAX_BOXED: raise broken(where, f, 'covers too many pixels with those before', 'give fewer objects')
+            if boxed > MAX_BOXED:
+                raise broken(where, f, 'covers too many pixels with those before', 'give fewer objects')
         return masks
 
     def read(self, key) -> tuple: # image name, Sample
@@ -943,9 +995,11 @@ def locate(name: str | Path) -> Path: # a file, a folder, or a data set of the h
         path = Path(name).expanduser()
         if path.exists(): return path
     except (OSError, RuntimeError) as e: # a name that is too long, a home that is not known
-        raise FileNotFoundError(f'{one_line(str(name), 80)} cannot be looked up ({one_line(str(e), 80)}); give a path.') from None
+        what = f'{one_line(str(name), 80)} cannot be looked up ({one_line(str(e), 80)})'
+        raise FileNotFoundError(f'{what}; give a path.') from None
     if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(name)):
-        raise FileNotFoundError(f'{one_line(str(name), 300)} does not exist; give the path of a data set, or its name on the hub.')
+        raise FileNotFoundError(f'{one_line(str(name), 300)} does not exist; '
+                                'give the path of a data set, or its name on the hub.')
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(name), repo_type='dataset', allow_patterns='*.parquet'))
     except (OSError, ValueError) as e:
@@ -982,8 +1036,8 @@ def same_image(a: Reader, i: int, b: Reader, j: int) -> bool:
     try: return a.image_digest(i) == b.image_digest(j)
     except BrokenRecord: return False
 
-def check_disjoint(train: Sequence, evaluation: Sequence): # of samples; those that are no Reader are not looked at
-    "Raises where both ask the same question about the same image: what was trained on is not held out."
+def check_disjoint(train: Sequence, evaluation: Sequence):
+    "Raises where two readers ask the same question about the same image; other sequences are not looked at."
     if not isinstance(train, Reader) or not isinstance(evaluation, Reader): return
     places = {}
     for i, asked in enumerate(evaluation.asked()):
@@ -991,8 +1045,10 @@ def check_disjoint(train: Sequence, evaluation: Sequence): # of samples; those t
     for j, asked in enumerate(train.asked()):
         place = places.get((asked[1], question(asked[2], eval=True))) if asked else None
         if place and same_image(train, j, evaluation, place[0]):
-            raise ValueError(f'sample "{one_line(place[1], 80)}" of the evaluation is sample "{one_line(asked[0], 80)}" of the training: '
-                             'the same question about the same image; name other data, or set allow_overlap true.')
+            held, trained = one_line(place[1], 80), one_line(asked[0], 80)
+            raise ValueError(f'sample "{held}" of the evaluation is sample "{trained}" of the training: '
+                             'the same question about the same image; '
+                             'name other data, or set allow_overlap true.')
 
 # %% ../nbs/14_readers.ipynb #dc9abe61
 MAX_TOLD = 1000 # sentences of a kind in a report
@@ -1013,7 +1069,7 @@ class Told:
         return (*self.first, rest) if self.more else tuple(self.first)
 
 def rough_tokens(text: str) -> int:
-    "About how many tokens a text has, without a tokenizer: one a word, number or mark, or one for 8 bytes of a long one."
+    "About how many tokens a text has: one a word, number or mark, or for 8 bytes of a long one."
     pieces = re.findall(r'\w+|[^\w\s]+', text)
     return sum(-(-len(piece.encode('utf-8', 'replace'))//8) for piece in pieces)
 
@@ -1032,6 +1088,8 @@ class Report:
         found = f'{len(self.broken)} broken:' if self.broken else 'nothing broken'
         return '\n'.join([f'{self.path} is {self.format}', *counts, *self.remarks, found, *self.broken])
 
+COUNTED = 'samples', 'images', 'targets', 'without targets', 'with ignore' # of each split
+
 class Checker:
     "What `check` gathers while it reads a data set."
     def __init__(self, path: Path, kind: type, count_tokens: Callable):
@@ -1048,36 +1106,43 @@ class Checker:
         where = f'{self.path}: the question of "{one_line(s.id, 80)}" of split {split}'
         n = self.count_tokens(s.query)
         if n > MAX_QUESTION:
-            self.broken.add(f'{where} has about {n:,} tokens; shorten it to {MAX_QUESTION}, or raise max_question_tokens.')
+            self.broken.add(f'{where} has about {n:,} tokens; '
+                            f'shorten it to {MAX_QUESTION}, or raise max_question_tokens.')
         if special := sorted(set(SPECIAL.findall(s.query))):
-            self.remarks.add(f'{where} holds {one_line(", ".join(special), 80)}; it is read as text, not as a token.')
+            self.remarks.add(f'{where} holds {one_line(", ".join(special), 80)}; '
+                             'it is read as text, not as a token.')
 
     def split(self, split: str, progress: Callable):
         "Reads every sample of a split."
         data = self.opened(self.kind, self.path, split)
         if data is None: return
-        counts = self.counts[split] = dict.fromkeys(('samples', 'images', 'targets', 'without targets', 'with ignore'), 0)
+        counts = self.counts[split] = dict.fromkeys(COUNTED, 0)
         images, ids = set(), set()
         for i, key in enumerate(data.index, 1):
             progress(split, i, len(data))
             try: image, s = data.read(key)
             except BrokenRecord as e: self.broken.add(str(e)); continue
             if s.id in ids:
-                self.broken.add(f'{self.path}: id "{one_line(s.id, 80)}" of split {split} is there twice; give each record a name of its own.')
+                self.broken.add(f'{self.path}: id "{one_line(s.id, 80)}" of split {split} is there twice; '
+                                'give each record a name of its own.')
             images.add(image), ids.add(s.id)
             self.pictures.setdefault(sha256(s.image.tobytes()).digest()[:8], set()).add((split, image))
             self.question(s, split)
-            found = dict(samples=1, targets=len(s.targets)) | {'without targets': not s.targets, 'with ignore': s.ignore is not None}
-            for k, n in found.items(): counts[k] += int(n)
+            counts['samples'] += 1
             counts['images'] = len(images)
+            counts['targets'] += len(s.targets)
+            counts['without targets'] += not s.targets
+            counts['with ignore'] += s.ignore is not None
 
     def division(self):
         "How a set without splits is divided, and what its sides share nevertheless."
         data = self.opened(self.kind, self.path, 'val', told=self.remarks)
         if data is None or not data.split_note: return
         self.remarks.add(f'{data.split_note}.')
-        edge = border(name for places in self.pictures.values() for _, name in sorted(places))
-        self.pictures = {picture: {('val' if rank(name) < edge else 'train', name) for _, name in places} for picture, places in self.pictures.items()}
+        names = {name for _, name in chain(*self.pictures.values())}
+        edge = border(names)
+        side = {name: 'val' if rank(name) < edge else 'train' for name in names}
+        self.pictures = {p: {(side[name], name) for _, name in places} for p, places in self.pictures.items()}
 
     def shared(self):
         "Which splits have pictures in common."
@@ -1086,7 +1151,8 @@ class Checker:
             names = dict(sorted(places))
             if len(names) > 1: common.setdefault(tuple(names), []).append(next(iter(names.values())))
         for splits, names in common.items():
-            self.remarks.add(f'{" and ".join(splits)} have {len(names):,} of the same pictures, such as {one_line(min(names), 80)}.')
+            self.remarks.add(f'{" and ".join(splits)} have {len(names):,} of the same pictures, '
+                             f'such as {one_line(min(names), 80)}.')
 
 def check(name: str | Path, # a path, or a data set of the hub
           progress: Callable = lambda split, i, n: None, # told after each sample
