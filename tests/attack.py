@@ -58,7 +58,7 @@ class Verdict:
     outcome: str # result, sentence or flaw
     text: str # the sentence, or what is wrong
     notes: list # what was done
-    seconds: float
+    seconds: float # of work
 
 
 def kind_of(number: int) -> str:
@@ -157,13 +157,13 @@ def snapshot(folder: Path) -> dict: # {name: what it is}
     return found
 
 
-def wait(pid: int) -> str | None: # why it was ended; None when it ended by itself
+def wait(pid: int) -> tuple[str | None, float]: # why it was ended, None when it ended by itself; seconds of work
     "Waits for a case, and ends one that takes too long."
     began = worked = time.time()
     used = -1
     while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended: return None if not os.WIFSIGNALED(status) else f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
+        if ended: return f"killed by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else None, usage.ru_utime + usage.ru_stime
         time.sleep(0.005)
         with suppress(FileNotFoundError, ProcessLookupError, IndexError):
             ticks = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -171,8 +171,8 @@ def wait(pid: int) -> str | None: # why it was ended; None when it ended by itse
         late = f"took {WALL} seconds" if time.time() - began > WALL else f"waited {IDLE} seconds for nothing" if time.time() - worked > IDLE else None
         if late:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return late
+            usage = os.wait4(pid, 0)[2]
+            return late, usage.ru_utime + usage.ru_stime
 
 
 def lost(root: Path, before: dict) -> str | None:
@@ -208,15 +208,15 @@ def verdict(number: int, root: Path, ended: str | None, seconds: float) -> Verdi
 
 def attempt(number: int, seed: int, templates: Path, keep: Path | None = None) -> Verdict:
     "One case, from its fork to its verdict."
-    root, began = keep or Path(tempfile.mkdtemp(prefix=f"attack-{number}-")), time.time()
+    root = keep or Path(tempfile.mkdtemp(prefix=f"attack-{number}-"))
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     sys.stdout.flush()
     pid = os.fork()
     if not pid: live(number, seed, root, templates)
-    ended = wait(pid)
+    ended, seconds = wait(pid)
     with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL) # what it may have started
-    found = verdict(number, root, ended, time.time() - began)
+    found = verdict(number, root, ended, seconds)
     if not keep: shutil.rmtree(root, ignore_errors=True)
     return found
 
@@ -279,12 +279,13 @@ def main() -> int: # exit code, 1 when there is a flaw
     p.add_argument("--n", type=int, default=2000, help="so many cases")
     p.add_argument("--only", type=int, help="one case, by its number")
     p.add_argument("--kind", choices=cases.KINDS, help="cases of one kind alone")
+    p.add_argument("--all", action="store_true", help="tell every case, not the flaws alone")
     p.add_argument("--workers", type=int, default=1, help="processes that share the cases")
     p.add_argument("--keep", type=Path, help="leave the case's folder here, with --only")
     args = p.parse_args()
     numbers = [k for k in range(args.n) if not args.kind or kind_of(k) == args.kind] if args.only is None else [args.only]
     def say(v):
-        if v.outcome == "flaw" or args.only is not None: print(f"{v.outcome}: {described(v, args.seed)}", flush=True)
+        if v.outcome == "flaw" or args.all or args.only is not None: print(f"{v.outcome}: {described(v, args.seed)}", flush=True)
     found = campaign(args.seed, numbers, args.workers, say, args.keep and args.keep.absolute())
     print(summary(found))
     return int(any(v.outcome == "flaw" for v in found))

@@ -97,6 +97,12 @@ def encoded(image=PHOTO, format="PNG", **how) -> bytes:
     return out.getvalue()
 
 
+def outline(case: Case) -> list: # [[x, y], …]
+    points = hostile.polygon(case.rng)
+    case.say(f"a polygon of {len(points)} points like {points[:2]}")
+    return points
+
+
 # ---- data sets
 
 def reasonseg(case: Case) -> Callable:
@@ -106,9 +112,10 @@ def reasonseg(case: Case) -> Callable:
         (root / split).mkdir(parents=True)
         for name in names:
             record = dict(text=["what is it", "the cup"], is_sentence=False, shapes=[dict(label="target", points=BOX), dict(label="ignore", points=[[1, 1], [9, 1], [9, 9]])])
-            if case.now_and_then(0.2): record["shapes"][0]["points"] = hostile.polygon(rng)
+            odd = case.now_and_then(0.2)
+            if odd: record["shapes"][0]["points"] = outline(case)
             (root / split / f"{name}.jpg").write_bytes(encoded(format="JPEG"))
-            (root / split / f"{name}.json").write_bytes(case.json(record, None if name in "ac" else 0))
+            (root / split / f"{name}.json").write_bytes(case.json(record, None if name in "ac" and not odd else 0))
     if case.now_and_then(0.5): case.harm(rng.choice(sorted(root.glob("*/*"))))
     return use(case, rng.choice((root, root, root / "val")))
 
@@ -124,10 +131,11 @@ def own(case: Case) -> Callable:
     for i in range(6):
         row = dict(id=f"r{i}", image="images/a.png", query="what is it", tags=dict(kind="a")) | ({"split": rng.choice(("train", "val"))} if i % 2 else {})
         row |= {k: drawn[k] for k in rng.sample(sorted(drawn), rng.choice((1, 2)))}
-        if case.now_and_then(0.15): row["polygon"] = [hostile.polygon(rng)]
-        if case.now_and_then(0.15): row["mask"] = hostile.run_lengths(rng, W, H)
-        if case.now_and_then(0.1): row["query"] = hostile.text(rng)
-        rows.append(case.json(row, None if case.now_and_then(0.5) else 0))
+        odd = rng.choice(("polygon", "mask", "query", "anything", "anything", None, None))
+        if odd == "polygon": row["polygon"] = [outline(case)]
+        if odd == "mask": row["mask"] = hostile.run_lengths(rng, W, H)
+        if odd == "query": row["query"] = hostile.text(rng)
+        rows.append(case.json(row, None if odd == "anything" else 0))
     (folder / "data.jsonl").write_bytes(b"\n".join(rows) + rng.choice((b"", b"\n", b"\n\n", b"\xff")))
     if case.now_and_then(0.4): case.harm(rng.choice(sorted(p for p in folder.rglob("*") if p.is_file())))
     return use(case, folder)
@@ -142,10 +150,11 @@ def refcoco(case: Case) -> Callable:
     refs = [dict(ref_id=i, ann_id=70 + i, image_id=7, split=rng.choice(("train", "val", "testA")), category_id=1, sentences=[dict(sent="the cup", raw="x")]) for i in range(4)]
     areas = [[10., 10., 30., 10., 30., 20.], dict(size=[H, W], counts=[0, 50, W * H - 50])]
     annotations = [dict(id=70 + i, image_id=7, segmentation=[areas[0]] if i % 2 else areas[1]) for i in range(4)]
-    if case.now_and_then(0.3): annotations[0]["segmentation"] = [[v for p in hostile.polygon(rng) for v in p]]
-    if case.now_and_then(0.2): annotations[1]["segmentation"] = hostile.run_lengths(rng, W, H)
+    odd = rng.choice(("polygon", "mask", "anything", None))
+    if odd == "polygon": annotations[0]["segmentation"] = [[v for p in outline(case) for v in p]]
+    if odd == "mask": annotations[1]["segmentation"] = hostile.run_lengths(rng, W, H)
     instances = dict(images=[dict(id=7, file_name="a.jpg", width=W, height=H)], annotations=annotations, categories=[])
-    (folder / "instances.json").write_bytes(case.json(instances, None if case.now_and_then(0.5) else 0))
+    (folder / "instances.json").write_bytes(case.json(instances, None if odd == "anything" else 0))
     bad = hostile.pickles(case.canary)
     name = rng.choice(sorted(bad)) if case.now_and_then(0.4) else None
     if name: case.say(f"pickle: {name}")
@@ -291,12 +300,7 @@ def copied(case: Case, name: str = "run") -> Path:
     "A run as it was left, with a marked record now and then."
     folder = case.input / "runs" / name
     shutil.copytree(case.templates / "run", folder)
-    if case.now_and_then(0.3):
-        record = json.loads((folder / "run.json").read_text())
-        record["parameters"] |= {k: hostile.MARK for k in case.rng.sample(sorted(record["parameters"]), 2)}
-        record |= dict(host=hostile.MARK, error=hostile.MARK, git=hostile.MARK, status=case.rng.choice(("failed", "done", hostile.MARK)))
-        (folder / "run.json").write_text(json.dumps(record))
-        case.say("marked")
+    if case.now_and_then(0.4): mark(case, folder)
     if case.now_and_then(0.15):
         record = json.loads((folder / "run.json").read_text())
         file = case.input / "canary.py"
@@ -305,6 +309,23 @@ def copied(case: Case, name: str = "run") -> Path:
         (folder / "run.json").write_text(json.dumps(record))
         case.say("names code or a set of the hub")
     return folder
+
+
+def mark(case: Case, folder: Path):
+    "Puts markup where values are: anywhere in one of the files."
+    path = folder / case.rng.choice(("run.json", "results.json", *ROWS))
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    for k, line in enumerate(lines):
+        tree = json.loads(line)
+        for _ in range(case.rng.choice((1, 3, 9))):
+            at = case.rng.choice(hostile.places(tree))
+            holder = tree
+            for key in at[:-1]: holder = holder[key]
+            if isinstance(holder, dict) and case.now_and_then(0.3): holder[hostile.MARK] = holder.pop(at[-1])
+            else: holder[at[-1]] = hostile.MARK
+            if not k: case.say(f"markup at {at} of {path.name}")
+        lines[k] = json.dumps(tree)
+    path.write_text("\n".join(lines) + "\n")
 
 
 class Tags(HTMLParser):
@@ -321,12 +342,14 @@ def looked(case: Case, folder: Path) -> Callable:
     def see_report(): page(report.write_report(folder).read_text())
     def see_inspector():
         view = inspector.inspect(folder)
-        for view.source in list(view.index): view.at = 1
-        json.dumps([view.about, view.index, view.shown])
+        for view.source in list(view.index):
+            view.at = 1
+            json.dumps([view.about, view.index, view.shown], allow_nan=False)
+        view.still()
     def see_comparison(): page(inspector.compare([folder, case.templates / "run"]).html)
     def see_live(): inspector.live(folder).close()
     def see_table(): page("".join(_printed(cli.main(["tables", "--format", "html", str(folder)]))))
-    does = case.rng.choices((see_report, see_inspector, see_comparison, see_live, see_table, command("runs", folder.parent), command("tables", folder)), (1, 4, 2, 3, 3, 6, 4))[0]
+    does = case.rng.choices((see_report, see_inspector, see_comparison, see_live, see_table, command("runs", folder.parent), command("tables", folder)), (4, 4, 3, 3, 3, 3, 3))[0]
     case.say(getattr(does, "__name__", "command"))
     return does
 
@@ -341,7 +364,7 @@ def _printed(code) -> list:
 def view(case: Case) -> Callable:
     "A run's folder from elsewhere, looked at: nothing is fetched, run or changed."
     folder = copied(case)
-    change_run(case, folder)
+    if not case.notes or case.now_and_then(0.3): change_run(case, folder)
     shutil.copytree(case.templates / "run", case.input / "runs" / "good")
     case.may_change = "report.html", ".lock"
     return forbidding_fetches(looked(case, folder))
@@ -363,9 +386,10 @@ def resume(case: Case) -> Callable:
     shutil.copytree(case.templates / "run", folder)
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | dict(status="interrupted", parameters=record["parameters"] | dict(steps=3))))
-    change_run(case, folder)
+    if case.now_and_then(0.6): change_rows(case, folder / case.rng.choice(ROWS[:2]))
+    else: change_run(case, folder)
     case.may_change = "run.json", "*.jsonl", "results.json", "progress.json", ".lock", ".cli.lock", "notebook.ipynb", "adapter_config.json", "README.md", "*.safetensors", "manifest.json", "optimizer.pt", "error.log"
-    if case.now_and_then(0.6): return command("run", "train", "--resume", "--out", folder)
+    if case.now_and_then(0.3): return command("run", "train", "--resume", "--out", folder)
     before = {n: (folder / n).read_bytes() for n in ("metrics.jsonl", "rollouts.jsonl") if (folder / n).is_file()}
     def go_on():
         try: config = training.TrainConfig(**cli.free(runs.read_record(folder)["parameters"]))
