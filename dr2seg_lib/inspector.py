@@ -323,7 +323,7 @@ class Live(View):
         if not path.exists(): return {}, 'waiting', ''
         info, wrong = open_json(path, Info)
         try: return info, runs.status(self.folder), wrong
-        except (OSError, ValueError, KeyError, TypeError): return info, 'unreadable', wrong or 'run.json is no record of a run'
+        except (OSError, ValueError, KeyError, TypeError, RecursionError): return info, 'unreadable', wrong or 'run.json is no record of a run'
 
     def _look(self):
         info, status, wrong = self._record()

@@ -81,12 +81,12 @@ class Table:
 
     @property
     def html(self)->Markup:
-        heads = joined(fill('<th class=num>{}</th>' if r else '<th>{}</th>', c) for c, r in zip(self.head, self.right))
+        heads = joined(fill('<th class=num>{}</th>', c) if r else fill('<th>{}</th>', c) for c, r in zip(self.head, self.right))
         rows = joined(fill('<tr>{}</tr>', self._cells(row)) for row in self.rows)
         return fill('<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>', heads, rows)
 
     def _cells(self, row):
-        return joined(fill('<td class=num>{}</td>' if r else '<td>{}</td>', c) for c, r in zip(row, self.right))
+        return joined(fill('<td class=num>{}</td>', c) if r else fill('<td>{}</td>', c) for c, r in zip(row, self.right))
 
     def __str__(self): return self.markdown
     __repr__ = __str__

@@ -254,7 +254,8 @@ def test_a_name_in_markdown_is_one_cell_of_text():
 def test_a_name_in_latex_is_text():
     for word in hostile.WORDS:
         text = markup.tex(word)
-        assert "\n" not in text and text.count("{") == text.count("}")
+        bare = re.sub(r"\\[{}]", "", text) # an escaped brace needs no other
+        assert "\n" not in text and bare.count("{") == bare.count("}")
         assert not re.search(r"(?<!\\)[&%#_]", text)
         assert not re.search(r"\\(?!textbackslash|textasciitilde|textasciicircum|textless|textgreater|[&%$#_{}])", text.replace(r"$\pm$", ""))
 
@@ -272,6 +273,9 @@ def test_a_string_for_a_number_is_named(tmp_path):
     with pytest.raises(ValueError, match='results.json: field "after.gIoU" is .much.; make it a number, or leave the run out'): tables.side_by_side([tmp_path/"run"])
 
 
+OBJECTS = "bom", "twice", "digits" # an object with none of the known fields: it fits, and says nothing
+
+
 @pytest.mark.parametrize("how", hostile.RAW)
 @pytest.mark.parametrize("file", ["run.json", "rollouts.jsonl", "results.json", "metrics.jsonl", "progress.json"])
 def test_each_file_spoiled_in_each_way(tmp_path, how, file):
@@ -279,11 +283,11 @@ def test_each_file_spoiled_in_each_way(tmp_path, how, file):
     folder = hostile.write(tmp_path/"run", hostile.training())
     hostile.spoil(folder/file, how)
     missing = Opened(folder).missing
-    if file == "rollouts.jsonl" and how != "empty" or file == "run.json": assert file in missing
+    if file == "rollouts.jsonl" and how != "empty" or file == "run.json" and how not in OBJECTS: assert file in missing
     view = watched(folder)
     assert view["state"]["status"] == ("waiting" if file == "run.json" and how in ("gone", "link") else "unreadable" if file == "run.json" else "done")
     assert file != "run.json" or view["state"]["status"] == "waiting" or "run.json" in view["state"]["error"]
-    if file in ("run.json", "results.json"):
+    if file in ("run.json", "results.json") and how not in OBJECTS:
         with pytest.raises(SENTENCE, match="run") as e: tables.side_by_side([folder])
         assert "\n" not in str(e.value)
 
