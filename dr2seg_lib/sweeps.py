@@ -46,7 +46,7 @@ class _Worker:
         "What a run has ended with."
         self.process.join()
         try: return self.reader.recv()
-        except EOFError: code = self.process.exitcode
+        except (EOFError, OSError): code = self.process.exitcode
         return f"its process ended with {code}, killed perhaps for memory; resume the sweep" if code else None
 
     def stop(self):
