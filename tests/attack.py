@@ -208,7 +208,7 @@ def verdict(number: int, root: Path, ended: str | None, seconds: float) -> Verdi
 
 def attempt(number: int, seed: int, templates: Path, keep: Path | None = None) -> Verdict:
     "One case, from its fork to its verdict."
-    root = keep or Path(tempfile.mkdtemp(prefix=f"attack-{number}-"))
+    root = keep or Path(tempfile.mkdtemp(prefix=f"attack-{number}-")) / "case" # what a case finds in .. is nothing
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     sys.stdout.flush()
@@ -217,7 +217,7 @@ def attempt(number: int, seed: int, templates: Path, keep: Path | None = None) -
     ended, seconds = wait(pid)
     with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL) # what it may have started
     found = verdict(number, root, ended, seconds)
-    if not keep: shutil.rmtree(root, ignore_errors=True)
+    if not keep: shutil.rmtree(root.parent, ignore_errors=True)
     return found
 
 
