@@ -241,6 +241,7 @@ def run_evaluation(config: EvaluateConfig, out, # the run's folder
         first, told = crew.is_main_process, lambda value: broadcast_object_list([value])[0] # what the first process, which writes, knows
         data = load_data(config.data, config.split, config.samples or None, protocol=config.protocol)
         segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model, config.adapter, config.dtype, config.attention, crew.device)
+        policy.max_question_tokens = config.max_question_tokens
         if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{crew.process_index}"))
         path, prompt = run.folder / "predictions.jsonl", RECIPES[config.recipe].prompt
         done = told(whole_batches(path, config.batch, len(data)) if first else None)

@@ -203,6 +203,7 @@ def prepared(config: TrainConfig) -> tuple[Policy, Recipe, torch.optim.Optimizer
     torch.manual_seed(config.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available()) # said, or several processes on CPUs would not know of each other
     policy = load_policy(config.model, dtype=config.dtype, attention=config.attention, device=accelerator.device)
+    policy.max_question_tokens = config.max_question_tokens
     policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
     if config.checkpointing: policy.checkpointed()
     if config.shard and accelerator.num_processes > 1: policy.sharded()
