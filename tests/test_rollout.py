@@ -13,7 +13,7 @@ from dr2seg_lib.policy import Policy
 from dr2seg_lib.rollout import Clock, Response, ask_descriptions, responses, roll_out
 from dr2seg_lib.runs import read_json, read_jsonl
 from dr2seg_lib.scenes import MiniReasonSeg
-from dr2seg_lib.training import TrainConfig, train
+from dr2seg_lib.training import TrainConfig, prepared, train
 
 SAMPLES = [MiniReasonSeg("val")[i] for i in range(3)]
 
@@ -116,6 +116,14 @@ def test_training_asks_hostile_questions_and_passes_over_those_too_long(hostile,
     assert asked <= {*QUERIES[:3]} and len(run.metrics()) == 2
     results = read_json(run.folder / "results.json")
     assert results["before"]["n"] == 4 and results["before"]["broken"] == 1
+
+
+def test_the_limit_is_that_of_the_configuration(hostile, tmp_path):
+    short = EvaluateConfig(data=str(hostile), segmenter="grabcut", max_new_tokens=8, max_question_tokens=4)
+    rows = read_jsonl(run_evaluation(short, tmp_path / "run").folder / "predictions.jsonl")
+    assert ["more than 4 tokens" in r.get("error", "") for r in rows] == [False, True, True, True]
+    trained = TrainConfig(data=str(hostile), max_question_tokens=4, eval_samples=0)
+    assert prepared(trained)[0].max_question_tokens == 4
 
 
 def test_evaluation_counts_a_question_that_is_too_long_as_a_miss(hostile, tmp_path):
