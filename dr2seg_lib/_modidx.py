@@ -1096,6 +1096,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                      'dr2seg_lib.training.TrainConfig._served': ( 'training.html#trainconfig._served',
                                                                                   'dr2seg_lib/training.py'),
                                      'dr2seg_lib.training.chunks': ('training.html#chunks', 'dr2seg_lib/training.py'),
+                                     'dr2seg_lib.training.evaluation_data': ('training.html#evaluation_data', 'dr2seg_lib/training.py'),
                                      'dr2seg_lib.training.gathered': ('training.html#gathered', 'dr2seg_lib/training.py'),
                                      'dr2seg_lib.training.judge': ('training.html#judge', 'dr2seg_lib/training.py'),
                                      'dr2seg_lib.training.kept_predictions': ('training.html#kept_predictions', 'dr2seg_lib/training.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'preset', 'shuffled', 'questions', 'rewarded', 'chunks', 'sum_gradients', 'update', 'gathered',
            'metrics', 'records', 'unfinite', 'save_state', 'load_state', 'prepared', 'step_seed', 'set_lr',
-           'train_step', 'kept_predictions', 'write_evaluation', 'judge', 'tell_skipped', 'take_step', 'training_data',
-           'train']
+           'train_step', 'evaluation_data', 'kept_predictions', 'write_evaluation', 'judge', 'tell_skipped',
+           'take_step', 'training_data', 'train']
 
 # %% ../nbs/17_training.ipynb #fc2a234f
 import math
@@ -261,6 +261,13 @@ def train_step(policy: Policy, recipe: Recipe, optimizer, accelerator: Accelerat
     return metrics(step, groups, terms, reward, stats, lr, clock), records(step, groups[:config.record], terms, reward, advantage)
 
 # %% ../nbs/17_training.ipynb #6e39a069
+def evaluation_data(config: TrainConfig):
+    "What is evaluated: the val split, or all of a set of its own that names no splits."
+    name = config.eval_data or config.data
+    data = load_data(name, "val", config.eval_samples)
+    whole = name != config.data and getattr(data, "split_note", None)
+    return load_data(name, "all", config.eval_samples) if whole else data
+
 def kept_predictions(run: Run, when: str, asked: dict, n: int) -> list[dict] | None: # None: they are to be made
     "The predictions of an evaluation that is behind us, when they are whole and of the same questions."
     results, path = read_results(run.folder), run.folder / f"predictions_{when}.jsonl"
@@ -282,7 +289,7 @@ def judge(run: Run, policy: Policy, recipe: Recipe, accelerator: Accelerator, co
     "Evaluate on held-out samples and write predictions and results into the run; whole predictions are kept."
     if not config.eval_samples: return
     name, first = config.eval_data or config.data, accelerator.is_main_process
-    data = load_data(name, "val", config.eval_samples)
+    data = evaluation_data(config)
     asked = about(data, name, "val")
     rows = kept_predictions(run, when, asked, len(data)) if first else None
     kept, = broadcast_object_list([rows is not None])
@@ -318,7 +325,7 @@ def training_data(config: TrainConfig):
     "What is trained on; unless it is allowed, no question of it may be among those of the evaluation."
     data = load_data(config.data, "train")
     if config.eval_samples and not config.allow_overlap:
-        check_disjoint(data, load_data(config.eval_data or config.data, "val", config.eval_samples))
+        check_disjoint(data, evaluation_data(config))
     return data
 
 def train(config: TrainConfig, out, # the run's folder
