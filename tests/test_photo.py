@@ -125,7 +125,7 @@ def test_the_picture_dims_what_was_not_asked_for():
 @pytest.mark.parametrize('args, says', [
     (['nothing.jpg', 'what'], 'nothing.jpg does not exist'),
     (['text.jpg', 'what'], 'text.jpg: the image cannot be decoded'),
-    (['.', 'what'], 'the image cannot be decoded'),
+    (['.', 'what'], 'the image . is no file; put the file there'),
     ([str(HOPPER)], 'nothing is asked; give a question, or a box as x1,y1,x2,y2.'),
     ([str(HOPPER), 'what', '--point', '3,3'], 'a point needs its box; give it as x1,y1,x2,y2.'),
     ([str(HOPPER), '--box', '1,2,3'], 'box "1,2,3" is not x1,y1,x2,y2; give 4 numbers, in pixels of the image.'),

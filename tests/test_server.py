@@ -582,7 +582,15 @@ def test_a_notebook_whose_loop_runs_may_ask(engine):
     assert list(asyncio.run(cell())) == ["policy"]
 
 
-def test_an_interrupt_drops_what_is_in_flight(monkeypatch):
+@pytest.fixture
+def interruptible():
+    "A shell in the background starts its commands deaf to Ctrl-C."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_drops_what_is_in_flight(interruptible):
     left = threading.Event()
     def play(connection):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
