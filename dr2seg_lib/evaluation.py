@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from . import dialogue, masks
 from .config import EvaluateFields
+from .files import BROKEN
 from .policy import ATTENTION, Policy
 from .readers import BrokenRecord, open_data
 from .recipes import RECIPES, load_recipe
@@ -200,7 +202,10 @@ def load_policy(model: str, adapter: str = "", dtype: str = "float32", attention
         if adapter and weights.is_file():
             if policy.model.load_state_dict(load_file(str(weights)), strict=False).unexpected_keys: raise RuntimeError
         elif adapter: policy.load_adapter(adapter)
+    except FileNotFoundError: raise # a sentence already
     except RuntimeError: raise ValueError(f"adapter {adapter} was made for another model than {model}; name the model it was trained on") from None
+    except BROKEN as e: # as peft has it when its configuration is not what it has written
+        raise ValueError(f"adapter {adapter} cannot be read ({shorten(str(e), 200, placeholder=' …')}); name another checkpoint") from None
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return policy
 

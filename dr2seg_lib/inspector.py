@@ -59,7 +59,7 @@ def prompts(
     "Boxes and points as they are drawn."
     (sx, sy) = (b/a for a, b in zip(size, shown))
     scaled = lambda v: [round(float(x)*(sy if i % 2 else sx), 1) for i, x in enumerate(v)]
-    return [dict(box=scaled(o.box), point=scaled(p)) for o in found for p in (o.point[:2], o.point[2:], o.second) if p]
+    return [dict(box=scaled(o.box), point=scaled(p)) for o in found for p in (o.point, o.second) if p]
 
 def truth_shown(
     sample:Sample,

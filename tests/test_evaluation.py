@@ -472,3 +472,22 @@ def test_how_the_split_was_made_is_in_the_results():
     class Hashed(MiniReasonSeg): split_note = "a tenth of the ids, held out by their hash"
     assert evaluation.about(Hashed("val", 1), "mine", "val")["split_note"] == "a tenth of the ids, held out by their hash"
     assert "split_note" not in evaluation.about(MiniReasonSeg("val", 1), "mini", "val")
+
+
+def test_an_adapter_whose_file_holds_more_than_it_says_is_one_sentence(tmp_path):
+    "The length is right by the manifest, which whoever altered the file has written anew."
+    folder = tmp_path / "adapter"
+    load_policy("embedded").add_lora(2, 2).adapter.save_pretrained(str(folder))
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes() + bytes(1000))
+    with pytest.raises(ValueError, match="adapter .* cannot be read .*name another checkpoint"):
+        load_policy("embedded", str(folder))
+
+
+@pytest.mark.parametrize("field, value", [("use_bdlora", "False"), ("r", "8"), ("target_modules", 7), ("peft_type", None)])
+def test_an_adapter_with_an_odd_configuration_is_one_sentence(tmp_path, field, value):
+    load_policy("embedded").add_lora(2, 2).adapter.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match="^adapter [^\n]*$"):
+        load_policy("embedded", str(tmp_path))
