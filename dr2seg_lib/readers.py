@@ -6,14 +6,14 @@
 __all__ = ['NAMES', 'MAX_RECORD', 'MAX_LISTS', 'MAX_FILE', 'MAX_SCANNED', 'REACH', 'MAX_OBJECTS', 'MAX_POINTS', 'MAX_OUTLINE',
            'MAX_CROSSINGS', 'MAX_DRAWN', 'PROTOCOLS', 'MAX_NAME', 'MAX_TAGS', 'HELD_OUT', 'SIDES', 'SPLITS', 'FRAME',
            'MAX_ROWS', 'MAX_GROUP', 'MAX_PICKLE', 'MAX_CONTAINERS', 'MAX_RARE', 'MAX_TABLE', 'MAX_BOXED', 'FORMATS',
-           'MAX_TOLD', 'MAX_QUESTION', 'SPECIAL', 'COUNTED', 'BrokenRecord', 'one_line', 'broken', 'is_writable',
-           'part', 'item', 'contents', 'each_once', 'parsed', 'costs_too_much', 'picture', 'within', 'as_rgb', 'pixels',
-           'drawn_mask', 'rle_mask', 'polygon', 'outline', 'crossings', 'boxed', 'measures', 'drawable', 'paint',
-           'coco_mask', 'under', 'Reader', 'choose', 'check_id', 'plain_tags', 'rank', 'border', 'divided', 'outlines',
-           'ReasonSeg', 'solution_items', 'solved', 'rows_mask', 'Parquet', 'refused_pickle', 'scan_pickle',
-           'plain_pickle', 'opened', 'lines', 'line_at', 'entries', 'named', 'all_named', 'tables', 'joined_lines',
-           'joined_refs', 'RefCOCO', 'Own', 'several', 'locate', 'recognise', 'open_data', 'same_image',
-           'check_disjoint', 'Told', 'rough_tokens', 'Report', 'Checker', 'check']
+           'MAX_TOLD', 'SPECIAL', 'COUNTED', 'BrokenRecord', 'one_line', 'broken', 'is_writable', 'part', 'item',
+           'contents', 'each_once', 'parsed', 'costs_too_much', 'picture', 'within', 'as_rgb', 'pixels', 'drawn_mask',
+           'rle_mask', 'polygon', 'outline', 'crossings', 'boxed', 'measures', 'drawable', 'paint', 'coco_mask',
+           'under', 'Reader', 'choose', 'check_id', 'plain_tags', 'rank', 'border', 'divided', 'outlines', 'ReasonSeg',
+           'solution_items', 'solved', 'rows_mask', 'Parquet', 'refused_pickle', 'scan_pickle', 'plain_pickle',
+           'opened', 'lines', 'line_at', 'entries', 'named', 'all_named', 'tables', 'joined_lines', 'joined_refs',
+           'RefCOCO', 'Own', 'several', 'locate', 'recognise', 'open_data', 'same_image', 'check_disjoint', 'Told',
+           'rough_tokens', 'Report', 'Checker', 'check']
 
 # %% ../nbs/14_readers.ipynb #ec19ca5e
 import io, json, os, pickle, re, struct, zlib
@@ -31,7 +31,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco
-from .dialogue import numbers, question
+from .dialogue import MAX_QUESTION_TOKENS, numbers, question
 from .files import replacing
 from .masks import MAX_PIXELS, box_of, decode
 from .samples import Sample, Target
@@ -1052,7 +1052,6 @@ def check_disjoint(train: Sequence, evaluation: Sequence):
 
 # %% ../nbs/14_readers.ipynb #dc9abe61
 MAX_TOLD = 1000 # sentences of a kind in a report
-MAX_QUESTION = 512 # tokens of a question, as training has it
 SPECIAL = re.compile(r'<\|\w+\|>') # as Qwen writes them: <|image_pad|>, <|im_end|>, …
 
 class Told:
@@ -1105,9 +1104,9 @@ class Checker:
         "Whether a question is too long, or has in it what means something to a model."
         where = f'{self.path}: the question of "{one_line(s.id, 80)}" of split {split}'
         n = self.count_tokens(s.query)
-        if n > MAX_QUESTION:
+        if n > MAX_QUESTION_TOKENS:
             self.broken.add(f'{where} has about {n:,} tokens; '
-                            f'shorten it to {MAX_QUESTION}, or raise max_question_tokens.')
+                            f'shorten it to {MAX_QUESTION_TOKENS}, or raise max_question_tokens.')
         if special := sorted(set(SPECIAL.findall(s.query))):
             self.remarks.add(f'{where} holds {one_line(", ".join(special), 80)}; '
                              'it is read as text, not as a token.')

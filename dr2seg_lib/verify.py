@@ -8,7 +8,6 @@ __all__ = ['PEFT', 'known_model', 'known_adapter', 'run_of', 'recorded_parameter
 # %% ../nbs/15_verify.ipynb #e71ce1a0
 import os.path
 import re
-from itertools import chain
 from pathlib import Path
 
 from pydantic import ValidationError
