@@ -90,7 +90,7 @@ def read_json(path: Path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
     if not path.is_file(): raise ValueError(f"{path} is no file; restore it or remove the run")
-    try: return json.loads(path.read_bytes())
+    try: return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as e: # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run") from None
 
@@ -126,7 +126,7 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file(): raise ValueError(f"{path} is no file; restore it or remove the run")
     rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):     # what follows the last newline is empty or cut
-        try: row = json.loads(line)
+        try: row = json.loads(line.decode())
         except (ValueError, RecursionError):
             if number == len(lines) - 1: break
             raise ValueError(f"{path}, line {number} is not valid JSON; remove that line") from None

@@ -178,14 +178,15 @@ def test_nothing_runs_in_the_views(outcomes, tab, what):
 
 
 @needs_browser
-def test_nothing_runs_in_jupyterlab(tmp_path):
+def test_nothing_runs_in_jupyterlab(tab, tmp_path):
     "Where scripts of outputs may run: the views and the tables of three folders, in a notebook that is trusted."
     folders = [f for i, f in enumerate(hostile.cases(tmp_path/"runs", 5)) if i in (0, 1, 4)]
     good = hostile.write(tmp_path/"good", hostile.training("visionreasoner"))
     cells = ["from IPython.display import Markdown\nfrom dr2seg_lib.inspector import compare, inspect, live\nfrom dr2seg_lib.tables import side_by_side, written"]
     for f in map(str, folders): cells += [f"inspect({f!r})", f"live({f!r})", f"compare([{f!r}, {str(good)!r}], cards=1)", f"Markdown(written(side_by_side([{f!r}])))", f"[*side_by_side([{f!r}]).values()][-1][0]"]
     browser.notebook(tmp_path/"views.ipynb", cells)
-    with browser.jupyterlab(tmp_path) as address, browser.browser() as page:
+    with browser.jupyterlab(tmp_path) as address, tab.context.browser.new_page() as page:
+        page.set_default_timeout(browser.PATIENCE)
         noted = []
         page.on("console", lambda m: noted.append(m.text) if "pwned" in m.text else None)
         page.on("dialog", lambda d: (noted.append(d.message), d.dismiss()))
@@ -218,7 +219,7 @@ def test_tags_stand_in_templates_alone(module):
     tree = ast.parse((ROOT/"dr2seg_lib"/f"{module}.py").read_text())
     templates = {id(n.args[0]) for n in ast.walk(tree) if called(n) in ("fill", "Markup") and n.args}
     parts = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
-    allowed = {"plots": {r"(<svg [^>]*?)width=\"[^\"]*\" height=\"[^\"]*\"", "<svg", r"(?:<!--.*?-->|\s*\n\s*)"}}.get(module, set())
+    allowed = {"plots": {r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', "<svg", r"(?:<!--.*?-->|\s*\n\s*)"}}.get(module, set())
     stray = [n.value for n in literals(tree) if TAG.search(n.value) and id(n) not in templates and n.value.split("| ")[0] not in allowed and not n.value.startswith("<metadata>")]
     assert not stray
     assert not [n.value for n in literals(tree) if id(n) in parts and TAG.search(n.value)], "an f-string does not escape"
