@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from dr2seg_lib import dialogue, warmstart
-from dr2seg_lib.policy import Policy, adapted
-from dr2seg_lib.rollout import Clock, Response, Rollouts, ask_descriptions
-from dr2seg_lib.training import TrainConfig, update
+from dr2seg_lib.methods.dr2seg import dr2seg_prompt; from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt; from dr2seg_lib.models.chat import SYSTEM; from dr2seg_lib.rollouts.parsing import Parsed; from dr2seg_lib.pretraining.tokenizer import CHAT_TEMPLATE, make_tokenizer
+from dr2seg_lib.models.policy import Policy, lora_target_regex
+from dr2seg_lib.rollouts.two_stage import StageTimer, Rollouts, second_pass; from dr2seg_lib.rollouts.response import Response
+from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.trainer import update_policy
 
 KL, RANK, LR = 5e-3, 64, 1e-6
 WORDS = ("the", "red", "ball", "at", "the", "left", "of", "a", "small", "blue", "star")
@@ -35,7 +35,7 @@ SMALL = dict(text=dict(vocab_size=640, hidden_size=512, num_hidden_layers=6, num
 
 def make(side: int, seed: int = 0, size: dict = SMALL, device: str = "cpu", dtype=torch.float32):
     "Model and processor for side x side pictures: (side / 28)^2 image tokens; the weights are drawn where they stay."
-    tokenizer = warmstart.make_tokenizer()
+    tokenizer = make_tokenizer()
     ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in dict(
         image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>").items()}
     text = {k: v for k, v in size["text"].items() if k != "mrope_section"} | dict(
@@ -48,7 +48,7 @@ def make(side: int, seed: int = 0, size: dict = SMALL, device: str = "cpu", dtyp
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     size = dict(size=dict(shortest_edge=side**2, longest_edge=side**2))
     return model, Qwen2_5_VLProcessor(image_processor=Qwen2VLImageProcessor(**size), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(),
-                                      chat_template=warmstart.CHAT_TEMPLATE)
+                                      chat_template=CHAT_TEMPLATE)
 
 
 def picture(side: int, k: int): return np.random.default_rng(k).integers(0, 255, (side, side, 3), dtype=np.uint8)
@@ -75,20 +75,20 @@ class Ours:
         self.config = TrainConfig(prompts=args.prompts, samples=args.samples, kl=KL, chunk=getattr(args, "chunk", args.prompts))
 
     def step(self, two_stage: bool) -> dict:
-        clock, a, policy = Clock(), self.args, self.policy
-        images, texts = [picture(a.side, k) for k in range(a.prompts)], [dialogue.dr2seg(question(k)) for k in range(a.prompts)]
+        clock, a, policy = StageTimer(), self.args, self.policy
+        images, texts = [picture(a.side, k) for k in range(a.prompts)], [dr2seg_prompt(question(k)) for k in range(a.prompts)]
         with torch.no_grad(), clock("generation"):
             seen = policy.encode(images)
-            prefix = policy.read(texts, seen)
+            prefix = policy.prefill(texts, seen)
             done = policy.generate(prefix, a.samples, a.answer)
         if two_stage:
             with torch.no_grad(), clock("second"):
-                said = lambda d: Response("", dialogue.Parsed("", d, ""), [], [], [], 0)
+                said = lambda d: Response("", Parsed("", d, ""), [], [], [], 0)
                 first = [[said(question(b * a.samples + i, 12)) for i in range(a.samples)] for b in range(a.prompts)]
-                ask_descriptions(policy, seen, prefix, first, dialogue.vision_reasoner, a.answer, 1.0, None)
+                second_pass(policy, seen, prefix, first, visionreasoner_prompt, a.answer, 1.0, None)
         assert done.mask.all() and done.ids.shape[1] == a.answer
         advantage = torch.randn(a.prompts, a.samples)
-        update(policy, self.optimizer, self.accelerator, Rollouts([], texts, seen, done), advantage, self.config, clock)
+        update_policy(policy, self.optimizer, self.accelerator, Rollouts([], texts, seen, done), advantage, self.config, clock)
         return dict(clock, step=sum(clock.values()))
 
 
@@ -101,7 +101,7 @@ def trl_trainer(args):
     from trl import GRPOConfig, GRPOTrainer
 
     class Timed(GRPOTrainer):
-        two_stage, clock = False, Clock()
+        two_stage, clock = False, StageTimer()
 
         def _generate(self, prompts):
             with self.clock("generation"): return super()._generate(prompts)
@@ -109,8 +109,8 @@ def trl_trainer(args):
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
             if self.two_stage: # what a user of TRL would write: one more generation, a full prompt for every description
                 with self.clock("second"):
-                    again = [[dict(role="system", content=[dict(type="text", text=dialogue.SYSTEM)]),
-                              dict(role="user", content=[dict(type="image", image=x["image"]), dict(type="text", text=dialogue.vision_reasoner(question(i, 12)))])]
+                    again = [[dict(role="system", content=[dict(type="text", text=SYSTEM)]),
+                              dict(role="user", content=[dict(type="image", image=x["image"]), dict(type="text", text=visionreasoner_prompt(question(i, 12)))])]
                              for i, x in enumerate(inputs)]
                     self._generate_single_turn(*self._tokenize_prompts(again), 1)
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -127,14 +127,14 @@ def trl_trainer(args):
             self.rows.append(dict(Timed.clock, update=total - sum(Timed.clock.values()), step=total))
 
     model, processor = make(args.side)
-    rows = [dict(prompt=[dict(role="system", content=dialogue.SYSTEM), dict(role="user", content=dialogue.dr2seg(question(k)))],
+    rows = [dict(prompt=[dict(role="system", content=SYSTEM), dict(role="user", content=dr2seg_prompt(question(k)))],
                  image=Image.fromarray(picture(args.side, k))) for k in range(args.prompts)]
     steps, rows_a_step = Steps(), args.prompts * args.samples
     config = GRPOConfig(output_dir="/tmp/trl_out", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
                         per_device_train_batch_size=rows_a_step, num_generations=args.samples, max_completion_length=args.answer, temperature=1.0,
                         generation_kwargs=dict(min_new_tokens=args.answer), beta=KL, learning_rate=LR, lr_scheduler_type="constant", max_steps=args.steps, shuffle_dataset=False)
     trainer = Timed(model, lambda completions, **_: np.random.randn(len(completions)).tolist(), config, Dataset.from_list(rows * args.steps),
-                    processing_class=processor, callbacks=[steps], peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=adapted()))
+                    processing_class=processor, callbacks=[steps], peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=lora_target_regex()))
     return trainer, steps
 
 
@@ -222,13 +222,13 @@ def growth(args) -> list[dict]:
 
 def draw(rows: list[dict], path: Path):
     import matplotlib.pyplot as plt
-    from dr2seg_lib import plots
+    from dr2seg_lib.viewing.figures import FIGURE_STYLE, METHOD_COLOURS
     factors = list(dict.fromkeys(r["factor"] for r in rows))
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(FIGURE_STYLE):
         fig, axes = plt.subplots(1, len(factors), figsize=(3.3 * len(factors), 3), layout="constrained", sharey=True)
         for ax, f in zip(axes, factors):
             mine = [r for r in rows if r["factor"] == f]
-            for name, colour in (("trl", plots.RECIPES["visionreasoner"]), ("ours", plots.RECIPES["dr2seg"])):
+            for name, colour in (("trl", METHOD_COLOURS["visionreasoner"]), ("ours", METHOD_COLOURS["dr2seg"])):
                 ax.plot([r["value"] for r in mine], [r[name]["step"] for r in mine], "o-", color=colour, label=dict(trl="TRL", ours="this workbench")[name])
             for r in mine: ax.annotate(f"{r['ratio']:.1f}×", (r["value"], r["trl"]["step"]), xytext=(0, 7), textcoords="offset points", ha="center")
             ax.set(xscale="log", yscale="log", xlabel=f); ax.minorticks_off(); ax.margins(x=.12, y=.12)

@@ -14,19 +14,19 @@ import torch
 from transformers import LogitsProcessor
 
 from against_trl import machine, medians
-from dr2seg_lib.evaluation import load_data
-from dr2seg_lib.policy import Completions, Policy, Seen, _draws, squashed
-from dr2seg_lib.recipes import RECIPES
-from dr2seg_lib.rollout import roll_out
-from dr2seg_lib.training import TrainConfig, prepared, questions, rewarded, train_step
+from dr2seg_lib.data.datasets import load_data
+from dr2seg_lib.models.sampling import Completions, _draws; from dr2seg_lib.models.policy import Policy, EncodedImage, resize_square
+from dr2seg_lib.methods.registry import METHODS
+from dr2seg_lib.rollouts.two_stage import generate_rollouts
+from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.trainer import build_training_state, compute_rewards, train_step; from dr2seg_lib.training.batches import sample_batch
 
 
 class Drawn(LogitsProcessor):
     "Leaves the one token that the policy's own sampling would take."
-    def __init__(self, draws, temperature, prompt): self.draws, self.temperature, self.prompt = draws, temperature, prompt
+    def __init__(self, draws, temperature, prompt): self.predict_mask, self.temperature, self.prompt = draws, temperature, prompt
     def __call__(self, ids, logits):
         t, reached = ids.shape[1] - self.prompt, (logits / self.temperature).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(reached, self.draws[:, t:t + 1] * reached[:, -1:], right=True).clamp(max=reached.shape[1] - 1)
+        token = torch.searchsorted(reached, self.predict_mask[:, t:t + 1] * reached[:, -1:], right=True).clamp(max=reached.shape[1] - 1)
         return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
 
 
@@ -40,9 +40,9 @@ class Asked:
 class Plain(Policy):
     "The same policy without the engine."
     def encode(self, images):
-        batch = self.processor.image_processor([squashed(i, self.side) for i in images], do_resize=False, return_tensors="pt")
+        batch = self.processor.image_processor([resize_square(i, self.side) for i in images], do_resize=False, return_tensors="pt")
         patches = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
-        return [Seen(p[::self.model.model.visual.spatial_merge_size**2], g, (p,)) for p, g in zip(patches, batch["image_grid_thw"])]
+        return [EncodedImage(p[::self.model.model.visual.spatial_merge_size**2], g, (p,)) for p, g in zip(patches, batch["image_grid_thw"])]
 
     def read(self, texts, seen, again=None, of=None): return Asked(texts, seen)
 
@@ -76,10 +76,10 @@ def steps(config, turns: int, count: int) -> dict: # {engine: metrics rows}
     data, rows = load_data("mini", "train"), dict(engine=[], plain=[])
     for turn in range(turns):
         for name in rows:
-            policy, recipe, optimizer, accelerator = prepared(config)
+            policy, recipe, optimizer, accelerator = build_training_state(config)
             if name == "plain": policy.__class__ = Plain
             for step in range(1, count + 1):
-                rows[name].append(train_step(policy, recipe, optimizer, accelerator, questions(data, config, step)[0], config, step)[0])
+                rows[name].append(train_step(policy, recipe, optimizer, accelerator, sample_batch(data, config, step)[0], config, step)[0])
             print(f"turn {turn + 1}, {name}: {rows[name][-1]['seconds']}", flush=True)
     for a, b in zip(rows["engine"], rows["plain"]): # the same work, or the comparison is none
         assert abs(a["tokens"] - b["tokens"]) < 1e-6 and abs(a["reward"] - b["reward"]) < 1e-6 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3, (a, b)
@@ -88,14 +88,14 @@ def steps(config, turns: int, count: int) -> dict: # {engine: metrics rows}
 
 def rewards(config, repeats: int = 5) -> dict: # {recipe: responses a CPU second}
     "Real answers to the first 16 training questions, rewarded again and again."
-    samples, (policy, *_) = questions(load_data("mini", "train"), config, 1)[0], prepared(config)
+    samples, (policy, *_) = sample_batch(load_data("mini", "train"), config, 1)[0], build_training_state(config)
     out = {}
     for name in ("visionreasoner", "dr2seg", "seg_zero"):
-        recipe = RECIPES[name]
-        rolled, taken = roll_out(policy, samples, recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, seed=0), []
+        recipe = METHODS[name]
+        rolled, taken = generate_rollouts(policy, samples, recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, seed=0), []
         for _ in range(repeats):
             began = time.process_time()
-            rewarded(rolled, recipe, policy.frame)
+            compute_rewards(rolled, recipe, policy.frame)
             taken.append(time.process_time() - began)
         spoken = sum(len(g.first) + sum(r is not None for r in g.second) for g in rolled.groups)
         out[name] = round(spoken / min(taken))

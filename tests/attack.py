@@ -36,7 +36,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 import attack_cases as cases
-from dr2seg_lib import cli
+from dr2seg_lib.commands.execute import execute_notebook; from dr2seg_lib.commands.parameters import _from_pydantic
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
@@ -87,7 +87,7 @@ def redirect(root: Path):
 
 def told(error: Exception) -> str:
     "What the command line would say of an error that a user can mend."
-    return cli._from_pydantic(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+    return _from_pydantic(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
 
 
 def carry_out(does) -> dict: # outcome, text
@@ -134,7 +134,7 @@ def live(number: int, seed: int, root: Path, templates: Path):
     try:
         does = getattr(cases, kind_of(number))(case)
         (root / "before.json").write_text(json.dumps(dict(notes=case.notes, may_change=case.may_change, files=snapshot(case.input))))
-        cli.execute = cases.no_notebook
+        execute_notebook = cases.no_notebook
         bound()
         outcome = carry_out(does)
     except BaseException as e: outcome = traced(e) | dict(outcome="flaw") # of the attack itself

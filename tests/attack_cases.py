@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 import hostile
-from dr2seg_lib import cli, evaluation, inspector, photo, policy, readers, report, runs, scenes, segmenters, server, training
-from dr2seg_lib.verify import inherit
+from dr2seg_lib.models import http_client
+from dr2seg_lib.cli import main; from dr2seg_lib.commands.parameters import find_experiment, free_parameters, parameters_of; from dr2seg_lib.data.datasets import load_data, detect_format, open_data; from dr2seg_lib.evaluation.config import EvaluateConfig; from dr2seg_lib.evaluation.evaluate import answer_greedily, evaluate; from dr2seg_lib.models.loading import load_policy; from dr2seg_lib.viewing.compare import compare; from dr2seg_lib.viewing.inspector import inspect; from dr2seg_lib.viewing.live import live; from dr2seg_lib.models.policy import EMBEDDED; from dr2seg_lib.data.records import BrokenRecord; from dr2seg_lib.viewing.report import write_report; from dr2seg_lib.core.files import read_jsonl; from dr2seg_lib.runs.checkpoints import latest_checkpoint; from dr2seg_lib.runs.status import read_record, run_status; from dr2seg_lib.data.mini import MiniReasonSeg; from dr2seg_lib.segmenters.loading import load_segmenter; from dr2seg_lib.models.vllm_client import ServedPolicy; from dr2seg_lib.methods.registry import METHODS; from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.trainer import train
+from dr2seg_lib.runs.verify import inherit
 
 W, H = 40, 30
 PHOTO = np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8)
@@ -55,7 +56,7 @@ class Case:
 
 def command(*argv) -> Callable:
     "A command as typed; returns its exit code."
-    return lambda: cli.main([str(a) for a in argv])
+    return lambda: main([str(a) for a in argv])
 
 
 def no_notebook(notebook, out, parameters):
@@ -65,12 +66,12 @@ def no_notebook(notebook, out, parameters):
 
 def read_all(path: Path):
     "Opens every split of a data set and reads every sample."
-    kind = readers.recognise(path)
+    kind = detect_format(path)
     for split in list(kind.splits(path))[:4]:
-        data = readers.open_data(path, split)
+        data = open_data(path, split)
         for i in range(len(data)):
             try: data[i]
-            except readers.BrokenRecord: pass # that is its place
+            except BrokenRecord: pass # that is its place
 
 
 EVALUATED, TRAINED = dict(batch_size=4, max_new_tokens=4), dict(steps=1, prompts=2, samples=2, max_new_tokens=4, rank=2, alpha=2, eval_samples=2, segmenter="grabcut")
@@ -82,13 +83,13 @@ def use(case: Case, path: Path) -> Callable:
     case.say(kind)
     if kind == "check": return command("check", path)
     if kind == "read": return lambda: read_all(path)
-    if kind == "evaluate": return lambda: evaluate(path)
-    return lambda: training.train(training.TrainConfig(data=str(path), **TRAINED), case.root / "run")
+    if kind == "evaluate": return lambda: evaluate_on(path)
+    return lambda: train(TrainConfig(data=str(path), **TRAINED), case.root / "run")
 
 
-def evaluate(path: Path):
-    data = evaluation.load_data(str(path), "val")
-    evaluation.evaluate(evaluation.load_policy("embedded"), segmenters.load_segmenter("grabcut"), data, training.RECIPES["dr2seg"].prompt, **EVALUATED)
+def evaluate_on(path: Path):
+    data = load_data(str(path), "val")
+    evaluate(load_policy("embedded"), load_segmenter("grabcut"), data, METHODS["dr2seg"].prompt, **EVALUATED)
 
 
 def encoded(image=PHOTO, format="PNG", **how) -> bytes:
@@ -339,16 +340,16 @@ def page(html: str): Tags().feed(html)
 
 def looked(case: Case, folder: Path) -> Callable:
     "What one looks at a run with."
-    def see_report(): page(report.write_report(folder).read_text())
+    def see_report(): page(write_report(folder).read_text())
     def see_inspector():
-        view = inspector.inspect(folder)
+        view = inspect(folder)
         for view.source in list(view.index):
             view.at = 1
             json.dumps([view.about, view.index, view.shown], allow_nan=False)
         view.still()
-    def see_comparison(): page(inspector.compare([folder, case.templates / "run"]).html)
-    def see_live(): inspector.live(folder).close()
-    def see_table(): page("".join(_printed(cli.main(["tables", "--format", "html", str(folder)]))))
+    def see_comparison(): page(compare([folder, case.templates / "run"]).html)
+    def see_live(): live(folder).close()
+    def see_table(): page("".join(_printed(main(["tables", "--format", "html", str(folder)]))))
     does = case.rng.choices((see_report, see_inspector, see_comparison, see_live, see_table, command("runs", folder.parent), command("tables", folder)), (4, 4, 3, 3, 3, 3, 3))[0]
     case.say(getattr(does, "__name__", "command"))
     return does
@@ -392,14 +393,14 @@ def resume(case: Case) -> Callable:
     if case.now_and_then(0.3): return command("run", "train", "--resume", "--out", folder)
     before = {n: (folder / n).read_bytes() for n in ("metrics.jsonl", "rollouts.jsonl") if (folder / n).is_file()}
     def go_on():
-        try: config = training.TrainConfig(**cli.free(runs.read_record(folder)["parameters"]))
+        try: config = TrainConfig(**free_parameters(read_record(folder)["parameters"]))
         except KeyError: raise ValueError("no parameters; restore the record") from None
-        try: training.train(config, folder, resume=True)
+        try: train(config, folder, resume=True)
         except (ValueError, OSError):
             kept(before, folder)
             raise
-        steps = [row["step"] for row in runs.read_jsonl(folder / "metrics.jsonl")]
-        if runs.status(folder) == "done" and steps != list(range(1, config.steps + 1)): raise Flaw(f"done, with the steps {steps[:9]} in its metrics")
+        steps = [row["step"] for row in read_jsonl(folder / "metrics.jsonl")]
+        if run_status(folder) == "done" and steps != list(range(1, config.steps + 1)): raise Flaw(f"done, with the steps {steps[:9]} in its metrics")
     case.say("train")
     return go_on
 
@@ -433,9 +434,9 @@ def checkpoint(case: Case) -> Callable:
     (folder / "run.json").write_text(json.dumps(record | dict(status="interrupted", parameters=record["parameters"] | dict(steps=3))))
     case.may_change = ("*",)
     name = next((p for p in sorted((folder / "checkpoints").glob("step-*"), reverse=True)), newest)
-    def load(): evaluation.load_policy("embedded", evaluation.EvaluateConfig(**inherit(dict(adapter=str(name)))[0]).adapter)
-    def go_on(): training.train(training.TrainConfig(**record["parameters"] | dict(steps=3)), folder, resume=True)
-    return rng.choice((load, load, go_on, lambda: runs.latest_checkpoint(folder), command("run", "evaluate", "-p", "adapter", name, "--out", case.root / "out")))
+    def load(): load_policy("embedded", EvaluateConfig(**inherit(dict(adapter=str(name)))[0]).adapter)
+    def go_on(): train(TrainConfig(**record["parameters"] | dict(steps=3)), folder, resume=True)
+    return rng.choice((load, load, go_on, lambda: latest_checkpoint(folder), command("run", "evaluate", "-p", "adapter", name, "--out", case.root / "out")))
 
 
 def sealed(folder: Path, case: Case):
@@ -507,7 +508,7 @@ def odd_replies(case: Case, good: dict) -> list: # of functions that write to a 
 def served(case: Case) -> Callable:
     "A server's replies, to an evaluation's first question."
     good = json.loads((case.templates / "reply.json").read_text())
-    listed = dict(object="list", data=[dict(id="policy", root=str(policy.EMBEDDED), parent=None)])
+    listed = dict(object="list", data=[dict(id="policy", root=str(EMBEDDED), parent=None)])
     at, does = case.rng.choice(("models", "reply", "reply", "reply")), None
     choices = odd_replies(case, listed | dict(choices=[]) if at == "models" else good)
     number = case.rng.randrange(len(choices))
@@ -517,16 +518,16 @@ def served(case: Case) -> Callable:
     def ask():
         hurry()
         url = Server(says["reply"], says["models"]).url
-        served = server.ServedPolicy(evaluation.load_policy("embedded"), url, "embedded", case.root / "served")
-        sample = scenes.MiniReasonSeg("val")[0]
-        evaluation.answer_greedily(served, [sample], training.RECIPES["dr2seg"].prompt, 6)
+        served = ServedPolicy(load_policy("embedded"), url, "embedded", case.root / "served")
+        sample = MiniReasonSeg("val")[0]
+        answer_greedily(served, [sample], METHODS["dr2seg"].prompt, 6)
     return ask
 
 
 def hurry():
     "A server's patience, shortened."
-    for name, seconds in dict(WAITS=(0.01, 0.02), PATIENCE=3, CONNECTED=3).items():
-        if hasattr(server, name): setattr(server, name, seconds)
+    for name, seconds in dict(RETRY_WAITS=(0.01, 0.02), REPLY_SECONDS=3, CONNECTED=3).items():
+        if hasattr(http_client, name): setattr(http_client, name, seconds)
 
 
 # ---- the command line
@@ -548,7 +549,7 @@ def words(case: Case) -> list:
     if kind == "tables": return [kind, *rng.sample(some, 2), "--format", rng.choice(("html", "latex", "x"))]
     if kind == "segment": return [kind, rng.choice(some), rng.choice(some), "--out", rng.choice(some), *[f"--{rng.choice(('model', 'adapter', 'recipe', 'segmenter', 'box', 'point', 'attention', 'max-new-tokens'))}={value()}" for _ in range(rng.choice((1, 2)))]]
     if kind == "odd": return [rng.choice(("run", "--resume", "runs", "-h", "", "tables")), *rng.sample(some, 2)]
-    declared = sorted(cli.parameters_of(cli.find_experiment(kind)))
+    declared = sorted(parameters_of(find_experiment(kind)))
     asked = [part for _ in range(rng.choice((1, 1, 2, 3))) for part in ("-p", rng.choice(declared if case.now_and_then(0.95) else some), value())]
     more = [["--out", rng.choice(some)], ["--resume"], ["--preset", rng.choice(("visionreasoner_7k", "reasonseg_few_shot", *some))], []]
     return ["run", kind, *asked, *rng.choice(more), *rng.choice((["--out", str(case.root / "out")], []))]
@@ -585,10 +586,10 @@ KINDS = dict(reasonseg=4, own=4, refcoco=4, parquet=4, picture=4, question=2, vi
 
 def templates(folder: Path):
     "What the cases start from: a trained run, and a server's good reply."
-    config = training.TrainConfig(steps=2, prompts=1, samples=2, max_new_tokens=8, eval_samples=2, rank=2, alpha=2, checkpoint_every=1, record=1, segmenter="grabcut")
-    training.train(config, folder / "run")
-    asked, sample = evaluation.load_policy("embedded"), scenes.MiniReasonSeg("val")[0]
-    text = training.RECIPES["dr2seg"].prompt(sample.query, eval=True)
+    config = TrainConfig(steps=2, prompts=1, samples=2, max_new_tokens=8, eval_samples=2, rank=2, alpha=2, checkpoint_every=1, record=1, segmenter="grabcut")
+    train(config, folder / "run")
+    asked, sample = load_policy("embedded"), MiniReasonSeg("val")[0]
+    text = METHODS["dr2seg"].prompt(sample.query, eval=True)
     with torch.no_grad():
         seen = asked.encode([sample.image])
         done = asked.generate(asked.read([text], seen), 1, 6, temperature=0)

@@ -110,8 +110,8 @@ VIEWS = dict(inspector="w = inspect('{run}')\nw.at = {at}\nw", live="live('{run}
 def telling(run: Path) -> int:
     "The number of the group whose rewards differ most, of those whose lengths do too."
     import numpy as np
-    from dr2seg_lib.opened import Opened
-    groups = Opened(run).groups["rollouts"]
+    from dr2seg_lib.viewing.run_reader import RunReader
+    groups = RunReader(run).groups["rollouts"]
     spread = lambda g: np.std([r["reward"] for r in g]) * np.std([min(r["first"]["think_tokens"], 100) for r in g])
     return max(range(len(groups)), key=lambda i: spread(groups[i])) if groups else 0
 
@@ -151,7 +151,7 @@ def looking(page, name: str):
 
 def report_pictures(page, run: Path, folder: Path, to: Path):
     "The top of the report, and in it the group with the least rewards."
-    from dr2seg_lib.report import write_report
+    from dr2seg_lib.viewing.report import write_report
     page.goto(write_report(run, folder/"report.html").as_uri())
     page.set_viewport_size(dict(width=1180, height=1125))
     page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")

@@ -2,8 +2,8 @@
 import argparse, copy, json, os, random
 from pathlib import Path
 import numpy as np
-from dr2seg_lib.masks import encode
-from dr2seg_lib.scenes import draw_sample
+from dr2seg_lib.core.masks import encode_rle
+from dr2seg_lib.data.mini import draw_sample
 
 RUN = "window.__pwned=1;document.title='pwned';console.log('pwned')"
 WORDS = [f"<script>{RUN}</script>", f'<img src=x onerror="{RUN}">', f'"><svg onload="{RUN}"></svg>', f"' autofocus onfocus='{RUN}' x='", f"</style><script>{RUN}</script>",
@@ -22,7 +22,7 @@ def said(n=30): return dict(text="<think>so it is this.</think><description>the 
 
 def prediction(i, shift):
     s = draw_sample(2_000_000 + i)
-    return dict(sample=s.id, query=s.query, text=said()["text"], i=10, u=40, iou=.25*(1 + (i + shift) % 3), tokens=30 + shift, answer_entropy=.4, format=1., targets=1, tags=s.tags, rle=encode(np.roll(s.mask, shift, 1)))
+    return dict(sample=s.id, query=s.query, text=said()["text"], i=10, u=40, iou=.25*(1 + (i + shift) % 3), tokens=30 + shift, answer_entropy=.4, format=1., targets=1, tags=s.tags, rle=encode_rle(np.roll(s.mask, shift, 1)))
 
 
 def rollouts():
@@ -56,7 +56,7 @@ def rea2seg():
     rows = []
     for i in range(3):
         s = draw_sample(2_000_000 + i)
-        found = [dict(source=k, score=3., iou=.5, text="<think>x</think><score>3</score>", rle=encode(s.mask)) for k in ("direct", "peak")]
+        found = [dict(source=k, score=3., iou=.5, text="<think>x</think><score>3</score>", rle=encode_rle(s.mask)) for k in ("direct", "peak")]
         rows.append(dict(sample=s.id, query=s.query, tags=s.tags, text=said()["text"], grid=(np.eye(7)/9).tolist(), candidates=found, direct=.4, chosen=.6, oracle=.7, best=1, tokens_direct=30, tokens_scoring=20, seconds=dict(direct=1., scoring=.5)))
     line = dict(n=3) | {k: [.4, .3, .5] for k in ("direct", "oracle", "chosen", "change", "candidates", "tokens_direct", "tokens_scoring", "seconds_direct", "seconds_more")}
     return {"run.json": info(candidates=8, overlap=.8, split="val", samples=3), "predictions.jsonl": rows, "results.json": dict(table="| a |", summary=dict(spatial=line, all=line))}

@@ -21,24 +21,24 @@ from pathlib import Path
 
 import torch
 
-from dr2seg_lib import runs, sweeps, training
-from dr2seg_lib.report import write_report
+from dr2seg_lib.core.files import read_jsonl; from dr2seg_lib.runs.checkpoints import latest_checkpoint; from dr2seg_lib.runs.run_folder import Run; from dr2seg_lib.runs.status import read_progress, run_status; from dr2seg_lib.experiments import sweeps; from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.trainer import train
+from dr2seg_lib.viewing.report import write_report
 
 SMALL = dict(steps=5, prompts=2, samples=2, max_new_tokens=12, rank=4, alpha=4, checkpoint_every=1, record=1)
-CONFIG = training.TrainConfig(**SMALL, eval_samples=3, segmenter="grabcut")
-ARMS = {f"run-{seed}": training.TrainConfig(**SMALL | dict(steps=3), eval_samples=0, seed=seed) for seed in (0, 1)}
+CONFIG = TrainConfig(**SMALL, eval_samples=3, segmenter="grabcut")
+ARMS = {f"run-{seed}": TrainConfig(**SMALL | dict(steps=3), eval_samples=0, seed=seed) for seed in (0, 1)}
 TIMES = "seconds", "tokens_per_second"
 
 
 def train_and_report(folder: Path):
-    training.train(CONFIG, folder, resume=(folder / "run.json").exists())
+    train(CONFIG, folder, resume=(folder / "run.json").exists())
     write_report(folder)
 
 
 def run_sweep(folder: Path):
     resumed = (folder / "run.json").exists()
-    with runs.Run.resume(folder, bar=False) if resumed else runs.Run.create(folder, {}, bar=False) as run:
-        failed = sweeps.sweep(run, ARMS)
+    with Run.resume(folder, bar=False) if resumed else Run.create(folder, {}, bar=False) as run:
+        failed = sweeps.run_sweep(run, ARMS)
         if failed:
             raise RuntimeError(f"{failed}")
 
@@ -71,11 +71,11 @@ def without_times(rows: list) -> list:
 
 def left(folder: Path) -> dict: # what must be equal, byte for byte
     "Metrics without seconds, rollouts, evaluations, and the weights of the last checkpoint."
-    last = runs.latest_checkpoint(folder)
+    last = latest_checkpoint(folder)
     files = [folder / name for name in ("rollouts.jsonl", "results.json", "predictions_before.jsonl", "predictions_after.jsonl")]
     files += [p for p in sorted(last.iterdir()) if p.suffix in (".safetensors", ".pt")]
     kept = {p.name: p.read_bytes() for p in files if p.exists()}
-    return {"metrics.jsonl": without_times(runs.read_jsonl(folder / "metrics.jsonl")), "checkpoint": last.name} | kept
+    return {"metrics.jsonl": without_times(read_jsonl(folder / "metrics.jsonl")), "checkpoint": last.name} | kept
 
 
 def compare(folder: Path, want: dict):
@@ -83,7 +83,7 @@ def compare(folder: Path, want: dict):
     assert got.keys() == want.keys(), f"{folder}: it has {sorted(got)}, the unbroken run {sorted(want)}"
     for name, value in want.items():
         assert got[name] == value, f"{folder}: {name} differs from the unbroken run's"
-    assert runs.status(folder) == "done"
+    assert run_status(folder) == "done"
 
 
 def kill(folder: Path, rng: random.Random, in_checkpoint: bool, life: float) -> str | None: # the stage; None: it was done
@@ -102,7 +102,7 @@ def kill(folder: Path, rng: random.Random, in_checkpoint: bool, life: float) -> 
         time.sleep(rng.uniform(0, 0.01))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    stage = (runs.read_progress(folder) or dict(stage="before the first sign"))["stage"]
+    stage = (read_progress(folder) or dict(stage="before the first sign"))["stage"]
     return "inside a checkpoint" if in_checkpoint and part.exists() else stage
 
 
@@ -120,8 +120,8 @@ def trial(kills: int, root: Path, seed: int = 0, say=lambda text: None) -> dict:
             count += 1
             stages[stage] = stages.get(stage, 0) + 1
             if (folder / "run.json").exists():
-                assert runs.status(folder) in ("failed", "done"), f"{folder}: a killed run reads {runs.status(folder)}"
-        if not (folder / "run.json").exists() or runs.status(folder) != "done":
+                assert run_status(folder) in ("failed", "done"), f"{folder}: a killed run reads {run_status(folder)}"
+        if not (folder / "run.json").exists() or run_status(folder) != "done":
             finish(train_and_report, folder)
         compare(folder, want)
         say(f"{count:3} kills, {number} runs, all equal to the unbroken one")
@@ -137,7 +137,7 @@ def sweep_trial(kills: int, root: Path, seed: int = 0, say=lambda text: None) ->
     "Kill the parent of a sweep, or one of its workers; resume; compare every run of it."
     rng = random.Random(seed)
     for name, config in ARMS.items():
-        finish(lambda folder, config=config: training.train(config, folder), root / "whole" / name)
+        finish(lambda folder, config=config: train(config, folder), root / "whole" / name)
     hits = dict(parent=0, worker=0)
     for number in range(kills):
         folder, target = root / f"sweep-{number}", ("parent", "worker")[number % 2]
@@ -151,7 +151,7 @@ def sweep_trial(kills: int, root: Path, seed: int = 0, say=lambda text: None) ->
             hits[target] += 1
         os.waitpid(pid, 0)
         time.sleep(0.5) # the workers die with their parent
-        if runs.status(folder) != "done":
+        if run_status(folder) != "done":
             finish(run_sweep, folder)
         for name in ARMS:
             compare(folder / name, left(root / "whole" / name))
@@ -180,7 +180,7 @@ def command_line_trial(kills: int, root: Path, seed: int = 0, say=lambda text: N
         process.wait()
         time.sleep(1) # the kernel sees that its parent is gone
         begun = (folder / "run.json").exists()
-        if not begun or runs.status(folder) != "done":
+        if not begun or run_status(folder) != "done":
             again = command(folder, begun)
             told = again.communicate()[1].decode()
             assert again.returncode == 0, f"{folder}: {told[-2000:]}"

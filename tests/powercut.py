@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 
 import kills
-from dr2seg_lib import runs, training
+from dr2seg_lib.runs.checkpoints import latest_checkpoint, step_of, save_checkpoint; from dr2seg_lib.runs.run_folder import Run; from dr2seg_lib.runs.status import read_record; from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.trainer import train
 
-CONFIG = training.TrainConfig(**kills.SMALL | dict(steps=3), eval_samples=2, segmenter="grabcut")
+CONFIG = TrainConfig(**kills.SMALL | dict(steps=3), eval_samples=2, segmenter="grabcut")
 FAMILIES = "dropped", "names"
 
 
@@ -78,7 +78,7 @@ class Disk:
 def record(folder: Path, store: Path, forget_folders: bool):
     "A training whose every sync is noted; the states go to `store/states.json`."
     disk = Disk(folder.parent, store, forget_folders)
-    log, save, create = runs.Run.log, training.save_checkpoint, runs.Run.create
+    log, save, create = Run.log, save_checkpoint, Run.create
 
     def log_and_promise(run, row):
         log(run, row)
@@ -94,8 +94,8 @@ def record(folder: Path, store: Path, forget_folders: bool):
         disk.promised["created"] = True
         return run
 
-    runs.Run.log, training.save_checkpoint, runs.Run.create = log_and_promise, save_and_promise, create_and_promise
-    training.train(CONFIG, folder)
+    Run.log, save_checkpoint, Run.create = log_and_promise, save_and_promise, create_and_promise
+    train(CONFIG, folder)
     (store / "states.json").write_text(json.dumps(disk.states))
 
 
@@ -119,13 +119,13 @@ def look(folder: Path, promised: dict) -> str | None: # what is lost, in words
     if not promised["created"]:
         return None
     try:
-        runs.read_record(folder)
+        read_record(folder)
     except (OSError, ValueError) as e:
         return f"run.json is lost ({e})"
     if whole_rows(folder / "metrics.jsonl") < promised["rows"]:
         return f"rows of metrics.jsonl are lost: {promised['rows']} were logged"
-    newest = runs.latest_checkpoint(folder)
-    if promised["checkpoint"] and (newest is None or runs.step_of(newest) < promised["checkpoint"]):
+    newest = latest_checkpoint(folder)
+    if promised["checkpoint"] and (newest is None or step_of(newest) < promised["checkpoint"]):
         return f"checkpoint {promised['checkpoint']} is lost, {newest} is left"
     return None
 
@@ -133,7 +133,7 @@ def look(folder: Path, promised: dict) -> str | None: # what is lost, in words
 def resume(folder: Path, want: dict):
     if not (folder / "run.json").exists():
         shutil.rmtree(folder, ignore_errors=True) # nothing was begun
-    kills.finish(lambda f: training.train(CONFIG, f, resume=(f / "run.json").exists()), folder)
+    kills.finish(lambda f: train(CONFIG, f, resume=(f / "run.json").exists()), folder)
     kills.compare(folder, want)
 
 

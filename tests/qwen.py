@@ -4,8 +4,8 @@ import json
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from dr2seg_lib import dialogue
-from dr2seg_lib.scenes import draw_puzzle
+from dr2seg_lib.methods.dr2seg import dr2seg_prompt
+from dr2seg_lib.data.mini import draw_problem
 
 QWEN_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% for message in messages %}"
@@ -30,7 +30,7 @@ def make_qwen_tokenizer() -> Qwen2Tokenizer:
     "Byte-level BPE as Qwen2's, trained on the prompts and on questions of the embedded world."
     plain, learner = Qwen2Tokenizer().backend_tokenizer, Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
-    corpus = [dialogue.dr2seg("the cup")] * 20 + [draw_puzzle(i).question.text for i in range(200)]
+    corpus = [dr2seg_prompt("the cup")] * 20 + [draw_problem(i).question.text for i in range(200)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=700, show_progress=False, initial_alphabet=alphabet))
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]

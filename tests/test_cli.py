@@ -2,8 +2,8 @@
 import errno, json, os, pty, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat, pydantic, pytest
-from dr2seg_lib import cli, runs
-from dr2seg_lib.config import TrainFields
+from dr2seg_lib.cli import build_parser, main; from dr2seg_lib.commands.execute import PARTIAL_NOTEBOOK, explain_error; from dr2seg_lib.commands.parameters import CONFIGS, check_parameters, find_experiment, parameters_of, read_value; from dr2seg_lib.commands.prepare import prepare_run, typed_parameters, with_preset; from dr2seg_lib.commands.summary import caution_lines, run_summary; from dr2seg_lib.core.parameters import cut_note; from dr2seg_lib.core.files import read_json, write_json; from dr2seg_lib.runs.run_folder import RECORDS, Run; from dr2seg_lib.runs.status import run_status, update_record
+from dr2seg_lib.core.parameters import TrainFields
 
 DR2SEG = Path(sys.executable).parent/"dr2seg"
 TRAIN = """
@@ -61,7 +61,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, notebook, monkeypat
     path = notebook()
     monkeypatch.chdir(tmp_path)
     before = files(tmp_path)
-    assert cli.main(["run", path, *args]) == 2
+    assert main(["run", path, *args]) == 2
     assert capsys.readouterr() == ("", f"dr2seg: {sentence}\n")
     assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["toy.ipynb"]
 
@@ -75,38 +75,38 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, notebook, monkeypat
     (["-p", "eval_data", "nowhere"], "eval_data: nowhere does not exist")])
 def test_what_train_refuses(tmp_path, monkeypatch, capsys, args, says):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["run", "train", *args]) == 2
+    assert main(["run", "train", *args]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dr2seg: ") and err.count("\n") == 1 and says in err and not list(tmp_path.iterdir())
 
 
 def test_a_preset_is_for_train_and_what_is_typed_has_precedence(notebook, capsys):
-    assert cli.main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2 and "presets are for train" in capsys.readouterr().err
+    assert main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2 and "presets are for train" in capsys.readouterr().err
     given = dict(data="mini", eval_data="mini", lr=0.5)
-    filled = cli.check_parameters("train", cli.find_experiment("train"), cli.with_preset("train", "visionreasoner_7k", given))
+    filled = check_parameters("train", find_experiment("train"), with_preset("train", "visionreasoner_7k", given))
     assert filled["lr"] == 0.5 and filled["rank"] == 64 and filled["recipe"] == "dr2seg_desc"
 
 
 def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
-    runs.write_json(tmp_path/"results.json", dict(skipped={"a.json is broken; mend it.": 3, "b.json is broken; mend it.": 1}, after=dict(broken=2)))
-    assert cli.summary(tmp_path).splitlines()[1:] == [
+    write_json(tmp_path/"results.json", dict(skipped={"a.json is broken; mend it.": 3, "b.json is broken; mend it.": 1}, after=dict(broken=2)))
+    assert run_summary(tmp_path).splitlines()[1:] == [
         "training records that cannot be read, passed over: 2, the first: a.json is broken; mend it. (all in results.json)",
         "evaluated records that cannot be read, counted as misses: 2 (they have an error in the predictions)"]
 
 
 def test_unknown_experiments(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "experiments", lambda: {"train": Path("train.ipynb"), "ablate": Path("ablate.ipynb")})
+    monkeypatch.setattr("dr2seg_lib.commands.parameters.experiments", lambda: {"train": Path("train.ipynb"), "ablate": Path("ablate.ipynb")})
     for name, words in ("trian", 'unknown experiment "trian"; did you mean "train"?'), ("xyz", "known are train, ablate"), \
                        ("x.ipynb", "notebook x.ipynb does not exist"):
-        assert cli.main(["run", name]) == 2 and words in capsys.readouterr().err
+        assert main(["run", name]) == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tags, count", [((), 0), (("hide", "parameters"), 1)])
 def test_parameters_cells_are_counted(notebook, tags, count):
     path = notebook(tags=tags)
-    if count: assert cli.parameters_of(path)["steps"] == 3
+    if count: assert parameters_of(path)["steps"] == 3
     else:
-        with pytest.raises(ValueError, match="has 0 cells tagged parameters"): cli.parameters_of(path)
+        with pytest.raises(ValueError, match="has 0 cells tagged parameters"): parameters_of(path)
 
 
 class Config(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -124,17 +124,17 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid"):
     ({"recipe": "dr2sg"}, 'unknown recipe "dr2sg"; known are dr2seg, dpad'),
     ({"steps": 0}, 'parameter "steps": input should be greater than or equal to 1, not 0')])
 def test_a_config_class_has_the_say(notebook, monkeypatch, given, sentence):
-    monkeypatch.setitem(cli.CONFIGS, "toy", f"{__name__}:Config")
+    monkeypatch.setitem(CONFIGS, "toy", f"{__name__}:Config")
     monkeypatch.setitem(sys.modules, __name__, sys.modules[Config.__module__])
     path = Path(notebook())
-    assert cli.check_parameters("toy", path, {"steps": 9}) == {"steps": 9}
-    with pytest.raises(ValueError) as e: cli.check_parameters("toy", path, given)
+    assert check_parameters("toy", path, {"steps": 9}) == {"steps": 9}
+    with pytest.raises(ValueError) as e: check_parameters("toy", path, given)
     assert str(e.value) == sentence
 
 
 @pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("-3", -3), ("[1, 2]", [1, 2]), ("None", None), ("FALSE", False),
                                          ("007", "007"), ("a b", "a b"), ("", ""), ("__import__('os')", "__import__('os')")])
-def test_values_as_typed(text, value): assert cli.read_value(text) == value
+def test_values_as_typed(text, value): assert read_value(text) == value
 
 
 # ---- quickly: before torch is imported
@@ -221,7 +221,7 @@ CELL = dict(cell_type="code", source="steps = 3", metadata=dict(tags=["parameter
     json.dumps(dict(cells=[CELL | dict(metadata=None)])), json.dumps(dict(cells=[CELL | dict(source=None)])), json.dumps(dict(cells=[CELL | dict(source=[1])])),
     json.dumps(dict(cells=[CELL | dict(metadata=dict(tags=3))])), json.dumps(dict(worksheets=[]))], ids=lambda t: str(t[:40]))
 def test_what_is_no_notebook_is_one_sentence(tmp_path, text, capsys):
-    assert cli.main(["run", str(written(tmp_path, text)), "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", str(written(tmp_path, text)), "--out", str(tmp_path/"run")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "is no notebook" in err and "save it again in Jupyter" in err and not (tmp_path/"run").exists()
 
@@ -233,7 +233,7 @@ def test_what_is_no_notebook_is_one_sentence(tmp_path, text, capsys):
     ("*a, = [1]", "is not NAME = VALUE"), ("x[0] = 1", "is not NAME = VALUE"), ("x = 1\nx += 1", "line 2 of the parameters cell is not NAME = VALUE"),
     ("steps: int", "parameter steps is no literal"), ("steps = range(3)", "parameter steps is no literal"), ("steps = {[]: 1}", "parameter steps is no literal")])
 def test_an_odd_parameters_cell_is_one_sentence(notebook, cell, says, capsys, tmp_path):
-    assert cli.main(["run", notebook(parameters=cell), "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", notebook(parameters=cell), "--out", str(tmp_path/"run")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err and not (tmp_path/"run").exists()
 
@@ -246,28 +246,28 @@ LONG = "x" * 5000
                                   ["train", "--resume", "--out", LONG], ["evaluate", "-p", "adapter", LONG], ["rea2seg", "-p", "scorer", LONG]], ids=lambda a: " ".join(a).replace(LONG, "LONG"))
 def test_names_that_no_disk_takes_are_one_sentence(tmp_path, monkeypatch, capsys, args):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["run", *args]) == 2
+    assert main(["run", *args]) == 2
     err = capsys.readouterr().err
     assert err.startswith("dr2seg: ") and err.count("\n") == 1 and len(err) < 1000 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("args", [["--out", "a\udcff"], ["-p", "recipe", "a\udcff"], ["-p", "\udcff", "1"]])
 def test_arguments_that_are_no_text_are_one_sentence(notebook, capsys, args):
-    assert cli.main(["run", notebook(), *args]) == 2
+    assert main(["run", notebook(), *args]) == 2
     assert "is not UTF-8; type it anew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["{[]: 1}", "(" * 5000, "9" * 5000, "{1, 2}", "...", "1j", "b'3'"])
 def test_a_value_of_an_odd_kind_is_one_sentence(notebook, capsys, value):
-    assert cli.main(["run", notebook(), "-p", "steps", value]) == 2
+    assert main(["run", notebook(), "-p", "steps", value]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and 'parameter "steps" takes int such as 3' in err and len(err) < 300
 
 
 def test_a_text_stays_a_text(notebook):
     declared = dict(recipe="dr2seg", steps=3)
-    assert cli.typed([("recipe", "1e-5"), ("steps", "1e3")], declared) == dict(recipe="1e-5", steps=1000.0)
-    assert cli.typed([("recipe", '"dpad"')], declared) == dict(recipe="dpad")
+    assert typed_parameters([("recipe", "1e-5"), ("steps", "1e3")], declared) == dict(recipe="1e-5", steps=1000.0)
+    assert typed_parameters([("recipe", '"dpad"')], declared) == dict(recipe="dpad")
 
 
 def test_a_terminal_that_cannot_show_a_name_shows_its_numbers(tmp_path):
@@ -277,7 +277,7 @@ def test_a_terminal_that_cannot_show_a_name_shows_its_numbers(tmp_path):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    runs.Run.create(tmp_path/"run", {}, bar=False).finish("done")
+    Run.create(tmp_path/"run", {}, bar=False).finish("done")
     done = subprocess.run(f"{DR2SEG} runs {tmp_path} | true", shell=True, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
@@ -294,10 +294,10 @@ def record(**changes):
     (record(parameters=None), 'field "parameters"'), (record(started=5), 'field "started"'), (record(error=[1]), 'field "error"'), (record(resumed="x"), 'field "resumed"'),
     (record(status="running", host=7), 'field "host"')], ids=str)
 def test_one_bad_record_does_not_hide_the_other_runs(tmp_path, capsys, text, why):
-    runs.Run.create(tmp_path/"good", {}, bar=False).finish("done")
+    Run.create(tmp_path/"good", {}, bar=False).finish("done")
     (tmp_path/"bad").mkdir()
     (tmp_path/"bad"/"run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert cli.main(["runs", str(tmp_path)]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and any("good" in line and "done" in line for line in lines)
     bad, = [line for line in lines if "/bad" in line]
@@ -309,24 +309,24 @@ def test_one_bad_record_does_not_hide_the_other_runs(tmp_path, capsys, text, why
     ("metrics.jsonl", b"\xff\xff\n\n", "unreadable"), ("metrics.jsonl", b'{"loss": 1}\n', "done"),
     ("progress.json", b"[]", "done"), ("progress.json", b"\xff", "done"), ("progress.json", b'{"stage": 1}', "done")], ids=str)
 def test_bad_lines_of_one_run_do_not_hide_the_others(tmp_path, capsys, name, text, says):
-    for folder in "bad", "good": runs.Run.create(tmp_path/folder, {}, bar=False).finish("done")
+    for folder in "bad", "good": Run.create(tmp_path/folder, {}, bar=False).finish("done")
     (tmp_path/"bad"/name).write_bytes(text)
-    assert cli.main(["runs", str(tmp_path)]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
     lines = {Path(line.split()[0]).name: line for line in capsys.readouterr().out.splitlines()}
     assert says in lines["bad"] and "done" in lines["good"]
 
 
 def test_a_folder_for_a_record_and_a_run_that_vanishes(tmp_path, capsys, monkeypatch):
-    runs.Run.create(tmp_path/"good", {}, bar=False).finish("done")
+    Run.create(tmp_path/"good", {}, bar=False).finish("done")
     (tmp_path/"odd"/"run.json").mkdir(parents=True)
     (tmp_path/"gone").mkdir()
     (tmp_path/"gone"/"run.json").write_text(record())
-    real = runs.status
+    real = run_status
     def status(folder):
         if folder.name == "gone": (folder/"run.json").unlink()
         return real(folder)
-    monkeypatch.setattr(runs, "status", status)
-    assert cli.main(["runs", str(tmp_path)]) == 0
+    monkeypatch.setattr("dr2seg_lib.runs.listing.run_status", status)
+    assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and sum("unreadable" in line for line in lines) == 1
 
@@ -336,7 +336,7 @@ def test_a_record_that_may_not_be_read_is_unreadable():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        for run in "bad", "good": runs.Run.create(folder/run, {}, bar=False).finish("done")
+        for run in "bad", "good": Run.create(folder/run, {}, bar=False).finish("done")
         (folder/"bad"/"run.json").chmod(0)
         script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -347,7 +347,7 @@ def test_a_record_that_may_not_be_read_is_unreadable():
 def test_a_record_does_not_steer_the_terminal(tmp_path, capsys):
     (tmp_path/"run").mkdir()
     (tmp_path/"run"/"run.json").write_text(record(status="failed", error="\x1b[31mred\x1b]0;title\x07\nfake line", started="\x1b[2J"))
-    assert cli.main(["runs", str(tmp_path)]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and out.count("\n") == 1
 
@@ -356,7 +356,7 @@ def test_a_record_does_not_steer_the_terminal(tmp_path, capsys):
 def test_a_run_whose_record_cannot_be_read_is_not_resumed(tmp_path, notebook, capsys, text):
     (tmp_path/"run").mkdir()
     (tmp_path/"run"/"run.json").write_bytes(text)
-    assert cli.main(["run", notebook(), "--resume", "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", notebook(), "--resume", "--out", str(tmp_path/"run")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "run.json" in err and (tmp_path/"run"/"run.json").read_bytes() == text
 
@@ -366,10 +366,10 @@ def test_a_run_whose_record_cannot_be_read_is_not_resumed(tmp_path, notebook, ca
                                         ("results.json", b'{"gIoU": 1, "n": 1, "strata": [], "evaluation": {"data": "a", "format": "b", "split": "c", "protocol": "d"}}'),
                                         ("run.json", b"[]"), ("run.json", b"{}"), ("run.json", b'{"parameters": []}')], ids=str)
 def test_tables_of_a_malformed_run_are_one_sentence(tmp_path, capsys, name, text):
-    runs.Run.create(tmp_path/"run", dict(recipe="dr2seg", model="embedded", adapter="", segmenter="embedded"), bar=False).finish("done")
+    Run.create(tmp_path/"run", dict(recipe="dr2seg", model="embedded", adapter="", segmenter="embedded"), bar=False).finish("done")
     (tmp_path/"run"/"results.json").write_text('{"gIoU": 1}')
     (tmp_path/"run"/name).write_bytes(text)
-    assert cli.main(["tables", str(tmp_path/"run")]) == 2
+    assert main(["tables", str(tmp_path/"run")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("dr2seg: ") and err.count("\n") == 1 and str(tmp_path/"run") in err
 
@@ -383,14 +383,14 @@ def test_tables_of_a_malformed_run_are_one_sentence(tmp_path, capsys, name, text
     (OSError("a sentence; mend it"), "papermill failed: OSError: a sentence; mend it"),
     (TimeoutError("no answer"), "papermill failed: TimeoutError: no answer")])
 def test_what_papermill_cannot_write_is_named(error, says):
-    assert cli.explain(error, Path("out")) == (says, 1)
+    assert explain_error(error, Path("out")) == (says, 1)
 
 
 def test_a_disk_that_is_full_for_papermill_and_the_record(tmp_path, notebook, capsys, monkeypatch):
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("papermill.execute_notebook", full)
-    monkeypatch.setattr(runs.Run, "create", full)
-    assert cli.main(["run", notebook(), "--out", str(tmp_path/"out")]) == 1
+    monkeypatch.setattr(Run, "create", full)
+    assert main(["run", notebook(), "--out", str(tmp_path/"out")]) == 1
     err = capsys.readouterr().err
     said, = [line for line in err.splitlines() if line.startswith("dr2seg:")]
     assert "cannot be written (No space left on device); free space" in said and "Traceback" not in err
@@ -406,27 +406,27 @@ def test_a_folder_that_is_deleted_while_its_run_is_going(tmp_path, notebook):
 # ---- what the figures must not be read without
 
 def test_cut_answers_and_the_split_are_told(tmp_path):
-    runs.write_json(tmp_path/"results.json", dict(table="the table", cut=0.125, evaluation=dict(split_note="a tenth of the ids, held out by their hash")))
-    assert cli.summary(tmp_path).splitlines() == ["the table", "", "a tenth of the ids, held out by their hash",
+    write_json(tmp_path/"results.json", dict(table="the table", cut=0.125, evaluation=dict(split_note="a tenth of the ids, held out by their hash")))
+    assert run_summary(tmp_path).splitlines() == ["the table", "", "a tenth of the ids, held out by their hash",
         "12.5 % of the questions got an answer that max_new_tokens cut short, which is mostly a miss; raise max_new_tokens"]
 
 
 def test_what_the_table_says_is_not_said_twice(tmp_path):
-    note = cli.cut_note(dict(cut=1))
-    runs.write_json(tmp_path/"results.json", dict(table=f"the table\n\n{note}", cut=1))
-    assert cli.summary(tmp_path).count(note) == 1
+    note = cut_note(dict(cut=1))
+    write_json(tmp_path/"results.json", dict(table=f"the table\n\n{note}", cut=1))
+    assert run_summary(tmp_path).count(note) == 1
 
 
 @pytest.mark.parametrize("cut, told", [(0.01, False), (0.011, True), (None, False), ("x", False)])
 def test_up_to_one_percent_is_silent(cut, told):
-    assert bool(cli.cautions(dict(before=dict(cut=cut), after={}))) is told
-    if told: assert cli.cautions(dict(before=dict(cut=cut)))[0].startswith("before training: 1.1 % of the questions")
+    assert bool(caution_lines(dict(before=dict(cut=cut), after={}))) is told
+    if told: assert caution_lines(dict(before=dict(cut=cut)))[0].startswith("before training: 1.1 % of the questions")
 
 
 @pytest.mark.parametrize("results", [[], None, 3, dict(before=3, after=[]), dict(before={}, after={}), dict(before=dict(gIoU="x"), after=dict(gIoU=[]))], ids=str)
 def test_results_of_any_form_have_a_summary(tmp_path, results):
-    runs.write_json(tmp_path/"results.json", results)
-    cli.summary(tmp_path)
+    write_json(tmp_path/"results.json", results)
+    run_summary(tmp_path)
 
 
 # ---- runs
@@ -439,7 +439,7 @@ def test_a_run_from_start_to_table(tmp_path, notebook):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[1:] == [["before", "after"], ["tokens", "80.0", "40.0"], ["gIoU", "0.700", "0.700"],
                          ["cIoU", "0.600", "0.600"], ["answer", "entropy", "0.500", "0.500"]]
-    assert runs.status(out) == "done" and len(runs.Run.open(out).metrics()) == 5
+    assert run_status(out) == "done" and len(Run.open(out).metrics()) == 5
     executed = nbformat.read(out/"notebook.ipynb", as_version=4)
     assert any("injected-parameters" in c.metadata.tags and "steps = 5" in c.source for c in executed.cells)
     assert not list(out.glob(".*.ipynb")) and "toy-dr2seg-1" in dr2seg(tmp_path, "runs").stdout
@@ -470,7 +470,7 @@ def test_a_failed_cell(tmp_path, notebook):
     failed = dr2seg(tmp_path, "run", notebook(TRAIN, "1/0"), "--out", "out")
     assert failed.returncode == 1 and "ZeroDivisionError: division by zero (cell 4; the traceback is in out/error.log)" in failed.stderr
     assert "Traceback" not in failed.stderr and "Traceback" in (tmp_path/"out/error.log").read_text()
-    record = runs.read_json(tmp_path/"out/run.json")
+    record = read_json(tmp_path/"out/run.json")
     assert record["status"] == "failed" and record["error"].startswith("ZeroDivisionError")
     assert (tmp_path/"out/notebook.ipynb").exists()
 
@@ -481,19 +481,19 @@ def test_a_user_error_in_the_notebook_leaves_the_folder_free(tmp_path, notebook)
         failed = dr2seg(tmp_path, "run", path, "--out", "out")
         assert failed.returncode == 2
         assert failed.stderr.splitlines()[-1] == "dr2seg: weights w.safetensors do not exist; check the path"
-    assert not [n for n in runs.RECORDS if (tmp_path/"out"/n).exists()] and "Traceback" in (tmp_path/"out/error.log").read_text()
+    assert not [n for n in RECORDS if (tmp_path/"out"/n).exists()] and "Traceback" in (tmp_path/"out/error.log").read_text()
 
 
 def test_a_notebook_without_a_record_gets_one(tmp_path, notebook):
     assert dr2seg(tmp_path, "run", notebook("1 + 1"), "--out", "out").returncode == 0
-    record = runs.read_json(tmp_path/"out/run.json")
+    record = read_json(tmp_path/"out/run.json")
     assert record["status"] == "done" and record["parameters"]["steps"] == 3
 
 
 def test_a_config_refused_in_the_notebook_is_a_sentence(tmp_path):
     class Error(Exception): ename, exec_count, traceback = "ValidationError", 2, ["..."]
     Error.evalue = str(pytest.raises(pydantic.ValidationError, Config, recipe="x").value)
-    assert cli.explain(Error(), tmp_path) == ('recipe unknown recipe "x"; known are dr2seg, dpad', 2)
+    assert explain_error(Error(), tmp_path) == ('recipe unknown recipe "x"; known are dr2seg, dpad', 2)
 
 
 def test_a_killed_kernel(tmp_path, notebook):
@@ -501,8 +501,8 @@ def test_a_killed_kernel(tmp_path, notebook):
     failed = dr2seg(tmp_path, "run", notebook(TRAIN.replace("break", "pass").replace(
         "run.log(", "step > 1 and __import__('os').kill(__import__('os').getpid(), 9)\n        run.log(")), "--out", "out")
     assert failed.returncode == 1 and "dr2seg: the kernel was killed" in failed.stderr
-    assert runs.read_json(tmp_path/"out/run.json")["status"] == "failed"
-    assert runs.Run.open(tmp_path/"out").metrics() == [{"step": 1}]
+    assert read_json(tmp_path/"out/run.json")["status"] == "failed"
+    assert Run.open(tmp_path/"out").metrics() == [{"step": 1}]
 
 
 def test_ctrl_c_then_resume(tmp_path, notebook):
@@ -512,13 +512,13 @@ def test_ctrl_c_then_resume(tmp_path, notebook):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and f"go on with: dr2seg run {path} --resume --out out" in err
-    run = runs.Run.open(tmp_path/"out")
+    run = Run.open(tmp_path/"out")
     done = len(run.metrics())
     assert run.status == "interrupted" and 1 <= done < 30 and not (run.folder/"stop").exists()
 
     other = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "4")
     assert other.returncode == 2 and "was started with steps = 30, not 4" in other.stderr
-    runs.update(run.folder, parameters=run.info["parameters"] | {"nap": 0.0})     # to be quick
+    update_record(run.folder, parameters=run.info["parameters"] | {"nap": 0.0})     # to be quick
     resumed = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "30")
     assert resumed.returncode == 0, resumed.stderr
     assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, 31))
@@ -526,8 +526,8 @@ def test_ctrl_c_then_resume(tmp_path, notebook):
 
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
     path = notebook("pass", parameters='steps = 3\nprocesses = 1\nout = ""\nresume = False')
-    runs.Run.create(tmp_path/"run", dict(steps=5, processes=4, out="run", resume=False), bar=False).finish("interrupted")
-    asked = lambda *given: cli.prepare(cli.parser().parse_args(["run", path, "--resume", "--out", str(tmp_path/"run"), *given]))[2]
+    Run.create(tmp_path/"run", dict(steps=5, processes=4, out="run", resume=False), bar=False).finish("interrupted")
+    asked = lambda *given: prepare_run(build_parser().parse_args(["run", path, "--resume", "--out", str(tmp_path/"run"), *given]))[2]
     assert asked() == dict(steps=5, processes=4) and asked("-p", "processes", "2") == dict(steps=5, processes=2)
     with pytest.raises(ValueError, match="was started with steps = 5, not 9"): asked("-p", "steps", "9")
 
@@ -539,7 +539,7 @@ def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
     while not (tmp_path/"out/stop").exists(): time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    assert process.returncode == 130 and runs.status(tmp_path/"out") == "interrupted"
+    assert process.returncode == 130 and run_status(tmp_path/"out") == "interrupted"
 
 
 def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
@@ -548,10 +548,10 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
     Image.new("RGB", (40, 30)).save(tmp_path/"images"/"a.png")
     good = dict(id="a", image="images/a.png", query="what is it?", polygon=[[[2, 2], [20, 2], [20, 20]]])
     (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n")
-    assert cli.main(["check", str(tmp_path)]) == 0 and "nothing broken" in capsys.readouterr().out
+    assert main(["check", str(tmp_path)]) == 0 and "nothing broken" in capsys.readouterr().out
     (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | dict(id="b", image="../a.png")) + "\n")
-    assert cli.main(["check", str(tmp_path)]) == 1 and "1 broken:" in capsys.readouterr().out
-    assert cli.main(["check", str(tmp_path/"nothing")]) == 2 and "does not exist" in capsys.readouterr().err
+    assert main(["check", str(tmp_path)]) == 1 and "1 broken:" in capsys.readouterr().out
+    assert main(["check", str(tmp_path/"nothing")]) == 2 and "does not exist" in capsys.readouterr().err
 
 
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
@@ -568,7 +568,7 @@ raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp
 @pytest.mark.parametrize("args", [("train", "-p", "model"), ("evaluate", "-p", "model"), ("evaluate", "-p", "segmenter"), ("rea2seg", "-p", "model"), ("rea2seg", "-p", "scorer")], ids=" ".join)
 def test_a_hub_that_no_network_leads_to_is_one_sentence(args, tmp_path, capsys):
     name = "facebook/sam2.1-hiera-tiny" if args[-1] == "segmenter" else "nobody/nothing"
-    assert cli.main(["run", *args, name, "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", *args, name, "--out", str(tmp_path/"run")]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dr2seg:")]
     assert len(said) == 1 and f"{name} cannot be loaded (" in said[0] and "connect to the hub" in said[0]
 
@@ -578,7 +578,7 @@ def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(experime
     (tmp_path/"model").mkdir()
     for name in "config.json", "tokenizer.json": (tmp_path/"model"/name).write_text("{}")
     (tmp_path/"model"/"model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}')
-    assert cli.main(["run", experiment, "-p", "model", str(tmp_path/"model"), "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", experiment, "-p", "model", str(tmp_path/"model"), "--out", str(tmp_path/"run")]) == 2
     assert capsys.readouterr().err == f"dr2seg: model {tmp_path}/model is not whole (model-00001-of-00002.safetensors is missing); fetch it again\n"
     assert not (tmp_path/"run").exists()
 
@@ -586,13 +586,13 @@ def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(experime
 # ---- what a resume may do
 
 def asked(folder, *given, experiment="train"):
-    return cli.prepare(cli.parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given]))[2]
+    return prepare_run(build_parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given]))[2]
 
 
 @pytest.fixture
 def ended(tmp_path):
     "A training that ended early."
-    runs.Run.create(tmp_path/"run", TrainFields(steps=9, lr=0.5).model_dump(), bar=False).finish("failed", "FloatingPointError: the loss is not a number")
+    Run.create(tmp_path/"run", TrainFields(steps=9, lr=0.5).model_dump(), bar=False).finish("failed", "FloatingPointError: the loss is not a number")
     return tmp_path/"run"
 
 
@@ -604,15 +604,15 @@ def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
 
 @pytest.mark.parametrize("name, value", [("rank", "8"), ("steps", "10"), ("recipe", "dpad"), ("seed", "1"), ("norm_lr", "0")])
 def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
-    assert cli.main(["run", "train", "--resume", "--out", str(ended), "-p", name, value]) == 2
+    assert main(["run", "train", "--resume", "--out", str(ended), "-p", name, value]) == 2
     said = capsys.readouterr().err
     assert f"{ended}: the run was started with {name} = " in said and said.count("\n") == 1
 
 
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
-    runs.update(ended, status="done")
+    update_record(ended, status="done")
     with pytest.raises(ValueError, match="is done; only a run that ended early"): asked(ended)
-    (ended/cli.PART).write_text("{}")
+    (ended/PARTIAL_NOTEBOOK).write_text("{}")
     assert asked(ended)["steps"] == 9
 
 
@@ -625,8 +625,8 @@ RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.recipes import dr2seg as 
 def test_code_that_a_record_names_is_run_only_with_trust(experiment, parameters, tmp_path, capsys):
     (tmp_path/"rewards.py").write_text(RUNS_CODE)
     name = f"{tmp_path}/rewards.py:mine"
-    runs.Run.create(tmp_path/"run", parameters(name), bar=False).finish("interrupted")
-    assert cli.main(["run", experiment, "--resume", "--out", str(tmp_path/"run")]) == 2
+    Run.create(tmp_path/"run", parameters(name), bar=False).finish("interrupted")
+    assert main(["run", experiment, "--resume", "--out", str(tmp_path/"run")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "names code of a file, " in said and "look at it, then add --trust" in said
     assert not (tmp_path/"it-ran").exists()
@@ -647,7 +647,7 @@ def test_a_second_sigterm_kills_a_notebook_that_is_stuck(tmp_path, notebook):
     assert process.poll() is None, "the first one only asks"
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 130 and runs.status(tmp_path/"out") == "interrupted" and runs.Run.open(tmp_path/"out").metrics() == [{"step": 1}]
+    assert process.returncode == 130 and run_status(tmp_path/"out") == "interrupted" and Run.open(tmp_path/"out").metrics() == [{"step": 1}]
 
 
 def test_a_record_deleted_while_the_run_is_at_work_is_one_sentence(tmp_path, notebook):

@@ -6,10 +6,10 @@ from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
-from dr2seg_lib.cli import kernel_class
-from dr2seg_lib.evaluation import EvaluateConfig
-from dr2seg_lib.rea2seg import Rea2SegConfig
-from dr2seg_lib.training import TrainConfig
+from dr2seg_lib.commands.execute import kernel_class
+from dr2seg_lib.evaluation.config import EvaluateConfig
+from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig
+from dr2seg_lib.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from dr2seg_lib.cli import kernel_class, parameters_of
+from dr2seg_lib.commands.execute import kernel_class; from dr2seg_lib.commands.parameters import parameters_of
 
 TOURS = sorted((Path(__file__).parents[1] / "nbs" / "tours").glob("*.ipynb"))
 LITTLE = {"00_tour": dict(steps=1), "01_idea": dict(questions=2), "04_grpo_step_by_step": dict(steps=1, prompts=1),

@@ -1,0 +1,1 @@
+from . import policy, sampling, lora, parallel
