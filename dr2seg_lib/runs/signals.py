@@ -11,8 +11,6 @@ import os
 import signal
 import sys
 
-from .run_folder import Run
-
 # %% ../../nbs/runs/signals.ipynb #acc2a11e
 active_runs = []
 
