@@ -44,7 +44,7 @@ class Plain(Policy):
         patches = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
         return [EncodedImage(p[::self.model.model.visual.spatial_merge_size**2], g, (p,)) for p, g in zip(patches, batch["image_grid_thw"])]
 
-    def read(self, texts, seen, again=None, of=None): return Asked(texts, seen)
+    def prefill(self, texts, seen, again=None, of=None): return Asked(texts, seen)
 
     def inputs(self, asked):
         ids, attention = self.tokenize(asked.texts, asked.seen)

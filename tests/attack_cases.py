@@ -305,7 +305,7 @@ def copied(case: Case, name: str = "run") -> Path:
     if case.now_and_then(0.15):
         record = json.loads((folder / "run.json").read_text())
         file = case.input / "canary.py"
-        file.write_text(f"from dr2seg_lib.recipes import dr2seg as r\nopen({str(case.canary)!r}, 'w').close()\n")
+        file.write_text(f"from dr2seg_lib.methods.dr2seg import dr2seg as r\nopen({str(case.canary)!r}, 'w').close()\n")
         record["parameters"] |= dict(recipe=f"{file}:r") if case.now_and_then(0.5) else dict(data="nobody/nothing", eval_data="nobody/nothing")
         (folder / "run.json").write_text(json.dumps(record))
         case.say("names code or a set of the hub")
@@ -592,7 +592,7 @@ def templates(folder: Path):
     text = METHODS["dr2seg"].prompt(sample.query, eval=True)
     with torch.no_grad():
         seen = asked.encode([sample.image])
-        done = asked.generate(asked.read([text], seen), 1, 6, temperature=0)
+        done = asked.generate(asked.prefill([text], seen), 1, 6, temperature=0)
         ids, mask = asked.tokenize([text], seen)
     row, logp = done.ids[0][done.mask[0]].tolist(), done.logp[0][done.mask[0]].tolist()
     choice = dict(index=0, message=dict(role="assistant", content="x"), token_ids=row, logprobs=dict(content=[dict(token="x", logprob=p) for p in logp]))

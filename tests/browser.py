@@ -104,7 +104,7 @@ def plain_page(notebook: Path, to: Path):
     to.write_text(html)
 
 
-VIEWS = dict(inspector="w = inspect('{run}')\nw.at = {at}\nw", live="live('{run}')", compare="compare(['{run}', '{other}'], cards=1)", ask="a = Ask('{model}', 2_000_022)\na")
+VIEWS = dict(inspector="w = inspect('{run}')\nw.at = {at}\nw", live="live('{run}')", compare="compare(['{run}', '{other}'], cards=1)", ask="a = Playground('{model}', 2_000_022)\na")
 
 
 def telling(run: Path) -> int:
@@ -171,7 +171,7 @@ def pictures(run: Path, other: Path | None, to: Path):
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         views = {k: v.format(run=run, other=other, at=telling(run), model="embedded" if not (run/"checkpoints").exists() else run) for k, v in VIEWS.items() if other or k != "compare"}
-        notebook(Path(folder)/"views.ipynb", ["from dr2seg_lib.inspector import Ask, compare, inspect, live", *views.values()])
+        notebook(Path(folder)/"views.ipynb", ["from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground", *views.values()])
         with jupyterlab(folder) as address, browser(1240) as page:
             opened(page, address, "views.ipynb")
             command(page, "notebook:run-all-cells")

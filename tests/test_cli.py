@@ -8,7 +8,7 @@ from dr2seg_lib.core.parameters import TrainFields
 DR2SEG = Path(sys.executable).parent/"dr2seg"
 TRAIN = """
 import time
-from dr2seg_lib.runs import Run
+from dr2seg_lib.runs.run_folder import Run
 with (Run.resume(out) if resume else Run.create(out, {"steps": steps, "nap": nap, "recipe": recipe})) as run:
     for step in range(len(run.metrics()) + 1, steps + 1):
         time.sleep(nap)
@@ -557,7 +557,7 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
     "As root nothing is forbidden, so the command gives its rights away first."
     tmp_path.chmod(0o555)
-    script = f"""import os, pydantic, dr2seg_lib.training
+    script = f"""import os, pydantic, dr2seg_lib.training.trainer
 from dr2seg_lib import cli
 if os.geteuid() == 0: os.seteuid(65534)
 raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
@@ -616,7 +616,7 @@ def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
     assert asked(ended)["steps"] == 9
 
 
-RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.recipes import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
+RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.methods.dr2seg import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
 
 
 @pytest.mark.parametrize("experiment, parameters", [("train", lambda name: TrainFields.model_construct(**TrainFields().model_dump() | dict(recipe=name)).model_dump()),

@@ -51,7 +51,7 @@ class Prefix:
         "The prompts of these indices, repeats allowed."
         return Prefix([(k[index], v[index]) for k, v in self.layers], self.pad[index], self.start[index], self.logits[index])
 
-    def heads(self, index: Tensor, H: int) -> list: # keys and values of each layer, [len(index),heads,H,d]
+    def image_prefix(self, index: Tensor, H: int) -> list: # keys and values of each layer, [len(index),heads,H,d]
         "The first H columns, padding aside, of the prompts of these indices."
         columns = (self.pad.sum(1)[index, None] + torch.arange(H, device=index.device))[:, None]
         heads = lambda x: x[index[:, None, None], torch.arange(x.shape[1], device=index.device)[:, None], columns]

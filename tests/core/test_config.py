@@ -11,7 +11,7 @@ NUMBERS = [n for n, f in TrainFields.model_fields.items() if f.annotation is flo
 
 
 def test_torch_is_not_imported():
-    code = "import sys, dr2seg_lib.config; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, dr2seg_lib.core.parameters; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -32,7 +32,7 @@ def test_the_length_of_an_answer_follows_the_model(kind, model, limit):
 
 
 def test_names_known_at_once_are_those_of_the_recipes():
-    code = "from dr2seg_lib.config import RECIPE_NAMES; from dr2seg_lib.recipes import RECIPES; print(set(RECIPE_NAMES) == set(RECIPES))"
+    code = "from dr2seg_lib.core.parameters import RECIPE_NAMES; from dr2seg_lib.methods.registry import METHODS; print(set(RECIPE_NAMES) == set(METHODS))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 

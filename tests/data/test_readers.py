@@ -1001,7 +1001,8 @@ def test_no_picture_is_decoded_to_compare(own, monkeypatch):
 def counted(monkeypatch):
     "How often JSON is parsed."
     calls, real = [], parse_json
-    monkeypatch.setattr("dr2seg_lib.data.folder.parse_json", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for module in "folder", "jsonl", "reasonseg", "refcoco":
+        monkeypatch.setattr(f"dr2seg_lib.data.{module}.parse_json", lambda *a, **k: calls.append(1) or real(*a, **k))
     return calls
 
 

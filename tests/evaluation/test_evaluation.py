@@ -223,9 +223,11 @@ def test_killed_with_all_its_processes_and_resumed_with_another_number(alone, tm
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, config = tmp_path / "run", EvaluateConfig(**SMALL | dict(batch=1), processes=2)
     bytes_one = bytes_of(run_evaluation(EvaluateConfig(**SMALL | dict(batch=1)), tmp_path / "one").folder)
-    code = f"from dr2seg_lib.evaluation import *; run_evaluation(EvaluateConfig.model_validate_json({config.model_dump_json()!r}), {str(folder)!r})"
+    code = f"from dr2seg_lib.evaluation.config import EvaluateConfig; from dr2seg_lib.evaluation.evaluate import run_evaluation; run_evaluation(EvaluateConfig.model_validate_json({config.model_dump_json()!r}), {str(folder)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while not ((folder / "predictions.jsonl").exists() and (folder / "predictions.jsonl").stat().st_size): time.sleep(0.02)
+    while not ((folder / "predictions.jsonl").exists() and (folder / "predictions.jsonl").stat().st_size):
+        assert process.poll() is None, "it ended before its first row"
+        time.sleep(0.02)
     for pid in [process.pid, *descendants(process.pid)]: os.kill(pid, signal.SIGKILL)
     process.wait()
     deadline = time.time() + 30

@@ -281,7 +281,7 @@ def test_training_moves_the_adapter_alone_and_it_survives_saving(segmenter, tmp_
     seen, text = policy.encode([lessons[0][0]]), [lessons[0][1]]
     with torch.no_grad():
         assert (policy.prefill(text, seen).logits - again.prefill(text, seen).logits).abs().max() < 2e-2 # half precision
-        assert (policy.prefill(text, seen).logits - add_score_tokens(fresh()).read(text, seen).logits).abs().max() > .1
+        assert (policy.prefill(text, seen).logits - add_score_tokens(fresh()).prefill(text, seen).logits).abs().max() > .1
     assert judge_quality(again, lessons)["n"] == 8
 
 def test_the_scorer_that_ships(segmenter):
@@ -296,7 +296,7 @@ def test_a_missing_scorer_is_named(monkeypatch, tmp_path):
 def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tiny):
     "By `load_policy`, which moves them to the GPU where there is one and tells a failure in a sentence."
     loaded = []
-    monkeypatch.setattr("dr2seg_lib.rea2seg.load_policy", lambda name: loaded.append(name) or tiny)
+    monkeypatch.setattr("dr2seg_lib.methods.rea2seg.load_policy", lambda name: loaded.append(name) or tiny)
     run_rea2seg(Rea2SegConfig(model="some/model", scorer="some/scorer", samples=1, max_new_tokens=4), tmp_path / "run")
     assert loaded == ["some/model", "some/scorer"]
     monkeypatch.undo()

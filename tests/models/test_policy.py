@@ -267,9 +267,9 @@ def test_no_special_token_is_read_from_a_text(asker, picture, text):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: ascii(t)[:24])
 def test_hostile_text_is_asked_in_both_passes(asker, picture, text):
-    first = asker.read([dr2seg_prompt(text), dr2seg_prompt("the cup")], [picture] * 2)
-    second = asker.read([visionreasoner_prompt(text)], [picture], first, torch.tensor([0]))
-    whole = asker.read([visionreasoner_prompt(text)], [picture])
+    first = asker.prefill([dr2seg_prompt(text), dr2seg_prompt("the cup")], [picture] * 2)
+    second = asker.prefill([visionreasoner_prompt(text)], [picture], first, torch.tensor([0]))
+    whole = asker.prefill([visionreasoner_prompt(text)], [picture])
     assert first.logits.isfinite().all() and (second.logits - whole.logits).abs().max() < 1e-4
     assert torch.equal(second.start, whole.start)
 
@@ -286,14 +286,14 @@ def test_a_sampled_answer_may_spell_or_hold_special_tokens(asker, picture, text)
     said = f"<think>it is {text} a</think><description>the {text} ball</description><answer>[{text}12]</answer>"
     done = answer_of(asker, said)
     one, = to_responses(asker, done)
-    prefix = asker.read([dr2seg_prompt(sample.query)], [picture])
+    prefix = asker.prefill([dr2seg_prompt(sample.query)], [picture])
     assert asker.logprobs(prefix, done.ids, done.mask).isfinite().all()
     assert one.think_tokens == len(tokenize_texts(asker.tokenizer, [reasoning_text(one.text)])[0])
     asked = second_pass(asker, [picture], prefix, [[one]], visionreasoner_prompt, 8, 1.0, [0])
     assert (asked[0][0] is not None) == (one.parsed.description is not None)
-    seen = token_attention(asker, dr2seg_prompt(text), picture, asker.read([dr2seg_prompt(text)], [picture]), one.tokens)
+    seen = token_attention(asker, dr2seg_prompt(text), picture, asker.prefill([dr2seg_prompt(text)], [picture]), one.tokens)
     assert seen.shape == (len(one.tokens), 7, 7) and np.isfinite(seen).all()
-    grid = attention_grid(asker, dr2seg_prompt(text), picture, asker.read([dr2seg_prompt(text)], [picture]), one.text)
+    grid = attention_grid(asker, dr2seg_prompt(text), picture, asker.prefill([dr2seg_prompt(text)], [picture]), one.text)
     assert grid.shape == (7, 7)
     assert not control_ids(asker) & set(coordinate_tokens(asker.tokenizer, one.text)[0])
 
@@ -304,7 +304,7 @@ def test_every_token_can_be_sampled(asker, picture):
     done = Completions(every, torch.ones_like(every, dtype=torch.bool), *torch.zeros(3, *every.shape))
     one, = to_responses(asker, done)
     assert "".join(one.tokens) == one.text and "<|image_pad|>" in one.text
-    assert asker.logprobs(asker.read([dr2seg_prompt("the cup")], [picture]), done.ids, done.mask).isfinite().all()
+    assert asker.logprobs(asker.prefill([dr2seg_prompt("the cup")], [picture]), done.ids, done.mask).isfinite().all()
 
 
 # questions that are too long
@@ -331,14 +331,14 @@ def test_the_limit_is_a_number_of_tokens(asker, monkeypatch):
 def test_a_huge_question_is_refused_at_once(asker, picture, query):
     sample, began = Sample("x-1", MiniReasonSeg("val")[0].image, query, ()), time.monotonic()
     assert "more than 512 tokens" in asker.question_problem(sample)
-    with pytest.raises(ValueError, match="has more than 2560 tokens; shorten its question"): asker.read([query], [picture])
+    with pytest.raises(ValueError, match="has more than 2560 tokens; shorten its question"): asker.prefill([query], [picture])
     assert time.monotonic() - began < 1
 
 
 def test_a_description_that_is_too_long_is_none(asker, picture, monkeypatch):
     long, short = (f"<think>a</think><description>{' '.join(['ball'] * n)}</description><answer>[]</answer>" for n in (40, 2))
     first = [[*to_responses(asker, answer_of(asker, long)), *to_responses(asker, answer_of(asker, short))]]
-    prefix = asker.read([dr2seg_prompt("the ball")], [picture])
+    prefix = asker.prefill([dr2seg_prompt("the ball")], [picture])
     monkeypatch.setattr(asker, "max_question_tokens", 20)
     (none, some), = second_pass(asker, [picture], prefix, first, visionreasoner_prompt, 8, 1.0, [0, 1])
     assert none is None and some is not None

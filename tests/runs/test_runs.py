@@ -19,7 +19,7 @@ def start(code, *args):
 
 BUSY = """
 import sys, time
-from dr2seg_lib.runs import Run
+from dr2seg_lib.runs.run_folder import Run
 with Run.create(sys.argv[1], {"steps": 9}, bar=False) as run:
     run.log({"step": 1})
     with open(run.folder/"metrics.jsonl", "a") as f: f.write('{"step": 2, "rew')
@@ -242,7 +242,7 @@ def test_a_new_folder_passes_over_links_files_and_folders(tmp_path):
 
 STUCK = """
 import hashlib, itertools, re, sys
-from dr2seg_lib.runs import Run
+from dr2seg_lib.runs.run_folder import Run
 with Run.create(sys.argv[1], {"steps": 9}, bar=False) as run:
     run.log({"step": 1})
     print("ready", flush=True)
@@ -266,7 +266,7 @@ def test_a_second_sigterm_ends_whatever_the_process_is_at(call, tmp_path):
 
 
 def test_a_process_dies_with_the_one_that_started_it(tmp_path):
-    child = "import os, sys, time; from dr2seg_lib.runs import *; die_with_parent(int(sys.argv[1])); lock(sys.argv[2]); print('ready', flush=True); time.sleep(60)"
+    child = "import os, sys, time; from dr2seg_lib.runs.signals import die_with_parent; from dr2seg_lib.runs.status import lock_folder; die_with_parent(int(sys.argv[1])); lock_folder(sys.argv[2]); print('ready', flush=True); time.sleep(60)"
     parent = start(f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid()), sys.argv[1]]); time.sleep(60)", tmp_path)
     assert lock_folder(tmp_path) is None
     parent.kill()

@@ -30,7 +30,7 @@ def write(folder, parameters, text=None):
 
 
 def test_torch_is_not_imported():
-    code = "import sys, dr2seg_lib.verify; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, dr2seg_lib.runs.verify; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

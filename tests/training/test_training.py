@@ -123,8 +123,9 @@ def test_a_user_recipe_trains_by_name(tmp_path):
 
 MINE = """
 import torch
-from dr2seg_lib.recipes import Recipe, summed, visionreasoner
-mine = Recipe("mine", visionreasoner.prompt, lambda recipe, group, frame: dict(brevity=-torch.tensor([float(r.think_tokens) for r in group.first])), summed)
+from dr2seg_lib.methods.base import Method, sum_terms
+from dr2seg_lib.methods.visionreasoner import visionreasoner
+mine = Method("mine", visionreasoner.prompt, lambda method, group, frame: dict(brevity=-torch.tensor([float(r.think_tokens) for r in group.first])), sum_terms)
 """
 
 

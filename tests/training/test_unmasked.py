@@ -6,7 +6,7 @@ from dr2seg_lib.cli import main; from dr2seg_lib.viewing.inspector import inspec
 from dr2seg_lib.viewing.run_reader import RunReader
 from dr2seg_lib.data.datasets import open_data
 from dr2seg_lib.data.mini import draw_sample
-from test_report import Reader
+from invented_runs import Reader
 
 SIZE = 300, 200 # of the pictures; the solutions are in a square frame of 840
 

@@ -5,7 +5,7 @@ import pytest
 import browser, hostile_runs as hostile
 from dr2seg_lib.viewing.compare import compare; from dr2seg_lib.viewing.inspector import inspect; from dr2seg_lib.viewing.live import Live; from dr2seg_lib.viewing.view import STATIC_FOLDER; from dr2seg_lib.core.markup import CONTENT_POLICY_TAG, latex_text; from dr2seg_lib.core.text_table import rows_table; from dr2seg_lib.viewing.report import write_report; from dr2seg_lib.evaluation.published import COLUMN_TITLES; from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
 from dr2seg_lib.viewing.run_reader import RunReader
-from test_report import Reader
+from invented_runs import Reader
 
 ROOT = Path(__file__).parents[2]
 N = 40
@@ -182,8 +182,8 @@ def test_nothing_runs_in_jupyterlab(tab, tmp_path):
     "Where scripts of outputs may run: the views and the tables of three folders, in a notebook that is trusted."
     folders = [f for i, f in enumerate(hostile.cases(tmp_path/"runs", 5)) if i in (0, 1, 4)]
     good = hostile.write(tmp_path/"good", hostile.training("visionreasoner"))
-    cells = ["from IPython.display import Markdown\nfrom dr2seg_lib.inspector import compare, inspect, live\nfrom dr2seg_lib.tables import side_by_side, written"]
-    for f in map(str, folders): cells += [f"inspect({f!r})", f"live({f!r})", f"compare([{f!r}, {str(good)!r}], cards=1)", f"Markdown(written(side_by_side([{f!r}])))", f"[*side_by_side([{f!r}]).values()][-1][0]"]
+    cells = ["from IPython.display import Markdown\nfrom dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.paper_tables import format_tables, side_by_side"]
+    for f in map(str, folders): cells += [f"inspect({f!r})", f"live({f!r})", f"compare([{f!r}, {str(good)!r}], cards=1)", f"Markdown(format_tables(side_by_side([{f!r}])))", f"[*side_by_side([{f!r}]).values()][-1][0]"]
     browser.notebook(tmp_path/"views.ipynb", cells)
     with browser.jupyterlab(tmp_path) as address, tab.context.browser.new_page() as page:
         page.set_default_timeout(browser.PATIENCE)

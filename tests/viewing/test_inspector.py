@@ -9,7 +9,7 @@ from dr2seg_lib.core.masks import encode_rle
 from dr2seg_lib.viewing.run_reader import RunReader, factor_of, group_rollouts, term_colours
 from dr2seg_lib.data.samples import Sample, Target
 from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.batches import sample_batch
-from test_report import BAD, Reader, make_run, metrics
+from invented_runs import BAD, Reader, make_run, metrics
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +396,8 @@ def test_policy_of_a_checkpoint(tmp_path):
 # ---- as it is used: JupyterLab in a browser
 
 needs_browser = pytest.mark.skipif(not chromium(), reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs")
-CELLS = ["from dr2seg_lib.inspector import Ask, compare, inspect, live", "w = inspect('dr2seg-1')\nw", "view = live('later')\nview", "a = Ask('embedded', 2_000_049)\na",
-         "from dr2seg_lib.training import TrainConfig, train\ntrain(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
+CELLS = ["from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground", "w = inspect('dr2seg-1')\nw", "view = live('later')\nview", "a = Playground('embedded', 2_000_049)\na",
+         "from dr2seg_lib.training.config import TrainConfig\nfrom dr2seg_lib.training.trainer import train\ntrain(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
          "w2 = inspect('spoken')\nw2"]
 
 
