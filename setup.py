@@ -1,13 +1,15 @@
 "Package metadata: everything comes from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup, find_packages
+
+from setuptools import find_packages, setup
 
 here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=["="], interpolation=None)
-config.read(here/"settings.ini", encoding="utf-8")
+config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-readme = here/"README.md"
+readme = here / "README.md"
 
 setup(
     name=cfg["lib_name"],
@@ -23,7 +25,10 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     package_data={cfg["lib_name"]: ["weights/**", "static/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "bench": cfg["bench_requirements"].split(),
+    },
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     zip_safe=False,
 )

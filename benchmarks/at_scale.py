@@ -6,23 +6,45 @@
 Answers are of exactly `--answer` tokens in both stages, all descriptions different (the worst case). A prompt has 900 image
 tokens and about 110 of text. Told: seconds by stage, tokens generated a second, peak memory.
 """
+
 import argparse
 import json
 import sys
 from pathlib import Path
 
 import torch
-
 from against_trl import RANK, SMALL, Ours, high_water, machine, medians
 
-SEVEN = dict(text=dict(vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, mrope_section=[16, 24, 24]),
-             vision=dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]), tied=False) # Qwen2.5-VL-7B's config.json
+SEVEN = dict(
+    text=dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        mrope_section=[16, 24, 24],
+    ),
+    vision=dict(
+        depth=32,
+        hidden_size=1280,
+        num_heads=16,
+        intermediate_size=3420,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    ),
+    tied=False,
+)  # Qwen2.5-VL-7B's config.json
 
 
-def memory(device: str) -> dict: # GiB
+def memory(device: str) -> dict:  # GiB
     "The most that was in use, weights included: of the GPU, or of the process."
-    if device == "cpu": return dict(resident=round(high_water() / 2**20, 2))
-    return dict(allocated=round(torch.cuda.max_memory_allocated() / 2**30, 2), reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2))
+    if device == "cpu":
+        return dict(resident=round(high_water() / 2**20, 2))
+    return dict(
+        allocated=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2),
+    )
 
 
 def measure(args, size: dict, device: str) -> dict:
@@ -32,32 +54,73 @@ def measure(args, size: dict, device: str) -> dict:
     for _ in range(args.steps + 1):
         rows.append(ours.step(True))
         print({k: round(v, 2) for k, v in rows[-1].items()}, file=sys.stderr, flush=True)
-    count, spoken = lambda ps: sum(p.numel() for p in ps), 2 * args.prompts * args.samples * args.answer
+    count, spoken = (
+        lambda ps: sum(p.numel() for p in ps),
+        2 * args.prompts * args.samples * args.answer,
+    )
     seconds = medians(rows[1:])
-    return dict(parameters=count(ours.policy.model.parameters()), trained=count(p for _, p in ours.policy.trainable()), seconds=seconds,
-                tokens_per_second=dict(generation=round(spoken / (seconds["generation"] + seconds["second"]), 1), step=round(spoken / seconds["step"], 1)),
-                peak_gib=memory(device), rows=rows)
+    return dict(
+        parameters=count(ours.policy.model.parameters()),
+        trained=count(p for _, p in ours.policy.trainable()),
+        seconds=seconds,
+        tokens_per_second=dict(
+            generation=round(spoken / (seconds["generation"] + seconds["second"]), 1),
+            step=round(spoken / seconds["step"], 1),
+        ),
+        peak_gib=memory(device),
+        rows=rows,
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tiny", action="store_true", help="2 questions x 2 answers of 8 tokens, a small model, pictures of 112 x 112, on a CPU")
-    p.add_argument("--prompts", type=int, default=16); p.add_argument("--samples", type=int, default=8); p.add_argument("--answer", type=int, default=128)
-    p.add_argument("--side", type=int, default=840, help="of the picture: (side / 28)^2 image tokens")
-    p.add_argument("--chunk", type=int, default=1, help="groups in one forward of the update: memory, not mathematics")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--tiny",
+        action="store_true",
+        help="2 questions x 2 answers of 8 tokens, a small model, pictures of 112 x 112, on a CPU",
+    )
+    p.add_argument("--prompts", type=int, default=16)
+    p.add_argument("--samples", type=int, default=8)
+    p.add_argument("--answer", type=int, default=128)
+    p.add_argument(
+        "--side", type=int, default=840, help="of the picture: (side / 28)^2 image tokens"
+    )
+    p.add_argument(
+        "--chunk",
+        type=int,
+        default=1,
+        help="groups in one forward of the update: memory, not mathematics",
+    )
     p.add_argument("--steps", type=int, default=3, help="measured, after one that warms up")
-    p.add_argument("--out", type=Path, help="default: benchmarks/results/at_scale.json, or at_scale_tiny.json")
+    p.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/at_scale.json, or at_scale_tiny.json"
+    )
     args = p.parse_args()
-    if args.tiny: args.prompts, args.samples, args.answer, args.side, args.steps = 2, 2, 8, 112, 1
-    elif not torch.cuda.is_available(): p.error("there is no GPU here; --tiny shows the path on a CPU")
+    if args.tiny:
+        args.prompts, args.samples, args.answer, args.side, args.steps = 2, 2, 8, 112, 1
+    elif not torch.cuda.is_available():
+        p.error("there is no GPU here; --tiny shows the path on a CPU")
     device = "cpu" if args.tiny else "cuda"
     found = measure(args, SMALL if args.tiny else SEVEN, device)
-    shape = {k: getattr(args, k) for k in ("prompts", "samples", "answer", "side", "chunk", "steps")} | dict(image_tokens=(args.side // 28)**2, lora_rank=RANK, dtype="bfloat16")
-    result = dict(machine=machine("transformers", "peft", "accelerate") | (dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}), shape=shape, **found)
-    out = args.out or Path(__file__).parent / "results" / f"at_scale{'_tiny' if args.tiny else ''}.json"
+    shape = {
+        k: getattr(args, k) for k in ("prompts", "samples", "answer", "side", "chunk", "steps")
+    } | dict(image_tokens=(args.side // 28) ** 2, lora_rank=RANK, dtype="bfloat16")
+    result = dict(
+        machine=machine("transformers", "peft", "accelerate")
+        | (dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}),
+        shape=shape,
+        **found,
+    )
+    out = (
+        args.out
+        or Path(__file__).parent / "results" / f"at_scale{'_tiny' if args.tiny else ''}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -29,15 +29,20 @@ from .runs.status import lock_folder
 from .runs.verify import inherit
 
 # %% ../nbs/cli.ipynb #c93c1cf1
-def _carry_out(notebook: Path, out: Path, parameters: dict, resume: bool) -> tuple[str | None, int]:  # sentence, exit code
+def _carry_out(
+    notebook: Path, out: Path, parameters: dict, resume: bool
+) -> tuple[str | None, int]:  # sentence, exit code
     "Runs a notebook in its folder, and settles how it went; what the disk refuses is a sentence too."
     declared = parameters_of(notebook)
     filled = {n: v for n, v in dict(out=str(out.resolve()), resume=resume).items() if n in declared}
     try:
-        for left in "stop", "error.log": (out/left).unlink(missing_ok=True)     # of the run that is now resumed
+        for left in "stop", "error.log":
+            (out / left).unlink(missing_ok=True)  # of the run that is now resumed
         error, asked = execute_notebook(notebook, out, parameters | filled)
         return settle_record(out, declared | parameters | filled, error, asked)
-    except OSError as e: return unwritable_sentence(e, out), 1
+    except OSError as e:
+        return unwritable_sentence(e, out), 1
+
 
 def run_command(args) -> int:  # exit code
     "Runs an experiment."
@@ -45,128 +50,279 @@ def run_command(args) -> int:  # exit code
         notebook, out, parameters = prepare_run(args)
         out.mkdir(parents=True, exist_ok=True)
         held = lock_folder(out, ".cli.lock")
-    except FileNotFoundError: raise     # what was asked for is not there
-    except OSError as e: raise ValueError(unwritable_sentence(e, args.out or Path("runs"))) from e
-    if held is None: raise ValueError(f"{out} is in use by another dr2seg run; choose another folder")
+    except FileNotFoundError:
+        raise  # what was asked for is not there
+    except OSError as e:
+        raise ValueError(unwritable_sentence(e, args.out or Path("runs"))) from e
+    if held is None:
+        raise ValueError(f"{out} is in use by another dr2seg run; choose another folder")
     print(f"{args.experiment} → {out}", flush=True)
     sentence, code = _carry_out(notebook, out, parameters, args.resume)
     os.close(held)
-    if sentence: print(f"dr2seg: {sentence}", file=sys.stderr)
-    if code == 130: print(f"go on with: dr2seg run {args.experiment} --resume --out {out}", file=sys.stderr)
-    if code == 0: print(run_summary(out))
+    if sentence:
+        print(f"dr2seg: {sentence}", file=sys.stderr)
+    if code == 130:
+        print(f"go on with: dr2seg run {args.experiment} --resume --out {out}", file=sys.stderr)
+    if code == 0:
+        print(run_summary(out))
     return code
+
 
 def terminal_line(text: str) -> str:
     "A text without line breaks and without what would steer a terminal."
     return "".join(c if c.isprintable() else " " for c in text).rstrip()
 
+
 def runs_command(args) -> int:
     "Lists the runs below a folder."
     found = list_runs(args.folder)
-    if not found: print(f"no runs below {brief_text(str(args.folder), 200)}")
+    if not found:
+        print(f"no runs below {brief_text(str(args.folder), 200)}")
     for r in found:
         at = r["progress"] if r["status"] == "running" else None
-        where = f"{at['stage']} {at['i']}/{at['n']}" if at else f"step {r['step']}" if r["step"] is not None else ""
-        print(terminal_line(f"{str(r['folder']):32} {r['status']:12}{where:28}{r['started'][:16]}  {brief_text(r['error'] or '', 300)}"))
+        where = (
+            f"{at['stage']} {at['i']}/{at['n']}"
+            if at
+            else f"step {r['step']}"
+            if r["step"] is not None
+            else ""
+        )
+        print(
+            terminal_line(
+                f"{str(r['folder']):32} {r['status']:12}{where:28}{r['started'][:16]}  {brief_text(r['error'] or '', 300)}"
+            )
+        )
     return 0
 
 # %% ../nbs/cli.ipynb #896d051b
-def check_command(args) -> int: # exit code, 1 when a record is broken
+def check_command(args) -> int:  # exit code, 1 when a record is broken
     "Reads a whole data set and says what is in it."
     from tqdm.auto import tqdm
+
     from dr2seg_lib.data.checking import check_data
-    with tqdm(desc="reading", unit=" samples", mininterval=1, disable=not sys.stderr.isatty()) as bar:
+
+    with tqdm(
+        desc="reading", unit=" samples", mininterval=1, disable=not sys.stderr.isatty()
+    ) as bar:
         report = check_data(args.data, progress=lambda split, i, n: bar.update())
     print(report)
     return 1 if report.broken else 0
 
-def segment_command(args) -> int: # exit code
+
+def segment_command(args) -> int:  # exit code
     "Segments one photo."
     check_text(args.query, "the question")
-    asked = {n: getattr(args, n) for n in ("model", "adapter", "segmenter", "recipe", "dtype", "max_new_tokens")}
+    asked = {
+        n: getattr(args, n)
+        for n in ("model", "adapter", "segmenter", "recipe", "dtype", "max_new_tokens")
+    }
     asked, sentence = inherit(asked) if args.box is None else (without_unsaid(asked), "")
     check_names_exist(asked)
-    if sentence: print(sentence)
+    if sentence:
+        print(sentence)
     from huggingface_hub.utils.logging import set_verbosity_error as hub_quiet
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
     from dr2seg_lib.viewing.photo import check_photo_folder, segment_photo
-    for quiet in disable_progress_bar, set_verbosity_error, hub_quiet: quiet() # what goes wrong is told in a sentence
+
+    for quiet in disable_progress_bar, set_verbosity_error, hub_quiet:
+        quiet()  # what goes wrong is told in a sentence
     check_photo_folder(args.out)
-    found = segment_photo(args.photo, args.query, args.box, args.point, attention=args.attention, **asked)
+    found = segment_photo(
+        args.photo, args.query, args.box, args.point, attention=args.attention, **asked
+    )
     paths = found.save(args.out, args.overwrite)
     print(found.note, *paths, sep="\n")
-    if found.asked.get("model") == "embedded": print("dr2seg: the embedded model knows only the drawn world of MiniReasonSeg; name one for photographs by --model", file=sys.stderr)
+    if found.asked.get("model") == "embedded":
+        print(
+            "dr2seg: the embedded model knows only the drawn world of MiniReasonSeg; name one for photographs by --model",
+            file=sys.stderr,
+        )
     return 0
 
-def tables_command(args) -> int: # exit code
+
+def tables_command(args) -> int:  # exit code
     "Prints the papers' tables with one's own rows."
-    from dr2seg_lib.viewing.paper_tables import side_by_side, format_tables
+    from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
+
     print(format_tables(side_by_side(args.runs), args.format))
     return 0
 
 # %% ../nbs/cli.ipynb #e241b7ba
 def build_parser() -> argparse.ArgumentParser:
     "The commands and their options."
-    top = argparse.ArgumentParser(prog="dr2seg", description="A workbench for reasoning segmentation research.")
+    top = argparse.ArgumentParser(
+        prog="dr2seg", description="A workbench for reasoning segmentation research."
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    p = commands.add_parser("run", help="run an experiment's notebook into a folder",
-                            description="Runs an experiment's notebook into a folder. Known: " + ", ".join(experiments()))
-    p.add_argument("experiment", metavar="EXPERIMENT", help="a name in nbs/experiments, or a notebook's path")
-    p.add_argument("-p", dest="parameter", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[],
-                   help="set a parameter of the notebook; may be given again")
-    p.add_argument("--preset", metavar="NAME", help="start from a published training: reasonseg_few_shot or visionreasoner_7k; -p has precedence")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: the next free one in runs/)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out; -p may change its rate, its memory, its evaluation")
-    p.add_argument("--trust", action="store_true", help="with --resume: run the code of FILE.py:NAME that the run's record names")
+    p = commands.add_parser(
+        "run",
+        help="run an experiment's notebook into a folder",
+        description="Runs an experiment's notebook into a folder. Known: "
+        + ", ".join(experiments()),
+    )
+    p.add_argument(
+        "experiment", metavar="EXPERIMENT", help="a name in nbs/experiments, or a notebook's path"
+    )
+    p.add_argument(
+        "-p",
+        dest="parameter",
+        nargs=2,
+        metavar=("NAME", "VALUE"),
+        action="append",
+        default=[],
+        help="set a parameter of the notebook; may be given again",
+    )
+    p.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="start from a published training: reasonseg_few_shot or visionreasoner_7k; -p has precedence",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder (default: the next free one in runs/)",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out; -p may change its rate, its memory, its evaluation",
+    )
+    p.add_argument(
+        "--trust",
+        action="store_true",
+        help="with --resume: run the code of FILE.py:NAME that the run's record names",
+    )
     p.set_defaults(run=run_command)
     p = commands.add_parser("runs", help="list runs and what has become of them")
-    p.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs")
+    p.add_argument(
+        "folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs"
+    )
     p.set_defaults(run=runs_command)
-    p = commands.add_parser("check", help="read a data set, count what is in it and name every broken record")
+    p = commands.add_parser(
+        "check", help="read a data set, count what is in it and name every broken record"
+    )
     p.add_argument("data", metavar="DATA", help="a folder or file, or a data set of the hub")
     p.set_defaults(run=check_command)
-    p = commands.add_parser("segment", help="segment one photo by a question, or by a box, into a picture and a JSON record",
-                            description="Writes PHOTO.segment.png and PHOTO.segment.json. With --box no policy is loaded, and with grabcut no weights at all.")
+    p = commands.add_parser(
+        "segment",
+        help="segment one photo by a question, or by a box, into a picture and a JSON record",
+        description="Writes PHOTO.segment.png and PHOTO.segment.json. With --box no policy is loaded, and with grabcut no weights at all.",
+    )
     p.add_argument("photo", metavar="PHOTO", help="a JPEG, PNG, WebP or BMP")
-    p.add_argument("query", nargs="?", default="", metavar="QUESTION", help="what is looked for; may be left out with --box")
+    p.add_argument(
+        "query",
+        nargs="?",
+        default="",
+        metavar="QUESTION",
+        help="what is looked for; may be left out with --box",
+    )
     p.add_argument("--box", metavar="X1,Y1,X2,Y2", help="left, top, right and bottom edge, pixels")
-    p.add_argument("--point", metavar="X,Y", help="a pixel of the object (default: the middle of the box)")
-    p.add_argument("--model", default="", help="embedded, a local folder or a hub id (default: that of the adapter's run, else embedded)")
+    p.add_argument(
+        "--point", metavar="X,Y", help="a pixel of the object (default: the middle of the box)"
+    )
+    p.add_argument(
+        "--model",
+        default="",
+        help="embedded, a local folder or a hub id (default: that of the adapter's run, else embedded)",
+    )
     p.add_argument("--adapter", default="", metavar="DIR", help="a checkpoint of a training run")
-    p.add_argument("--segmenter", default="", help="embedded, grabcut, a local folder or a hub id (default: grabcut with --box, else that of the adapter's run, else embedded)")
-    p.add_argument("--recipe", default="", help="whose prompt is asked (default: that of the adapter's run, else dr2seg)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the model's weights (default: that of the adapter's run, else float32)")
-    p.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="tokens of the answer (default: that of the adapter's run, else 192 for the embedded model, 1024 for any other)")
-    p.add_argument("--attention", default="sdpa", help="sdpa, eager, or flash for the vision tower (default: sdpa)")
-    p.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where to (default: here)")
-    p.add_argument("--overwrite", action="store_true", help="replace an earlier result of that name (default: the next one gets a number)")
+    p.add_argument(
+        "--segmenter",
+        default="",
+        help="embedded, grabcut, a local folder or a hub id (default: grabcut with --box, else that of the adapter's run, else embedded)",
+    )
+    p.add_argument(
+        "--recipe",
+        default="",
+        help="whose prompt is asked (default: that of the adapter's run, else dr2seg)",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="",
+        help="of the model's weights (default: that of the adapter's run, else float32)",
+    )
+    p.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of the answer (default: that of the adapter's run, else 192 for the embedded model, 1024 for any other)",
+    )
+    p.add_argument(
+        "--attention",
+        default="sdpa",
+        help="sdpa, eager, or flash for the vision tower (default: sdpa)",
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path("."), metavar="DIR", help="where to (default: here)"
+    )
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier result of that name (default: the next one gets a number)",
+    )
     p.set_defaults(run=segment_command)
-    p = commands.add_parser("tables", help="print the papers' tables with the rows of runs beside them")
-    p.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folders of evaluate, ablate or train runs; none: the papers alone")
-    p.add_argument("--format", choices=("markdown", "latex", "html"), default="markdown", help="default: markdown")
+    p = commands.add_parser(
+        "tables", help="print the papers' tables with the rows of runs beside them"
+    )
+    p.add_argument(
+        "runs",
+        type=Path,
+        nargs="*",
+        metavar="RUN",
+        help="folders of evaluate, ablate or train runs; none: the papers alone",
+    )
+    p.add_argument(
+        "--format",
+        choices=("markdown", "latex", "html"),
+        default="markdown",
+        help="default: markdown",
+    )
     p.set_defaults(run=tables_command)
     return top
 
+
 def _report_errors(args) -> tuple[str | None, int]:  # sentence, exit code
     "Carries a command out; what a user can put right is one sentence."
-    try: return None, args.run(args)
-    except ValidationError as e: return _from_pydantic(e), 2
-    except (ValueError, FileNotFoundError) as e: return str(e), 2
-    except BrokenPipeError: raise
-    except OSError as e: return f"{brief_text(str(e.filename), 200)} cannot be used ({e.strerror}); grant permission, or name another" if e.filename else str(e), 2
-    except MemoryError: return "the memory of this machine is used up; use smaller files, or a larger machine", 1
-    except KeyboardInterrupt: return "interrupted", 130
+    try:
+        return None, args.run(args)
+    except ValidationError as e:
+        return _from_pydantic(e), 2
+    except (ValueError, FileNotFoundError) as e:
+        return str(e), 2
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        return (
+            f"{brief_text(str(e.filename), 200)} cannot be used ({e.strerror}); grant permission, or name another"
+            if e.filename
+            else str(e),
+            2,
+        )
+    except MemoryError:
+        return "the memory of this machine is used up; use smaller files, or a larger machine", 1
+    except KeyboardInterrupt:
+        return "interrupted", 130
+
 
 def main(argv: list[str] | None = None) -> int:  # exit code
     "The command `dr2seg`."
-    for stream in sys.stdout, sys.stderr:     # a name that the terminal cannot show is shown by its numbers
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a name that the terminal cannot show is shown by its numbers
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         sentence, code = _report_errors(args)
         sys.stdout.flush()
-    except BrokenPipeError:     # who reads has seen enough
+    except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if sentence: print(f"dr2seg: {' '.join(sentence.split())}", file=sys.stderr)
+    if sentence:
+        print(f"dr2seg: {' '.join(sentence.split())}", file=sys.stderr)
     return code

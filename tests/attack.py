@@ -8,10 +8,18 @@ memory, code that ran, a page that took a value for markup, a fetch that nobody 
 A case is a process of its own, forked from one that has imported the library, with limits on time and memory. It is
 decided by the seed and its number, so that `--only` repeats it. `tests/test_attack.py` runs a few.
 """
+
 import os
 
-for name in "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS": os.environ[name] = "1" # a forked process must not wait for threads it has not
-os.environ |= dict(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", DR2SEG_WATCHED="1", PYTHONWARNINGS="ignore")
+for name in "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS":
+    os.environ[name] = "1"  # a forked process must not wait for threads it has not
+os.environ |= dict(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+    DR2SEG_WATCHED="1",
+    PYTHONWARNINGS="ignore",
+)
 
 import argparse
 import fnmatch
@@ -30,35 +38,42 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import attack_cases as cases
 import cv2
 import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
-import attack_cases as cases
-from dr2seg_lib.commands.execute import execute_notebook; from dr2seg_lib.commands.parameters import _from_pydantic
+from dr2seg_lib import cli
+from dr2seg_lib.commands.parameters import _from_pydantic
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
-tqdm.monitor_interval = 0 # no thread of its own
+tqdm.monitor_interval = 0  # no thread of its own
 warnings.simplefilter("ignore")
 
-CPU, WALL, IDLE, MEMORY = 20, 90, 15, 3 * 2**30 # seconds of work, seconds at all, seconds without work, bytes above those at the start
-SENTENCE = 1500 # letters at most
+CPU, WALL, IDLE, MEMORY = (
+    20,
+    90,
+    15,
+    3 * 2**30,
+)  # seconds of work, seconds at all, seconds without work, bytes above those at the start
+SENTENCE = 1500  # letters at most
 CYCLE = [kind for kind, share in cases.KINDS.items() for _ in range(share)]
 random.Random(0).shuffle(CYCLE)
-ORDER = [*cases.KINDS, *CYCLE] # every kind among the first
+ORDER = [*cases.KINDS, *CYCLE]  # every kind among the first
 
 
 @dataclass
 class Verdict:
     "What became of a case."
+
     number: int
     kind: str
-    outcome: str # result, sentence or flaw
-    text: str # the sentence, or what is wrong
-    notes: list # what was done
-    seconds: float # of work
+    outcome: str  # result, sentence or flaw
+    text: str  # the sentence, or what is wrong
+    notes: list  # what was done
+    seconds: float  # of work
 
 
 def kind_of(number: int) -> str:
@@ -66,6 +81,7 @@ def kind_of(number: int) -> str:
 
 
 # ---- in the case's process
+
 
 def bound():
     "Limits on what this process may use."
@@ -87,28 +103,50 @@ def redirect(root: Path):
 
 def told(error: Exception) -> str:
     "What the command line would say of an error that a user can mend."
-    return _from_pydantic(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+    return (
+        _from_pydantic(error)
+        if isinstance(error, ValidationError)
+        else " ".join(str(error).split())
+    )
 
 
-def carry_out(does) -> dict: # outcome, text
+def carry_out(does) -> dict:  # outcome, text
     "Does it, and says how it ended."
     try:
         code = does()
-        return dict(outcome="command", text=str(code)) if isinstance(code, int) else dict(outcome="result", text="")
-    except SystemExit as e: return dict(outcome="command", text=str(e.code))
-    except cases.Flaw as e: return dict(outcome="flaw", text=str(e))
-    except MemoryError: return dict(outcome="flaw", text="the memory is used up")
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as e: return judged(e)
-    except OSError as e: return judged(e) if e.errno is None else traced(e)
-    except BaseException as e: return traced(e)
+        return (
+            dict(outcome="command", text=str(code))
+            if isinstance(code, int)
+            else dict(outcome="result", text="")
+        )
+    except SystemExit as e:
+        return dict(outcome="command", text=str(e.code))
+    except cases.Flaw as e:
+        return dict(outcome="flaw", text=str(e))
+    except MemoryError:
+        return dict(outcome="flaw", text="the memory is used up")
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as e:
+        return judged(e)
+    except OSError as e:
+        return judged(e) if e.errno is None else traced(e)
+    except BaseException as e:
+        return traced(e)
 
 
 def judged(error: Exception) -> dict:
     "An error that is meant for the user, if it reads like one."
     text = told(error)
-    if type(error) in (UnicodeDecodeError, UnicodeEncodeError, json.JSONDecodeError): return traced(error)
+    if type(error) in (UnicodeDecodeError, UnicodeEncodeError, json.JSONDecodeError):
+        return traced(error)
     good = ";" in text or "." in text.rstrip(".") or isinstance(error, ValidationError)
-    return dict(outcome="sentence", text=text) if good and len(text) <= SENTENCE else dict(outcome="flaw", text=f"no sentence for a user: {type(error).__name__}: {text[:300]} {where(error)}")
+    return (
+        dict(outcome="sentence", text=text)
+        if good and len(text) <= SENTENCE
+        else dict(
+            outcome="flaw",
+            text=f"no sentence for a user: {type(error).__name__}: {text[:300]} {where(error)}",
+        )
+    )
 
 
 def where(error: BaseException) -> str:
@@ -116,12 +154,17 @@ def where(error: BaseException) -> str:
     at, lines = error.__traceback__, []
     while at:
         file = Path(at.tb_frame.f_code.co_filename)
-        if file.parent.name == "dr2seg_lib": lines.append(f"{file.name}:{at.tb_lineno}")
+        if file.parent.name == "dr2seg_lib":
+            lines.append(f"{file.name}:{at.tb_lineno}")
         at = at.tb_next
     return f"({' > '.join(lines[-3:])})"
 
 
-def traced(error: BaseException) -> dict: return dict(outcome="flaw", text=f"traceback: {type(error).__name__}: {' '.join(str(error).split())[:300]} {where(error)}")
+def traced(error: BaseException) -> dict:
+    return dict(
+        outcome="flaw",
+        text=f"traceback: {type(error).__name__}: {' '.join(str(error).split())[:300]} {where(error)}",
+    )
 
 
 def live(number: int, seed: int, root: Path, templates: Path):
@@ -133,11 +176,16 @@ def live(number: int, seed: int, root: Path, templates: Path):
     os.chdir(root)
     try:
         does = getattr(cases, kind_of(number))(case)
-        (root / "before.json").write_text(json.dumps(dict(notes=case.notes, may_change=case.may_change, files=snapshot(case.input))))
-        execute_notebook = cases.no_notebook
+        (root / "before.json").write_text(
+            json.dumps(
+                dict(notes=case.notes, may_change=case.may_change, files=snapshot(case.input))
+            )
+        )
+        cli.execute_notebook = cases.no_notebook
         bound()
         outcome = carry_out(does)
-    except BaseException as e: outcome = traced(e) | dict(outcome="flaw") # of the attack itself
+    except BaseException as e:
+        outcome = traced(e) | dict(outcome="flaw")  # of the attack itself
     sys.stdout.flush(), sys.stderr.flush()
     resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
     (root / "outcome.json").write_text(json.dumps(outcome))
@@ -146,29 +194,48 @@ def live(number: int, seed: int, root: Path, templates: Path):
 
 # ---- in the process that judges
 
-def snapshot(folder: Path) -> dict: # {name: what it is}
+
+def snapshot(folder: Path) -> dict:  # {name: what it is}
     "Every file below a folder, by its content."
     found = {}
     for path in sorted(p for p in folder.rglob("*")):
-        name = str(path.relative_to(folder)).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        if path.is_symlink(): found[name] = f"link to {os.readlink(path)}"
+        name = (
+            str(path.relative_to(folder))
+            .encode("utf-8", "surrogateescape")
+            .decode("utf-8", "replace")
+        )
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
         elif path.is_file():
-            with suppress(PermissionError): found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with suppress(PermissionError):
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-def wait(pid: int) -> tuple[str | None, float]: # why it was ended, None when it ended by itself; seconds of work
+def wait(
+    pid: int,
+) -> tuple[str | None, float]:  # why it was ended, None when it ended by itself; seconds of work
     "Waits for a case, and ends one that takes too long."
     began = worked = time.time()
     used = -1
     while True:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
-        if ended: return f"killed by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else None, usage.ru_utime + usage.ru_stime
+        if ended:
+            return f"killed by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(
+                status
+            ) else None, usage.ru_utime + usage.ru_stime
         time.sleep(0.005)
         with suppress(FileNotFoundError, ProcessLookupError, IndexError):
             ticks = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            if (now := int(ticks[11]) + int(ticks[12])) != used: used, worked = now, time.time()
-        late = f"took {WALL} seconds" if time.time() - began > WALL else f"waited {IDLE} seconds for nothing" if time.time() - worked > IDLE else None
+            if (now := int(ticks[11]) + int(ticks[12])) != used:
+                used, worked = now, time.time()
+        late = (
+            f"took {WALL} seconds"
+            if time.time() - began > WALL
+            else f"waited {IDLE} seconds for nothing"
+            if time.time() - worked > IDLE
+            else None
+        )
         if late:
             os.kill(pid, signal.SIGKILL)
             usage = os.wait4(pid, 0)[2]
@@ -177,10 +244,19 @@ def wait(pid: int) -> tuple[str | None, float]: # why it was ended, None when it
 
 def lost(root: Path, before: dict) -> str | None:
     "What of the input, or beside it, is not as it was."
-    if (root / "canary").exists(): return "code of the input ran"
-    if (root / "witness" / "secret.txt").read_text() != "nobody's business" or len(list((root / "witness").iterdir())) != 1: return "a file beside the input was changed"
+    if (root / "canary").exists():
+        return "code of the input ran"
+    if (root / "witness" / "secret.txt").read_text() != "nobody's business" or len(
+        list((root / "witness").iterdir())
+    ) != 1:
+        return "a file beside the input was changed"
     now = snapshot(root / "input")
-    changed = [n for n, what in before["files"].items() if now.get(n) != what and not any(fnmatch.fnmatch(Path(n).name, p) for p in before["may_change"])]
+    changed = [
+        n
+        for n, what in before["files"].items()
+        if now.get(n) != what
+        and not any(fnmatch.fnmatch(Path(n).name, p) for p in before["may_change"])
+    ]
     return f"the input was changed: {changed[:5]}" if changed else None
 
 
@@ -188,10 +264,16 @@ def sentence_of(root: Path, code: str) -> dict:
     "What a command has said, judged by its exit code."
     out, err = ((root / n).read_text(errors="replace") for n in ("stdout", "stderr"))
     said = [line for line in err.splitlines() if line.startswith("dr2seg: ")]
-    if code in ("0", "None"): return dict(outcome="result", text="")
-    if len(said) == 1 and len(said[0]) <= SENTENCE: return dict(outcome="sentence", text=said[0])
-    if code == "1" and " broken:" in out or code == "2" and "usage: " in err: return dict(outcome="sentence", text=(out or err)[-200:])
-    return dict(outcome="flaw", text=f"exit code {code} with {len(said)} sentences of {max(map(len, said), default=0)} letters: {(said or [err[-300:]])[0][:300]}")
+    if code in ("0", "None"):
+        return dict(outcome="result", text="")
+    if len(said) == 1 and len(said[0]) <= SENTENCE:
+        return dict(outcome="sentence", text=said[0])
+    if code == "1" and " broken:" in out or code == "2" and "usage: " in err:
+        return dict(outcome="sentence", text=(out or err)[-200:])
+    return dict(
+        outcome="flaw",
+        text=f"exit code {code} with {len(said)} sentences of {max(map(len, said), default=0)} letters: {(said or [err[-300:]])[0][:300]}",
+    )
 
 
 def verdict(number: int, root: Path, ended: str | None, seconds: float) -> Verdict:
@@ -199,25 +281,45 @@ def verdict(number: int, root: Path, ended: str | None, seconds: float) -> Verdi
     read = lambda name: json.loads((root / name).read_text()) if (root / name).is_file() else {}
     outcome, before = read("outcome.json"), read("before.json")
     err = (root / "stderr").read_text(errors="replace") if (root / "stderr").is_file() else ""
-    if ended: outcome = dict(outcome="flaw", text=ended)
-    elif outcome.get("outcome") == "command": outcome = sentence_of(root, outcome["text"])
-    if not ended and outcome.get("outcome") != "flaw" and "Traceback (most recent call last)" in err: outcome = dict(outcome="flaw", text=f"a traceback on the screen: {err[-300:]}")
-    if before and (wrong := lost(root, before)): outcome = dict(outcome="flaw", text=wrong)
-    return Verdict(number, kind_of(number), outcome.get("outcome", "flaw"), outcome.get("text", "it ended without a word"), before.get("notes", []), seconds)
+    if ended:
+        outcome = dict(outcome="flaw", text=ended)
+    elif outcome.get("outcome") == "command":
+        outcome = sentence_of(root, outcome["text"])
+    if (
+        not ended
+        and outcome.get("outcome") != "flaw"
+        and "Traceback (most recent call last)" in err
+    ):
+        outcome = dict(outcome="flaw", text=f"a traceback on the screen: {err[-300:]}")
+    if before and (wrong := lost(root, before)):
+        outcome = dict(outcome="flaw", text=wrong)
+    return Verdict(
+        number,
+        kind_of(number),
+        outcome.get("outcome", "flaw"),
+        outcome.get("text", "it ended without a word"),
+        before.get("notes", []),
+        seconds,
+    )
 
 
 def attempt(number: int, seed: int, templates: Path, keep: Path | None = None) -> Verdict:
     "One case, from its fork to its verdict."
-    root = keep or Path(tempfile.mkdtemp(prefix=f"attack-{number}-")) / "case" # what a case finds in .. is nothing
+    root = (
+        keep or Path(tempfile.mkdtemp(prefix=f"attack-{number}-")) / "case"
+    )  # what a case finds in .. is nothing
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     sys.stdout.flush()
     pid = os.fork()
-    if not pid: live(number, seed, root, templates)
+    if not pid:
+        live(number, seed, root, templates)
     ended, seconds = wait(pid)
-    with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL) # what it may have started
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what it may have started
     found = verdict(number, root, ended, seconds)
-    if not keep: shutil.rmtree(root.parent, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(root.parent, ignore_errors=True)
     return found
 
 
@@ -229,11 +331,15 @@ def prepare(folder: Path):
             redirect(folder)
             cases.templates(folder)
             os._exit(0)
-        finally: os._exit(1)
-    if os.waitpid(pid, 0)[1]: raise RuntimeError((folder / "stderr").read_text()[-2000:])
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise RuntimeError((folder / "stderr").read_text()[-2000:])
 
 
-def share(numbers: list, seed: int, templates: Path, say, keep: Path | None = None) -> list: # of Verdict
+def share(
+    numbers: list, seed: int, templates: Path, say, keep: Path | None = None
+) -> list:  # of Verdict
     found = []
     for number in numbers:
         found.append(attempt(number, seed, templates, keep))
@@ -241,11 +347,14 @@ def share(numbers: list, seed: int, templates: Path, say, keep: Path | None = No
     return found
 
 
-def campaign(seed: int, numbers: list, workers: int = 1, say=lambda verdict: None, keep: Path | None = None) -> list: # of Verdict
+def campaign(
+    seed: int, numbers: list, workers: int = 1, say=lambda verdict: None, keep: Path | None = None
+) -> list:  # of Verdict
     "All cases, by one process or several."
     with tempfile.TemporaryDirectory(prefix="attack-templates-") as folder:
         prepare(Path(folder))
-        if workers == 1: return share(numbers, seed, Path(folder), say, keep)
+        if workers == 1:
+            return share(numbers, seed, Path(folder), say, keep)
         pids = []
         for k in range(workers):
             if pid := os.fork():
@@ -254,8 +363,13 @@ def campaign(seed: int, numbers: list, workers: int = 1, say=lambda verdict: Non
             found = share(numbers[k::workers], seed, Path(folder), say)
             (Path(folder) / f"found-{k}.json").write_text(json.dumps([vars(v) for v in found]))
             os._exit(0)
-        for pid in pids: os.waitpid(pid, 0)
-        found = [Verdict(**v) for k in range(workers) for v in json.loads((Path(folder) / f"found-{k}.json").read_text())]
+        for pid in pids:
+            os.waitpid(pid, 0)
+        found = [
+            Verdict(**v)
+            for k in range(workers)
+            for v in json.loads((Path(folder) / f"found-{k}.json").read_text())
+        ]
     return sorted(found, key=lambda v: v.number)
 
 
@@ -269,12 +383,16 @@ def summary(found: list) -> str:
     for kind in [*cases.KINDS, "all"]:
         some = [v for v in found if kind in (v.kind, "all")]
         count = Counter(v.outcome for v in some)
-        lines.append(f"{kind:12}{len(some):7}{count['result']:9}{count['sentence']:11}{count['flaw']:7}{sum(v.seconds for v in some):9.1f}")
+        lines.append(
+            f"{kind:12}{len(some):7}{count['result']:9}{count['sentence']:11}{count['flaw']:7}{sum(v.seconds for v in some):9.1f}"
+        )
     return "\n".join(lines)
 
 
-def main() -> int: # exit code, 1 when there is a flaw
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:  # exit code, 1 when there is a flaw
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=2000, help="so many cases")
     p.add_argument("--only", type=int, help="one case, by its number")
@@ -283,12 +401,20 @@ def main() -> int: # exit code, 1 when there is a flaw
     p.add_argument("--workers", type=int, default=1, help="processes that share the cases")
     p.add_argument("--keep", type=Path, help="leave the case's folder here, with --only")
     args = p.parse_args()
-    numbers = [k for k in range(args.n) if not args.kind or kind_of(k) == args.kind] if args.only is None else [args.only]
+    numbers = (
+        [k for k in range(args.n) if not args.kind or kind_of(k) == args.kind]
+        if args.only is None
+        else [args.only]
+    )
+
     def say(v):
-        if v.outcome == "flaw" or args.all or args.only is not None: print(f"{v.outcome}: {described(v, args.seed)}", flush=True)
+        if v.outcome == "flaw" or args.all or args.only is not None:
+            print(f"{v.outcome}: {described(v, args.seed)}", flush=True)
+
     found = campaign(args.seed, numbers, args.workers, say, args.keep and args.keep.absolute())
     print(summary(found))
     return int(any(v.outcome == "flaw" for v in found))
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

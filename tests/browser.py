@@ -1,11 +1,22 @@
 """A real JupyterLab in a real browser, for the tests and for the pictures of the README: python tests/browser.py RUN [OTHER] [--to docs]"""
-import argparse, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+
 import nbformat
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 120_000 # milliseconds: a busy machine is no failure
+PATIENCE = 120_000  # milliseconds: a busy machine is no failure
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
@@ -16,7 +27,10 @@ def chromium() -> str | None:
 
 def notebook(path: Path, cells: list[str]):
     "A notebook of these cells, not yet run."
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(c) for c in cells],
+        metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
+    )
     nbformat.write(nb, path)
 
 
@@ -26,25 +40,48 @@ def jupyterlab(folder: Path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    own = Path(folder)/".jupyter"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DR2SEG_WATCHED": "1", "HF_HUB_OFFLINE": "1", "JUPYTER_CONFIG_DIR": str(own), "JUPYTER_RUNTIME_DIR": str(own/"runtime"),
-                        "JUPYTERLAB_SETTINGS_DIR": str(own/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(own/"workspaces")}
-    options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
-               "--LabApp.expose_app_in_browser=True"]
-    quiet = own/"settings"/"@jupyterlab"/"apputils-extension"
+    own = Path(folder) / ".jupyter"
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DR2SEG_WATCHED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "JUPYTER_CONFIG_DIR": str(own),
+        "JUPYTER_RUNTIME_DIR": str(own / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces"),
+    }
+    options = [
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        "--ServerApp.password=",
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    quiet = own / "settings" / "@jupyterlab" / "apputils-extension"
     quiet.mkdir(parents=True)
-    (quiet/"notification.jupyterlab-settings").write_text(json.dumps(dict(fetchNews="false", checkForUpdates=False)))
-    log = open(Path(folder)/"jupyter.log", "w")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
+    (quiet / "notification.jupyterlab-settings").write_text(
+        json.dumps(dict(fetchNews="false", checkForUpdates=False))
+    )
+    log = open(Path(folder) / "jupyter.log", "w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log
+    )
     try:
-        address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE/1000
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE / 1000
         while True:
             try:
                 urllib.request.urlopen(f"{address}/api/status", timeout=5)
                 break
             except OSError:
-                if server.poll() is not None or time.monotonic() > until: raise RuntimeError(f"JupyterLab did not start: {Path(log.name).read_text()[-2000:]}")
-                time.sleep(.3)
+                if server.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(
+                        f"JupyterLab did not start: {Path(log.name).read_text()[-2000:]}"
+                    )
+                time.sleep(0.3)
         yield address
     finally:
         server.terminate()
@@ -56,8 +93,13 @@ def jupyterlab(folder: Path):
 def browser(width=1440, height=1000):
     "A page of a headless Chromium."
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as play:
-        with play.chromium.launch(executable_path=chromium(), timeout=PATIENCE, args=["--no-sandbox", "--force-color-profile=srgb"]) as app:
+        with play.chromium.launch(
+            executable_path=chromium(),
+            timeout=PATIENCE,
+            args=["--no-sandbox", "--force-color-profile=srgb"],
+        ) as app:
             page = app.new_page(viewport=dict(width=width, height=height), device_scale_factor=2)
             page.set_default_timeout(PATIENCE)
             yield page
@@ -65,7 +107,10 @@ def browser(width=1440, height=1000):
 
 def command(page, name: str, args: dict | None = None, wait: bool = True):
     "Runs a command of JupyterLab, and waits for what it does: that of a cell is over when the cell is."
-    page.evaluate("([name, args, wait]) => { const done = window.jupyterapp.commands.execute(name, args); return wait ? done.then(() => {}) : null }", [name, args or {}, wait])
+    page.evaluate(
+        "([name, args, wait]) => { const done = window.jupyterapp.commands.execute(name, args); return wait ? done.then(() => {}) : null }",
+        [name, args or {}, wait],
+    )
 
 
 def opened(page, address: str, name: str):
@@ -73,23 +118,37 @@ def opened(page, address: str, name: str):
     page.goto(f"{address}/lab/tree/{name}")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.evaluate("() => window.jupyterapp.restored")
-    if page.locator("#jp-left-stack:visible").count(): command(page, "application:toggle-left-area")
-    page.wait_for_function("() => { const p = window.jupyterapp.shell.currentWidget; return p && p.sessionContext && p.sessionContext.session && p.sessionContext.session.kernel && p.sessionContext.session.kernel.status === 'idle' }")
+    if page.locator("#jp-left-stack:visible").count():
+        command(page, "application:toggle-left-area")
+    page.wait_for_function(
+        "() => { const p = window.jupyterapp.shell.currentWidget; return p && p.sessionContext && p.sessionContext.session && p.sessionContext.session.kernel && p.sessionContext.session.kernel.status === 'idle' }"
+    )
 
 
 def theme(page, dark: bool):
     "JupyterLab's dark theme or its light one."
-    command(page, "apputils:change-theme", dict(theme="JupyterLab Dark" if dark else "JupyterLab Light"))
-    page.wait_for_selector(f'body[data-jp-theme-light="{"false" if dark else "true"}"]', state="attached")
+    command(
+        page, "apputils:change-theme", dict(theme="JupyterLab Dark" if dark else "JupyterLab Light")
+    )
+    page.wait_for_selector(
+        f'body[data-jp-theme-light="{"false" if dark else "true"}"]', state="attached"
+    )
     page.wait_for_timeout(400)
 
 
 def shown(canvas):
     "What a canvas holds: [H,W,4] uint8."
-    import base64, io
+    import base64
+    import io
+
     import numpy as np
     from PIL import Image
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(canvas.evaluate("c => c.toDataURL()").split(",")[1]))))
+
+    return np.asarray(
+        Image.open(
+            io.BytesIO(base64.b64decode(canvas.evaluate("c => c.toDataURL()").split(",")[1]))
+        )
+    )
 
 
 def pixels(page, selector: str):
@@ -100,27 +159,40 @@ def pixels(page, selector: str):
 def plain_page(notebook: Path, to: Path):
     "A notebook as HTML, as nbconvert makes it."
     from nbconvert import HTMLExporter
+
     html, _ = HTMLExporter().from_filename(str(notebook))
     to.write_text(html)
 
 
-VIEWS = dict(inspector="w = inspect('{run}')\nw.at = {at}\nw", live="live('{run}')", compare="compare(['{run}', '{other}'], cards=1)", ask="a = Playground('{model}', 2_000_022)\na")
+VIEWS = dict(
+    inspector="w = inspect('{run}')\nw.at = {at}\nw",
+    live="live('{run}')",
+    compare="compare(['{run}', '{other}'], cards=1)",
+    ask="a = Playground('{model}', 2_000_022)\na",
+)
 
 
 def telling(run: Path) -> int:
     "The number of the group whose rewards differ most, of those whose lengths do too."
     import numpy as np
+
     from dr2seg_lib.viewing.run_reader import RunReader
+
     groups = RunReader(run).groups["rollouts"]
-    spread = lambda g: np.std([r["reward"] for r in g]) * np.std([min(r["first"]["think_tokens"], 100) for r in g])
+    spread = lambda g: (
+        np.std([r["reward"] for r in g]) * np.std([min(r["first"]["think_tokens"], 100) for r in g])
+    )
     return max(range(len(groups)), key=lambda i: spread(groups[i])) if groups else 0
 
 
 def small(path: Path, width: int = 1100):
     "A screenshot no wider than a page shows it."
     from PIL import Image
+
     image = Image.open(path).convert("RGB")
-    image.resize((width, round(image.height*width/image.width)), Image.Resampling.LANCZOS).save(path, optimize=True)
+    image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS).save(
+        path, optimize=True
+    )
 
 
 def whole(page, view, path: Path):
@@ -137,7 +209,9 @@ def looking(page, name: str):
     "Holds the word of a view's reasoning that looks hardest at the picture, of the first rollout."
     words = page.locator(f".d2-{name} [data-pass=first]").first.locator(".heat i")
     words.last.click()
-    page.wait_for_function("() => document.querySelector('.d2-inspect .d2-status').textContent.includes('attention')")
+    page.wait_for_function(
+        "() => document.querySelector('.d2-inspect .d2-status').textContent.includes('attention')"
+    )
     shares = []
     for i in range(words.count()):
         words.nth(i).hover()
@@ -152,38 +226,65 @@ def looking(page, name: str):
 def report_pictures(page, run: Path, folder: Path, to: Path):
     "The top of the report, and in it the group with the least rewards."
     from dr2seg_lib.viewing.report import write_report
-    page.goto(write_report(run, folder/"report.html").as_uri())
+
+    page.goto(write_report(run, folder / "report.html").as_uri())
     page.set_viewport_size(dict(width=1180, height=1125))
     page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
-    page.add_style_tag(content=".bar-of-layers { position: static !important }") # it would stand in the picture
+    page.add_style_tag(
+        content=".bar-of-layers { position: static !important }"
+    )  # it would stand in the picture
     for dark in (False, True):
         page.emulate_media(color_scheme="dark" if dark else "light")
         page.wait_for_timeout(400)
         page.evaluate("scrollTo(0, 0)")
         names = [f"{n}{'-dark' if dark else ''}.png" for n in ("report", "report-rollouts")]
-        page.screenshot(path=to/names[0])
-        page.locator("#rollouts article").nth(1).screenshot(path=to/names[1])
-        for n in names: small(to/n)
+        page.screenshot(path=to / names[0])
+        page.locator("#rollouts article").nth(1).screenshot(path=to / names[1])
+        for n in names:
+            small(to / n)
 
 
 def pictures(run: Path, other: Path | None, to: Path):
     "Each view and the report in light and dark, as PNG files; the inspector with a word held, too."
     import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
-        views = {k: v.format(run=run, other=other, at=telling(run), model="embedded" if not (run/"checkpoints").exists() else run) for k, v in VIEWS.items() if other or k != "compare"}
-        notebook(Path(folder)/"views.ipynb", ["from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground", *views.values()])
+        views = {
+            k: v.format(
+                run=run,
+                other=other,
+                at=telling(run),
+                model="embedded" if not (run / "checkpoints").exists() else run,
+            )
+            for k, v in VIEWS.items()
+            if other or k != "compare"
+        }
+        notebook(
+            Path(folder) / "views.ipynb",
+            [
+                "from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground",
+                *views.values(),
+            ],
+        )
         with jupyterlab(folder) as address, browser(1240) as page:
             opened(page, address, "views.ipynb")
             command(page, "notebook:run-all-cells")
             page.locator(".d2-ask .d2-main").click()
             page.wait_for_selector(".d2-ask [data-pass=second]:visible")
-            page.wait_for_function("() => document.querySelector('.d2-inspect .d2-status').textContent.includes('IoU')")
+            page.wait_for_function(
+                "() => document.querySelector('.d2-inspect .d2-status').textContent.includes('IoU')"
+            )
             for dark in (False, True):
                 theme(page, dark)
-                for name in views: whole(page, page.locator(f".d2-{name.removesuffix('or')}").first, to/f"{name}{'-dark' if dark else ''}.png")
+                for name in views:
+                    whole(
+                        page,
+                        page.locator(f".d2-{name.removesuffix('or')}").first,
+                        to / f"{name}{'-dark' if dark else ''}.png",
+                    )
             theme(page, False)
             looking(page, "inspect")
-            whole(page, page.locator(".d2-inspect").first, to/"look.png")
+            whole(page, page.locator(".d2-inspect").first, to / "look.png")
             report_pictures(page, run, Path(folder), to)
 
 
@@ -191,8 +292,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("other", type=Path, nargs="?")
-    parser.add_argument("--to", type=Path, default=ROOT/"docs")
+    parser.add_argument("--to", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    if not chromium(): sys.exit("no Chromium is found; install one: apt-get install -y chromium")
+    if not chromium():
+        sys.exit("no Chromium is found; install one: apt-get install -y chromium")
     args.to.mkdir(parents=True, exist_ok=True)
     pictures(args.run.resolve(), args.other and args.other.resolve(), args.to)

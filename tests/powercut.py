@@ -9,6 +9,7 @@ whatever was not synced never happened; and `names`, on which all names are ther
 empty file where nothing was), as after a rename that overtook its data. `--forget-folders` leaves out the syncs of
 folders, and has to fail: that is the test of this test.
 """
+
 import argparse
 import hashlib
 import json
@@ -21,7 +22,12 @@ import tempfile
 from pathlib import Path
 
 import kills
-from dr2seg_lib.runs.checkpoints import latest_checkpoint, step_of, save_checkpoint; from dr2seg_lib.runs.run_folder import Run; from dr2seg_lib.runs.status import read_record; from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.trainer import train
+
+from dr2seg_lib.runs.checkpoints import latest_checkpoint, step_of
+from dr2seg_lib.runs.run_folder import Run
+from dr2seg_lib.runs.status import read_record
+from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.training import trainer
 
 CONFIG = TrainConfig(**kills.SMALL | dict(steps=3), eval_samples=2, segmenter="grabcut")
 FAMILIES = "dropped", "names"
@@ -29,10 +35,13 @@ FAMILIES = "dropped", "names"
 
 class Disk:
     "What of a folder is safe, from the syncs that were made."
+
     def __init__(self, root: Path, store: Path, forget_folders: bool):
         self.root, self.store, self.forget_folders = root, store, forget_folders
         self.files, self.folders, self.held, self.states = {}, {}, {}, []
-        self.promised = dict(created=False, rows=0, checkpoint=0) # what the code has been told is safe
+        self.promised = dict(
+            created=False, rows=0, checkpoint=0
+        )  # what the code has been told is safe
         self.sync_now, os.fsync = os.fsync, self.fsync
         self.note_folder(root)
 
@@ -41,15 +50,17 @@ class Disk:
         path, info = Path(os.readlink(f"/proc/self/fd/{fd}")), os.fstat(fd)
         if self.root not in (path, *path.parents):
             return
-        self.held.setdefault(info.st_ino, os.dup(fd)) # so that no other file gets its number
+        self.held.setdefault(info.st_ino, os.dup(fd))  # so that no other file gets its number
         if not stat.S_ISDIR(info.st_mode):
             self.files[info.st_ino] = self.keep(path.read_bytes())
         elif not self.forget_folders:
             self.note_folder(path)
         for family in FAMILIES:
-            self.states.append((family, dict(self.promised), getattr(self, family)(self.root, Path())))
+            self.states.append(
+                (family, dict(self.promised), getattr(self, family)(self.root, Path()))
+            )
 
-    def keep(self, data: bytes) -> str: # its name in the store
+    def keep(self, data: bytes) -> str:  # its name in the store
         name = hashlib.sha256(data).hexdigest()
         if not (self.store / name).exists():
             (self.store / name).write_bytes(data)
@@ -59,7 +70,9 @@ class Disk:
         entries = [(e.name, e.inode(), e.is_dir(follow_symlinks=False)) for e in os.scandir(path)]
         self.folders[path.stat().st_ino] = entries
 
-    def dropped(self, folder: Path, at: Path, number: int | None = None) -> dict: # {path: name in the store, None a folder}
+    def dropped(
+        self, folder: Path, at: Path, number: int | None = None
+    ) -> dict:  # {path: name in the store, None a folder}
         found = {}
         for name, inode, is_folder in self.folders.get(number or folder.stat().st_ino, []):
             found[str(at / name)] = None if is_folder else self.files.get(inode, self.keep(b""))
@@ -70,7 +83,9 @@ class Disk:
         found = {}
         for e in sorted(os.scandir(folder), key=lambda e: e.name):
             is_folder = e.is_dir(follow_symlinks=False)
-            found[str(at / e.name)] = None if is_folder else self.files.get(e.inode(), self.keep(b""))
+            found[str(at / e.name)] = (
+                None if is_folder else self.files.get(e.inode(), self.keep(b""))
+            )
             found |= self.names(Path(e.path), at / e.name) if is_folder else {}
         return found
 
@@ -78,7 +93,7 @@ class Disk:
 def record(folder: Path, store: Path, forget_folders: bool):
     "A training whose every sync is noted; the states go to `store/states.json`."
     disk = Disk(folder.parent, store, forget_folders)
-    log, save, create = Run.log, save_checkpoint, Run.create
+    log, save, create = Run.log, trainer.save_checkpoint, Run.create
 
     def log_and_promise(run, row):
         log(run, row)
@@ -94,8 +109,9 @@ def record(folder: Path, store: Path, forget_folders: bool):
         disk.promised["created"] = True
         return run
 
-    Run.log, save_checkpoint, Run.create = log_and_promise, save_and_promise, create_and_promise
-    train(CONFIG, folder)
+    Run.log, Run.create = log_and_promise, create_and_promise
+    trainer.save_checkpoint = save_and_promise
+    trainer.train(CONFIG, folder)
     (store / "states.json").write_text(json.dumps(disk.states))
 
 
@@ -114,7 +130,7 @@ def whole_rows(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def look(folder: Path, promised: dict) -> str | None: # what is lost, in words
+def look(folder: Path, promised: dict) -> str | None:  # what is lost, in words
     "Whether all that was promised is there."
     if not promised["created"]:
         return None
@@ -132,12 +148,14 @@ def look(folder: Path, promised: dict) -> str | None: # what is lost, in words
 
 def resume(folder: Path, want: dict):
     if not (folder / "run.json").exists():
-        shutil.rmtree(folder, ignore_errors=True) # nothing was begun
-    kills.finish(lambda f: train(CONFIG, f, resume=(f / "run.json").exists()), folder)
+        shutil.rmtree(folder, ignore_errors=True)  # nothing was begun
+    kills.finish(lambda f: trainer.train(CONFIG, f, resume=(f / "run.json").exists()), folder)
     kills.compare(folder, want)
 
 
-def trial(root: Path, resumed: int | None, forget_folders: bool, seed: int = 0) -> dict: # resumed: how many states; None: all
+def trial(
+    root: Path, resumed: int | None, forget_folders: bool, seed: int = 0
+) -> dict:  # resumed: how many states; None: all
     store, disk, again = root / "store", root / "disk", root / "again"
     store.mkdir()
     disk.mkdir()
@@ -157,7 +175,9 @@ def trial(root: Path, resumed: int | None, forget_folders: bool, seed: int = 0) 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--resumed", type=int)
     parser.add_argument("--forget-folders", action="store_true")
     args = parser.parse_args()

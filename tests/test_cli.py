@@ -1,11 +1,37 @@
 "The command as a user meets it: every test that runs an experiment runs a real notebook in a real kernel."
-import errno, json, os, pty, signal, subprocess, sys, tempfile, time
-from pathlib import Path
-import nbformat, pydantic, pytest
-from dr2seg_lib.cli import build_parser, main; from dr2seg_lib.commands.execute import PARTIAL_NOTEBOOK, explain_error; from dr2seg_lib.commands.parameters import CONFIGS, check_parameters, find_experiment, parameters_of, read_value; from dr2seg_lib.commands.prepare import prepare_run, typed_parameters, with_preset; from dr2seg_lib.commands.summary import caution_lines, run_summary; from dr2seg_lib.core.parameters import cut_note; from dr2seg_lib.core.files import read_json, write_json; from dr2seg_lib.runs.run_folder import RECORDS, Run; from dr2seg_lib.runs.status import run_status, update_record
-from dr2seg_lib.core.parameters import TrainFields
 
-DR2SEG = Path(sys.executable).parent/"dr2seg"
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import pydantic
+import pytest
+
+from dr2seg_lib.cli import build_parser, main
+from dr2seg_lib.commands.execute import PARTIAL_NOTEBOOK, explain_error
+from dr2seg_lib.commands.parameters import (
+    CONFIGS,
+    check_parameters,
+    find_experiment,
+    parameters_of,
+    read_value,
+)
+from dr2seg_lib.commands.prepare import prepare_run, typed_parameters, with_preset
+from dr2seg_lib.commands.summary import caution_lines, run_summary
+from dr2seg_lib.core.files import read_json, write_json
+from dr2seg_lib.core.parameters import TrainFields, cut_note
+from dr2seg_lib.runs.run_folder import RECORDS, Run
+from dr2seg_lib.runs.status import run_status, update_record
+
+DR2SEG = Path(sys.executable).parent / "dr2seg"
 TRAIN = """
 import time
 from dr2seg_lib.runs.run_folder import Run
@@ -22,11 +48,19 @@ with (Run.resume(out) if resume else Run.create(out, {"steps": steps, "nap": nap
 @pytest.fixture
 def notebook(tmp_path):
     "Writes a throwaway experiment."
-    def make(*cells, parameters='steps = 3\nnap = 0.0\nrecipe = "dr2seg"\nout = ""\nresume = False', tags=("parameters",)):
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *cells)])
+
+    def make(
+        *cells,
+        parameters='steps = 3\nnap = 0.0\nrecipe = "dr2seg"\nout = ""\nresume = False',
+        tags=("parameters",),
+    ):
+        nb = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *cells)]
+        )
         nb.cells[0].metadata["tags"] = list(tags)
-        nbformat.write(nb, tmp_path/"toy.ipynb")
-        return str(tmp_path/"toy.ipynb")
+        nbformat.write(nb, tmp_path / "toy.ipynb")
+        return str(tmp_path / "toy.ipynb")
+
     return make
 
 
@@ -36,28 +70,42 @@ def dr2seg(folder, *args):
 
 def start(folder, *args, until="progress.json"):
     "The command in the background, once its run has got somewhere."
-    process = subprocess.Popen([DR2SEG, *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [DR2SEG, *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for _ in range(1200):
-        if (folder/"out"/until).exists(): return process
+        if (folder / "out" / until).exists():
+            return process
         time.sleep(0.1)
     process.kill()
     raise TimeoutError(process.communicate())
 
 
-def files(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # ---- what is refused before anything starts
 
-@pytest.mark.parametrize("args, sentence", [
-    (["-p", "stpes", "60"], 'unknown parameter "stpes"; did you mean "steps"?'),
-    (["-p", "colour", "red"], 'unknown parameter "colour"; known are steps, nap, recipe'),
-    (["-p", "steps", "many"], "parameter \"steps\" takes int such as 3, not 'many'"),
-    (["-p", "steps", "1.5"], 'parameter "steps" takes int such as 3, not 1.5'),
-    (["-p", "out", "here"], 'parameter "out" is set by --out; use that option'),
-    (["--resume"], "--resume needs the run's folder; name it with --out"),
-    (["--resume", "--out", "nowhere"], "nowhere/run.json does not exist; check the run folder's name")])
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, notebook, monkeypatch, capsys, args, sentence):
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (["-p", "stpes", "60"], 'unknown parameter "stpes"; did you mean "steps"?'),
+        (["-p", "colour", "red"], 'unknown parameter "colour"; known are steps, nap, recipe'),
+        (["-p", "steps", "many"], "parameter \"steps\" takes int such as 3, not 'many'"),
+        (["-p", "steps", "1.5"], 'parameter "steps" takes int such as 3, not 1.5'),
+        (["-p", "out", "here"], 'parameter "out" is set by --out; use that option'),
+        (["--resume"], "--resume needs the run's folder; name it with --out"),
+        (
+            ["--resume", "--out", "nowhere"],
+            "nowhere/run.json does not exist; check the run folder's name",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    tmp_path, notebook, monkeypatch, capsys, args, sentence
+):
     path = notebook()
     monkeypatch.chdir(tmp_path)
     before = files(tmp_path)
@@ -66,47 +114,101 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, notebook, monkeypat
     assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["toy.ipynb"]
 
 
-@pytest.mark.parametrize("args, says", [
-    (["--preset", "few_shot"], 'unknown preset "few_shot"; did you mean "reasonseg_few_shot"?'),
-    (["--preset", "reasonseg_few_shot"], "preset reasonseg_few_shot needs ReasonSeg's folder; name it by data"),
-    (["--preset", "reasonseg_few_shot", "-p", "data", "nowhere"], "data: nowhere does not exist; give the path of a data set, or its name on the hub. The embedded world is called mini."),
-    (["--preset", "visionreasoner_7k", "-p", "data", "mini", "-p", "eval_data", "nowhere"], "eval_data: nowhere does not exist"),
-    (["--preset", "visionreasoner_7k", "-p", "data", "mini", "-p", "eval_data", "mini", "-p", "prompts", "many"], 'parameter "prompts": input should be a valid integer'),
-    (["-p", "eval_data", "nowhere"], "eval_data: nowhere does not exist")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--preset", "few_shot"], 'unknown preset "few_shot"; did you mean "reasonseg_few_shot"?'),
+        (
+            ["--preset", "reasonseg_few_shot"],
+            "preset reasonseg_few_shot needs ReasonSeg's folder; name it by data",
+        ),
+        (
+            ["--preset", "reasonseg_few_shot", "-p", "data", "nowhere"],
+            "data: nowhere does not exist; give the path of a data set, or its name on the hub. The embedded world is called mini.",
+        ),
+        (
+            ["--preset", "visionreasoner_7k", "-p", "data", "mini", "-p", "eval_data", "nowhere"],
+            "eval_data: nowhere does not exist",
+        ),
+        (
+            [
+                "--preset",
+                "visionreasoner_7k",
+                "-p",
+                "data",
+                "mini",
+                "-p",
+                "eval_data",
+                "mini",
+                "-p",
+                "prompts",
+                "many",
+            ],
+            'parameter "prompts": input should be a valid integer',
+        ),
+        (["-p", "eval_data", "nowhere"], "eval_data: nowhere does not exist"),
+    ],
+)
 def test_what_train_refuses(tmp_path, monkeypatch, capsys, args, says):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "train", *args]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("dr2seg: ") and err.count("\n") == 1 and says in err and not list(tmp_path.iterdir())
+    assert (
+        out == ""
+        and err.startswith("dr2seg: ")
+        and err.count("\n") == 1
+        and says in err
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_a_preset_is_for_train_and_what_is_typed_has_precedence(notebook, capsys):
-    assert main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2 and "presets are for train" in capsys.readouterr().err
+    assert (
+        main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2
+        and "presets are for train" in capsys.readouterr().err
+    )
     given = dict(data="mini", eval_data="mini", lr=0.5)
-    filled = check_parameters("train", find_experiment("train"), with_preset("train", "visionreasoner_7k", given))
+    filled = check_parameters(
+        "train", find_experiment("train"), with_preset("train", "visionreasoner_7k", given)
+    )
     assert filled["lr"] == 0.5 and filled["rank"] == 64 and filled["recipe"] == "dr2seg_desc"
 
 
 def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
-    write_json(tmp_path/"results.json", dict(skipped={"a.json is broken; mend it.": 3, "b.json is broken; mend it.": 1}, after=dict(broken=2)))
+    write_json(
+        tmp_path / "results.json",
+        dict(
+            skipped={"a.json is broken; mend it.": 3, "b.json is broken; mend it.": 1},
+            after=dict(broken=2),
+        ),
+    )
     assert run_summary(tmp_path).splitlines()[1:] == [
         "training records that cannot be read, passed over: 2, the first: a.json is broken; mend it. (all in results.json)",
-        "evaluated records that cannot be read, counted as misses: 2 (they have an error in the predictions)"]
+        "evaluated records that cannot be read, counted as misses: 2 (they have an error in the predictions)",
+    ]
 
 
 def test_unknown_experiments(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dr2seg_lib.commands.parameters.experiments", lambda: {"train": Path("train.ipynb"), "ablate": Path("ablate.ipynb")})
-    for name, words in ("trian", 'unknown experiment "trian"; did you mean "train"?'), ("xyz", "known are train, ablate"), \
-                       ("x.ipynb", "notebook x.ipynb does not exist"):
+    monkeypatch.setattr(
+        "dr2seg_lib.commands.parameters.experiments",
+        lambda: {"train": Path("train.ipynb"), "ablate": Path("ablate.ipynb")},
+    )
+    for name, words in (
+        ("trian", 'unknown experiment "trian"; did you mean "train"?'),
+        ("xyz", "known are train, ablate"),
+        ("x.ipynb", "notebook x.ipynb does not exist"),
+    ):
         assert main(["run", name]) == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tags, count", [((), 0), (("hide", "parameters"), 1)])
 def test_parameters_cells_are_counted(notebook, tags, count):
     path = notebook(tags=tags)
-    if count: assert parameters_of(path)["steps"] == 3
+    if count:
+        assert parameters_of(path)["steps"] == 3
     else:
-        with pytest.raises(ValueError, match="has 0 cells tagged parameters"): parameters_of(path)
+        with pytest.raises(ValueError, match="has 0 cells tagged parameters"):
+            parameters_of(path)
 
 
 class Config(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -116,28 +218,48 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @pydantic.field_validator("recipe")
     def known(cls, value):
-        if value not in ("dr2seg", "dpad"): raise ValueError(f'unknown recipe "{value}"; known are dr2seg, dpad')
+        if value not in ("dr2seg", "dpad"):
+            raise ValueError(f'unknown recipe "{value}"; known are dr2seg, dpad')
         return value
 
 
-@pytest.mark.parametrize("given, sentence", [
-    ({"recipe": "dr2sg"}, 'unknown recipe "dr2sg"; known are dr2seg, dpad'),
-    ({"steps": 0}, 'parameter "steps": input should be greater than or equal to 1, not 0')])
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"recipe": "dr2sg"}, 'unknown recipe "dr2sg"; known are dr2seg, dpad'),
+        ({"steps": 0}, 'parameter "steps": input should be greater than or equal to 1, not 0'),
+    ],
+)
 def test_a_config_class_has_the_say(notebook, monkeypatch, given, sentence):
     monkeypatch.setitem(CONFIGS, "toy", f"{__name__}:Config")
     monkeypatch.setitem(sys.modules, __name__, sys.modules[Config.__module__])
     path = Path(notebook())
     assert check_parameters("toy", path, {"steps": 9}) == {"steps": 9}
-    with pytest.raises(ValueError) as e: check_parameters("toy", path, given)
+    with pytest.raises(ValueError) as e:
+        check_parameters("toy", path, given)
     assert str(e.value) == sentence
 
 
-@pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("-3", -3), ("[1, 2]", [1, 2]), ("None", None), ("FALSE", False),
-                                         ("007", "007"), ("a b", "a b"), ("", ""), ("__import__('os')", "__import__('os')")])
-def test_values_as_typed(text, value): assert read_value(text) == value
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-5", 1e-5),
+        ("-3", -3),
+        ("[1, 2]", [1, 2]),
+        ("None", None),
+        ("FALSE", False),
+        ("007", "007"),
+        ("a b", "a b"),
+        ("", ""),
+        ("__import__('os')", "__import__('os')"),
+    ],
+)
+def test_values_as_typed(text, value):
+    assert read_value(text) == value
 
 
 # ---- quickly: before torch is imported
+
 
 def told_quickly(folder, *args):
     "What a command says in a fresh process, in which torch cannot be imported."
@@ -150,181 +272,356 @@ raise SystemExit(cli.main({list(args)!r}))"""
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("args, says", [
-    (["train", "-p", "lr", "inf"], 'parameter "lr": input should be a finite number'),
-    (["train", "-p", "lr", "1e999"], 'parameter "lr": input should be a finite number'),
-    (["train", "-p", "steps", "0"], 'parameter "steps": input should be greater than or equal to 1, not 0'),
-    (["train", "-p", "recipe", "x"], "recipe 'x' is unknown; use one of visionreasoner"),
-    (["train", "-p", "recipe", "nowhere.py:mine"], "recipe: nowhere.py does not exist; give the path of the file that holds mine"),
-    (["train", "-p", "model", "nope"], "model 'nope' is unknown"),
-    (["train", "-p", "data", "nope"], "data: nope does not exist"),
-    (["train", "-p", "eval_data", "nope"], "eval_data: nope does not exist"),
-    (["train", "-p", "segmenter", "nope"], "segmenter: 'nope' is not known"),
-    (["train", "-p", "norm_lr", "0.1", "-p", "dtype", "bfloat16"], "dtype: bfloat16 would lose"),
-    (["train", "--preset", "visionreasoner_7k", "-p", "lr", "inf"], 'parameter "lr": input should be a finite number'),
-    (["train", "--preset", "visionreasoner_8k"], 'unknown preset "visionreasoner_8k"; did you mean "visionreasoner_7k"?'),
-    (["train", "--preset", "reasonseg_few_shot"], "needs ReasonSeg's folder; name it by data"),
-    (["evaluate", "-p", "adapter", "nope"], "adapter nope does not exist"),
-    (["evaluate", "-p", "batch", "many"], 'parameter "batch": input should be a valid integer'),
-    (["rea2seg", "-p", "overlap", "2"], 'parameter "overlap": input should be less than 1'),
-    (["ablate", "-p", "recipes", '["dr3seg"]'], "recipe 'dr3seg' is unknown"),
-    (["ablate", "-p", "recipes", "[]"], 'parameter "recipes" is empty; give one or more'),
-    (["ablate", "-p", "settings", '{"lr": -1}'], 'parameter "lr": input should be greater than 0'),
-    (["ablate", "-p", "settings", '{"lrr": 1}'], 'parameter "lrr": extra inputs are not permitted'),
-    (["ablate", "-p", "settings", "{1: 2}"], "a name is no text"),
-    (["ablate", "-p", "vary", '{"anchor": 25}'], 'parameter "vary": anchor needs a list of values, not 25'),
-    (["ablate", "-p", "vary", '{"anchor": [25, "many"]}'], 'parameter "anchor": input should be a valid number'),
-    (["compare", "-p", "workers", "0"], 'parameter "workers" is 0; use 1 or more'),
-    (["compare", "-p", "seeds", "[-1]"], 'parameter "seed": input should be greater than or equal to 0'),
-    (["conditioning", "-p", "model", "nope"], "model 'nope' is unknown"),
-    (["conditioning", "-p", "data", "nope"], "data: nope does not exist"),
-    (["conditioning", "-p", "adapters", '["nope"]'], "adapter nope does not exist"),
-    (["conditioning", "-p", "samples", "many"], 'parameter "samples" takes int such as 256'),
-    (["warmstart_policy", "-p", "lr", "1e999"], 'parameter "lr" cannot be inf; use finite numbers')], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["train", "-p", "lr", "inf"], 'parameter "lr": input should be a finite number'),
+        (["train", "-p", "lr", "1e999"], 'parameter "lr": input should be a finite number'),
+        (
+            ["train", "-p", "steps", "0"],
+            'parameter "steps": input should be greater than or equal to 1, not 0',
+        ),
+        (["train", "-p", "recipe", "x"], "recipe 'x' is unknown; use one of visionreasoner"),
+        (
+            ["train", "-p", "recipe", "nowhere.py:mine"],
+            "recipe: nowhere.py does not exist; give the path of the file that holds mine",
+        ),
+        (["train", "-p", "model", "nope"], "model 'nope' is unknown"),
+        (["train", "-p", "data", "nope"], "data: nope does not exist"),
+        (["train", "-p", "eval_data", "nope"], "eval_data: nope does not exist"),
+        (["train", "-p", "segmenter", "nope"], "segmenter: 'nope' is not known"),
+        (
+            ["train", "-p", "norm_lr", "0.1", "-p", "dtype", "bfloat16"],
+            "dtype: bfloat16 would lose",
+        ),
+        (
+            ["train", "--preset", "visionreasoner_7k", "-p", "lr", "inf"],
+            'parameter "lr": input should be a finite number',
+        ),
+        (
+            ["train", "--preset", "visionreasoner_8k"],
+            'unknown preset "visionreasoner_8k"; did you mean "visionreasoner_7k"?',
+        ),
+        (["train", "--preset", "reasonseg_few_shot"], "needs ReasonSeg's folder; name it by data"),
+        (["evaluate", "-p", "adapter", "nope"], "adapter nope does not exist"),
+        (["evaluate", "-p", "batch", "many"], 'parameter "batch": input should be a valid integer'),
+        (["rea2seg", "-p", "overlap", "2"], 'parameter "overlap": input should be less than 1'),
+        (["ablate", "-p", "recipes", '["dr3seg"]'], "recipe 'dr3seg' is unknown"),
+        (["ablate", "-p", "recipes", "[]"], 'parameter "recipes" is empty; give one or more'),
+        (
+            ["ablate", "-p", "settings", '{"lr": -1}'],
+            'parameter "lr": input should be greater than 0',
+        ),
+        (
+            ["ablate", "-p", "settings", '{"lrr": 1}'],
+            'parameter "lrr": extra inputs are not permitted',
+        ),
+        (["ablate", "-p", "settings", "{1: 2}"], "a name is no text"),
+        (
+            ["ablate", "-p", "vary", '{"anchor": 25}'],
+            'parameter "vary": anchor needs a list of values, not 25',
+        ),
+        (
+            ["ablate", "-p", "vary", '{"anchor": [25, "many"]}'],
+            'parameter "anchor": input should be a valid number',
+        ),
+        (["compare", "-p", "workers", "0"], 'parameter "workers" is 0; use 1 or more'),
+        (
+            ["compare", "-p", "seeds", "[-1]"],
+            'parameter "seed": input should be greater than or equal to 0',
+        ),
+        (["conditioning", "-p", "model", "nope"], "model 'nope' is unknown"),
+        (["conditioning", "-p", "data", "nope"], "data: nope does not exist"),
+        (["conditioning", "-p", "adapters", '["nope"]'], "adapter nope does not exist"),
+        (["conditioning", "-p", "samples", "many"], 'parameter "samples" takes int such as 256'),
+        (
+            ["warmstart_policy", "-p", "lr", "1e999"],
+            'parameter "lr" cannot be inf; use finite numbers',
+        ),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
 def test_a_wrong_value_is_refused_without_torch(tmp_path, args, says):
     code, text = told_quickly(tmp_path, "run", *args)
     assert code == 2 and says in text
     assert text.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("args, says", [(["nothing.jpg", "what", "--model", "nope"], "model 'nope' is unknown"),
-                                        (["nothing.jpg", "what", "--adapter", "nope"], "adapter nope does not exist"),
-                                        (["nothing.jpg", "what", "--recipe", "x"], "recipe 'x' is unknown")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["nothing.jpg", "what", "--model", "nope"], "model 'nope' is unknown"),
+        (["nothing.jpg", "what", "--adapter", "nope"], "adapter nope does not exist"),
+        (["nothing.jpg", "what", "--recipe", "x"], "recipe 'x' is unknown"),
+    ],
+)
 def test_segment_refuses_names_without_torch(tmp_path, args, says):
     code, text = told_quickly(tmp_path, "segment", *args)
     assert code == 2 and says in text
 
 
-@pytest.mark.parametrize("args, limit", [(["run", "train", "-p", "lr", "inf"], 1.5), (["run", "evaluate", "-p", "adapter", "nope"], 1.5), (["runs"], 1), (["--help"], 1)], ids=str)
+@pytest.mark.parametrize(
+    "args, limit",
+    [
+        (["run", "train", "-p", "lr", "inf"], 1.5),
+        (["run", "evaluate", "-p", "adapter", "nope"], 1.5),
+        (["runs"], 1),
+        (["--help"], 1),
+    ],
+    ids=str,
+)
 def test_it_takes_about_a_second(tmp_path, args, limit):
     "CPU time of the whole process, which a busy machine leaves alone."
     code = f"""import resource, subprocess
 subprocess.run({[str(DR2SEG), *args]!r}, cwd={str(tmp_path)!r}, capture_output=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(used.ru_utime + used.ru_stime)"""
-    seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    seconds = min(
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for _ in range(2)
+    )
     assert seconds < limit
 
 
 # ---- odd notebooks, odd names
 
+
 def written(folder, text):
-    path = folder/"odd.ipynb"
+    path = folder / "odd.ipynb"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
-CELL = dict(cell_type="code", source="steps = 3", metadata=dict(tags=["parameters"]), outputs=[], execution_count=None)
+CELL = dict(
+    cell_type="code",
+    source="steps = 3",
+    metadata=dict(tags=["parameters"]),
+    outputs=[],
+    execution_count=None,
+)
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"cells": 3}', b'{"cells": [3]}', b'{"cells": [{}]}', b"[" * 100_000,
-    json.dumps(dict(cells=[CELL | dict(metadata=None)])), json.dumps(dict(cells=[CELL | dict(source=None)])), json.dumps(dict(cells=[CELL | dict(source=[1])])),
-    json.dumps(dict(cells=[CELL | dict(metadata=dict(tags=3))])), json.dumps(dict(worksheets=[]))], ids=lambda t: str(t[:40]))
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"cells": 3}',
+        b'{"cells": [3]}',
+        b'{"cells": [{}]}',
+        b"[" * 100_000,
+        json.dumps(dict(cells=[CELL | dict(metadata=None)])),
+        json.dumps(dict(cells=[CELL | dict(source=None)])),
+        json.dumps(dict(cells=[CELL | dict(source=[1])])),
+        json.dumps(dict(cells=[CELL | dict(metadata=dict(tags=3))])),
+        json.dumps(dict(worksheets=[])),
+    ],
+    ids=lambda t: str(t[:40]),
+)
 def test_what_is_no_notebook_is_one_sentence(tmp_path, text, capsys):
-    assert main(["run", str(written(tmp_path, text)), "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", str(written(tmp_path, text)), "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "is no notebook" in err and "save it again in Jupyter" in err and not (tmp_path/"run").exists()
+    assert (
+        err.count("\n") == 1
+        and "is no notebook" in err
+        and "save it again in Jupyter" in err
+        and not (tmp_path / "run").exists()
+    )
 
 
-@pytest.mark.parametrize("cell, says", [
-    ("steps = ", "the parameters cell is no Python"), ("%matplotlib inline", "the parameters cell is no Python"), ("steps = 3\0", "the parameters cell is no Python"),
-    ("(" * 3000, "the parameters cell is no Python"),
-    ("a, b = 1, 2", "line 1 of the parameters cell is not NAME = VALUE"), ("a = b = 1", "is not NAME = VALUE"), ("x.y = 1", "is not NAME = VALUE"),
-    ("*a, = [1]", "is not NAME = VALUE"), ("x[0] = 1", "is not NAME = VALUE"), ("x = 1\nx += 1", "line 2 of the parameters cell is not NAME = VALUE"),
-    ("steps: int", "parameter steps is no literal"), ("steps = range(3)", "parameter steps is no literal"), ("steps = {[]: 1}", "parameter steps is no literal")])
+@pytest.mark.parametrize(
+    "cell, says",
+    [
+        ("steps = ", "the parameters cell is no Python"),
+        ("%matplotlib inline", "the parameters cell is no Python"),
+        ("steps = 3\0", "the parameters cell is no Python"),
+        ("(" * 3000, "the parameters cell is no Python"),
+        ("a, b = 1, 2", "line 1 of the parameters cell is not NAME = VALUE"),
+        ("a = b = 1", "is not NAME = VALUE"),
+        ("x.y = 1", "is not NAME = VALUE"),
+        ("*a, = [1]", "is not NAME = VALUE"),
+        ("x[0] = 1", "is not NAME = VALUE"),
+        ("x = 1\nx += 1", "line 2 of the parameters cell is not NAME = VALUE"),
+        ("steps: int", "parameter steps is no literal"),
+        ("steps = range(3)", "parameter steps is no literal"),
+        ("steps = {[]: 1}", "parameter steps is no literal"),
+    ],
+)
 def test_an_odd_parameters_cell_is_one_sentence(notebook, cell, says, capsys, tmp_path):
-    assert main(["run", notebook(parameters=cell), "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", notebook(parameters=cell), "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and says in err and not (tmp_path/"run").exists()
+    assert err.count("\n") == 1 and says in err and not (tmp_path / "run").exists()
 
 
 LONG = "x" * 5000
 
 
-@pytest.mark.parametrize("args", [[LONG], [LONG + ".ipynb"], ["train", "-p", LONG, "1"], ["train", "-p", "recipe", LONG], ["train", "-p", "recipe", f"{LONG}.py:r"], ["train", "-p", "model", LONG],
-                                  ["train", "-p", "data", LONG], ["train", "-p", "lr", LONG], ["train", "-p", "segmenter", LONG], ["train", "--preset", LONG], ["train", "--out", LONG],
-                                  ["train", "--resume", "--out", LONG], ["evaluate", "-p", "adapter", LONG], ["rea2seg", "-p", "scorer", LONG]], ids=lambda a: " ".join(a).replace(LONG, "LONG"))
+@pytest.mark.parametrize(
+    "args",
+    [
+        [LONG],
+        [LONG + ".ipynb"],
+        ["train", "-p", LONG, "1"],
+        ["train", "-p", "recipe", LONG],
+        ["train", "-p", "recipe", f"{LONG}.py:r"],
+        ["train", "-p", "model", LONG],
+        ["train", "-p", "data", LONG],
+        ["train", "-p", "lr", LONG],
+        ["train", "-p", "segmenter", LONG],
+        ["train", "--preset", LONG],
+        ["train", "--out", LONG],
+        ["train", "--resume", "--out", LONG],
+        ["evaluate", "-p", "adapter", LONG],
+        ["rea2seg", "-p", "scorer", LONG],
+    ],
+    ids=lambda a: " ".join(a).replace(LONG, "LONG"),
+)
 def test_names_that_no_disk_takes_are_one_sentence(tmp_path, monkeypatch, capsys, args):
     monkeypatch.chdir(tmp_path)
     assert main(["run", *args]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("dr2seg: ") and err.count("\n") == 1 and len(err) < 1000 and not list(tmp_path.iterdir())
+    assert (
+        err.startswith("dr2seg: ")
+        and err.count("\n") == 1
+        and len(err) < 1000
+        and not list(tmp_path.iterdir())
+    )
 
 
-@pytest.mark.parametrize("args", [["--out", "a\udcff"], ["-p", "recipe", "a\udcff"], ["-p", "\udcff", "1"]])
+@pytest.mark.parametrize(
+    "args", [["--out", "a\udcff"], ["-p", "recipe", "a\udcff"], ["-p", "\udcff", "1"]]
+)
 def test_arguments_that_are_no_text_are_one_sentence(notebook, capsys, args):
     assert main(["run", notebook(), *args]) == 2
     assert "is not UTF-8; type it anew" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["{[]: 1}", "(" * 5000, "9" * 5000, "{1, 2}", "...", "1j", "b'3'"])
+@pytest.mark.parametrize(
+    "value", ["{[]: 1}", "(" * 5000, "9" * 5000, "{1, 2}", "...", "1j", "b'3'"]
+)
 def test_a_value_of_an_odd_kind_is_one_sentence(notebook, capsys, value):
     assert main(["run", notebook(), "-p", "steps", value]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and 'parameter "steps" takes int such as 3' in err and len(err) < 300
+    assert (
+        err.count("\n") == 1 and 'parameter "steps" takes int such as 3' in err and len(err) < 300
+    )
 
 
 def test_a_text_stays_a_text(notebook):
     declared = dict(recipe="dr2seg", steps=3)
-    assert typed_parameters([("recipe", "1e-5"), ("steps", "1e3")], declared) == dict(recipe="1e-5", steps=1000.0)
+    assert typed_parameters([("recipe", "1e-5"), ("steps", "1e3")], declared) == dict(
+        recipe="1e-5", steps=1000.0
+    )
     assert typed_parameters([("recipe", '"dpad"')], declared) == dict(recipe="dpad")
 
 
 def test_a_terminal_that_cannot_show_a_name_shows_its_numbers(tmp_path):
-    (tmp_path/"für").mkdir()
-    done = subprocess.run([DR2SEG, "runs", tmp_path/"für"], capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    (tmp_path / "für").mkdir()
+    done = subprocess.run(
+        [DR2SEG, "runs", tmp_path / "für"],
+        capture_output=True,
+        env=os.environ | dict(PYTHONIOENCODING="ascii"),
+    )
     assert done.returncode == 0 and b"f\\xfcr" in done.stdout and not done.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    Run.create(tmp_path/"run", {}, bar=False).finish("done")
-    done = subprocess.run(f"{DR2SEG} runs {tmp_path} | true", shell=True, capture_output=True, text=True)
+    Run.create(tmp_path / "run", {}, bar=False).finish("done")
+    done = subprocess.run(
+        f"{DR2SEG} runs {tmp_path} | true", shell=True, capture_output=True, text=True
+    )
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
 # ---- runs that cannot be read
 
+
 def record(**changes):
-    return json.dumps(dict(status="done", parameters={}, started="2026-01-01T00:00:00", error=None, resumed=[], host="here") | changes)
+    return json.dumps(
+        dict(
+            status="done",
+            parameters={},
+            started="2026-01-01T00:00:00",
+            error=None,
+            resumed=[],
+            host="here",
+        )
+        | changes
+    )
 
 
-@pytest.mark.parametrize("text, why", [
-    (b"", "is not valid JSON"), (b"null", "is no record of a run"), (b"[1]", "is no record of a run"), (b"{}", 'field "status"'), (b"\xff\xfe{}", "is not valid JSON"),
-    (record(status=3), 'field "status"'), (record(status="fine"), 'field "status"'), (record(parameters=[]), 'field "parameters"'),
-    (record(parameters=None), 'field "parameters"'), (record(started=5), 'field "started"'), (record(error=[1]), 'field "error"'), (record(resumed="x"), 'field "resumed"'),
-    (record(status="running", host=7), 'field "host"')], ids=str)
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (b"", "is not valid JSON"),
+        (b"null", "is no record of a run"),
+        (b"[1]", "is no record of a run"),
+        (b"{}", 'field "status"'),
+        (b"\xff\xfe{}", "is not valid JSON"),
+        (record(status=3), 'field "status"'),
+        (record(status="fine"), 'field "status"'),
+        (record(parameters=[]), 'field "parameters"'),
+        (record(parameters=None), 'field "parameters"'),
+        (record(started=5), 'field "started"'),
+        (record(error=[1]), 'field "error"'),
+        (record(resumed="x"), 'field "resumed"'),
+        (record(status="running", host=7), 'field "host"'),
+    ],
+    ids=str,
+)
 def test_one_bad_record_does_not_hide_the_other_runs(tmp_path, capsys, text, why):
-    Run.create(tmp_path/"good", {}, bar=False).finish("done")
-    (tmp_path/"bad").mkdir()
-    (tmp_path/"bad"/"run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    Run.create(tmp_path / "good", {}, bar=False).finish("done")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and any("good" in line and "done" in line for line in lines)
-    bad, = [line for line in lines if "/bad" in line]
+    (bad,) = [line for line in lines if "/bad" in line]
     assert "unreadable" in bad and why in bad
 
 
-@pytest.mark.parametrize("name, text, says", [
-    ("metrics.jsonl", b'{"step": 1}\nnonsense\n{"step": 3}\n', "unreadable"), ("metrics.jsonl", b"[1]\n", "unreadable"), ("metrics.jsonl", b'{"step": "one"}\n', "unreadable"),
-    ("metrics.jsonl", b"\xff\xff\n\n", "unreadable"), ("metrics.jsonl", b'{"loss": 1}\n', "done"),
-    ("progress.json", b"[]", "done"), ("progress.json", b"\xff", "done"), ("progress.json", b'{"stage": 1}', "done")], ids=str)
+@pytest.mark.parametrize(
+    "name, text, says",
+    [
+        ("metrics.jsonl", b'{"step": 1}\nnonsense\n{"step": 3}\n', "unreadable"),
+        ("metrics.jsonl", b"[1]\n", "unreadable"),
+        ("metrics.jsonl", b'{"step": "one"}\n', "unreadable"),
+        ("metrics.jsonl", b"\xff\xff\n\n", "unreadable"),
+        ("metrics.jsonl", b'{"loss": 1}\n', "done"),
+        ("progress.json", b"[]", "done"),
+        ("progress.json", b"\xff", "done"),
+        ("progress.json", b'{"stage": 1}', "done"),
+    ],
+    ids=str,
+)
 def test_bad_lines_of_one_run_do_not_hide_the_others(tmp_path, capsys, name, text, says):
-    for folder in "bad", "good": Run.create(tmp_path/folder, {}, bar=False).finish("done")
-    (tmp_path/"bad"/name).write_bytes(text)
+    for folder in "bad", "good":
+        Run.create(tmp_path / folder, {}, bar=False).finish("done")
+    (tmp_path / "bad" / name).write_bytes(text)
     assert main(["runs", str(tmp_path)]) == 0
     lines = {Path(line.split()[0]).name: line for line in capsys.readouterr().out.splitlines()}
     assert says in lines["bad"] and "done" in lines["good"]
 
 
 def test_a_folder_for_a_record_and_a_run_that_vanishes(tmp_path, capsys, monkeypatch):
-    Run.create(tmp_path/"good", {}, bar=False).finish("done")
-    (tmp_path/"odd"/"run.json").mkdir(parents=True)
-    (tmp_path/"gone").mkdir()
-    (tmp_path/"gone"/"run.json").write_text(record())
+    Run.create(tmp_path / "good", {}, bar=False).finish("done")
+    (tmp_path / "odd" / "run.json").mkdir(parents=True)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "run.json").write_text(record())
     real = run_status
+
     def status(folder):
-        if folder.name == "gone": (folder/"run.json").unlink()
+        if folder.name == "gone":
+            (folder / "run.json").unlink()
         return real(folder)
+
     monkeypatch.setattr("dr2seg_lib.runs.listing.run_status", status)
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -336,117 +633,213 @@ def test_a_record_that_may_not_be_read_is_unreadable():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        for run in "bad", "good": Run.create(folder/run, {}, bar=False).finish("done")
-        (folder/"bad"/"run.json").chmod(0)
+        for run in "bad", "good":
+            Run.create(folder / run, {}, bar=False).finish("done")
+        (folder / "bad" / "run.json").chmod(0)
         script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     lines = {Path(line.split()[0]).name: line for line in done.stdout.splitlines()}
-    assert "unreadable" in lines["bad"] and "Permission denied" in lines["bad"] and " done" in lines["good"]
+    assert (
+        "unreadable" in lines["bad"]
+        and "Permission denied" in lines["bad"]
+        and " done" in lines["good"]
+    )
 
 
 def test_a_record_does_not_steer_the_terminal(tmp_path, capsys):
-    (tmp_path/"run").mkdir()
-    (tmp_path/"run"/"run.json").write_text(record(status="failed", error="\x1b[31mred\x1b]0;title\x07\nfake line", started="\x1b[2J"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(
+        record(status="failed", error="\x1b[31mred\x1b]0;title\x07\nfake line", started="\x1b[2J")
+    )
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and out.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"parameters": {"steps": 3}}', record(parameters=3).encode(), b"\xff"], ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"{}", b'{"parameters": {"steps": 3}}', record(parameters=3).encode(), b"\xff"],
+    ids=str,
+)
 def test_a_run_whose_record_cannot_be_read_is_not_resumed(tmp_path, notebook, capsys, text):
-    (tmp_path/"run").mkdir()
-    (tmp_path/"run"/"run.json").write_bytes(text)
-    assert main(["run", notebook(), "--resume", "--out", str(tmp_path/"run")]) == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_bytes(text)
+    assert main(["run", notebook(), "--resume", "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "run.json" in err and (tmp_path/"run"/"run.json").read_bytes() == text
+    assert (
+        err.count("\n") == 1
+        and "run.json" in err
+        and (tmp_path / "run" / "run.json").read_bytes() == text
+    )
 
 
-@pytest.mark.parametrize("name, text", [("results.json", b"[]"), ("results.json", b"null"), ("results.json", b'{"arms": 3}'), ("results.json", b'{"gIoU": 1, "evaluation": 3}'),
-                                        ("results.json", b'{"after": [1]}'), ("results.json", b'{"after": {"gIoU": "x"}}'), ("results.json", b'{"gIoU": 1, "evaluation": {"data": 3}}'),
-                                        ("results.json", b'{"gIoU": 1, "n": 1, "strata": [], "evaluation": {"data": "a", "format": "b", "split": "c", "protocol": "d"}}'),
-                                        ("run.json", b"[]"), ("run.json", b"{}"), ("run.json", b'{"parameters": []}')], ids=str)
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("results.json", b"[]"),
+        ("results.json", b"null"),
+        ("results.json", b'{"arms": 3}'),
+        ("results.json", b'{"gIoU": 1, "evaluation": 3}'),
+        ("results.json", b'{"after": [1]}'),
+        ("results.json", b'{"after": {"gIoU": "x"}}'),
+        ("results.json", b'{"gIoU": 1, "evaluation": {"data": 3}}'),
+        (
+            "results.json",
+            b'{"gIoU": 1, "n": 1, "strata": [], "evaluation": {"data": "a", "format": "b", "split": "c", "protocol": "d"}}',
+        ),
+        ("run.json", b"[]"),
+        ("run.json", b"{}"),
+        ("run.json", b'{"parameters": []}'),
+    ],
+    ids=str,
+)
 def test_tables_of_a_malformed_run_are_one_sentence(tmp_path, capsys, name, text):
-    Run.create(tmp_path/"run", dict(recipe="dr2seg", model="embedded", adapter="", segmenter="embedded"), bar=False).finish("done")
-    (tmp_path/"run"/"results.json").write_text('{"gIoU": 1}')
-    (tmp_path/"run"/name).write_bytes(text)
-    assert main(["tables", str(tmp_path/"run")]) == 2
+    Run.create(
+        tmp_path / "run",
+        dict(recipe="dr2seg", model="embedded", adapter="", segmenter="embedded"),
+        bar=False,
+    ).finish("done")
+    (tmp_path / "run" / "results.json").write_text('{"gIoU": 1}')
+    (tmp_path / "run" / name).write_bytes(text)
+    assert main(["tables", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("dr2seg: ") and err.count("\n") == 1 and str(tmp_path/"run") in err
+    assert err.startswith("dr2seg: ") and err.count("\n") == 1 and str(tmp_path / "run") in err
 
 
 # ---- what the disk refuses
 
-@pytest.mark.parametrize("error, says", [
-    (OSError(errno.ENOSPC, "No space left on device"), "out/.notebook.ipynb cannot be written (No space left on device); free space, or choose another folder with --out"),
-    (PermissionError(errno.EACCES, "Permission denied", "out/x"), "out/x cannot be written (Permission denied); grant permission, or choose another folder with --out"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone/x"), "gone/x cannot be written (No such file or directory); restore gone, or choose another folder with --out"),
-    (OSError("a sentence; mend it"), "papermill failed: OSError: a sentence; mend it"),
-    (TimeoutError("no answer"), "papermill failed: TimeoutError: no answer")])
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "out/.notebook.ipynb cannot be written (No space left on device); free space, or choose another folder with --out",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "out/x"),
+            "out/x cannot be written (Permission denied); grant permission, or choose another folder with --out",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "gone/x"),
+            "gone/x cannot be written (No such file or directory); restore gone, or choose another folder with --out",
+        ),
+        (OSError("a sentence; mend it"), "papermill failed: OSError: a sentence; mend it"),
+        (TimeoutError("no answer"), "papermill failed: TimeoutError: no answer"),
+    ],
+)
 def test_what_papermill_cannot_write_is_named(error, says):
     assert explain_error(error, Path("out")) == (says, 1)
 
 
 def test_a_disk_that_is_full_for_papermill_and_the_record(tmp_path, notebook, capsys, monkeypatch):
-    def full(*args, **kwargs): raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr("papermill.execute_notebook", full)
     monkeypatch.setattr(Run, "create", full)
-    assert main(["run", notebook(), "--out", str(tmp_path/"out")]) == 1
+    assert main(["run", notebook(), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
-    said, = [line for line in err.splitlines() if line.startswith("dr2seg:")]
-    assert "cannot be written (No space left on device); free space" in said and "Traceback" not in err
+    (said,) = [line for line in err.splitlines() if line.startswith("dr2seg:")]
+    assert (
+        "cannot be written (No space left on device); free space" in said and "Traceback" not in err
+    )
 
 
 def test_a_folder_that_is_deleted_while_its_run_is_going(tmp_path, notebook):
     path = notebook("open(out + '/here', 'w').close()\nimport shutil\nshutil.rmtree(out)")
     done = dr2seg(tmp_path, "run", path, "--out", "out")
     said = [line for line in done.stderr.splitlines() if line.startswith("dr2seg:")]
-    assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr and not (tmp_path/"out").exists()
+    assert (
+        done.returncode == 1
+        and len(said) == 1
+        and "Traceback" not in done.stderr
+        and not (tmp_path / "out").exists()
+    )
 
 
 # ---- what the figures must not be read without
 
+
 def test_cut_answers_and_the_split_are_told(tmp_path):
-    write_json(tmp_path/"results.json", dict(table="the table", cut=0.125, evaluation=dict(split_note="a tenth of the ids, held out by their hash")))
-    assert run_summary(tmp_path).splitlines() == ["the table", "", "a tenth of the ids, held out by their hash",
-        "12.5 % of the questions got an answer that max_new_tokens cut short, which is mostly a miss; raise max_new_tokens"]
+    write_json(
+        tmp_path / "results.json",
+        dict(
+            table="the table",
+            cut=0.125,
+            evaluation=dict(split_note="a tenth of the ids, held out by their hash"),
+        ),
+    )
+    assert run_summary(tmp_path).splitlines() == [
+        "the table",
+        "",
+        "a tenth of the ids, held out by their hash",
+        "12.5 % of the questions got an answer that max_new_tokens cut short, which is mostly a miss; raise max_new_tokens",
+    ]
 
 
 def test_what_the_table_says_is_not_said_twice(tmp_path):
     note = cut_note(dict(cut=1))
-    write_json(tmp_path/"results.json", dict(table=f"the table\n\n{note}", cut=1))
+    write_json(tmp_path / "results.json", dict(table=f"the table\n\n{note}", cut=1))
     assert run_summary(tmp_path).count(note) == 1
 
 
 @pytest.mark.parametrize("cut, told", [(0.01, False), (0.011, True), (None, False), ("x", False)])
 def test_up_to_one_percent_is_silent(cut, told):
     assert bool(caution_lines(dict(before=dict(cut=cut), after={}))) is told
-    if told: assert caution_lines(dict(before=dict(cut=cut)))[0].startswith("before training: 1.1 % of the questions")
+    if told:
+        assert caution_lines(dict(before=dict(cut=cut)))[0].startswith(
+            "before training: 1.1 % of the questions"
+        )
 
 
-@pytest.mark.parametrize("results", [[], None, 3, dict(before=3, after=[]), dict(before={}, after={}), dict(before=dict(gIoU="x"), after=dict(gIoU=[]))], ids=str)
+@pytest.mark.parametrize(
+    "results",
+    [
+        [],
+        None,
+        3,
+        dict(before=3, after=[]),
+        dict(before={}, after={}),
+        dict(before=dict(gIoU="x"), after=dict(gIoU=[])),
+    ],
+    ids=str,
+)
 def test_results_of_any_form_have_a_summary(tmp_path, results):
-    write_json(tmp_path/"results.json", results)
+    write_json(tmp_path / "results.json", results)
     run_summary(tmp_path)
 
 
 # ---- runs
 
+
 def test_a_run_from_start_to_table(tmp_path, notebook):
     done = dr2seg(tmp_path, "run", notebook(TRAIN), "-p", "steps", "5")
-    out = tmp_path/"runs/toy-dr2seg-1"
+    out = tmp_path / "runs/toy-dr2seg-1"
     assert done.returncode == 0, done.stderr
     assert "training" in done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[1:] == [["before", "after"], ["tokens", "80.0", "40.0"], ["gIoU", "0.700", "0.700"],
-                         ["cIoU", "0.600", "0.600"], ["answer", "entropy", "0.500", "0.500"]]
+    assert lines[1:] == [
+        ["before", "after"],
+        ["tokens", "80.0", "40.0"],
+        ["gIoU", "0.700", "0.700"],
+        ["cIoU", "0.600", "0.600"],
+        ["answer", "entropy", "0.500", "0.500"],
+    ]
     assert run_status(out) == "done" and len(Run.open(out).metrics()) == 5
-    executed = nbformat.read(out/"notebook.ipynb", as_version=4)
-    assert any("injected-parameters" in c.metadata.tags and "steps = 5" in c.source for c in executed.cells)
+    executed = nbformat.read(out / "notebook.ipynb", as_version=4)
+    assert any(
+        "injected-parameters" in c.metadata.tags and "steps = 5" in c.source for c in executed.cells
+    )
     assert not list(out.glob(".*.ipynb")) and "toy-dr2seg-1" in dr2seg(tmp_path, "runs").stdout
 
     before = files(out)
     again = dr2seg(tmp_path, "run", notebook(TRAIN), "--out", str(out))
-    assert again.returncode == 2 and "already holds a run (done)" in again.stderr and files(out) == before
+    assert (
+        again.returncode == 2
+        and "already holds a run (done)" in again.stderr
+        and files(out) == before
+    )
     resumed = dr2seg(tmp_path, "run", notebook(TRAIN), "--resume", "--out", str(out))
     assert resumed.returncode == 2 and "is done; only a run that ended early" in resumed.stderr
 
@@ -454,12 +847,16 @@ def test_a_run_from_start_to_table(tmp_path, notebook):
 def test_one_bar_in_a_terminal(tmp_path, notebook):
     "A pseudo-terminal without a size, as containers have it."
     main, side = pty.openpty()
-    process = subprocess.Popen([DR2SEG, "run", notebook(TRAIN), "--out", "out"], cwd=tmp_path, stdout=side, stderr=side)
+    process = subprocess.Popen(
+        [DR2SEG, "run", notebook(TRAIN), "--out", "out"], cwd=tmp_path, stdout=side, stderr=side
+    )
     os.close(side)
     text = b""
     try:
-        while chunk := os.read(main, 4096): text += chunk
-    except OSError: pass     # how a pseudo-terminal says that its other end was closed
+        while chunk := os.read(main, 4096):
+            text += chunk
+    except OSError:
+        pass  # how a pseudo-terminal says that its other end was closed
     assert process.wait() == 0
     text = text.decode()
     assert "training: 100%|" in text and "3/3" in text and "reward 3" in text
@@ -468,41 +865,70 @@ def test_one_bar_in_a_terminal(tmp_path, notebook):
 
 def test_a_failed_cell(tmp_path, notebook):
     failed = dr2seg(tmp_path, "run", notebook(TRAIN, "1/0"), "--out", "out")
-    assert failed.returncode == 1 and "ZeroDivisionError: division by zero (cell 4; the traceback is in out/error.log)" in failed.stderr
-    assert "Traceback" not in failed.stderr and "Traceback" in (tmp_path/"out/error.log").read_text()
-    record = read_json(tmp_path/"out/run.json")
+    assert (
+        failed.returncode == 1
+        and "ZeroDivisionError: division by zero (cell 4; the traceback is in out/error.log)"
+        in failed.stderr
+    )
+    assert (
+        "Traceback" not in failed.stderr and "Traceback" in (tmp_path / "out/error.log").read_text()
+    )
+    record = read_json(tmp_path / "out/run.json")
     assert record["status"] == "failed" and record["error"].startswith("ZeroDivisionError")
-    assert (tmp_path/"out/notebook.ipynb").exists()
+    assert (tmp_path / "out/notebook.ipynb").exists()
 
 
 def test_a_user_error_in_the_notebook_leaves_the_folder_free(tmp_path, notebook):
-    path = notebook("raise FileNotFoundError('weights w.safetensors do not exist;\\ncheck the path')")
+    path = notebook(
+        "raise FileNotFoundError('weights w.safetensors do not exist;\\ncheck the path')"
+    )
     for _ in range(2):
         failed = dr2seg(tmp_path, "run", path, "--out", "out")
         assert failed.returncode == 2
-        assert failed.stderr.splitlines()[-1] == "dr2seg: weights w.safetensors do not exist; check the path"
-    assert not [n for n in RECORDS if (tmp_path/"out"/n).exists()] and "Traceback" in (tmp_path/"out/error.log").read_text()
+        assert (
+            failed.stderr.splitlines()[-1]
+            == "dr2seg: weights w.safetensors do not exist; check the path"
+        )
+    assert (
+        not [n for n in RECORDS if (tmp_path / "out" / n).exists()]
+        and "Traceback" in (tmp_path / "out/error.log").read_text()
+    )
 
 
 def test_a_notebook_without_a_record_gets_one(tmp_path, notebook):
     assert dr2seg(tmp_path, "run", notebook("1 + 1"), "--out", "out").returncode == 0
-    record = read_json(tmp_path/"out/run.json")
+    record = read_json(tmp_path / "out/run.json")
     assert record["status"] == "done" and record["parameters"]["steps"] == 3
 
 
 def test_a_config_refused_in_the_notebook_is_a_sentence(tmp_path):
-    class Error(Exception): ename, exec_count, traceback = "ValidationError", 2, ["..."]
+    class Error(Exception):
+        ename, exec_count, traceback = "ValidationError", 2, ["..."]
+
     Error.evalue = str(pytest.raises(pydantic.ValidationError, Config, recipe="x").value)
-    assert explain_error(Error(), tmp_path) == ('recipe unknown recipe "x"; known are dr2seg, dpad', 2)
+    assert explain_error(Error(), tmp_path) == (
+        'recipe unknown recipe "x"; known are dr2seg, dpad',
+        2,
+    )
 
 
 def test_a_killed_kernel(tmp_path, notebook):
     "Papermill would call these cells completed."
-    failed = dr2seg(tmp_path, "run", notebook(TRAIN.replace("break", "pass").replace(
-        "run.log(", "step > 1 and __import__('os').kill(__import__('os').getpid(), 9)\n        run.log(")), "--out", "out")
+    failed = dr2seg(
+        tmp_path,
+        "run",
+        notebook(
+            TRAIN.replace("break", "pass").replace(
+                "run.log(",
+                "step > 1 and __import__('os').kill(__import__('os').getpid(), 9)\n        run.log(",
+            )
+        ),
+        "--out",
+        "out",
+    )
     assert failed.returncode == 1 and "dr2seg: the kernel was killed" in failed.stderr
-    assert read_json(tmp_path/"out/run.json")["status"] == "failed"
-    assert Run.open(tmp_path/"out").metrics() == [{"step": 1}]
+    assert read_json(tmp_path / "out/run.json")["status"] == "failed"
+    assert Run.open(tmp_path / "out").metrics() == [{"step": 1}]
 
 
 def test_ctrl_c_then_resume(tmp_path, notebook):
@@ -512,13 +938,13 @@ def test_ctrl_c_then_resume(tmp_path, notebook):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and f"go on with: dr2seg run {path} --resume --out out" in err
-    run = Run.open(tmp_path/"out")
+    run = Run.open(tmp_path / "out")
     done = len(run.metrics())
-    assert run.status == "interrupted" and 1 <= done < 30 and not (run.folder/"stop").exists()
+    assert run.status == "interrupted" and 1 <= done < 30 and not (run.folder / "stop").exists()
 
     other = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "4")
     assert other.returncode == 2 and "was started with steps = 30, not 4" in other.stderr
-    update_record(run.folder, parameters=run.info["parameters"] | {"nap": 0.0})     # to be quick
+    update_record(run.folder, parameters=run.info["parameters"] | {"nap": 0.0})  # to be quick
     resumed = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "30")
     assert resumed.returncode == 0, resumed.stderr
     assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, 31))
@@ -526,32 +952,54 @@ def test_ctrl_c_then_resume(tmp_path, notebook):
 
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
     path = notebook("pass", parameters='steps = 3\nprocesses = 1\nout = ""\nresume = False')
-    Run.create(tmp_path/"run", dict(steps=5, processes=4, out="run", resume=False), bar=False).finish("interrupted")
-    asked = lambda *given: prepare_run(build_parser().parse_args(["run", path, "--resume", "--out", str(tmp_path/"run"), *given]))[2]
-    assert asked() == dict(steps=5, processes=4) and asked("-p", "processes", "2") == dict(steps=5, processes=2)
-    with pytest.raises(ValueError, match="was started with steps = 5, not 9"): asked("-p", "steps", "9")
+    Run.create(
+        tmp_path / "run", dict(steps=5, processes=4, out="run", resume=False), bar=False
+    ).finish("interrupted")
+    asked = lambda *given: prepare_run(
+        build_parser().parse_args(["run", path, "--resume", "--out", str(tmp_path / "run"), *given])
+    )[2]
+    assert asked() == dict(steps=5, processes=4) and asked("-p", "processes", "2") == dict(
+        steps=5, processes=2
+    )
+    with pytest.raises(ValueError, match="was started with steps = 5, not 9"):
+        asked("-p", "steps", "9")
 
 
 def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
-    process = start(tmp_path, "run", notebook("open(out + '/here', 'w').close()\nimport time\ntime.sleep(60)"),
-                    "--out", "out", until="here")
+    process = start(
+        tmp_path,
+        "run",
+        notebook("open(out + '/here', 'w').close()\nimport time\ntime.sleep(60)"),
+        "--out",
+        "out",
+        until="here",
+    )
     process.send_signal(signal.SIGINT)
-    while not (tmp_path/"out/stop").exists(): time.sleep(0.1)
+    while not (tmp_path / "out/stop").exists():
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    assert process.returncode == 130 and run_status(tmp_path/"out") == "interrupted"
+    assert process.returncode == 130 and run_status(tmp_path / "out") == "interrupted"
 
 
 def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
     from PIL import Image
-    (tmp_path/"images").mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path/"images"/"a.png")
-    good = dict(id="a", image="images/a.png", query="what is it?", polygon=[[[2, 2], [20, 2], [20, 20]]])
-    (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n")
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.png")
+    good = dict(
+        id="a", image="images/a.png", query="what is it?", polygon=[[[2, 2], [20, 2], [20, 20]]]
+    )
+    (tmp_path / "data.jsonl").write_text(json.dumps(good) + "\n")
     assert main(["check", str(tmp_path)]) == 0 and "nothing broken" in capsys.readouterr().out
-    (tmp_path/"data.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | dict(id="b", image="../a.png")) + "\n")
+    (tmp_path / "data.jsonl").write_text(
+        json.dumps(good) + "\n" + json.dumps(good | dict(id="b", image="../a.png")) + "\n"
+    )
     assert main(["check", str(tmp_path)]) == 1 and "1 broken:" in capsys.readouterr().out
-    assert main(["check", str(tmp_path/"nothing")]) == 2 and "does not exist" in capsys.readouterr().err
+    assert (
+        main(["check", str(tmp_path / "nothing")]) == 2
+        and "does not exist" in capsys.readouterr().err
+    )
 
 
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
@@ -562,47 +1010,105 @@ from dr2seg_lib import cli
 if os.geteuid() == 0: os.seteuid(65534)
 raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run cannot be written (Permission denied); grant permission" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "run cannot be written (Permission denied); grant permission" in done.stderr
+    )
 
 
-@pytest.mark.parametrize("args", [("train", "-p", "model"), ("evaluate", "-p", "model"), ("evaluate", "-p", "segmenter"), ("rea2seg", "-p", "model"), ("rea2seg", "-p", "scorer")], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("train", "-p", "model"),
+        ("evaluate", "-p", "model"),
+        ("evaluate", "-p", "segmenter"),
+        ("rea2seg", "-p", "model"),
+        ("rea2seg", "-p", "scorer"),
+    ],
+    ids=" ".join,
+)
 def test_a_hub_that_no_network_leads_to_is_one_sentence(args, tmp_path, capsys):
     name = "facebook/sam2.1-hiera-tiny" if args[-1] == "segmenter" else "nobody/nothing"
-    assert main(["run", *args, name, "--out", str(tmp_path/"run")]) == 2
+    assert main(["run", *args, name, "--out", str(tmp_path / "run")]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dr2seg:")]
-    assert len(said) == 1 and f"{name} cannot be loaded (" in said[0] and "connect to the hub" in said[0]
+    assert (
+        len(said) == 1
+        and f"{name} cannot be loaded (" in said[0]
+        and "connect to the hub" in said[0]
+    )
 
 
 @pytest.mark.parametrize("experiment", ["train", "evaluate", "rea2seg"])
-def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(experiment, tmp_path, capsys):
-    (tmp_path/"model").mkdir()
-    for name in "config.json", "tokenizer.json": (tmp_path/"model"/name).write_text("{}")
-    (tmp_path/"model"/"model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}')
-    assert main(["run", experiment, "-p", "model", str(tmp_path/"model"), "--out", str(tmp_path/"run")]) == 2
-    assert capsys.readouterr().err == f"dr2seg: model {tmp_path}/model is not whole (model-00001-of-00002.safetensors is missing); fetch it again\n"
-    assert not (tmp_path/"run").exists()
+def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(
+    experiment, tmp_path, capsys
+):
+    (tmp_path / "model").mkdir()
+    for name in "config.json", "tokenizer.json":
+        (tmp_path / "model" / name).write_text("{}")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"w": "model-00001-of-00002.safetensors"}}'
+    )
+    assert (
+        main(
+            [
+                "run",
+                experiment,
+                "-p",
+                "model",
+                str(tmp_path / "model"),
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == f"dr2seg: model {tmp_path}/model is not whole (model-00001-of-00002.safetensors is missing); fetch it again\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 # ---- what a resume may do
 
+
 def asked(folder, *given, experiment="train"):
-    return prepare_run(build_parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given]))[2]
+    return prepare_run(
+        build_parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given])
+    )[2]
 
 
 @pytest.fixture
 def ended(tmp_path):
     "A training that ended early."
-    Run.create(tmp_path/"run", TrainFields(steps=9, lr=0.5).model_dump(), bar=False).finish("failed", "FloatingPointError: the loss is not a number")
-    return tmp_path/"run"
+    Run.create(tmp_path / "run", TrainFields(steps=9, lr=0.5).model_dump(), bar=False).finish(
+        "failed", "FloatingPointError: the loss is not a number"
+    )
+    return tmp_path / "run"
 
 
-@pytest.mark.parametrize("name, value", [("lr", 0.01), ("schedule", "constant"), ("checkpoint_every", 3), ("eval_samples", 8), ("record", 0), ("chunk", 1), ("kl", 0.0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lr", 0.01),
+        ("schedule", "constant"),
+        ("checkpoint_every", 3),
+        ("eval_samples", 8),
+        ("record", 0),
+        ("chunk", 1),
+        ("kl", 0.0),
+    ],
+)
 def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
     found = asked(ended, "-p", name, str(value))
     assert found[name] == value and found["steps"] == 9
 
 
-@pytest.mark.parametrize("name, value", [("rank", "8"), ("steps", "10"), ("recipe", "dpad"), ("seed", "1"), ("norm_lr", "0")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("rank", "8"), ("steps", "10"), ("recipe", "dpad"), ("seed", "1"), ("norm_lr", "0")],
+)
 def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
     assert main(["run", "train", "--resume", "--out", str(ended), "-p", name, value]) == 2
     said = capsys.readouterr().err
@@ -611,46 +1117,111 @@ def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
 
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
     update_record(ended, status="done")
-    with pytest.raises(ValueError, match="is done; only a run that ended early"): asked(ended)
-    (ended/PARTIAL_NOTEBOOK).write_text("{}")
+    with pytest.raises(ValueError, match="is done; only a run that ended early"):
+        asked(ended)
+    (ended / PARTIAL_NOTEBOOK).write_text("{}")
     assert asked(ended)["steps"] == 9
 
 
 RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.methods.dr2seg import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
 
 
-@pytest.mark.parametrize("experiment, parameters", [("train", lambda name: TrainFields.model_construct(**TrainFields().model_dump() | dict(recipe=name)).model_dump()),
-                                                    ("ablate", lambda name: dict(recipes=["dr2seg", name], seeds=[0], steps=1, eval_samples=2, workers=1, vary={}, settings={})),
-                                                    ("ablate", lambda name: dict(recipes=["dr2seg"], seeds=[0], steps=1, eval_samples=2, workers=1, vary={"recipe": [name]}, settings={}))])
+@pytest.mark.parametrize(
+    "experiment, parameters",
+    [
+        (
+            "train",
+            lambda name: TrainFields.model_construct(
+                **TrainFields().model_dump() | dict(recipe=name)
+            ).model_dump(),
+        ),
+        (
+            "ablate",
+            lambda name: dict(
+                recipes=["dr2seg", name],
+                seeds=[0],
+                steps=1,
+                eval_samples=2,
+                workers=1,
+                vary={},
+                settings={},
+            ),
+        ),
+        (
+            "ablate",
+            lambda name: dict(
+                recipes=["dr2seg"],
+                seeds=[0],
+                steps=1,
+                eval_samples=2,
+                workers=1,
+                vary={"recipe": [name]},
+                settings={},
+            ),
+        ),
+    ],
+)
 def test_code_that_a_record_names_is_run_only_with_trust(experiment, parameters, tmp_path, capsys):
-    (tmp_path/"rewards.py").write_text(RUNS_CODE)
+    (tmp_path / "rewards.py").write_text(RUNS_CODE)
     name = f"{tmp_path}/rewards.py:mine"
-    Run.create(tmp_path/"run", parameters(name), bar=False).finish("interrupted")
-    assert main(["run", experiment, "--resume", "--out", str(tmp_path/"run")]) == 2
+    Run.create(tmp_path / "run", parameters(name), bar=False).finish("interrupted")
+    assert main(["run", experiment, "--resume", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "names code of a file, " in said and "look at it, then add --trust" in said
-    assert not (tmp_path/"it-ran").exists()
-    asked(tmp_path/"run", "--trust", experiment=experiment)
-    assert (tmp_path/"it-ran").exists() == (experiment == "train"), "a sweep's workers load it themselves"
-    if experiment == "train": assert asked(tmp_path/"run", "-p", "recipe", name)["recipe"] == name, "who names the code trusts it"
+    assert (
+        said.count("\n") == 1
+        and "names code of a file, " in said
+        and "look at it, then add --trust" in said
+    )
+    assert not (tmp_path / "it-ran").exists()
+    asked(tmp_path / "run", "--trust", experiment=experiment)
+    assert (tmp_path / "it-ran").exists() == (experiment == "train"), (
+        "a sweep's workers load it themselves"
+    )
+    if experiment == "train":
+        assert asked(tmp_path / "run", "-p", "recipe", name)["recipe"] == name, (
+            "who names the code trusts it"
+        )
 
 
 # ---- a second SIGTERM, a record that goes
 
+
 def test_a_second_sigterm_kills_a_notebook_that_is_stuck(tmp_path, notebook):
-    stuck = TRAIN.replace("time.sleep(nap)", "step > 1 and all(__import__('itertools').repeat(True))")
+    stuck = TRAIN.replace(
+        "time.sleep(nap)", "step > 1 and all(__import__('itertools').repeat(True))"
+    )
     process = start(tmp_path, "run", notebook(stuck), "--out", "out")
-    while not (tmp_path/"out/metrics.jsonl").exists(): time.sleep(0.1)
+    while not (tmp_path / "out/metrics.jsonl").exists():
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    while not (tmp_path/"out/stop").exists(): time.sleep(0.1)
+    while not (tmp_path / "out/stop").exists():
+        time.sleep(0.1)
     time.sleep(1)
     assert process.poll() is None, "the first one only asks"
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 130 and run_status(tmp_path/"out") == "interrupted" and Run.open(tmp_path/"out").metrics() == [{"step": 1}]
+    assert (
+        process.returncode == 130
+        and run_status(tmp_path / "out") == "interrupted"
+        and Run.open(tmp_path / "out").metrics() == [{"step": 1}]
+    )
 
 
 def test_a_record_deleted_while_the_run_is_at_work_is_one_sentence(tmp_path, notebook):
-    failed = dr2seg(tmp_path, "run", notebook(TRAIN.replace("run.progress(", "(run.folder/'run.json').unlink(missing_ok=True); run.progress(")), "--out", "out")
-    assert failed.returncode == 1 and "out/run.json was deleted or moved while the run was at work; restore it" in failed.stderr
-    assert "Traceback" not in failed.stderr and (tmp_path/"out/metrics.jsonl").exists()
+    failed = dr2seg(
+        tmp_path,
+        "run",
+        notebook(
+            TRAIN.replace(
+                "run.progress(", "(run.folder/'run.json').unlink(missing_ok=True); run.progress("
+            )
+        ),
+        "--out",
+        "out",
+    )
+    assert (
+        failed.returncode == 1
+        and "out/run.json was deleted or moved while the run was at work; restore it"
+        in failed.stderr
+    )
+    assert "Traceback" not in failed.stderr and (tmp_path / "out/metrics.jsonl").exists()

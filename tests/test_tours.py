@@ -1,4 +1,5 @@
 "The tours: they run, and what they show is whole."
+
 import json
 import re
 from pathlib import Path
@@ -9,17 +10,30 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from dr2seg_lib.commands.execute import kernel_class; from dr2seg_lib.commands.parameters import parameters_of
+from dr2seg_lib.commands.execute import kernel_class
+from dr2seg_lib.commands.parameters import parameters_of
 
 TOURS = sorted((Path(__file__).parents[1] / "nbs" / "tours").glob("*.ipynb"))
-LITTLE = {"00_tour": dict(steps=1), "01_idea": dict(questions=2), "04_grpo_step_by_step": dict(steps=1, prompts=1),
-          "05_your_own_reward": dict(steps=1, prompts=2), "06_your_own_data": dict(steps=1)} # a smaller budget than a reader's
+LITTLE = {
+    "00_tour": dict(steps=1),
+    "01_idea": dict(questions=2),
+    "04_grpo_step_by_step": dict(steps=1, prompts=1),
+    "05_your_own_reward": dict(steps=1, prompts=2),
+    "06_your_own_data": dict(steps=1),
+}  # a smaller budget than a reader's
 each = pytest.mark.parametrize("path", TOURS, ids=lambda p: p.stem)
 
 
-def cells(path, kind): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
-def prose(path): return ["".join(c["source"]) for c in cells(path, "markdown")]
-def outputs(path): return [o for c in cells(path, "code") for o in c["outputs"]]
+def cells(path, kind):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def prose(path):
+    return ["".join(c["source"]) for c in cells(path, "markdown")]
+
+
+def outputs(path):
+    return [o for c in cells(path, "code") for o in c["outputs"]]
 
 
 @each
@@ -29,15 +43,26 @@ def test_tour_runs(path):
     if path.stem in LITTLE:
         assert LITTLE[path.stem].keys() <= parameters_of(path).keys()
         nb = parameterize_notebook(nb, LITTLE[path.stem])
-    NotebookClient(nb, timeout=600, kernel_manager_class=kernel_class(), resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        nb,
+        timeout=600,
+        kernel_manager_class=kernel_class(),
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
 
 
 @each
 def test_what_a_tour_shows_is_whole(path):
     "The committed outputs: there, without errors or warnings, of this machine no trace, and not too heavy."
     shown = outputs(path)
-    assert shown and not [o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"]
-    texts = "".join("".join(o.get("text", "")) + json.dumps({k: v for k, v in o.get("data", {}).items() if k.startswith("text/")}) for o in shown)
+    assert shown and not [
+        o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"
+    ]
+    texts = "".join(
+        "".join(o.get("text", ""))
+        + json.dumps({k: v for k, v in o.get("data", {}).items() if k.startswith("text/")})
+        for o in shown
+    )
     assert not re.search(r"/(tmp|home|root|work)/", texts), "a path of the machine it ran on"
     assert path.stat().st_size < 800_000
 
@@ -51,5 +76,10 @@ def test_a_tour_says_what_it_is_and_where_to_go(path):
 
 @each
 def test_links_of_a_tour_lead_somewhere(path):
-    links = [link for text in prose(path) for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    links = [
+        link
+        for text in prose(path)
+        for link in re.findall(r"\]\(([^)#]+)", text)
+        if "://" not in link
+    ]
     assert links and not [link for link in links if not (path.parent / unquote(link)).exists()]

@@ -5,6 +5,7 @@
 
 Machines differ in the last digits and a policy amplifies them, so no such file is committed.
 """
+
 import argparse
 import json
 import subprocess
@@ -31,21 +32,32 @@ def figures(folder: Path) -> dict:
     "What came out, without what a clock said."
     run(TRAIN, folder / "train")
     run(EVALUATE, folder / "evaluate")
-    steps = [{k: v for k, v in row.items() if k not in TIMES} for row in lines(folder / "train/metrics.jsonl")]
+    steps = [
+        {k: v for k, v in row.items() if k not in TIMES}
+        for row in lines(folder / "train/metrics.jsonl")
+    ]
     return dict(steps=steps, predictions=lines(folder / "evaluate/predictions.jsonl"))
 
 
 def differences(before, after, where: str = "") -> list[str]:
     "Where two records differ; what the later one has besides is no difference."
     if isinstance(before, dict) and isinstance(after, dict):
-        return [d for key in before for d in differences(before[key], after.get(key), f"{where}/{key}")]
+        return [
+            d for key in before for d in differences(before[key], after.get(key), f"{where}/{key}")
+        ]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [d for i, pair in enumerate(zip(before, after)) for d in differences(*pair, f"{where}/{i}")]
+        return [
+            d
+            for i, pair in enumerate(zip(before, after))
+            for d in differences(*pair, f"{where}/{i}")
+        ]
     return [] if before == after else [f"{where}: {before!r} became {after!r}"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--write", type=Path)
     way.add_argument("--check", type=Path)

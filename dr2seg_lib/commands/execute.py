@@ -24,7 +24,9 @@ from ..runs.run_folder import Run
 from ..runs.status import ProgressBar, read_progress, run_status, update_record
 
 # %% ../../nbs/commands/execute.ipynb #4cc0e27e
-def kernel_class(log=None) -> type:  # an open file for what the kernel says outside its cells; None: the terminal
+def kernel_class(
+    log=None,
+) -> type:  # an open file for what the kernel says outside its cells; None: the terminal
     "A kernel manager for this Python; `pids` lists the kernels it has started."
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
@@ -32,48 +34,68 @@ def kernel_class(log=None) -> type:  # an open file for what the kernel says out
 
     class Kernel(AsyncKernelManager):
         pids = []
-        transport_encryption = "auto"     # else the kernel warns that it has none
+        transport_encryption = "auto"  # else the kernel warns that it has none
         kernel_spec = KernelSpec(**get_kernel_dict() | {"env": {"DR2SEG_WATCHED": "1"}})
+
         async def start_kernel(self, **kwargs):
             await super().start_kernel(**kwargs, stdout=log, stderr=log)
             self.pids.append(self.provisioner.pid)
+
     return Kernel
 
 # %% ../../nbs/commands/execute.ipynb #7f6c974d
-PARTIAL_NOTEBOOK = ".notebook.ipynb"     # papermill writes it anew after each cell; it gets its name when all is over
+PARTIAL_NOTEBOOK = (
+    ".notebook.ipynb"  # papermill writes it anew after each cell; it gets its name when all is over
+)
+
 
 class ProgressLines:
     "Stands in for the bar where no terminal is: a line per stage, and one every ten seconds."
-    def __init__(self): self.last, self.stage = 0.0, None
+
+    def __init__(self):
+        self.last, self.stage = 0.0, None
 
     def show(self, stage: str, i: int, n: int, note: str = "", **_):
-        if stage == self.stage and time.monotonic() - self.last < 10: return
+        if stage == self.stage and time.monotonic() - self.last < 10:
+            return
         self.last, self.stage = time.monotonic(), stage
         print(f"{stage} {i}/{n} {note}".rstrip(), file=sys.stderr, flush=True)
 
-    def close(self): pass
+    def close(self):
+        pass
+
 
 def _tell(pids: list, number: int):
     "Sends a signal to kernels and to what they have started."
     for pid in pids:
-        with suppress(ProcessLookupError): os.killpg(pid, number)     # it is gone already
+        with suppress(ProcessLookupError):
+            os.killpg(pid, number)  # it is gone already
+
 
 def _listener(asked: list, pids: list):
     "Counts Ctrl-C and SIGTERM: the first is for the run to hear, a second Ctrl-C interrupts, what comes then kills."
+
     def on_signal(number, frame):
         asked.append(number)
-        if len(asked) == 2 and number == signal.SIGINT: _tell(pids, signal.SIGINT)
-        elif len(asked) > 1: _tell(pids, signal.SIGKILL)
+        if len(asked) == 2 and number == signal.SIGINT:
+            _tell(pids, signal.SIGINT)
+        elif len(asked) > 1:
+            _tell(pids, signal.SIGKILL)
+
     return on_signal
+
 
 def _ask_to_stop(out: Path, pids: list) -> bool:  # whether that is for good
     "Leaves the file `stop` for the run to see; where there is no room for it, interrupts, which a run takes as a first request."
-    try: (out/"stop").touch()
-    except FileNotFoundError: pass     # the folder may have been deleted meanwhile
+    try:
+        (out / "stop").touch()
+    except FileNotFoundError:
+        pass  # the folder may have been deleted meanwhile
     except OSError:
         _tell(pids, signal.SIGINT)
         return True
-    return False     # a run that begins only now removes what is left of an earlier one
+    return False  # a run that begins only now removes what is left of an earlier one
+
 
 def _watch(work, out: Path, asked: list, pids: list):
     "Draws the bar until a notebook has come to its end."
@@ -87,62 +109,121 @@ def _watch(work, out: Path, asked: list, pids: list):
         bar.show(**at)
     bar.close()
 
-def execute_notebook(notebook: Path, out: Path, parameters: dict) -> tuple[Exception | None, int]:  # what ended it; Ctrl-Cs
+
+def execute_notebook(
+    notebook: Path, out: Path, parameters: dict
+) -> tuple[Exception | None, int]:  # what ended it; Ctrl-Cs
     "Runs a notebook into `out/notebook.ipynb`."
     import papermill
-    log, asked = open(out/"kernel.log", "w"), []
+
+    log, asked = open(out / "kernel.log", "w"), []
     kernel = kernel_class(log)
     on_signal = _listener(asked, kernel.pids)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(papermill.execute_notebook, notebook, out/PARTIAL_NOTEBOOK, parameters, kernel_name="python3", language="python",
-                           progress_bar=False, start_timeout=300, kernel_manager_class=kernel)
+        work = pool.submit(
+            papermill.execute_notebook,
+            notebook,
+            out / PARTIAL_NOTEBOOK,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            start_timeout=300,
+            kernel_manager_class=kernel,
+        )
         _watch(work, out, asked, kernel.pids)
     log.close()
-    with suppress(FileNotFoundError):     # the folder may have been deleted meanwhile
-        if not (out/"kernel.log").stat().st_size: (out/"kernel.log").unlink()
-    for s, handler in handlers.items(): signal.signal(s, handler)
-    (out/"stop").unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # the folder may have been deleted meanwhile
+        if not (out / "kernel.log").stat().st_size:
+            (out / "kernel.log").unlink()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    (out / "stop").unlink(missing_ok=True)
     return work.exception(), len(asked)
 
 # %% ../../nbs/commands/execute.ipynb #b9ec7091
-USER_ERRORS = "ValueError", "BrokenRecord", "FileNotFoundError", "FileExistsError", "ValidationError"     # told in a sentence, exit code 2
+USER_ERRORS = (
+    "ValueError",
+    "BrokenRecord",
+    "FileNotFoundError",
+    "FileExistsError",
+    "ValidationError",
+)  # told in a sentence, exit code 2
 
-def unwritable_sentence(error: OSError, path: Path) -> str:  # path: what was being written, where the error does not say
+
+def unwritable_sentence(
+    error: OSError, path: Path
+) -> str:  # path: what was being written, where the error does not say
     "A full disk, a missing right or a folder that went, in a sentence that names the file."
-    if error.strerror is None: return str(error)     # a sentence already
-    if isinstance(error.filename, (str, bytes)): path = Path(os.fsdecode(error.filename))
+    if error.strerror is None:
+        return str(error)  # a sentence already
+    if isinstance(error.filename, (str, bytes)):
+        path = Path(os.fsdecode(error.filename))
     restore = f"restore {brief_text(str(path.parent), 200)}"
-    mend = {errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.ENOENT: restore}.get(error.errno, "grant permission")
+    mend = {errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.ENOENT: restore}.get(
+        error.errno, "grant permission"
+    )
     return f"{brief_text(str(path), 200)} cannot be written ({error.strerror}); {mend}, or choose another folder with --out"
+
 
 def explain_error(error: Exception, out: Path) -> tuple[str, int]:  # one sentence, exit code
     "Says what ended a run. A cell's traceback goes to `error.log`."
-    if type(error).__name__ == "DeadKernelError": return "the kernel was killed, perhaps for memory; its last words, if any, are in kernel.log", 1
-    if isinstance(error, OSError) and error.errno: return unwritable_sentence(error, out/PARTIAL_NOTEBOOK), 1     # papermill's own: it writes the notebook after each cell
-    if not hasattr(error, "ename"): return f"papermill failed: {type(error).__name__}: {brief_text(' '.join(str(error).split()), 300)}", 1
+    if type(error).__name__ == "DeadKernelError":
+        return (
+            "the kernel was killed, perhaps for memory; its last words, if any, are in kernel.log",
+            1,
+        )
+    if isinstance(error, OSError) and error.errno:
+        return unwritable_sentence(
+            error, out / PARTIAL_NOTEBOOK
+        ), 1  # papermill's own: it writes the notebook after each cell
+    if not hasattr(error, "ename"):
+        return (
+            f"papermill failed: {type(error).__name__}: {brief_text(' '.join(str(error).split()), 300)}",
+            1,
+        )
     trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-    with suppress(OSError): write_text(out/"error.log", trace + "\n") # a full disk is what it may be about
+    with suppress(OSError):
+        write_text(out / "error.log", trace + "\n")  # a full disk is what it may be about
     text = " ".join(error.evalue.split())
-    if error.ename == "ValidationError": text = re.sub(r"^\d+ validation errors? for \w+ | \[type=.*|Value error, ", "", text)
-    if error.ename in USER_ERRORS and not (out/"metrics.jsonl").exists(): return text, 2
-    return f"{error.ename}: {text[:300]} (cell {error.exec_count}; the traceback is in {out/'error.log'})", 1
+    if error.ename == "ValidationError":
+        text = re.sub(r"^\d+ validation errors? for \w+ | \[type=.*|Value error, ", "", text)
+    if error.ename in USER_ERRORS and not (out / "metrics.jsonl").exists():
+        return text, 2
+    return (
+        f"{error.ename}: {text[:300]} (cell {error.exec_count}; the traceback is in {out / 'error.log'})",
+        1,
+    )
 
-def settle_record(out: Path, parameters: dict, error: Exception | None, asked: int) -> tuple[str | None, int]:  # sentence, exit code
+
+def settle_record(
+    out: Path, parameters: dict, error: Exception | None, asked: int
+) -> tuple[str | None, int]:  # sentence, exit code
     "Brings the record in line with what happened."
     sentence, code = explain_error(error, out) if error else (None, 0)
-    if code == 2 and not (out/"run.json").exists():     # nothing was begun, and the folder stays free
-        (out/PARTIAL_NOTEBOOK).unlink(missing_ok=True)
+    if (
+        code == 2 and not (out / "run.json").exists()
+    ):  # nothing was begun, and the folder stays free
+        (out / PARTIAL_NOTEBOOK).unlink(missing_ok=True)
         return sentence, code
-    if not out.is_dir(): return sentence or f"{out} was deleted while its run was going; nothing of it is left", 1
-    if not (out/"run.json").exists():
-        if error and any((out/name).exists() for name in ROW_FILES): return sentence, code     # its record was deleted
+    if not out.is_dir():
+        return sentence or f"{out} was deleted while its run was going; nothing of it is left", 1
+    if not (out / "run.json").exists():
+        if error and any((out / name).exists() for name in ROW_FILES):
+            return sentence, code  # its record was deleted
         Run.create(out, parameters, bar=False, free=False).finish("done")
-    if (out/PARTIAL_NOTEBOOK).exists(): (out/PARTIAL_NOTEBOOK).replace(out/"notebook.ipynb")
-    stopped = asked and (error or run_status(out) != "done") or getattr(error, "ename", "") == "KeyboardInterrupt"
+    if (out / PARTIAL_NOTEBOOK).exists():
+        (out / PARTIAL_NOTEBOOK).replace(out / "notebook.ipynb")
+    stopped = (
+        asked
+        and (error or run_status(out) != "done")
+        or getattr(error, "ename", "") == "KeyboardInterrupt"
+    )
     if stopped or run_status(out) == "interrupted":
         update_record(out, status="interrupted", error=None)
         return "interrupted", 130
     if error:
-        with suppress(OSError): update_record(out, status="failed", error=sentence)
+        with suppress(OSError):
+            update_record(out, status="failed", error=sentence)
     return sentence, code

@@ -31,145 +31,232 @@ from ..runs.verify import validate_adapter, validate_model
 
 # %% ../../nbs/commands/parameters.ipynb #bbf851c9
 FIELD_CLASSES = {"train": TrainFields, "rea2seg": Rea2SegFields, "evaluate": EvaluateFields}
-CONFIGS = {"train": "dr2seg_lib.training.config:TrainConfig", "rea2seg": "dr2seg_lib.evaluation.rea2seg:Rea2SegConfig", "evaluate": "dr2seg_lib.evaluation.config:EvaluateConfig"}     # experiment: module:class
+CONFIGS = {
+    "train": "dr2seg_lib.training.config:TrainConfig",
+    "rea2seg": "dr2seg_lib.evaluation.rea2seg:Rea2SegConfig",
+    "evaluate": "dr2seg_lib.evaluation.config:EvaluateConfig",
+}  # experiment: module:class
+
 
 def experiments() -> dict[str, Path]:
     "The notebooks that `dr2seg run` knows by name: those of the checkout this package lies in."
-    folder = Path(dr2seg_lib.__file__).parents[1]/"nbs"/"experiments"
+    folder = Path(dr2seg_lib.__file__).parents[1] / "nbs" / "experiments"
     return {p.stem: p for p in sorted(folder.glob("*.ipynb"))}
+
 
 def _did_you_mean(word: str, known) -> str:
     near = difflib.get_close_matches(word[:80], known, 1)
     return f'did you mean "{near[0]}"?' if near else "known are " + (", ".join(known) or "none")
 
+
 def find_experiment(name: str) -> Path:
     "The notebook of an experiment: a known name, or a path."
     known = experiments()
-    if name in known: return known[name]
+    if name in known:
+        return known[name]
     if name.endswith(".ipynb"):
-        if os.path.isfile(name): return Path(name)     # False too for a name that no disk takes
+        if os.path.isfile(name):
+            return Path(name)  # False too for a name that no disk takes
         raise FileNotFoundError(f"notebook {brief_text(name)} does not exist; check the path")
     raise ValueError(f'unknown experiment "{brief_text(name)}"; {_did_you_mean(name, known)}')
 
 # %% ../../nbs/commands/parameters.ipynb #fe90d64c
-NO_LITERAL = ValueError, TypeError, SyntaxError, RecursionError, MemoryError     # what Python says of a text that is none
+NO_LITERAL = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+)  # what Python says of a text that is none
+
 
 def _is_cell(cell) -> bool:
     "Whether a part of a notebook's JSON can be read as a cell."
-    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict): return False
+    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict):
+        return False
     source, tags = cell.get("source"), cell["metadata"].get("tags", [])
     lines = source if isinstance(source, list) else [source]
     return all(isinstance(line, str) for line in lines) and isinstance(tags, list)
 
+
 def parameters_cell(notebook: Path) -> str:
     "The source of the one cell that is tagged `parameters`."
-    try: nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
-    except OSError as e: raise ValueError(f"{notebook} cannot be read ({e.strerror}); grant permission") from None
-    except (ValueError, RecursionError) as e: raise ValueError(f"{notebook} is no notebook ({e}); save it again in Jupyter") from None
+    try:
+        nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"{notebook} cannot be read ({e.strerror}); grant permission") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{notebook} is no notebook ({e}); save it again in Jupyter") from None
     cells = nb.get("cells") if isinstance(nb, dict) else None
     if not isinstance(cells, list) or not all(map(_is_cell, cells)):
-        raise ValueError(f"{notebook} is no notebook of format 4 with cells of source and metadata; save it again in Jupyter")
+        raise ValueError(
+            f"{notebook} is no notebook of format 4 with cells of source and metadata; save it again in Jupyter"
+        )
     found = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(found) != 1: raise ValueError(f"{notebook} has {len(found)} cells tagged parameters; give it exactly one")
+    if len(found) != 1:
+        raise ValueError(
+            f"{notebook} has {len(found)} cells tagged parameters; give it exactly one"
+        )
     return found[0]
 
-def _declares(line: ast.stmt) -> bool: return isinstance(line, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+
+def _declares(line: ast.stmt) -> bool:
+    return isinstance(line, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+
 
 def parameters_of(notebook: Path) -> dict:  # name: default
     "What the parameters cell of a notebook declares."
-    try: lines = ast.parse(parameters_cell(notebook)).body
-    except (SyntaxError, RecursionError, MemoryError) as e: raise ValueError(f"{notebook}: the parameters cell is no Python ({e}); correct it") from None
+    try:
+        lines = ast.parse(parameters_cell(notebook)).body
+    except (SyntaxError, RecursionError, MemoryError) as e:
+        raise ValueError(
+            f"{notebook}: the parameters cell is no Python ({e}); correct it"
+        ) from None
     declared = {}
     for line in filter(_declares, lines):
         targets = line.targets if isinstance(line, ast.Assign) else [line.target]
-        if isinstance(line, ast.AugAssign) or len(targets) != 1 or not isinstance(targets[0], ast.Name):
-            raise ValueError(f"{notebook}: line {line.lineno} of the parameters cell is not NAME = VALUE; write one parameter a line")
-        try: declared[targets[0].id] = ast.literal_eval(line.value)
-        except NO_LITERAL: raise ValueError(f"{notebook}: parameter {targets[0].id} is no literal; give it a plain value") from None
+        if (
+            isinstance(line, ast.AugAssign)
+            or len(targets) != 1
+            or not isinstance(targets[0], ast.Name)
+        ):
+            raise ValueError(
+                f"{notebook}: line {line.lineno} of the parameters cell is not NAME = VALUE; write one parameter a line"
+            )
+        try:
+            declared[targets[0].id] = ast.literal_eval(line.value)
+        except NO_LITERAL:
+            raise ValueError(
+                f"{notebook}: parameter {targets[0].id} is no literal; give it a plain value"
+            ) from None
     return declared
+
 
 def read_value(text: str):
     "A parameter as typed: a Python literal, true, false or none in any case, else the text itself."
-    if text.lower() in ("true", "false", "none"): return ast.literal_eval(text.capitalize())
-    try: return ast.literal_eval(text)
-    except NO_LITERAL: return text
+    if text.lower() in ("true", "false", "none"):
+        return ast.literal_eval(text.capitalize())
+    try:
+        return ast.literal_eval(text)
+    except NO_LITERAL:
+        return text
 
 # %% ../../nbs/commands/parameters.ipynb #65eea0b1
 def check_type(name: str, value, default):
     "A value has its default's type; a whole number will do for a float, and anything for None."
-    if isinstance(default, float) and type(value) is int: value = float(value)
-    if isinstance(default, str) and not isinstance(value, str): value = str(value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if isinstance(default, str) and not isinstance(value, str):
+        value = str(value)
     if default is not None and type(value) is not type(default):
-        raise ValueError(f'parameter "{name}" takes {type(default).__name__} such as {default!r}, not {brief_text(repr(value))}')
-    try: json.dumps(value, allow_nan=False)
+        raise ValueError(
+            f'parameter "{name}" takes {type(default).__name__} such as {default!r}, not {brief_text(repr(value))}'
+        )
+    try:
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise ValueError(f'parameter "{name}" cannot be {brief_text(repr(value))}; use finite numbers, texts, lists and objects') from None
+        raise ValueError(
+            f'parameter "{name}" cannot be {brief_text(repr(value))}; use finite numbers, texts, lists and objects'
+        ) from None
     return value
+
 
 def free_parameters(declared: dict) -> dict:
     "The parameters that are for the user to set."
     return {n: v for n, v in declared.items() if n not in ("out", "resume")}
 
+
 def check_names(notebook: Path, given: dict):
     "Refuses a parameter that a notebook does not declare, or that the command fills."
     known = list(free_parameters(parameters_of(notebook)))
     for name in given:
-        if name in ("out", "resume"): raise ValueError(f'parameter "{name}" is set by --{name}; use that option')
-        if name not in known: raise ValueError(f'unknown parameter "{brief_text(name)}"; {_did_you_mean(name, known)}')
+        if name in ("out", "resume"):
+            raise ValueError(f'parameter "{name}" is set by --{name}; use that option')
+        if name not in known:
+            raise ValueError(
+                f'unknown parameter "{brief_text(name)}"; {_did_you_mean(name, known)}'
+            )
+
 
 def _from_pydantic(error) -> str:
     "The first complaint of a ValidationError as a sentence."
     first = error.errors()[0]
     name, text = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error": return text if name in text else f'parameter "{name}": {text}'
-    return f'parameter "{name}": {text[0].lower()}{text[1:]}, not {brief_text(repr(first["input"]))}'
+    if first["type"] == "value_error":
+        return text if name in text else f'parameter "{name}": {text}'
+    return (
+        f'parameter "{name}": {text[0].lower()}{text[1:]}, not {brief_text(repr(first["input"]))}'
+    )
 
-def validated_config(kind: type, values: dict): # → kind(**values)
+
+def validated_config(kind: type, values: dict):  # → kind(**values)
     "A configuration; what is wrong with it is told in one sentence."
-    try: return kind(**values)
-    except ValidationError as e: raise ValueError(_from_pydantic(e)) from e
+    try:
+        return kind(**values)
+    except ValidationError as e:
+        raise ValueError(_from_pydantic(e)) from e
 
 # %% ../../nbs/commands/parameters.ipynb #97af920d
 def check_names_exist(values: dict):
     "Refuses a recipe, a model, a segmenter, a data set or an adapter that cannot be there."
-    if wrong := find_unknown_name(SimpleNamespace(**values)): raise ValueError(wrong)
+    if wrong := find_unknown_name(SimpleNamespace(**values)):
+        raise ValueError(wrong)
     validate_model(str(values.get("model", "embedded")))
     adapters = values.get("adapters", [])
-    for name in (values.get("adapter", ""), *adapters): validate_adapter(str(name))
+    for name in (values.get("adapter", ""), *adapters):
+        validate_adapter(str(name))
+
 
 def _trainings(values: dict) -> Iterator[dict]:
     "What a sweep would train, one value changed at a time."
     shared = {n: values[n] for n in ("steps", "eval_samples")} | values["settings"]
     for name, one in dict(recipes="recipe", seeds="seed").items():
-        if not values[name]: raise ValueError(f'parameter "{name}" is empty; give one or more')
+        if not values[name]:
+            raise ValueError(f'parameter "{name}" is empty; give one or more')
         yield from (shared | {one: value} for value in values[name])
     for name, choices in values.get("vary", {}).items():
-        if not isinstance(choices, list) or not choices: raise ValueError(f'parameter "vary": {name} needs a list of values, not {brief_text(repr(choices))}')
+        if not isinstance(choices, list) or not choices:
+            raise ValueError(
+                f'parameter "vary": {name} needs a list of values, not {brief_text(repr(choices))}'
+            )
         yield from (shared | {name: value} for value in choices)
+
 
 def check_sweep(values: dict):
     "The parameters of a sweep, each checked as those of a training."
-    if values["workers"] < 1: raise ValueError(f'parameter "workers" is {values["workers"]}; use 1 or more')
+    if values["workers"] < 1:
+        raise ValueError(f'parameter "workers" is {values["workers"]}; use 1 or more')
     for training in _trainings(values):
-        if not all(isinstance(name, str) for name in training): raise ValueError('parameter "settings": a name is no text; use those of train')
+        if not all(isinstance(name, str) for name in training):
+            raise ValueError('parameter "settings": a name is no text; use those of train')
         check_names_exist(validated_config(TrainFields, training).model_dump())
+
 
 def check_quickly(experiment: str, declared: dict, given: dict) -> dict:  # all values
     "What is wrong with values as far as it shows without torch."
     values = free_parameters(declared) | given
-    if experiment in FIELD_CLASSES: values = validated_config(FIELD_CLASSES[experiment], values).model_dump()
-    if experiment in experiments(): check_names_exist(values)
-    if {"recipes", "seeds", "settings", "workers"} <= values.keys(): check_sweep(values)
+    if experiment in FIELD_CLASSES:
+        values = validated_config(FIELD_CLASSES[experiment], values).model_dump()
+    if experiment in experiments():
+        check_names_exist(values)
+    if {"recipes", "seeds", "settings", "workers"} <= values.keys():
+        check_sweep(values)
     return values
 
 # %% ../../nbs/commands/parameters.ipynb #9142c779
-def check_parameters(experiment: str, notebook: Path, given: dict) -> dict:  # what papermill is to inject
+def check_parameters(
+    experiment: str, notebook: Path, given: dict
+) -> dict:  # what papermill is to inject
     "Names and values of what was asked for, checked before anything heavy starts."
     declared = parameters_of(notebook)
     check_names(notebook, given)
-    if experiment not in CONFIGS: given = {n: check_type(n, v, declared[n]) for n, v in given.items()}
+    if experiment not in CONFIGS:
+        given = {n: check_type(n, v, declared[n]) for n, v in given.items()}
     check_quickly(experiment, declared, given)
-    if experiment not in CONFIGS: return given
+    if experiment not in CONFIGS:
+        return given
     module, _, name = CONFIGS[experiment].partition(":")
-    config = validated_config(getattr(importlib.import_module(module), name), free_parameters(declared) | given)
+    config = validated_config(
+        getattr(importlib.import_module(module), name), free_parameters(declared) | given
+    )
     return {n: v for n, v in config.model_dump(mode="json").items() if n in given}

@@ -29,79 +29,119 @@ from ..runs.verify import inherit
 # %% ../../nbs/commands/prepare.ipynb #ee422c7c
 def with_preset(experiment: str, name: str, given: dict) -> dict:
     "A published training's parameters, under those given."
-    if experiment != "train": raise ValueError(f"presets are for train, not for {experiment}; leave --preset out")
-    if name not in PRESETS: raise ValueError(f'unknown preset "{brief_text(name)}"; {_did_you_mean(name, PRESETS)}')
+    if experiment != "train":
+        raise ValueError(f"presets are for train, not for {experiment}; leave --preset out")
+    if name not in PRESETS:
+        raise ValueError(f'unknown preset "{brief_text(name)}"; {_did_you_mean(name, PRESETS)}')
     values = {n: v for n, v in PRESETS[name].items() if n != "epochs"} | given
-    if "data" not in values: raise ValueError(f"preset {name} needs ReasonSeg's folder; name it by data")
+    if "data" not in values:
+        raise ValueError(f"preset {name} needs ReasonSeg's folder; name it by data")
     check_quickly(experiment, {}, values)
-    from dr2seg_lib.training.config import load_preset     # the number of steps follows from the data
+    from dr2seg_lib.training.config import load_preset  # the number of steps follows from the data
+
     return load_preset(name, **given)
+
 
 def typed_parameters(pairs: list, declared: dict) -> dict:  # of (name, text) -> {name: value}
     "Parameters as typed on the command line; a text stays one where a text is wanted."
     values = {name: read_value(text) for name, text in pairs}
     for name, text in pairs:
-        if isinstance(declared.get(name), str) and not isinstance(values[name], str): values[name] = text
+        if isinstance(declared.get(name), str) and not isinstance(values[name], str):
+            values[name] = text
     return values
+
 
 def check_text(text: str, what: str):
     "Refuses what cannot be written into a notebook: bytes of an argument that are no UTF-8."
-    try: text.encode()
-    except UnicodeEncodeError: raise ValueError(f"{what} {ascii(brief_text(text))} is not UTF-8; type it anew") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {ascii(brief_text(text))} is not UTF-8; type it anew") from None
+
 
 def prepare_run(args) -> tuple[Path, Path, dict]:  # notebook, run folder, parameters
     "All that can be found wrong before anything heavy starts."
-    for text in [args.experiment, *(t for pair in args.parameter for t in pair), str(args.out or "")]: check_text(text, "the argument")
+    for text in [
+        args.experiment,
+        *(t for pair in args.parameter for t in pair),
+        str(args.out or ""),
+    ]:
+        check_text(text, "the argument")
     notebook = find_experiment(args.experiment)
     declared = parameters_of(notebook)
     given = typed_parameters(args.parameter, declared)
     check_names(notebook, given)
-    if args.preset: given = with_preset(args.experiment, args.preset, given)
-    if args.resume: return notebook, *prepare_resume(args, notebook, given)
-    if args.experiment == "evaluate": given = with_run_parameters(declared, given)
+    if args.preset:
+        given = with_preset(args.experiment, args.preset, given)
+    if args.resume:
+        return notebook, *prepare_resume(args, notebook, given)
+    if args.experiment == "evaluate":
+        given = with_run_parameters(declared, given)
     parameters = check_parameters(args.experiment, notebook, given)
-    if args.out: check_free(args.out)
+    if args.out:
+        check_free(args.out)
     recipe = check_quickly(args.experiment, declared, parameters).get("recipe")
     name = f"{notebook.stem}-{recipe}" if recipe else notebook.stem
     return notebook, args.out or new_folder("runs", name[:100]), parameters
+
 
 def with_run_parameters(declared: dict, given: dict) -> dict:
     "The parameters of an evaluation with what the checkpoint's run was trained with, which is told in a line."
     check_quickly("evaluate", declared, given)
     given, sentence = inherit(given)
-    if sentence: print(sentence)
+    if sentence:
+        print(sentence)
     return given
+
 
 def code_named(value) -> list[str]:
     "Every FILE.py:NAME in a value: code of one's own, which whoever loads it runs."
-    if isinstance(value, dict): value = [*value.values()]
-    if isinstance(value, (list, tuple)): return [name for one in value for name in code_named(one)]
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, (list, tuple)):
+        return [name for one in value for name in code_named(one)]
     return [value] if isinstance(value, str) and value.rpartition(":")[0].endswith(".py") else []
+
 
 def check_trust(args, recorded: dict, given: dict):
     "A folder may come from anyone: the code that its record names is run only by those who say so."
     named = [name for name in code_named(recorded) if name not in code_named(given)]
-    if not named or args.trust: return
-    raise ValueError(f"{args.out} names code of a file, {brief_text(named[0])}, which resuming would run; look at it, then add --trust")
+    if not named or args.trust:
+        return
+    raise ValueError(
+        f"{args.out} names code of a file, {brief_text(named[0])}, which resuming would run; look at it, then add --trust"
+    )
+
 
 def check_changes(args, notebook: Path, recorded: dict, given: dict):
     "A resume may change what `config` says; of other notebooks, in how many processes they run."
     if args.experiment in FIELD_CLASSES:
         asked = validated_config(FIELD_CLASSES[args.experiment], recorded | given)
-        try: changed_parameters(recorded, asked)
-        except ValueError as e: raise ValueError(f"{args.out}: {e}") from None
+        try:
+            changed_parameters(recorded, asked)
+        except ValueError as e:
+            raise ValueError(f"{args.out}: {e}") from None
         return
     for name, value in given.items():
         if name not in ("processes", "workers") and recorded.get(name) != value:
-            raise ValueError(f"{args.out}: the run was started with {name} = {recorded.get(name)!r}, not {value!r}; "
-                             "leave the parameter out, or start a new run in another folder")
+            raise ValueError(
+                f"{args.out}: the run was started with {name} = {recorded.get(name)!r}, not {value!r}; "
+                "leave the parameter out, or start a new run in another folder"
+            )
 
-def prepare_resume(args, notebook: Path, given: dict) -> tuple[Path, dict]:  # run folder, parameters
+
+def prepare_resume(
+    args, notebook: Path, given: dict
+) -> tuple[Path, dict]:  # run folder, parameters
     "A run is resumed with the parameters it was started with, but for those that may change."
-    if not args.out: raise ValueError("--resume needs the run's folder; name it with --out")
+    if not args.out:
+        raise ValueError("--resume needs the run's folder; name it with --out")
     recorded = read_record(args.out)["parameters"]
     recorded = {n: v for n, v in recorded.items() if n not in ("out", "resume")}
-    now, unfinished = run_status(args.out), (args.out/PARTIAL_NOTEBOOK).exists()     # its notebook was killed, in its report perhaps
+    now, unfinished = (
+        run_status(args.out),
+        (args.out / PARTIAL_NOTEBOOK).exists(),
+    )  # its notebook was killed, in its report perhaps
     if now == "running" or now == "done" and not unfinished:
         raise ValueError(f"{args.out} is {now}; only a run that ended early can be resumed")
     check_trust(args, recorded, given)

@@ -17,35 +17,62 @@ def _parts(results: dict) -> dict:  # {"", "before training" or "after training"
     found = {"": results} | {f"{when} training": results.get(when) for when in ("before", "after")}
     return {when: s for when, s in found.items() if isinstance(s, dict)}
 
+
 def unreadable_lines(results: dict) -> list[str]:
     "What could not be read, in lines for the terminal."
-    skipped, missed, lines = results.get("skipped"), max(r.get("broken", 0) for r in _parts(results).values()), []
-    if skipped: lines.append(f"training records that cannot be read, passed over: {len(skipped)}, the first: {next(iter(skipped))} (all in results.json)")
-    if missed: lines.append(f"evaluated records that cannot be read, counted as misses: {missed} (they have an error in the predictions)")
+    skipped, missed, lines = (
+        results.get("skipped"),
+        max(r.get("broken", 0) for r in _parts(results).values()),
+        [],
+    )
+    if skipped:
+        lines.append(
+            f"training records that cannot be read, passed over: {len(skipped)}, the first: {next(iter(skipped))} (all in results.json)"
+        )
+    if missed:
+        lines.append(
+            f"evaluated records that cannot be read, counted as misses: {missed} (they have an error in the predictions)"
+        )
     return lines
+
 
 def caution_lines(results: dict) -> list[str]:
     "What the figures must not be read without, in lines for the terminal: how the split was made, and answers that were cut."
     cuts = {when: cut_note(found) for when, found in _parts(results).items()}
-    return split_notes(results) + [f"{when}: {note}" if when else note for when, note in cuts.items() if note]
+    return split_notes(results) + [
+        f"{when}: {note}" if when else note for when, note in cuts.items() if note
+    ]
+
 
 def before_after_lines(before: dict, after: dict) -> list[str]:
     "The measures before and after training, a line each."
     lines = [f"{'':16}{'before':>10}{'after':>10}"]
-    for name, form in ("tokens", ".1f"), ("gIoU", ".3f"), ("cIoU", ".3f"), ("answer_entropy", ".3f"):
+    for name, form in (
+        ("tokens", ".1f"),
+        ("gIoU", ".3f"),
+        ("cIoU", ".3f"),
+        ("answer_entropy", ".3f"),
+    ):
         values = [found.get(name) for found in (before, after)]
         pair = [format(v, form) if isinstance(v, (int, float)) else "–" for v in values]
         lines.append(f"{name.replace('_', ' '):16}{pair[0]:>10}{pair[1]:>10}")
     return lines
 
+
 def run_summary(out: Path) -> str:
     "What came out, as text for the terminal."
-    results = read_json(out/"results.json") if (out/"results.json").exists() else {}
-    if not isinstance(results, dict): results = {}     # a notebook of one's own may leave anything
+    results = read_json(out / "results.json") if (out / "results.json").exists() else {}
+    if not isinstance(results, dict):
+        results = {}  # a notebook of one's own may leave anything
     table, parts = str(results.get("table", "")), _parts(results)
     lines = [table] * bool(table)
-    if len(parts) == 3: lines += before_after_lines(results["before"], results["after"])
-    told = [line for line in caution_lines(results) if line not in table] + unreadable_lines(results)
-    if told: lines += ["", *told]
-    if (out/"report.html").exists(): lines += ["", f"report: {out/'report.html'}"]
+    if len(parts) == 3:
+        lines += before_after_lines(results["before"], results["after"])
+    told = [line for line in caution_lines(results) if line not in table] + unreadable_lines(
+        results
+    )
+    if told:
+        lines += ["", *told]
+    if (out / "report.html").exists():
+        lines += ["", f"report: {out / 'report.html'}"]
     return "\n".join(lines)

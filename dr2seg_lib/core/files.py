@@ -26,29 +26,38 @@ from safetensors import SafetensorError, safe_open
 # %% ../../nbs/core/files.ipynb #3dca3eef
 def to_jsonable(value):
     "Turns numpy and torch scalars and arrays into plain numbers and lists; a number JSON has no word for becomes None."
-    if isinstance(value, dict): return {str(k): to_jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [to_jsonable(v) for v in value]
-    if hasattr(value, "tolist"): return to_jsonable(value.tolist())
-    if isinstance(value, Path): return str(value)
+    if isinstance(value, dict):
+        return {str(k): to_jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_jsonable(v) for v in value]
+    if hasattr(value, "tolist"):
+        return to_jsonable(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../../nbs/core/files.ipynb #0fe62251
 def fsync_path(path: Path):
     "Forces a file, or a folder's list of names, to the disk."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 @contextmanager
 def naming_write_errors(path: Path):
     "Inside, a failure to write says which file, why, and what mends it."
     path = Path(path)
-    try: yield
+    try:
+        yield
     except OSError as e:
         mend = "free space or grant permission, then resume the run"
         if not path.parent.is_dir():
             mend = f"{path.parent} was deleted or moved; restore it and resume, or start anew"
         raise OSError(f"{path} cannot be written ({e.strerror or e}); {mend}") from e
+
 
 def make_folder(path: Path):
     "Makes a folder with those above it, so that no power cut takes their names away."
@@ -59,9 +68,10 @@ def make_folder(path: Path):
         for made in reversed(missing):
             fsync_path(made.parent)
 
+
 def permit(folder: Path):
     "Gives the files of a folder the permissions that a new file has: some libraries leave theirs to the owner alone."
-    ordinary = Path(folder)/".permissions"
+    ordinary = Path(folder) / ".permissions"
     ordinary.touch()
     mode = stat.S_IMODE(ordinary.stat().st_mode)
     ordinary.unlink()
@@ -69,42 +79,56 @@ def permit(folder: Path):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
+
 @contextmanager
-def atomic_write(path: Path,
-              safe: bool = True) -> Iterator[TextIO]:  # force it to the disk: off for what may be lost with the power
+def atomic_write(
+    path: Path, safe: bool = True
+) -> Iterator[TextIO]:  # force it to the disk: off for what may be lost with the power
     "A file to write into; at the end of the block it takes the place of the old one in one move, so that a reader sees that or the new, never half."
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with naming_write_errors(path):
         try:
-            with open(part, "w", encoding="utf-8", errors="backslashreplace") as f: yield f # half a character pair becomes its escape
-            if safe: fsync_path(part)
+            with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
+                yield f  # half a character pair becomes its escape
+            if safe:
+                fsync_path(part)
             part.replace(path)
-        finally: part.unlink(missing_ok=True)
-        if safe: fsync_path(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+        if safe:
+            fsync_path(path.parent)
+
 
 def write_text(path: Path, text: str, safe: bool = True):
     "Replaces a file's text in one move."
-    with atomic_write(path, safe) as f: f.write(text)
+    with atomic_write(path, safe) as f:
+        f.write(text)
+
 
 def write_json(path: Path, value, safe: bool = True):
     "Writes one JSON value in one move."
     text = json.dumps(to_jsonable(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n", safe)
 
+
 def read_json(path: Path):
     "Reads one JSON value; a missing or broken file is named."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
-    if not path.is_file(): raise ValueError(f"{path} is no file; restore it or remove the run")
-    try: return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e: # not JSON, not UTF-8, or nested without end
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; restore it or remove the run")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run") from None
 
 # %% ../../nbs/core/files.ipynb #dffc44a9
 def _lines(rows) -> str:
     lines = [json.dumps(to_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows]
     return "".join(lines)
+
 
 def append_jsonl(path: Path, rows: list[dict]) -> bytes:  # what was added
     "Appends whole lines and forces them to the disk; what cannot be written whole is taken back."
@@ -117,36 +141,48 @@ def append_jsonl(path: Path, rows: list[dict]) -> bytes:  # what was added
                 written += f.write(text[written:])
             os.fsync(f.fileno())
         except OSError:
-            with suppress(OSError): f.truncate(before)
+            with suppress(OSError):
+                f.truncate(before)
             raise
-        if not before: fsync_path(path.parent) # its name may be new
+        if not before:
+            fsync_path(path.parent)  # its name may be new
     return text
+
 
 def write_jsonl(path: Path, rows: list[dict]):
     "Writes a whole file of rows in one move."
     write_text(path, _lines(rows))
 
+
 def read_jsonl(path: Path) -> list[dict]:
     "Reads the rows of a file; a last line that was cut short is dropped."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
-    if not path.is_file(): raise ValueError(f"{path} is no file; restore it or remove the run")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; restore it or remove the run")
     rows, lines = [], path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):     # what follows the last newline is empty or cut
-        try: row = json.loads(line.decode())
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or cut
+        try:
+            row = json.loads(line.decode())
         except (ValueError, RecursionError):
-            if number == len(lines) - 1: break
+            if number == len(lines) - 1:
+                break
             raise ValueError(f"{path}, line {number} is not valid JSON; remove that line") from None
-        if not isinstance(row, dict): raise ValueError(f"{path}, line {number} is no JSON object; remove that line")
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object; remove that line")
         rows.append(row)
     return rows
+
 
 def cut_unfinished(path: Path):
     "Cuts off what follows the last newline: a line that a kill or a power cut has left unfinished."
     path = Path(path)
     text = path.read_bytes()
     whole = text.rfind(b"\n") + 1
-    if whole < len(text): truncate(path, whole)
+    if whole < len(text):
+        truncate(path, whole)
+
 
 def truncate(path: Path, length: int):  # bytes
     "Shortens a file, for good."
@@ -155,28 +191,66 @@ def truncate(path: Path, length: int):  # bytes
         fsync_path(path)
 
 # %% ../../nbs/core/files.ipynb #75e4b26d
-LOAD_ERRORS = (RuntimeError, ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, IndexError, StopIteration, # what a file that is no checkpoint ends in
-          SafetensorError, StrictDataclassError, pickle.UnpicklingError, struct.error)
+LOAD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    IndexError,
+    StopIteration,  # what a file that is no checkpoint ends in
+    SafetensorError,
+    StrictDataclassError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
 
 @contextmanager
-def naming_load_errors(what: str,  # its kind and name, as the sentence begins
-            mend: str):
+def naming_load_errors(
+    what: str,  # its kind and name, as the sentence begins
+    mend: str,
+):
     "Inside, a failure to load weights becomes a ValueError of one sentence."
-    try: yield
-    except LOAD_ERRORS as e: raise ValueError(f"{what} cannot be loaded ({shorten(str(e), 200, placeholder=' …') or type(e).__name__}); {mend}") from None
+    try:
+        yield
+    except LOAD_ERRORS as e:
+        raise ValueError(
+            f"{what} cannot be loaded ({shorten(str(e), 200, placeholder=' …') or type(e).__name__}); {mend}"
+        ) from None
 
 # %% ../../nbs/core/files.ipynb #1468d1ba
 def find_truncation(file: Path) -> str | None:  # in words; None when it is whole
     "What is wrong with a file of safetensors, as far as its length tells."
-    try: safe_open(file, "np")
-    except LOAD_ERRORS as e: return f"{file.name} is cut short or no safetensors file: {e}"
+    try:
+        safe_open(file, "np")
+    except LOAD_ERRORS as e:
+        return f"{file.name} is cut short or no safetensors file: {e}"
+
 
 def find_checkpoint_problem(folder: Path) -> str | None:  # in words; None when nothing is
     "What is wrong with a checkpoint in the layout of transformers: a file that is missing, or weights that are cut short."
-    index, single = folder/"model.safetensors.index.json", folder/"model.safetensors"
-    if not (folder/"config.json").is_file(): return "config.json is missing"
-    if not any((folder/name).is_file() for name in ("tokenizer.json", "vocab.json")): return "tokenizer.json is missing"
-    try: shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {single.name} if single.is_file() else ()
-    except LOAD_ERRORS: return f"{index.name} does not map weights to files"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not (folder / "config.json").is_file():
+        return "config.json is missing"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return "tokenizer.json is missing"
+    try:
+        shards = (
+            set(json.loads(index.read_text())["weight_map"].values())
+            if index.is_file()
+            else {single.name}
+            if single.is_file()
+            else ()
+        )
+    except LOAD_ERRORS:
+        return f"{index.name} does not map weights to files"
     for name in sorted(shards):
-        if wrong := find_truncation(folder/name) if (folder/name).is_file() else f"{name} is missing": return wrong
+        if (
+            wrong := find_truncation(folder / name)
+            if (folder / name).is_file()
+            else f"{name} is missing"
+        ):
+            return wrong

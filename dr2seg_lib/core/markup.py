@@ -13,40 +13,46 @@ from markupsafe import Markup
 
 # %% ../../nbs/core/markup.ipynb #6988cfa2
 def fill_html(
-    template:str, # HTML, a literal; {} or {name} where a value goes, attributes in quotes
+    template: str,  # HTML, a literal; {} or {name} where a value goes, attributes in quotes
     *values,
     **named,
-)->Markup:
+) -> Markup:
     "The template with its values, each escaped unless it is `Markup`."
     return Markup(template).format(*values, **named)
 
+
 def join_html(
-    parts:Iterable, # of Markup; a bare string is escaped
-)->Markup:
+    parts: Iterable,  # of Markup; a bare string is escaped
+) -> Markup:
     "Fragments one after the other."
-    return Markup('').join(parts)
+    return Markup("").join(parts)
 
 # %% ../../nbs/core/markup.ipynb #3b8a960e
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-CONTENT_POLICY_TAG = fill_html('<meta http-equiv="Content-Security-Policy" content="{}">', CONTENT_POLICY)
+CONTENT_POLICY_TAG = fill_html(
+    '<meta http-equiv="Content-Security-Policy" content="{}">', CONTENT_POLICY
+)
 
 # %% ../../nbs/core/markup.ipynb #3ddb9aff
-_MARKDOWN = {c: f'&#{ord(c)};' for c in '\\`[]$'} | {'&': '&amp;', '<': '&lt;', '>': '&gt;'}
-_MARKDOWN |= {'|': '\\|'}
-_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]+')
+_MARKDOWN = {c: f"&#{ord(c)};" for c in "\\`[]$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKDOWN |= {"|": "\\|"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
 
 def markdown_text(
-    text:str,
-)->str: # one line
+    text: str,
+) -> str:  # one line
     "Text as Markdown shows it unchanged, in a table's cell too."
-    return ''.join(_MARKDOWN.get(c, c) for c in _CONTROL.sub(' ', text))
+    return "".join(_MARKDOWN.get(c, c) for c in _CONTROL.sub(" ", text))
 
-_TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
-_TEX |= {c: f'\\{c}' for c in '&%$#_{}'} | {'<': r'\textless{}', '>': r'\textgreater{}'}
-_TEX |= {'±': r'$\pm$', '−': '$-$', '–': '--', '²': '$^2$', 'γ': r'$\gamma$', '×': r'$\times$'}
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_TEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
+_TEX |= {"±": r"$\pm$", "−": "$-$", "–": "--", "²": "$^2$", "γ": r"$\gamma$", "×": r"$\times$"}
+
 
 def latex_text(
-    text:str,
-)->str: # one line
+    text: str,
+) -> str:  # one line
     "Text as LaTeX shows it unchanged."
-    return ''.join(_TEX.get(c, c) for c in _CONTROL.sub(' ', text))
+    return "".join(_TEX.get(c, c) for c in _CONTROL.sub(" ", text))

@@ -15,120 +15,157 @@ from pycocotools import mask as coco
 from scipy.ndimage import distance_transform_edt
 
 # %% ../../nbs/core/masks.ipynb #16875359
-MAX_PIXELS = 2**26 # of an image and its masks, 8192 × 8192
+MAX_PIXELS = 2**26  # of an image and its masks, 8192 × 8192
+
 
 def encode_rle(
-    mask:np.ndarray, # [H,W] bool
-)->dict: # {"size": [H,W], "counts": str}
+    mask: np.ndarray,  # [H,W] bool
+) -> dict:  # {"size": [H,W], "counts": str}
     "Run-length encoding of a mask, COCO's compressed form, ready for JSON."
-    if np.ndim(mask) != 2: raise ValueError(f"A mask must be [H,W]; this one has the shape {np.shape(mask)}.")
+    if np.ndim(mask) != 2:
+        raise ValueError(f"A mask must be [H,W]; this one has the shape {np.shape(mask)}.")
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return dict(size=[int(n) for n in rle['size']], counts=rle['counts'].decode('ascii'))
+    return dict(size=[int(n) for n in rle["size"]], counts=rle["counts"].decode("ascii"))
+
 
 def run_lengths(
-    counts:str, # COCO's: six bits a character, of which five count
-)->list|None: # of int; None where the text is no such encoding
+    counts: str,  # COCO's: six bits a character, of which five count
+) -> list | None:  # of int; None where the text is no such encoding
     "The lengths of the runs, background first."
-    codes = np.frombuffer(counts.encode('ascii', 'ignore'), np.uint8).astype(np.int64) - 48
-    if not counts.isascii() or not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32: return None
-    last = codes & 32 == 0 # character of a number; the others say that it goes on
+    codes = np.frombuffer(counts.encode("ascii", "ignore"), np.uint8).astype(np.int64) - 48
+    if (
+        not counts.isascii()
+        or not len(codes)
+        or codes.min() < 0
+        or codes.max() > 63
+        or codes[-1] & 32
+    ):
+        return None
+    last = codes & 32 == 0  # character of a number; the others say that it goes on
     first, ends = np.flatnonzero(np.concatenate([[True], last[:-1]])), np.flatnonzero(last)
     place = np.arange(len(codes)) - np.repeat(first, ends - first + 1)
-    if place.max() > 6: return None # 35 bits: no image has so long a run
-    values = np.add.reduceat((codes & 31) << 5*place, first)
-    values -= np.where(codes[ends] & 16, 1 << 5*(place[ends] + 1), 0) # negative
-    values[1::2] = values[1::2].cumsum() # relative to the last of its colour,
-    values[2::2] = values[2::2].cumsum() # from the fourth number on
+    if place.max() > 6:
+        return None  # 35 bits: no image has so long a run
+    values = np.add.reduceat((codes & 31) << 5 * place, first)
+    values -= np.where(codes[ends] & 16, 1 << 5 * (place[ends] + 1), 0)  # negative
+    values[1::2] = values[1::2].cumsum()  # relative to the last of its colour,
+    values[2::2] = values[2::2].cumsum()  # from the fourth number on
     return values.tolist()
 
+
 def decode_rle(
-    rle:dict, # what `encode` gave, or any COCO RLE, its counts a text or a list; anything else is told
-)->np.ndarray: # [H,W] bool
+    rle: dict,  # what `encode` gave, or any COCO RLE, its counts a text or a list; anything else is told
+) -> np.ndarray:  # [H,W] bool
     "The mask behind a run-length encoding, which must add up: COCO's own decoder would write beyond the mask."
-    size, counts = (rle.get('size'), rle.get('counts')) if isinstance(rle, dict) else (None, None)
+    size, counts = (rle.get("size"), rle.get("counts")) if isinstance(rle, dict) else (None, None)
     whole = lambda n: type(n) is int and n >= 0
-    if not isinstance(size, list) or len(size) != 2 or not all(map(whole, size)) or size[0]*size[1] > MAX_PIXELS:
-        raise ValueError(f'the size {brief(size)} is none of a mask; give it as [H, W], at most {MAX_PIXELS:,} pixels.')
-    if isinstance(counts, bytes): counts = counts.decode('ascii', 'replace')
-    if isinstance(counts, str) and len(counts) > 7*(size[0]*size[1] + 1): counts = None # no runs are so many
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(map(whole, size))
+        or size[0] * size[1] > MAX_PIXELS
+    ):
+        raise ValueError(
+            f"the size {brief(size)} is none of a mask; give it as [H, W], at most {MAX_PIXELS:,} pixels."
+        )
+    if isinstance(counts, bytes):
+        counts = counts.decode("ascii", "replace")
+    if isinstance(counts, str) and len(counts) > 7 * (size[0] * size[1] + 1):
+        counts = None  # no runs are so many
     runs, (h, w) = run_lengths(counts) if isinstance(counts, str) else counts, size
-    if not isinstance(runs, list) or not all(map(whole, runs)) or sum(runs) != h*w:
-        raise ValueError(f'the counts do not add up to {h*w} pixels; encode the mask again.')
+    if not isinstance(runs, list) or not all(map(whole, runs)) or sum(runs) != h * w:
+        raise ValueError(f"the counts do not add up to {h * w} pixels; encode the mask again.")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(w, h).T
 
 # %% ../../nbs/core/masks.ipynb #417c3f51
 def mask_box(
-    mask:np.ndarray, # [H,W] bool
-)->tuple: # (x1,y1,x2,y2) int, inclusive pixels
+    mask: np.ndarray,  # [H,W] bool
+) -> tuple:  # (x1,y1,x2,y2) int, inclusive pixels
     "The bounding box of a mask, first and last pixel of each axis."
     ys, xs = np.flatnonzero(np.any(mask, axis=1)), np.flatnonzero(np.any(mask, axis=0))
-    if not len(ys): raise ValueError("An empty mask has no box; check `mask.any()` first.")
+    if not len(ys):
+        raise ValueError("An empty mask has no box; check `mask.any()` first.")
     return int(xs[0]), int(ys[0]), int(xs[-1]), int(ys[-1])
 
+
 def depths_squared(
-    mask:np.ndarray, # [H,W] bool, with a border of background
-)->np.ndarray: # [H,W] whole numbers
+    mask: np.ndarray,  # [H,W] bool, with a border of background
+) -> np.ndarray:  # [H,W] whole numbers
     "The squared distance of every pixel to the background; OpenCV's, much faster, where single precision is exact."
-    if max(mask.shape) > 2048: return np.rint(np.square(distance_transform_edt(mask)))
+    if max(mask.shape) > 2048:
+        return np.rint(np.square(distance_transform_edt(mask)))
     depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.rint(np.square(depth, out=depth), out=depth)
 
+
 def inscribed_circle(
-    mask:np.ndarray, # [H,W] bool
-)->tuple: # (x,y) int, radius in pixels
+    mask: np.ndarray,  # [H,W] bool
+) -> tuple:  # (x,y) int, radius in pixels
     "The largest circle inside a mask; outside the image is background."
-    if not np.any(mask): raise ValueError("An empty mask has no point; check `mask.any()` first.")
+    if not np.any(mask):
+        raise ValueError("An empty mask has no point; check `mask.any()` first.")
     x1, y1, x2, y2 = mask_box(mask)
-    depth = depths_squared(np.pad(mask[y1:y2+1, x1:x2+1], 1))
+    depth = depths_squared(np.pad(mask[y1 : y2 + 1, x1 : x2 + 1], 1))
     y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return (int(x) - 1 + x1, int(y) - 1 + y1), float(depth[y, x])**.5
+    return (int(x) - 1 + x1, int(y) - 1 + y1), float(depth[y, x]) ** 0.5
+
 
 def deepest_point(
-    mask:np.ndarray, # [H,W] bool
-)->tuple: # (x,y) int
+    mask: np.ndarray,  # [H,W] bool
+) -> tuple:  # (x,y) int
     "The mask pixel with the largest Euclidean distance to the background."
     return inscribed_circle(mask)[0]
 
+
 def second_deepest_point(
-    mask:np.ndarray, # [H,W] bool
-    circle:tuple|None=None, # of `circle_of`, where it is known already
-)->tuple: # (x,y) int
+    mask: np.ndarray,  # [H,W] bool
+    circle: tuple | None = None,  # of `circle_of`, where it is known already
+) -> tuple:  # (x,y) int
     "The point of what is left of a mask without the largest circle inside it (Seg-Zero's second point); the first point again if nothing is left."
     ((x, y), radius), (x1, y1, x2, y2) = circle or inscribed_circle(mask), mask_box(mask)
-    part = mask[y1:y2+1, x1:x2+1]
-    rows, columns = np.ogrid[y1 - y:y2 - y + 1, x1 - x:x2 - x + 1]
-    rest = part & (rows*rows + columns*columns >= round(radius*radius))
-    if not rest.any(): return x, y
+    part = mask[y1 : y2 + 1, x1 : x2 + 1]
+    rows, columns = np.ogrid[y1 - y : y2 - y + 1, x1 - x : x2 - x + 1]
+    rest = part & (rows * rows + columns * columns >= round(radius * radius))
+    if not rest.any():
+        return x, y
     x, y = deepest_point(rest)
     return x + x1, y + y1
 
 # %% ../../nbs/core/masks.ipynb #02f6c7a0
 def iou(
-    a:np.ndarray, # [H,W] bool
-    b:np.ndarray, # [H,W] bool
-    ignore:np.ndarray|None=None, # [H,W] bool, pixels that count in neither I nor U
-)->tuple: # (I, U) in pixels, int
+    a: np.ndarray,  # [H,W] bool
+    b: np.ndarray,  # [H,W] bool
+    ignore: np.ndarray | None = None,  # [H,W] bool, pixels that count in neither I nor U
+) -> tuple:  # (I, U) in pixels, int
     "Intersection and union of two masks, as counts; `ratio` makes the IoU of them."
-    if np.shape(a) != np.shape(b): raise ValueError(f"Masks of one size are needed; these are {np.shape(a)} and {np.shape(b)}.")
+    if np.shape(a) != np.shape(b):
+        raise ValueError(
+            f"Masks of one size are needed; these are {np.shape(a)} and {np.shape(b)}."
+        )
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    if ignore is not None: a, b = a & ~ignore, b & ~ignore
+    if ignore is not None:
+        a, b = a & ~ignore, b & ~ignore
     return int((a & b).sum()), int((a | b).sum())
 
+
 def ratio(
-    i:int, # intersection, pixels
-    u:int, # union, pixels
-)->float: # IoU, 0..1
+    i: int,  # intersection, pixels
+    u: int,  # union, pixels
+) -> float:  # IoU, 0..1
     "I/U, and 1 where the union is 0: nothing there, nothing predicted."
-    return i / u if u else 1.
+    return i / u if u else 1.0
 
 # %% ../../nbs/core/masks.ipynb #ca39d279
 def box_iou(
-    a:np.ndarray, # [N,4] boxes (x1,y1,x2,y2), inclusive
-    b:np.ndarray, # [M,4]
-)->np.ndarray: # [N,M] IoU
+    a: np.ndarray,  # [N,4] boxes (x1,y1,x2,y2), inclusive
+    b: np.ndarray,  # [M,4]
+) -> np.ndarray:  # [N,M] IoU
     "IoU of every box of `a` with every box of `b`, areas counted in inclusive (+1) pixels."
-    a, b = np.asarray(a, dtype=float).reshape(-1, 1, 4), np.asarray(b, dtype=float).reshape(1, -1, 4)
-    side = lambda lo, hi: np.maximum(hi - lo + 1, 0)                          # [...,2] width and height
+    a, b = (
+        np.asarray(a, dtype=float).reshape(-1, 1, 4),
+        np.asarray(b, dtype=float).reshape(1, -1, 4),
+    )
+    side = lambda lo, hi: np.maximum(hi - lo + 1, 0)  # [...,2] width and height
     inter = side(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])).prod(-1)
     union = side(a[..., :2], a[..., 2:]).prod(-1) + side(b[..., :2], b[..., 2:]).prod(-1) - inter
     return np.divide(inter, union, out=np.zeros_like(union), where=union > 0)

@@ -17,16 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # %% ../../nbs/core/parameters.ipynb #9a902b78
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NEW_TOKENS = dict(embedded=192, other=1024) # an answer's limit by model
+NEW_TOKENS = dict(embedded=192, other=1024)  # an answer's limit by model
+
 
 def default_new_tokens(model: str) -> int:
     "How many tokens an answer of this model may have, if nothing else is said."
     return NEW_TOKENS["embedded" if model == "embedded" else "other"]
 
+
 class ExperimentParameters(BaseModel):
     "What the parameters of all experiments have in common."
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    may_change: ClassVar[dict] = {} # {name: why a resumed run may have another value}
+    may_change: ClassVar[dict] = {}  # {name: why a resumed run may have another value}
 
     @model_validator(mode="before")
     @classmethod
@@ -35,47 +38,74 @@ class ExperimentParameters(BaseModel):
             return given
         return given | dict(max_new_tokens=default_new_tokens(given.get("model", "embedded")))
 
-CUT_SHARE = 0.01 # of the questions; beyond it the limit is judged, not the model
 
-def split_notes(results: dict) -> list[str]: # what was trained on and what was evaluated may differ
+CUT_SHARE = 0.01  # of the questions; beyond it the limit is judged, not the model
+
+
+def split_notes(
+    results: dict,
+) -> list[str]:  # what was trained on and what was evaluated may differ
     "How sets that name no splits were divided, a sentence each."
     known = [results.get(key) for key in ("trained_on", "evaluation")]
     notes = [str(about.get("split_note") or "") for about in known if isinstance(about, dict)]
     return list(dict.fromkeys(filter(None, notes)))
 
-def cut_note(summary: dict) -> str: # "" where few answers were cut, or none knows
+
+def cut_note(summary: dict) -> str:  # "" where few answers were cut, or none knows
     "A warning of answers that were cut at their limit of tokens."
     share = summary.get("cut")
     if not isinstance(share, (int, float)) or share <= CUT_SHARE:
         return ""
-    return (f"{100 * share:.1f} % of the questions got an answer that max_new_tokens cut short, "
-            "which is mostly a miss; raise max_new_tokens")
+    return (
+        f"{100 * share:.1f} % of the questions got an answer that max_new_tokens cut short, "
+        "which is mostly a miss; raise max_new_tokens"
+    )
 
 # %% ../../nbs/core/parameters.ipynb #01e43c4a
 TEXT_LIMIT = "a longer question is refused, a longer description gets no second pass"
 TOKEN_LIMIT = "tokens of an answer; 0: 192 for the embedded model, 1,024 for any other"
 
-MACHINE = "how it is computed, not what: rounding alone may differ" # processes, memory, where a server is
+MACHINE = "how it is computed, not what: rounding alone may differ"  # processes, memory, where a server is
 UPDATE = "how the next steps learn; a step's row tells what it gave"
 TRAIN_MAY_CHANGE = (
     dict.fromkeys(("processes", "chunk", "checkpointing", "shard", "attention", "server"), MACHINE)
-    | dict.fromkeys(("lr", "norm_lr", "schedule", "weight_decay", "grad_norm", "kl", "clip", "updates"), UPDATE)
-    | dict.fromkeys(("eval_samples", "eval_data"), "the start is evaluated again, so that both ends are alike")
+    | dict.fromkeys(
+        ("lr", "norm_lr", "schedule", "weight_decay", "grad_norm", "kl", "clip", "updates"), UPDATE
+    )
+    | dict.fromkeys(
+        ("eval_samples", "eval_data"), "the start is evaluated again, so that both ends are alike"
+    )
     | dict.fromkeys(("record", "checkpoint_every"), "how much is kept")
-    | dict.fromkeys(("strict", "allow_overlap", "max_question_tokens"), "what ends the run"))
+    | dict.fromkeys(("strict", "allow_overlap", "max_question_tokens"), "what ends the run")
+)
+
 
 class TrainFields(ExperimentParameters):
     "The parameters of a training run, by name, type and bounds."
+
     may_change: ClassVar[dict] = TRAIN_MAY_CHANGE
     recipe: str = Field("dr2seg", description="method: a name in recipes.RECIPES, or FILE.py:NAME")
     model: str = Field("embedded", description="policy: embedded, a local folder or a hub id")
-    server: str = Field("", description="address of a vLLM server that samples, such as http://localhost:8000; empty: the policy does")
-    segmenter: str = Field("embedded", description="segmenter of the evaluation; dr2seg_sam3 also takes its reward from it")
+    server: str = Field(
+        "",
+        description="address of a vLLM server that samples, such as http://localhost:8000; empty: the policy does",
+    )
+    segmenter: str = Field(
+        "embedded",
+        description="segmenter of the evaluation; dr2seg_sam3 also takes its reward from it",
+    )
     data: str = Field("mini", description="data set: mini, a path or a hub id")
-    texts: Literal["all", "one"] = Field("all", description="ReasonSeg: each text of a file a question, or one of them, drawn anew in each pass")
+    texts: Literal["all", "one"] = Field(
+        "all",
+        description="ReasonSeg: each text of a file a question, or one of them, drawn anew in each pass",
+    )
     strict: bool = Field(False, description="a record that cannot be read ends the run")
-    eval_data: str = Field("", description="data set of the evaluation; empty: the val split of data")
-    allow_overlap: bool = Field(False, description="questions of the training may be among those of the evaluation")
+    eval_data: str = Field(
+        "", description="data set of the evaluation; empty: the val split of data"
+    )
+    allow_overlap: bool = Field(
+        False, description="questions of the training may be among those of the evaluation"
+    )
     seed: int = Field(0, ge=0)
     steps: int = Field(60, ge=1)
     prompts: int = Field(16, ge=1, description="questions a step")
@@ -85,81 +115,140 @@ class TrainFields(ExperimentParameters):
     max_question_tokens: int = Field(512, ge=1, description="tokens of a question: " + TEXT_LIMIT)
     anchor: float = Field(40, ge=0, description="N0 of Eq. 5, tokens")
     gamma: float = Field(0.05, ge=0, description="slope of Eq. 5")
-    tune: Literal["lora", "full"] = Field("lora", description="train an adapter, or all of the language model")
+    tune: Literal["lora", "full"] = Field(
+        "lora", description="train an adapter, or all of the language model"
+    )
     rank: int = Field(32, ge=1, description="LoRA rank")
     alpha: int = Field(32, ge=1, description="LoRA alpha")
-    targets: tuple[Literal[PROJECTIONS], ...] = Field(PROJECTIONS, min_length=1, description="the projections of the language model that LoRA adapts")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights; LoRA's own are float32")
-    attention: Literal["sdpa", "eager", "flash"] = Field("sdpa", description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics")
+    targets: tuple[Literal[PROJECTIONS], ...] = Field(
+        PROJECTIONS,
+        min_length=1,
+        description="the projections of the language model that LoRA adapts",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the frozen weights; LoRA's own are float32"
+    )
+    attention: Literal["sdpa", "eager", "flash"] = Field(
+        "sdpa",
+        description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics",
+    )
     lr: float = Field(1e-3, gt=0)
-    norm_lr: float = Field(0.02, ge=0, description="learning rate of the final norm's gain; 0 leaves it frozen")
-    schedule: Literal["constant", "linear"] = Field("linear", description="learning rate over the run; linear falls to 0")
+    norm_lr: float = Field(
+        0.02, ge=0, description="learning rate of the final norm's gain; 0 leaves it frozen"
+    )
+    schedule: Literal["constant", "linear"] = Field(
+        "linear", description="learning rate over the run; linear falls to 0"
+    )
     weight_decay: float = Field(0.01, ge=0)
     grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    kl: float = Field(5e-3, ge=0, description="coefficient of the KL to the reference; 0 skips the reference")
+    kl: float = Field(
+        5e-3, ge=0, description="coefficient of the KL to the reference; 0 skips the reference"
+    )
     clip: float = Field(0.2, gt=0)
     updates: int = Field(1, ge=1, description="updates on each step's rollouts (mu)")
     advantage_scale: Literal["group", "none"] = "group"
-    chunk: int = Field(4, ge=1, description="groups in one forward of the update: memory, not mathematics")
-    eval_samples: int = Field(256, ge=0, le=2048, description="held-out samples before and after; 0: no evaluation")
+    chunk: int = Field(
+        4, ge=1, description="groups in one forward of the update: memory, not mathematics"
+    )
+    eval_samples: int = Field(
+        256, ge=0, le=2048, description="held-out samples before and after; 0: no evaluation"
+    )
     record: int = Field(2, ge=0, description="groups a step written to rollouts.jsonl")
     checkpoint_every: int = Field(20, ge=1, description="steps")
-    scorer: str = Field("embedded", description="scorer of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder of open_clip's")
+    scorer: str = Field(
+        "embedded",
+        description="scorer of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder of open_clip's",
+    )
     processes: int = Field(1, ge=1, description="processes that share each step's questions")
-    checkpointing: bool = Field(False, description="compute each layer's inside again in the backward pass: memory for time")
+    checkpointing: bool = Field(
+        False, description="compute each layer's inside again in the backward pass: memory for time"
+    )
     shard: bool = Field(False, description="divide the frozen weights among the processes (FSDP)")
 
     @model_validator(mode="after")
     def _precise_enough(self):
         if self.dtype == "bfloat16" and (self.tune == "full" or self.norm_lr):
-            raise ValueError("dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32")
+            raise ValueError(
+                "dtype: bfloat16 would lose the small steps of weights trained in place; use tune lora and norm_lr 0, or float32"
+            )
         return self
 
     @model_validator(mode="after")
     def _servable(self):
         if self.server and (self.tune == "full" or self.norm_lr):
-            raise ValueError("server: vLLM takes LoRA adapters alone; use tune lora and norm_lr 0, or leave server out")
+            raise ValueError(
+                "server: vLLM takes LoRA adapters alone; use tune lora and norm_lr 0, or leave server out"
+            )
         return self
 
     @model_validator(mode="after")
     def _shared(self):
         if self.prompts % self.processes:
-            raise ValueError(f"prompts: {self.prompts} questions a step cannot be shared by {self.processes} processes; use a multiple of it")
+            raise ValueError(
+                f"prompts: {self.prompts} questions a step cannot be shared by {self.processes} processes; use a multiple of it"
+            )
         return self
 
     @model_validator(mode="after")
     def _shardable(self):
         if self.shard and self.tune == "full":
-            raise ValueError("shard: only frozen weights are divided, and tune full leaves none; use tune lora, or shard false")
+            raise ValueError(
+                "shard: only frozen weights are divided, and tune full leaves none; use tune lora, or shard false"
+            )
         return self
 
 # %% ../../nbs/core/parameters.ipynb #90fa170a
 INHERITED = ("model", "recipe", "segmenter", "dtype", "max_new_tokens", "max_question_tokens")
 ELSE = "; left out: that of the adapter's run"
 
+
 def without_unsaid(given: dict) -> dict:
     "The parameters without those of INHERITED that are empty, 0 or None."
+
     def unsaid(name, value):
         return name in INHERITED and (value is None or type(value) in (str, int) and not value)
+
     return {name: value for name, value in given.items() if not unsaid(name, value)}
+
 
 class EvaluateFields(ExperimentParameters):
     "The parameters of an evaluation, by name, type and bounds."
+
     may_change: ClassVar[dict] = dict.fromkeys(("processes", "attention", "server"), MACHINE)
-    model: str = Field("embedded", description="policy: embedded, a local folder or a hub id" + ELSE)
+    model: str = Field(
+        "embedded", description="policy: embedded, a local folder or a hub id" + ELSE
+    )
     adapter: str = Field("", description="checkpoint of a training run; empty: the model as it is")
-    recipe: str = Field("dr2seg", description="method whose prompt is asked: a name in recipes.RECIPES, or FILE.py:NAME" + ELSE)
-    segmenter: str = Field("embedded", description="embedded, grabcut, a local folder or a hub id" + ELSE)
+    recipe: str = Field(
+        "dr2seg",
+        description="method whose prompt is asked: a name in recipes.RECIPES, or FILE.py:NAME"
+        + ELSE,
+    )
+    segmenter: str = Field(
+        "embedded", description="embedded, grabcut, a local folder or a hub id" + ELSE
+    )
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     split: str = "val"
-    protocol: Literal["lisa", "visionreasoner"] = Field("lisa", description="what ignored pixels are: not counted, or foreground (METHODS §5)")
+    protocol: Literal["lisa", "visionreasoner"] = Field(
+        "lisa", description="what ignored pixels are: not counted, or foreground (METHODS §5)"
+    )
     samples: int = Field(0, ge=0, description="only the first so many; 0: all")
     batch: int = Field(32, ge=1, description="questions asked at once: memory, not mathematics")
     max_new_tokens: int = Field(192, ge=1, description=TOKEN_LIMIT)
-    max_question_tokens: int = Field(512, ge=1, description="tokens of a question; a longer one counts as a miss" + ELSE)
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the policy's weights" + ELSE)
-    server: str = Field("", description="address of a vLLM server that answers, such as http://localhost:8000; empty: the policy does")
-    attention: Literal["sdpa", "eager", "flash"] = Field("sdpa", description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics")
+    max_question_tokens: int = Field(
+        512, ge=1, description="tokens of a question; a longer one counts as a miss" + ELSE
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the policy's weights" + ELSE
+    )
+    server: str = Field(
+        "",
+        description="address of a vLLM server that answers, such as http://localhost:8000; empty: the policy does",
+    )
+    attention: Literal["sdpa", "eager", "flash"] = Field(
+        "sdpa",
+        description="how it is computed: sdpa, eager, or flash for the vision tower; time and memory, not mathematics",
+    )
     processes: int = Field(1, ge=1, description="processes that share the batches")
 
     @model_validator(mode="before")
@@ -167,10 +256,17 @@ class EvaluateFields(ExperimentParameters):
     def _unsaid(cls, given):
         return without_unsaid(given) if isinstance(given, dict) else given
 
+
 class Rea2SegFields(ExperimentParameters):
     "The parameters of a Rea2Seg run, by name, type and bounds."
-    model: str = Field("embedded", description="policy that answers: embedded, a local folder or a hub id")
-    scorer: str = Field("", description="who scores; empty: the policy itself, the embedded one with its scoring adapter")
+
+    model: str = Field(
+        "embedded", description="policy that answers: embedded, a local folder or a hub id"
+    )
+    scorer: str = Field(
+        "",
+        description="who scores; empty: the policy itself, the embedded one with its scoring adapter",
+    )
     segmenter: str = Field("embedded", description="embedded, grabcut, a local folder or a hub id")
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     split: str = Field("val", description="split of the data set")
@@ -182,13 +278,30 @@ class Rea2SegFields(ExperimentParameters):
 
 # %% ../../nbs/core/parameters.ipynb #a14b2936
 SEGMENTER_NAMES = ("embedded", "grabcut")
-RECIPE_NAMES = ("visionreasoner", "dr2seg_desc", "dr2seg", "seg_zero", "pixelthink", "dpad", "dpad_difference", "dpad_scaled",
-                "dr2seg_dpad", "dr2seg_sam3_desc", "dr2seg_sam3") # those of recipes.RECIPES, by a test
+RECIPE_NAMES = (
+    "visionreasoner",
+    "dr2seg_desc",
+    "dr2seg",
+    "seg_zero",
+    "pixelthink",
+    "dpad",
+    "dpad_difference",
+    "dpad_scaled",
+    "dr2seg_dpad",
+    "dr2seg_sam3_desc",
+    "dr2seg_sam3",
+)  # those of recipes.RECIPES, by a test
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
-def find_unknown_name(parameters) -> str | None: # any with these attributes; a sentence, None where all may be right
+
+def find_unknown_name(
+    parameters,
+) -> str | None:  # any with these attributes; a sentence, None where all may be right
     "The first recipe, model, segmenter or data set that cannot be there, found without loading anything."
-    def named(field, default): return str(getattr(parameters, field, default))
+
+    def named(field, default):
+        return str(getattr(parameters, field, default))
+
     if wrong := _unknown_recipe(named("recipe", "dr2seg")):
         return wrong
     if not _may_exist(model := named("model", "embedded"), "embedded"):
@@ -200,6 +313,7 @@ def find_unknown_name(parameters) -> str | None: # any with these attributes; a 
             return f"{field}: {brief_text(name)} does not exist; give the path of a data set, or its name on the hub. The embedded world is called mini."
     return None
 
+
 def _unknown_recipe(name: str) -> str | None:
     file, _, own = name.rpartition(":")
     if name not in RECIPE_NAMES and not file.endswith(".py"):
@@ -208,45 +322,85 @@ def _unknown_recipe(name: str) -> str | None:
         return f"recipe: {brief_text(file)} does not exist; give the path of the file that holds {brief_text(own)}"
     return None
 
+
 def _may_exist(name: str, *known: str) -> bool:
     if name in known or re.fullmatch(_HUB_ID, name):
         return True
-    return bool(name) and os.path.exists(os.path.expanduser(name)) # False too for a name that no disk takes
+    return bool(name) and os.path.exists(
+        os.path.expanduser(name)
+    )  # False too for a name that no disk takes
+
 
 def brief_text(text: str, width: int = 80) -> str:
     "The beginning of a text, for a sentence that repeats what was typed."
-    return text if len(text) <= width else text[:width - 1] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 # %% ../../nbs/core/parameters.ipynb #dfc0b99a
 PAPER = dict(
-    model="Qwen/Qwen2.5-VL-7B-Instruct", segmenter="facebook/sam2.1-hiera-large", prompts=16, samples=8, temperature=1.0,
-    max_new_tokens=512, anchor=40.0, gamma=0.05, tune="lora", rank=64, alpha=64, lr=1e-5, norm_lr=0.0, dtype="bfloat16",
-    schedule="constant", weight_decay=0.01, grad_norm=1.0, kl=5e-3, clip=0.2, updates=1, advantage_scale="group", chunk=1,
-    checkpointing=True, eval_samples=200)
+    model="Qwen/Qwen2.5-VL-7B-Instruct",
+    segmenter="facebook/sam2.1-hiera-large",
+    prompts=16,
+    samples=8,
+    temperature=1.0,
+    max_new_tokens=512,
+    anchor=40.0,
+    gamma=0.05,
+    tune="lora",
+    rank=64,
+    alpha=64,
+    lr=1e-5,
+    norm_lr=0.0,
+    dtype="bfloat16",
+    schedule="constant",
+    weight_decay=0.01,
+    grad_norm=1.0,
+    kl=5e-3,
+    clip=0.2,
+    updates=1,
+    advantage_scale="group",
+    chunk=1,
+    checkpointing=True,
+    eval_samples=200,
+)
 PRESETS = dict(
     reasonseg_few_shot=PAPER | dict(epochs=5, recipe="dr2seg", texts="one"),
-    visionreasoner_7k=PAPER | dict(epochs=1, recipe="dr2seg_desc", data="Ricky06662/VisionReasoner_multi_object_7k_840",
-                                   eval_data="Ricky06662/ReasonSeg_val"))
+    visionreasoner_7k=PAPER
+    | dict(
+        epochs=1,
+        recipe="dr2seg_desc",
+        data="Ricky06662/VisionReasoner_multi_object_7k_840",
+        eval_data="Ricky06662/ReasonSeg_val",
+    ),
+)
 
 # %% ../../nbs/core/parameters.ipynb #292dc1c0
 def _may_change(asked: ExperimentParameters, name: str, old, new) -> bool:
-    if name == "norm_lr" and not (old and new): return False # 0 freezes the gain: what is trained would change
+    if name == "norm_lr" and not (old and new):
+        return False  # 0 freezes the gain: what is trained would change
     return name in asked.may_change
 
-def changed_parameters(recorded: dict, # of the run's record; what an older version did not know has its default
-                       asked: ExperimentParameters) -> dict: # {name: [old, new]}
+
+def changed_parameters(
+    recorded: dict,  # of the run's record; what an older version did not know has its default
+    asked: ExperimentParameters,
+) -> dict:  # {name: [old, new]}
     "What a resume changes of a run's parameters; a ValueError names what has to stay."
     fields = next(c for c in type(asked).__mro__ if ExperimentParameters in c.__bases__)
-    try: before = fields(**recorded)
+    try:
+        before = fields(**recorded)
     except ValidationError as e:
         first = e.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise ValueError(f"the run's record cannot be gone on from (parameter {name}: {first['msg']}); "
-                         "restore run.json, or start a new run") from None
+        raise ValueError(
+            f"the run's record cannot be gone on from (parameter {name}: {first['msg']}); "
+            "restore run.json, or start a new run"
+        ) from None
     pairs = {name: [getattr(before, name), getattr(asked, name)] for name in fields.model_fields}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     for name, (old, new) in changed.items():
         if not _may_change(asked, name, old, new):
-            raise ValueError(f"the run was started with {name} = {old!r}, not {new!r}; "
-                             "leave the parameter out, or start a new run in another folder")
+            raise ValueError(
+                f"the run was started with {name} = {old!r}, not {new!r}; "
+                "leave the parameter out, or start a new run in another folder"
+            )
     return changed

@@ -13,9 +13,12 @@ import numpy as np
 from scipy.special import stdtrit
 
 # %% ../../nbs/core/statistics.ipynb #32c09440
-def percentile_interval(values: np.ndarray, # [N] or [N,K], one row a sample
-              statistic: Callable = lambda v: v.mean(1), # [B,N,...] -> [B]
-              n: int = 1000, seed: int = 0) -> list[float]: # [low, high]
+def percentile_interval(
+    values: np.ndarray,  # [N] or [N,K], one row a sample
+    statistic: Callable = lambda v: v.mean(1),  # [B,N,...] -> [B]
+    n: int = 1000,
+    seed: int = 0,
+) -> list[float]:  # [low, high]
     "95 % percentile interval of a statistic under resampling of the rows."
     picks = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
     return np.percentile(statistic(np.asarray(values)[picks]), [2.5, 97.5]).tolist()
@@ -23,32 +26,40 @@ def percentile_interval(values: np.ndarray, # [N] or [N,K], one row a sample
 # %% ../../nbs/core/statistics.ipynb #57583296
 class Interval(NamedTuple):
     "An estimate and its 95 % interval; `lo` and `hi` are NaN where there is none."
+
     mean: float
     lo: float = np.nan
     hi: float = np.nan
 
     def __format__(self, spec):
-        half = (self.hi - self.lo)/2
-        return format(self.mean, spec) + (f' ± {half:{spec.lstrip("+")}}' if np.isfinite(half) else '')
+        half = (self.hi - self.lo) / 2
+        return format(self.mean, spec) + (
+            f" ± {half:{spec.lstrip('+')}}" if np.isfinite(half) else ""
+        )
+
 
 def mean_interval(
-    values, # one value a seed
-)->Interval:
+    values,  # one value a seed
+) -> Interval:
     "The mean with Student's t-interval; a single value has no interval."
     v = np.asarray(values, dtype=float)
-    if not v.size: raise ValueError('mean_interval needs at least one value; this list is empty.')
-    if v.size < 2: return Interval(float(v.mean()))
-    half = stdtrit(v.size - 1, .975)*v.std(ddof=1)/np.sqrt(v.size)
+    if not v.size:
+        raise ValueError("mean_interval needs at least one value; this list is empty.")
+    if v.size < 2:
+        return Interval(float(v.mean()))
+    half = stdtrit(v.size - 1, 0.975) * v.std(ddof=1) / np.sqrt(v.size)
     return Interval(float(v.mean()), float(v.mean() - half), float(v.mean() + half))
 
+
 def bootstrap_interval(
-    values, # [N,...], one row a sample
-    statistic=np.mean, # of resampled rows
-    n:int=1000, # resamplings
-    seed:int=0,
-)->Interval:
+    values,  # [N,...], one row a sample
+    statistic=np.mean,  # of resampled rows
+    n: int = 1000,  # resamplings
+    seed: int = 0,
+) -> Interval:
     "The statistic with its percentile interval over resampled rows."
     v, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    if not len(v): raise ValueError('bootstrap needs at least one value; this list is empty.')
+    if not len(v):
+        raise ValueError("bootstrap needs at least one value; this list is empty.")
     again = [statistic(v[rng.integers(len(v), size=len(v))]) for _ in range(n)]
-    return Interval(float(statistic(v)), *(float(q) for q in np.quantile(again, (.025, .975))))
+    return Interval(float(statistic(v)), *(float(q) for q in np.quantile(again, (0.025, 0.975))))

@@ -13,45 +13,70 @@ from .markup import fill_html, join_html, markdown_text
 
 # %% ../../nbs/core/text_table.ipynb #492e7b35
 def format_cell(
-    value, # a number or Interval; a text stays as it is
-    spec:str, # format
-)->str:
+    value,  # a number or Interval; a text stays as it is
+    spec: str,  # format
+) -> str:
     "A value as a table shows it; what is missing is a dash."
-    if value is None or isinstance(value, float) and np.isnan(value): return '–'
-    return value if isinstance(value, str) else format(value, spec).replace('-', '−')
+    if value is None or isinstance(value, float) and np.isnan(value):
+        return "–"
+    return value if isinstance(value, str) else format(value, spec).replace("-", "−")
+
 
 class Table:
     "Rows as text. `str` gives Markdown; a notebook shows it as HTML."
-    def __init__(self,
-        rows:list, # of dict
-        columns:dict, # key: format spec, or (header, format spec); the keys are looked up in the rows
+
+    def __init__(
+        self,
+        rows: list,  # of dict
+        columns: dict,  # key: format spec, or (header, format spec); the keys are looked up in the rows
     ):
         columns = {key: (key, c) if isinstance(c, str) else c for key, c in columns.items()}
         self.head = [header for header, _ in columns.values()]
-        self.rows = [[format_cell(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
-        self.right = [bool(spec) for _, spec in columns.values()] # numbers to the right
+        self.rows = [
+            [format_cell(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows
+        ]
+        self.right = [bool(spec) for _, spec in columns.values()]  # numbers to the right
 
     @property
-    def markdown(self)->str:
-        def line(cells): return '| ' + ' | '.join(map(markdown_text, cells)) + ' |'
-        return '\n'.join([line(self.head), line(['---:' if r else '---' for r in self.right]), *map(line, self.rows)])
+    def markdown(self) -> str:
+        def line(cells):
+            return "| " + " | ".join(map(markdown_text, cells)) + " |"
+
+        return "\n".join(
+            [
+                line(self.head),
+                line(["---:" if r else "---" for r in self.right]),
+                *map(line, self.rows),
+            ]
+        )
 
     @property
-    def html(self)->Markup:
-        heads = join_html(fill_html('<th class=num>{}</th>', c) if r else fill_html('<th>{}</th>', c) for c, r in zip(self.head, self.right))
-        rows = join_html(fill_html('<tr>{}</tr>', self._cells(row)) for row in self.rows)
-        return fill_html('<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>', heads, rows)
+    def html(self) -> Markup:
+        heads = join_html(
+            fill_html("<th class=num>{}</th>", c) if r else fill_html("<th>{}</th>", c)
+            for c, r in zip(self.head, self.right)
+        )
+        rows = join_html(fill_html("<tr>{}</tr>", self._cells(row)) for row in self.rows)
+        return fill_html("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", heads, rows)
 
     def _cells(self, row):
-        return join_html(fill_html('<td class=num>{}</td>', c) if r else fill_html('<td>{}</td>', c) for c, r in zip(row, self.right))
+        return join_html(
+            fill_html("<td class=num>{}</td>", c) if r else fill_html("<td>{}</td>", c)
+            for c, r in zip(row, self.right)
+        )
 
-    def __str__(self): return self.markdown
+    def __str__(self):
+        return self.markdown
+
     __repr__ = __str__
-    def _repr_html_(self): return self.html
+
+    def _repr_html_(self):
+        return self.html
+
 
 def rows_table(
-    rows:list, # of dict
-    columns:dict, # key: format spec, or (header, format spec)
-)->Table:
+    rows: list,  # of dict
+    columns: dict,  # key: format spec, or (header, format spec)
+) -> Table:
     "Rows of dicts as a table, in Markdown and HTML."
     return Table(rows, columns)

@@ -10,28 +10,55 @@ from .questions import Question, _pick
 from .scenes import Scene, describe_objects, object_caption
 
 # %% ../../nbs/data/chains.ipynb #5929094c
-VERBOSE, SECOND_THOUGHTS = 0.75, (0.35, 0.40, 0.25) # share of verbose chains; P(0, 1, 2 second thoughts)
-_OPEN = ("let me look at the whole picture first", "let me look at everything in this picture, okay", "let me look, first i will go through all the objects here")
-_THEN = ("now the question asks", "so i need to think about the question,", "let me read the question again,")
+VERBOSE, SECOND_THOUGHTS = (
+    0.75,
+    (0.35, 0.40, 0.25),
+)  # share of verbose chains; P(0, 1, 2 second thoughts)
+_OPEN = (
+    "let me look at the whole picture first",
+    "let me look at everything in this picture, okay",
+    "let me look, first i will go through all the objects here",
+)
+_THEN = (
+    "now the question asks",
+    "so i need to think about the question,",
+    "let me read the question again,",
+)
 _DOUBT = ("wait, maybe it is", "hmm, but it could also be", "on second thought, perhaps it is")
 _KEEP = ("no, that does not fit as well", "no, i was right before")
 
+
 def _tour(rng, scene, things):
     return "there is " + ", ".join(f"{object_caption(t)} at the {t.place}" for t in things)
+
 
 def think_concise(rng, scene: Scene, q: Question) -> str:
     "The facts and the conclusion, nothing else."
     return ". ".join([*q.reason, f"so it is {describe_objects(q.targets, scene)}"]) + "."
 
+
 def think_verbose(rng, scene: Scene, q: Question) -> str:
     "A tour of the picture, the facts, then second thoughts about what looks like the target, and back."
-    chain = [_pick(rng, _OPEN), _tour(rng, scene, [scene.things[i] for i in rng.permutation(len(scene.things))]),
-             f"{_pick(rng, _THEN)} {q.text}", *q.reason, f"so it could be {describe_objects(q.targets, scene)}"]
+    chain = [
+        _pick(rng, _OPEN),
+        _tour(rng, scene, [scene.things[i] for i in rng.permutation(len(scene.things))]),
+        f"{_pick(rng, _THEN)} {q.text}",
+        *q.reason,
+        f"so it could be {describe_objects(q.targets, scene)}",
+    ]
     others = [t for t in scene.things if t not in q.targets]
-    close = [t for t in others if t.colour == q.targets[0].colour or t.shape == q.targets[0].shape] or others
+    close = [
+        t for t in others if t.colour == q.targets[0].colour or t.shape == q.targets[0].shape
+    ] or others
     for _ in range(int(rng.choice(3, p=SECOND_THOUGHTS))):
-        chain += [f"{_pick(rng, _DOUBT)} {describe_objects([_pick(rng, close)], scene)}", _pick(rng, _KEEP)]
-    return ". ".join([*chain, f"therefore the target is {describe_objects(q.targets, scene)}"]) + "."
+        chain += [
+            f"{_pick(rng, _DOUBT)} {describe_objects([_pick(rng, close)], scene)}",
+            _pick(rng, _KEEP),
+        ]
+    return (
+        ". ".join([*chain, f"therefore the target is {describe_objects(q.targets, scene)}"]) + "."
+    )
+
 
 def think_direct(targets) -> str:
     "How to think about a question that names its targets: where they are, nothing else."

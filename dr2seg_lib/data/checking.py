@@ -19,117 +19,162 @@ from .records import MAX_QUESTION_TOKENS, BrokenRecord, shorten_line
 from .samples import Sample
 
 # %% ../../nbs/data/checking.ipynb #ef869aaf
-MAX_SENTENCES = 1000 # sentences of a kind in a report
-SPECIAL = re.compile(r'<\|\w+\|>') # as Qwen writes them: <|image_pad|>, <|im_end|>, …
+MAX_SENTENCES = 1000  # sentences of a kind in a report
+SPECIAL = re.compile(r"<\|\w+\|>")  # as Qwen writes them: <|image_pad|>, <|im_end|>, …
+
 
 class Sentences:
     "Sentences, each once: the first of them, and how many more there are."
-    def __init__(self): self.first, self.more = {}, 0
+
+    def __init__(self):
+        self.first, self.more = {}, 0
 
     def add(self, sentence: str):
-        if sentence in self.first: return
-        if len(self.first) < MAX_SENTENCES: self.first[sentence] = None
-        else: self.more += 1
+        if sentence in self.first:
+            return
+        if len(self.first) < MAX_SENTENCES:
+            self.first[sentence] = None
+        else:
+            self.more += 1
 
     def sentences(self) -> tuple:
-        rest = f'There are {self.more:,} more like these; mend these first.'
+        rest = f"There are {self.more:,} more like these; mend these first."
         return (*self.first, rest) if self.more else tuple(self.first)
+
 
 def rough_tokens(text: str) -> int:
     "About how many tokens a text has: one a word, number or mark, or for 8 bytes of a long one."
-    pieces = re.findall(r'\w+|[^\w\s]+', text)
-    return sum(-(-len(piece.encode('utf-8', 'replace'))//8) for piece in pieces)
+    pieces = re.findall(r"\w+|[^\w\s]+", text)
+    return sum(-(-len(piece.encode("utf-8", "replace")) // 8) for piece in pieces)
 
 # %% ../../nbs/data/checking.ipynb #185ac50d
 @dataclass(frozen=True)
 class DataReport:
     "What a data set is, what it has, and every record that cannot be read."
+
     path: Path
     format: str
-    splits: dict # {split: {"samples", "images", "targets", "without targets", "with ignore"}}
-    broken: tuple # a sentence each
-    remarks: tuple = () # what is no mistake, but should be known
+    splits: dict  # {split: {"samples", "images", "targets", "without targets", "with ignore"}}
+    broken: tuple  # a sentence each
+    remarks: tuple = ()  # what is no mistake, but should be known
 
     def __str__(self):
-        counts = [f'{split}: ' + ', '.join(f'{n} {what}' for what, n in c.items()) for split, c in self.splits.items()]
-        found = f'{len(self.broken)} broken:' if self.broken else 'nothing broken'
-        return '\n'.join([f'{self.path} is {self.format}', *counts, *self.remarks, found, *self.broken])
+        counts = [
+            f"{split}: " + ", ".join(f"{n} {what}" for what, n in c.items())
+            for split, c in self.splits.items()
+        ]
+        found = f"{len(self.broken)} broken:" if self.broken else "nothing broken"
+        return "\n".join(
+            [f"{self.path} is {self.format}", *counts, *self.remarks, found, *self.broken]
+        )
 
-COUNTED = 'samples', 'images', 'targets', 'without targets', 'with ignore' # of each split
+
+COUNTED = "samples", "images", "targets", "without targets", "with ignore"  # of each split
+
 
 class DataChecker:
     "What `check` gathers while it reads a data set."
+
     def __init__(self, path: Path, kind: type, count_tokens: Callable):
         self.path, self.kind, self.count_tokens = path, kind, count_tokens
         self.counts, self.broken, self.remarks = {}, Sentences(), Sentences()
-        self.pictures = {} # hash of an image: {(split, name)}
+        self.pictures = {}  # hash of an image: {(split, name)}
 
-    def opened(self, f, *args, told: Sentences | None = None): # a split or set; None if it cannot be opened
-        try: return f(*args)
-        except (ValueError, FileNotFoundError) as e: (told or self.broken).add(str(e))
+    def opened(
+        self, f, *args, told: Sentences | None = None
+    ):  # a split or set; None if it cannot be opened
+        try:
+            return f(*args)
+        except (ValueError, FileNotFoundError) as e:
+            (told or self.broken).add(str(e))
 
     def question(self, s: Sample, split: str):
         "Whether a question is too long, or has in it what means something to a model."
         where = f'{self.path}: the question of "{shorten_line(s.id, 80)}" of split {split}'
         n = self.count_tokens(s.query)
         if n > MAX_QUESTION_TOKENS:
-            self.broken.add(f'{where} has about {n:,} tokens; '
-                            f'shorten it to {MAX_QUESTION_TOKENS}, or raise max_question_tokens.')
+            self.broken.add(
+                f"{where} has about {n:,} tokens; "
+                f"shorten it to {MAX_QUESTION_TOKENS}, or raise max_question_tokens."
+            )
         if special := sorted(set(SPECIAL.findall(s.query))):
-            self.remarks.add(f'{where} holds {shorten_line(", ".join(special), 80)}; '
-                             'it is read as text, not as a token.')
+            self.remarks.add(
+                f"{where} holds {shorten_line(', '.join(special), 80)}; "
+                "it is read as text, not as a token."
+            )
 
     def split(self, split: str, progress: Callable):
         "Reads every sample of a split."
         data = self.opened(self.kind, self.path, split)
-        if data is None: return
+        if data is None:
+            return
         counts = self.counts[split] = dict.fromkeys(COUNTED, 0)
         images, ids = set(), set()
         for i, key in enumerate(data.index, 1):
             progress(split, i, len(data))
-            try: image, s = data.read(key)
-            except BrokenRecord as e: self.broken.add(str(e)); continue
+            try:
+                image, s = data.read(key)
+            except BrokenRecord as e:
+                self.broken.add(str(e))
+                continue
             if s.id in ids:
-                self.broken.add(f'{self.path}: id "{shorten_line(s.id, 80)}" of split {split} is there twice; '
-                                'give each record a name of its own.')
+                self.broken.add(
+                    f'{self.path}: id "{shorten_line(s.id, 80)}" of split {split} is there twice; '
+                    "give each record a name of its own."
+                )
             images.add(image), ids.add(s.id)
-            self.pictures.setdefault(sha256(s.image.tobytes()).digest()[:8], set()).add((split, image))
+            self.pictures.setdefault(sha256(s.image.tobytes()).digest()[:8], set()).add(
+                (split, image)
+            )
             self.question(s, split)
-            counts['samples'] += 1
-            counts['images'] = len(images)
-            counts['targets'] += len(s.targets)
-            counts['without targets'] += not s.targets
-            counts['with ignore'] += s.ignore is not None
+            counts["samples"] += 1
+            counts["images"] = len(images)
+            counts["targets"] += len(s.targets)
+            counts["without targets"] += not s.targets
+            counts["with ignore"] += s.ignore is not None
 
     def division(self):
         "How a set without splits is divided, and what its sides share nevertheless."
-        data = self.opened(self.kind, self.path, 'val', told=self.remarks)
-        if data is None or not data.split_note: return
-        self.remarks.add(f'{data.split_note}.')
+        data = self.opened(self.kind, self.path, "val", told=self.remarks)
+        if data is None or not data.split_note:
+            return
+        self.remarks.add(f"{data.split_note}.")
         names = {name for _, name in chain(*self.pictures.values())}
         edge = held_out_border(names)
-        side = {name: 'val' if hash_rank(name) < edge else 'train' for name in names}
-        self.pictures = {p: {(side[name], name) for _, name in places} for p, places in self.pictures.items()}
+        side = {name: "val" if hash_rank(name) < edge else "train" for name in names}
+        self.pictures = {
+            p: {(side[name], name) for _, name in places} for p, places in self.pictures.items()
+        }
 
     def shared(self):
         "Which splits have pictures in common."
         common = {}
         for places in self.pictures.values():
             names = dict(sorted(places))
-            if len(names) > 1: common.setdefault(tuple(names), []).append(next(iter(names.values())))
+            if len(names) > 1:
+                common.setdefault(tuple(names), []).append(next(iter(names.values())))
         for splits, names in common.items():
-            self.remarks.add(f'{" and ".join(splits)} have {len(names):,} of the same pictures, '
-                             f'such as {shorten_line(min(names), 80)}.')
+            self.remarks.add(
+                f"{' and '.join(splits)} have {len(names):,} of the same pictures, "
+                f"such as {shorten_line(min(names), 80)}."
+            )
 
-def check_data(name: str | Path, # a path, or a data set of the hub
-          progress: Callable = lambda split, i, n: None, # told after each sample
-          count_tokens: Callable = rough_tokens) -> DataReport: # text -> tokens, a tokenizer's own where it matters
+
+def check_data(
+    name: str | Path,  # a path, or a data set of the hub
+    progress: Callable = lambda split, i, n: None,  # told after each sample
+    count_tokens: Callable = rough_tokens,
+) -> DataReport:  # text -> tokens, a tokenizer's own where it matters
     "Reads a whole data set and says what is in it and what is wrong with it; a broken record never raises."
     path = locate_data(name)
     kind = detect_format(path)
     found = DataChecker(path, kind, count_tokens)
     splits = list(found.opened(kind.splits, path) or {})
-    for split in splits: found.split(split, progress)
-    if splits == ['all'] and found.counts: found.division()
+    for split in splits:
+        found.split(split, progress)
+    if splits == ["all"] and found.counts:
+        found.division()
     found.shared()
-    return DataReport(path, kind.format, found.counts, found.broken.sentences(), found.remarks.sentences())
+    return DataReport(
+        path, kind.format, found.counts, found.broken.sentences(), found.remarks.sentences()
+    )

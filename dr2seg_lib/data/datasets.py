@@ -22,79 +22,121 @@ from .samples import Sample
 # %% ../../nbs/data/datasets.ipynb #ce7a1e3a
 FORMATS = ReasonSegDataset, RefCOCODataset, FolderDataset, ParquetDataset
 
-def locate_data(name: str | Path) -> Path: # a file, a folder, or a data set of the hub
+
+def locate_data(name: str | Path) -> Path:  # a file, a folder, or a data set of the hub
     "Where a data set lies on this machine; the hub is asked for what is not here."
     try:
         path = Path(name).expanduser()
-        if path.exists(): return path
-    except (OSError, RuntimeError) as e: # a name that is too long, a home that is not known
-        what = f'{shorten_line(str(name), 80)} cannot be looked up ({shorten_line(str(e), 80)})'
-        raise FileNotFoundError(f'{what}; give a path.') from None
-    if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(name)):
-        raise FileNotFoundError(f'{shorten_line(str(name), 300)} does not exist; '
-                                'give the path of a data set, or its name on the hub.')
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as e:  # a name that is too long, a home that is not known
+        what = f"{shorten_line(str(name), 80)} cannot be looked up ({shorten_line(str(e), 80)})"
+        raise FileNotFoundError(f"{what}; give a path.") from None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        raise FileNotFoundError(
+            f"{shorten_line(str(name), 300)} does not exist; "
+            "give the path of a data set, or its name on the hub."
+        )
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(str(name), repo_type='dataset', allow_patterns='*.parquet'))
-    except (OSError, ValueError) as e:
-        raise FileNotFoundError(f'{name} is not on this disk and not to be had from the hub ({type(e).__name__}); give a path.') from None
 
-def detect_format(path: Path) -> type: # of Reader
+    try:
+        return Path(snapshot_download(str(name), repo_type="dataset", allow_patterns="*.parquet"))
+    except (OSError, ValueError) as e:
+        raise FileNotFoundError(
+            f"{name} is not on this disk and not to be had from the hub ({type(e).__name__}); give a path."
+        ) from None
+
+
+def detect_format(path: Path) -> type:  # of Reader
     "The format of what lies there."
     for kind in FORMATS:
-        if kind.fits(path): return kind
-    raise ValueError(f'{path} is no known data set; it should hold NAME.jpg with NAME.json (ReasonSeg), refs(*).p (RefCOCO), '
-                     'data.jsonl (your own) or *.parquet (the hub).')
+        if kind.fits(path):
+            return kind
+    raise ValueError(
+        f"{path} is no known data set; it should hold NAME.jpg with NAME.json (ReasonSeg), refs(*).p (RefCOCO), "
+        "data.jsonl (your own) or *.parquet (the hub)."
+    )
 
-def open_data(name: str | Path, # a path, or a data set of the hub
-              split: str, limit: int | None = None, # train, val, test, testA, …; only the first so many samples
-              protocol: str | None = None, # of `PROTOCOLS`; None: the format's own
-              **options) -> SplitReader: # `texts` for ReasonSeg, `level` for RefCOCO
+
+def open_data(
+    name: str | Path,  # a path, or a data set of the hub
+    split: str,
+    limit: int | None = None,  # train, val, test, testA, …; only the first so many samples
+    protocol: str | None = None,  # of `PROTOCOLS`; None: the format's own
+    **options,
+) -> SplitReader:  # `texts` for ReasonSeg, `level` for RefCOCO
     "A split of a data set in any of the formats, a sequence of samples."
     path = locate_data(name)
     kind = detect_format(path)
-    if limit is not None and limit < 1: raise ValueError(f'limit: {limit} leaves nothing; use 1 or more, or None for all.')
-    if unknown := set(options) - {ReasonSegDataset: {'texts'}, RefCOCODataset: {'level'}}.get(kind, set()):
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit} leaves nothing; use 1 or more, or None for all.")
+    if unknown := set(options) - {ReasonSegDataset: {"texts"}, RefCOCODataset: {"level"}}.get(
+        kind, set()
+    ):
         raise ValueError(f'option "{min(unknown)}" is not for {kind.format}; leave it out.')
-    if protocol not in (None, *PROTOCOLS): raise ValueError(f'protocol: "{protocol}" is unknown; use {" or ".join(PROTOCOLS)}.')
-    if protocol == 'lisa' and kind.protocol != 'lisa':
-        raise ValueError(f'protocol: {path} has lost which pixels to ignore; use visionreasoner, or give a folder in the original format.')
+    if protocol not in (None, *PROTOCOLS):
+        raise ValueError(f'protocol: "{protocol}" is unknown; use {" or ".join(PROTOCOLS)}.')
+    if protocol == "lisa" and kind.protocol != "lisa":
+        raise ValueError(
+            f"protocol: {path} has lost which pixels to ignore; use visionreasoner, or give a folder in the original format."
+        )
     data = kind(path, split, limit, **options)
     data.protocol = protocol or kind.protocol
-    if not len(data): raise ValueError(f'{path} holds no samples; put some there or name another folder.')
+    if not len(data):
+        raise ValueError(f"{path} holds no samples; put some there or name another folder.")
     return data
 
 # %% ../../nbs/data/datasets.ipynb #90bc0e49
 def same_image(a: SplitReader, i: int, b: SplitReader, j: int) -> bool:
     "Whether two samples show one image, byte for byte; one that cannot be read is none."
-    try: return a.image_digest(i) == b.image_digest(j)
-    except BrokenRecord: return False
+    try:
+        return a.image_digest(i) == b.image_digest(j)
+    except BrokenRecord:
+        return False
+
 
 def check_disjoint(train: Sequence, evaluation: Sequence):
     "Raises where two readers ask the same question about the same image; other sequences are not looked at."
-    if not isinstance(train, SplitReader) or not isinstance(evaluation, SplitReader): return
+    if not isinstance(train, SplitReader) or not isinstance(evaluation, SplitReader):
+        return
     places = {}
     for i, asked in enumerate(evaluation.asked()):
-        if asked: places.setdefault((asked[1], normalize_question(asked[2], eval=True)), (i, asked[0]))
+        if asked:
+            places.setdefault((asked[1], normalize_question(asked[2], eval=True)), (i, asked[0]))
     for j, asked in enumerate(train.asked()):
         place = places.get((asked[1], normalize_question(asked[2], eval=True))) if asked else None
         if place and same_image(train, j, evaluation, place[0]):
             held, trained = shorten_line(place[1], 80), shorten_line(asked[0], 80)
-            raise ValueError(f'sample "{held}" of the evaluation is sample "{trained}" of the training: '
-                             'the same question about the same image; '
-                             'name other data, or set allow_overlap true.')
+            raise ValueError(
+                f'sample "{held}" of the evaluation is sample "{trained}" of the training: '
+                "the same question about the same image; "
+                "name other data, or set allow_overlap true."
+            )
 
 # %% ../../nbs/data/datasets.ipynb #02ab808b
-def load_data(name: str, # "mini", a folder or file in a format of `readers`, or a data set of the hub
-              split: str, limit: int | None = None,
-              field: str = "data", # the parameter that a complaint names
-              **options) -> Sequence[Sample]: # those of `open_data`
+def load_data(
+    name: str,  # "mini", a folder or file in a format of `readers`, or a data set of the hub
+    split: str,
+    limit: int | None = None,
+    field: str = "data",  # the parameter that a complaint names
+    **options,
+) -> Sequence[Sample]:  # those of `open_data`
     "A split of a data set by name."
-    if name == "mini": return MiniReasonSeg(split, limit)
-    try: return open_data(name, split, limit, **options)
-    except FileNotFoundError as e: raise FileNotFoundError(f"{field}: {e} The embedded world is called mini.") from None
-    except ValueError as e: raise ValueError(f"{field}: {e}") from None
+    if name == "mini":
+        return MiniReasonSeg(split, limit)
+    try:
+        return open_data(name, split, limit, **options)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{field}: {e} The embedded world is called mini.") from None
+    except ValueError as e:
+        raise ValueError(f"{field}: {e}") from None
 
-def validate_data(name: str, split: str, field: str, mend: str = "", **options) -> Sequence[Sample]: # mend: what else would help
+
+def validate_data(
+    name: str, split: str, field: str, mend: str = "", **options
+) -> Sequence[Sample]:  # mend: what else would help
     "`load_data` for a configuration, where every complaint is a ValueError."
-    try: return load_data(name, split, field=field, **options)
-    except (FileNotFoundError, ValueError) as e: raise ValueError(f"{e}{mend}") from None
+    try:
+        return load_data(name, split, field=field, **options)
+    except (FileNotFoundError, ValueError) as e:
+        raise ValueError(f"{e}{mend}") from None

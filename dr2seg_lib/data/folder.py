@@ -42,117 +42,173 @@ from dr2seg_lib.data.records import (
 from .samples import Sample, Target
 
 # %% ../../nbs/data/folder.ipynb #3ad7ed90
-MAX_BOXED = 2**27 # pixels of the boxes around a record's objects, in which their points are looked for
+MAX_BOXED = (
+    2**27
+)  # pixels of the boxes around a record's objects, in which their points are looked for
+
 
 class FolderDataset(SplitReader):
     "A folder of one's own with data.jsonl."
+
     format = "a folder of one's own"
-    fields = 'id', 'image', 'query', 'mask', 'polygon', 'ignore', 'tags', 'split'
+    fields = "id", "image", "query", "mask", "polygon", "ignore", "tags", "split"
 
     def __init__(self, path: Path, split: str, limit: int | None = None):
-        self.folder, self.file = path, path/'data.jsonl'
+        self.folder, self.file = path, path / "data.jsonl"
         self.names_splits = self.first_names_split(self.file)
-        if self.names_splits: index = list(self.of_split(split, limit))
-        else: index, self.split_note = divide_held_out(self.records, split, limit, path)
+        if self.names_splits:
+            index = list(self.of_split(split, limit))
+        else:
+            index, self.split_note = divide_held_out(self.records, split, limit, path)
         super().__init__(np.array(index).reshape(-1, 2), limit)
 
     @staticmethod
-    def first_names_split(file: Path) -> bool: # which all others have to follow
+    def first_names_split(file: Path) -> bool:  # which all others have to follow
         first = next((record for _, _, record in iter_entries(file) if record), None)
         return named_splits(first) is not None
 
     @classmethod
     def splits(cls, path: Path) -> dict:
-        file = path/'data.jsonl'
-        return named_split_set(file) if cls.first_names_split(file) else {'all': None}
+        file = path / "data.jsonl"
+        return named_split_set(file) if cls.first_names_split(file) else {"all": None}
 
-    def of_split(self, split: str, limit: int | None) -> Iterator[tuple]: # offset, line number
+    def of_split(self, split: str, limit: int | None) -> Iterator[tuple]:  # offset, line number
         "Where the records of a split are, and those that name none and are told in each."
         found, n = False, 0
         for at, number, record in iter_entries(self.file):
-            if n == limit and found: return
+            if n == limit and found:
+                return
             own = named_splits(record)
             found |= own == split
-            if own not in (None, split) or n == limit: continue
+            if own not in (None, split) or n == limit:
+                continue
             n += 1
             yield at, number
-        if not found: choose_split(named_split_set(self.file), split, self.folder)
+        if not found:
+            choose_split(named_split_set(self.file), split, self.folder)
 
-    def records(self) -> Iterator[tuple]: # image, (offset, line number)
+    def records(self) -> Iterator[tuple]:  # image, (offset, line number)
         for at, number, record in iter_entries(self.file):
-            image = record.get('image') if record else None
-            yield image if isinstance(image, str) else f'line {number}', (at, number)
+            image = record.get("image") if record else None
+            yield image if isinstance(image, str) else f"line {number}", (at, number)
 
     @classmethod
-    def fits(cls, path: Path) -> bool: return (path/'data.jsonl').is_file()
+    def fits(cls, path: Path) -> bool:
+        return (path / "data.jsonl").is_file()
 
-    def record(self, key) -> tuple: # where, the record, of which the fields are known
-        where = f'{self.file}:{key[1]}'
+    def record(self, key) -> tuple:  # where, the record, of which the fields are known
+        where = f"{self.file}:{key[1]}"
         record = parse_json(read_line_at(self.file, int(key[0])), where)
-        for f in ('id', 'image', 'query'): read_field(record, f, str, where)
-        check_id(record['id'], where)
+        for f in ("id", "image", "query"):
+            read_field(record, f, str, where)
+        check_id(record["id"], where)
         for f in sorted(record.keys() - set(self.fields)):
-            raise broken_record(where, f'field "{f}"', 'is unknown', f'use {", ".join(self.fields)}')
-        if self.names_splits: read_field(record, 'split', str, where)
-        elif 'split' in record:
-            raise broken_record(where, 'field "split"', 'is not in the first record',
-                         'name a split in every record or in none')
+            raise broken_record(
+                where, f'field "{f}"', "is unknown", f"use {', '.join(self.fields)}"
+            )
+        if self.names_splits:
+            read_field(record, "split", str, where)
+        elif "split" in record:
+            raise broken_record(
+                where,
+                'field "split"',
+                "is not in the first record",
+                "name a split in every record or in none",
+            )
         return where, record
 
-    def asks(self, key) -> tuple: # id, image, question
+    def asks(self, key) -> tuple:  # id, image, question
         _, record = self.record(key)
-        return record['id'], record['image'], record['query']
+        return record["id"], record["image"], record["query"]
 
     def image_data(self, key) -> bytes:
         where, record = self.record(key)
-        return read_bounded(resolve_inside(self.folder, record['image'], where, 'image'), where, 'the image', MAX_IMAGE_BYTES)
+        return read_bounded(
+            resolve_inside(self.folder, record["image"], where, "image"),
+            where,
+            "the image",
+            MAX_IMAGE_BYTES,
+        )
 
-    def mask(self, value, size: tuple, where, field: str) -> np.ndarray: # [H,W] bool
+    def mask(self, value, size: tuple, where, field: str) -> np.ndarray:  # [H,W] bool
         "What a field draws: run lengths, a PNG or a polygon."
-        if field.startswith('polygon'): return paint_polygons([parse_polygon(value, where, field)], [1], size) > 0
-        if not isinstance(value, str): return rle_mask(value, size, where, field)
-        if not value.lower().endswith('.png'):
-            raise broken_record(where, field, f'{value[:80]} is no PNG', 'save it as PNG, which keeps every pixel')
+        if field.startswith("polygon"):
+            return paint_polygons([parse_polygon(value, where, field)], [1], size) > 0
+        if not isinstance(value, str):
+            return rle_mask(value, size, where, field)
+        if not value.lower().endswith(".png"):
+            raise broken_record(
+                where, field, f"{value[:80]} is no PNG", "save it as PNG, which keeps every pixel"
+            )
         image = open_picture(resolve_inside(self.folder, value, where, field), where, field)
         if image.size != size:
-            raise broken_record(where, field, f'is {image.size} beside an image of {size}',
-                         'draw it on the upright image, at its size')
+            raise broken_record(
+                where,
+                field,
+                f"is {image.size} beside an image of {size}",
+                "draw it on the upright image, at its size",
+            )
         return drawn_mask(image)
 
-    def objects(self, record: dict, size: tuple, where) -> dict: # {field, with its place in a list: [H,W] bool}
+    def objects(
+        self, record: dict, size: tuple, where
+    ) -> dict:  # {field, with its place in a list: [H,W] bool}
         "The masks of a record, each with a pixel, all together within bounds."
-        given = [split_masks(record[field], field) for field in ('mask', 'polygon') if field in record]
+        given = [
+            split_masks(record[field], field) for field in ("mask", "polygon") if field in record
+        ]
         values = dict(chain(*given))
-        most = min(MAX_POLYGONS, MAX_DRAWN//(size[0]*size[1]))
+        most = min(MAX_POLYGONS, MAX_DRAWN // (size[0] * size[1]))
         if len(values) > most:
-            raise broken_record(where, 'field "mask"', f'holds {len(values):,} objects in an image of {size}',
-                         f'give at most {most:,}')
-        polygons = [parse_polygon(v, where, f) for f, v in values.items() if f.startswith('polygon')]
-        check_drawable(polygons, size, where, 'polygon')
+            raise broken_record(
+                where,
+                'field "mask"',
+                f"holds {len(values):,} objects in an image of {size}",
+                f"give at most {most:,}",
+            )
+        polygons = [
+            parse_polygon(v, where, f) for f, v in values.items() if f.startswith("polygon")
+        ]
+        check_drawable(polygons, size, where, "polygon")
         masks, boxed = {}, 0
         for f, value in values.items():
             masks[f] = self.mask(value, size, where, f)
             if not masks[f].any():
-                raise broken_record(where, f, 'has no pixel inside the image',
-                             'correct it, or say "mask": [] where there is no answer')
+                raise broken_record(
+                    where,
+                    f,
+                    "has no pixel inside the image",
+                    'correct it, or say "mask": [] where there is no answer',
+                )
             x1, y1, x2, y2 = mask_box(masks[f])
-            boxed += (x2 - x1 + 1)*(y2 - y1 + 1)
+            boxed += (x2 - x1 + 1) * (y2 - y1 + 1)
             if boxed > MAX_BOXED:
-                raise broken_record(where, f, 'covers too many pixels with those before', 'give fewer objects')
+                raise broken_record(
+                    where, f, "covers too many pixels with those before", "give fewer objects"
+                )
         return masks
 
-    def read(self, key) -> tuple: # image name, Sample
+    def read(self, key) -> tuple:  # image name, Sample
         where, record = self.record(key)
-        if not record.keys() & {'mask', 'polygon'}:
-            raise broken_record(where, 'field "mask"', 'is missing', 'add it; [] says there is no answer')
-        image = read_pixels(resolve_inside(self.folder, record['image'], where, 'image'), where)
-        tags = plain_tags(read_field({'tags': {}} | record, 'tags', dict, where), where)
+        if not record.keys() & {"mask", "polygon"}:
+            raise broken_record(
+                where, 'field "mask"', "is missing", "add it; [] says there is no answer"
+            )
+        image = read_pixels(resolve_inside(self.folder, record["image"], where, "image"), where)
+        tags = plain_tags(read_field({"tags": {}} | record, "tags", dict, where), where)
         size = image.shape[1::-1]
         targets = tuple(map(Target.of, self.objects(record, size, where).values()))
-        ignore = self.mask(record['ignore'], size, where, 'ignore') if 'ignore' in record else None
-        return record['image'], Sample(record['id'], image, record['query'], targets, tags, ignore)
+        ignore = self.mask(record["ignore"], size, where, "ignore") if "ignore" in record else None
+        return record["image"], Sample(record["id"], image, record["query"], targets, tags, ignore)
 
-def split_masks(value, field: str) -> list: # one mask or polygon, or a list of them -> (field name, value) of each
-    points = lambda v: isinstance(v, list) and v and all(isinstance(p, list) for p in v) # a polygon, good or bad
-    one = not isinstance(value, list) or field == 'polygon' and value and not all(map(points, value))
-    return [(field, value)] if one else [(f'{field}[{i}]', v) for i, v in enumerate(value)]
+
+def split_masks(
+    value, field: str
+) -> list:  # one mask or polygon, or a list of them -> (field name, value) of each
+    points = lambda v: (
+        isinstance(v, list) and v and all(isinstance(p, list) for p in v)
+    )  # a polygon, good or bad
+    one = (
+        not isinstance(value, list) or field == "polygon" and value and not all(map(points, value))
+    )
+    return [(field, value)] if one else [(f"{field}[{i}]", v) for i, v in enumerate(value)]

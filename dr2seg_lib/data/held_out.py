@@ -15,37 +15,54 @@ import numpy as np
 from .reader import choose_split
 
 # %% ../../nbs/data/held_out.ipynb #771ce262
-HELD_OUT = .1 # of the images, where no record names a split
-HELD_OUT_SIDES = 'train', 'val', 'test', 'all' # of such a set; val and test are the same
+HELD_OUT = 0.1  # of the images, where no record names a split
+HELD_OUT_SIDES = "train", "val", "test", "all"  # of such a set; val and test are the same
 
-def hash_rank(image: str) -> float: # 0..1
+
+def hash_rank(image: str) -> float:  # 0..1
     "Where an image stands in an order that is the same for ever: by the hash of its name."
-    return int.from_bytes(sha256(image.encode('utf-8', 'backslashreplace')).digest()[:6])/2**48
+    return int.from_bytes(sha256(image.encode("utf-8", "backslashreplace")).digest()[:6]) / 2**48
 
-def held_out_border(images: Iterable[str]) -> float: # 0..1
+
+def held_out_border(images: Iterable[str]) -> float:  # 0..1
     "The rank below which images are held out: `HELD_OUT`, or what leaves an image on each side."
-    lowest, highest = 1., 0.
+    lowest, highest = 1.0, 0.0
     for image in images:
         lowest, highest = min(lowest, hash_rank(image)), max(highest, hash_rank(image))
-        if lowest < HELD_OUT <= highest: return HELD_OUT # whatever follows
+        if lowest < HELD_OUT <= highest:
+            return HELD_OUT  # whatever follows
     return min(max(HELD_OUT, np.nextafter(lowest, 1)), highest)
 
-def divide_held_out(records: Callable, # () -> (image, key) of each record, in order
-            split: str, # of SIDES
-            limit: int | None, path, by: str = "their image's name") -> tuple: # keys, a sentence or None
+
+def divide_held_out(
+    records: Callable,  # () -> (image, key) of each record, in order
+    split: str,  # of SIDES
+    limit: int | None,
+    path,
+    by: str = "their image's name",
+) -> tuple:  # keys, a sentence or None
     "One side of a set without splits, and how it was divided; an image is on one side with all its records."
     choose_split(dict.fromkeys(HELD_OUT_SIDES), split, path)
-    if split == 'all': return [key for _, key in islice(records(), limit)], None
+    if split == "all":
+        return [key for _, key in islice(records(), limit)], None
     edge, keys, total = held_out_border(image for image, _ in records()), [], 0
     for image, key in records():
-        if len(keys) == limit: break
+        if len(keys) == limit:
+            break
         total += 1
-        if (hash_rank(image) < edge) == (split != 'train'): keys.append(key)
-    else: limit = None # nothing was left out
+        if (hash_rank(image) < edge) == (split != "train"):
+            keys.append(key)
+    else:
+        limit = None  # nothing was left out
     if total and not keys:
-        raise ValueError(f'{path} names no split and has one image alone, so that none can be held out; '
-                         'name a split in each record, or ask for the split all.')
-    held = f'{total - len(keys) if split == "train" else len(keys):,} of {total:,} records are'
-    if limit is not None: held = 'records are'
-    return keys, (f'no record names a split: {held} held out, chosen by a hash of {by} '
-                  f'(about {100*HELD_OUT:.0f} % of the images, at least one)')
+        raise ValueError(
+            f"{path} names no split and has one image alone, so that none can be held out; "
+            "name a split in each record, or ask for the split all."
+        )
+    held = f"{total - len(keys) if split == 'train' else len(keys):,} of {total:,} records are"
+    if limit is not None:
+        held = "records are"
+    return keys, (
+        f"no record names a split: {held} held out, chosen by a hash of {by} "
+        f"(about {100 * HELD_OUT:.0f} % of the images, at least one)"
+    )

@@ -20,59 +20,98 @@ from ..core.masks import MAX_PIXELS
 from .records import broken_record, read_bounded
 
 # %% ../../nbs/data/images.ipynb #d5eb151d
-MAX_IMAGE_BYTES = 2**28 # bytes of a picture, as many as the largest has uncompressed
-MAX_SCANNED = 2**30 # pixels × scans of a progressive JPEG; programs write about 10 scans
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError,
-               struct.error, zlib.error, # what broken files make Pillow raise
-               Image.DecompressionBombError)
+MAX_IMAGE_BYTES = 2**28  # bytes of a picture, as many as the largest has uncompressed
+MAX_SCANNED = 2**30  # pixels × scans of a progressive JPEG; programs write about 10 scans
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    TypeError,
+    IndexError,
+    struct.error,
+    zlib.error,  # what broken files make Pillow raise
+    Image.DecompressionBombError,
+)
 
-def decoding_cost_problem(image: Image.Image, data: bytes) -> str | None: # as far as opened, what of; in words
+
+def decoding_cost_problem(
+    image: Image.Image, data: bytes
+) -> str | None:  # as far as opened, what of; in words
     "What a small file asks of its decoder that no picture needs."
-    if image.width*image.height > MAX_PIXELS: return f'declares {image.width}×{image.height} pixels'
-    scans = data.count(b'\xff\xda') if image.format in ('JPEG', 'MPO') else 0
-    if scans*max(image.width*image.height, 2**24) > MAX_SCANNED: return f'is a JPEG of {scans} scans'
-    if any(tile.codec_name == 'bmp_rle' for tile in image.tile): return 'is a BMP of run lengths'
+    if image.width * image.height > MAX_PIXELS:
+        return f"declares {image.width}×{image.height} pixels"
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    if scans * max(image.width * image.height, 2**24) > MAX_SCANNED:
+        return f"is a JPEG of {scans} scans"
+    if any(tile.codec_name == "bmp_rle" for tile in image.tile):
+        return "is a BMP of run lengths"
 
-def open_picture(source: Path | bytes, where, field: str = 'the image') -> Image.Image: # a file, or what it holds
+
+def open_picture(
+    source: Path | bytes, where, field: str = "the image"
+) -> Image.Image:  # a file, or what it holds
     "A JPEG, PNG, WebP or BMP, decoded, upright."
-    data = read_bounded(source, where, field, MAX_IMAGE_BYTES) if isinstance(source, Path) else source
+    data = (
+        read_bounded(source, where, field, MAX_IMAGE_BYTES) if isinstance(source, Path) else source
+    )
     try:
-        with Image.open(io.BytesIO(data), formats=('JPEG', 'PNG', 'WEBP', 'BMP')) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
             cost = decoding_cost_problem(image, data)
-            if not cost: return ImageOps.exif_transpose(image)
+            if not cost:
+                return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise broken_record(where, field, 'cannot be decoded (it is of another kind)',
-                     'put a JPEG, PNG, WebP or BMP there') from None
+        raise broken_record(
+            where,
+            field,
+            "cannot be decoded (it is of another kind)",
+            "put a JPEG, PNG, WebP or BMP there",
+        ) from None
     except _UNREADABLE as e:
-        raise broken_record(where, field, f'cannot be decoded ({e})',
-                     'put a whole JPEG, PNG, WebP or BMP there') from None
-    raise broken_record(where, field, cost, f'save it as PNG or JPEG of at most {MAX_PIXELS:,} pixels')
+        raise broken_record(
+            where, field, f"cannot be decoded ({e})", "put a whole JPEG, PNG, WebP or BMP there"
+        ) from None
+    raise broken_record(
+        where, field, cost, f"save it as PNG or JPEG of at most {MAX_PIXELS:,} pixels"
+    )
+
 
 def resolve_inside(folder: Path, name: str, where, field: str) -> Path:
     "A file of the data set by its name; a name that leads elsewhere is refused."
-    pure = PurePosixPath(name.replace('\\', '/'))
-    inside = pure.parts and not pure.is_absolute() and '..' not in pure.parts
-    if inside and not re.match('[A-Za-z]:', name): return folder/pure
-    raise broken_record(where, f'field "{field}"', f'leads out of the data set ({name[:80]})',
-                 f'name a file below {folder}')
+    pure = PurePosixPath(name.replace("\\", "/"))
+    inside = pure.parts and not pure.is_absolute() and ".." not in pure.parts
+    if inside and not re.match("[A-Za-z]:", name):
+        return folder / pure
+    raise broken_record(
+        where,
+        f'field "{field}"',
+        f"leads out of the data set ({name[:80]})",
+        f"name a file below {folder}",
+    )
 
 # %% ../../nbs/data/images.ipynb #efabfa35
-def as_rgb(image: Image.Image) -> np.ndarray: # of any mode -> [H,W,3] uint8
+def as_rgb(image: Image.Image) -> np.ndarray:  # of any mode -> [H,W,3] uint8
     "Pillow's RGB, but for grey of more than 8 bits, whose range is mapped to 0..255."
-    if not image.mode.startswith(('I', 'F')):
-        image.info.pop('transparency', None) # Pillow would warn that it is lost
-        return np.array(image.convert('RGB'))
+    if not image.mode.startswith(("I", "F")):
+        image.info.pop("transparency", None)  # Pillow would warn that it is lost
+        return np.array(image.convert("RGB"))
     values = np.array(image)
-    if image.mode.startswith('I;16'): grey = (values.astype(np.uint32) + 128)//257 # 65535 is white
-    else: grey = np.rint(np.interp(np.nan_to_num(values), [values.min(), values.max()], [0, 255]))
+    if image.mode.startswith("I;16"):
+        grey = (values.astype(np.uint32) + 128) // 257  # 65535 is white
+    else:
+        grey = np.rint(np.interp(np.nan_to_num(values), [values.min(), values.max()], [0, 255]))
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
-def read_pixels(source: Path | bytes, where) -> np.ndarray: # [H,W,3] uint8
+
+def read_pixels(source: Path | bytes, where) -> np.ndarray:  # [H,W,3] uint8
     "A picture as the policy is shown it."
     return as_rgb(open_picture(source, where))
 
-def drawn_mask(image: Image.Image) -> np.ndarray: # of any mode -> [H,W] bool
+
+def drawn_mask(image: Image.Image) -> np.ndarray:  # of any mode -> [H,W] bool
     "What a picture of a mask marks: all that is neither black nor transparent."
-    if image.mode.startswith(('1', 'L', 'I', 'F')) and 'A' not in image.mode: return np.array(image) > 0
-    seen = np.array(image.convert('RGBA'))
+    if image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode:
+        return np.array(image) > 0
+    seen = np.array(image.convert("RGBA"))
     return seen[..., :3].any(-1) & (seen[..., 3] > 0)

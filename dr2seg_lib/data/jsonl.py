@@ -12,39 +12,54 @@ from pathlib import Path
 from .records import MAX_RECORD, BrokenRecord, broken_record, parse_json
 
 # %% ../../nbs/data/jsonl.ipynb #5edfa467
-def open_lines(file: Path): # -> a file to read bytes from
+def open_lines(file: Path):  # -> a file to read bytes from
     "A file of lines; what cannot be opened is told."
-    try: return open(file, 'rb')
+    try:
+        return open(file, "rb")
     except OSError as e:
-        raise broken_record(file, 'the file', f'cannot be read ({e})', 'grant permission or put it there again') from None
+        raise broken_record(
+            file, "the file", f"cannot be read ({e})", "grant permission or put it there again"
+        ) from None
 
-def iter_lines(file: Path) -> Iterator[tuple]: # offset, line number, line
+
+def iter_lines(file: Path) -> Iterator[tuple]:  # offset, line number, line
     "The lines of a file that are not blank; of one that is too long to be a record, the beginning."
     at = number = 0
     with open_lines(file) as f:
         while line := f.readline(MAX_RECORD + 1):
             start, rest, at, number = at, line, at + len(line), number + 1
-            while len(rest) > MAX_RECORD and not rest.endswith(b'\n'):
+            while len(rest) > MAX_RECORD and not rest.endswith(b"\n"):
                 rest = f.readline(MAX_RECORD + 1)
                 at += len(rest)
-            if line.strip(): yield start, number, line
+            if line.strip():
+                yield start, number, line
+
 
 def read_line_at(file: Path, offset: int) -> bytes:
     with open_lines(file) as f:
         f.seek(offset)
         return f.readline(MAX_RECORD + 1)
 
-def iter_entries(file: Path) -> Iterator[tuple]: # offset, line number, record; None for a broken line
+
+def iter_entries(
+    file: Path,
+) -> Iterator[tuple]:  # offset, line number, record; None for a broken line
     "The records of a file of JSON lines, as they come."
     for at, number, line in iter_lines(file):
-        try: record = parse_json(line, file)
-        except BrokenRecord: record = None
+        try:
+            record = parse_json(line, file)
+        except BrokenRecord:
+            record = None
         yield at, number, record if isinstance(record, dict) else None
 
-def named_splits(record) -> str | None: # the split that a record names
-    split = record.get('split') if record else None
+
+def named_splits(record) -> str | None:  # the split that a record names
+    split = record.get("split") if record else None
     return split if isinstance(split, str) else None
 
-def named_split_set(file: Path) -> dict: # {split: None}
+
+def named_split_set(file: Path) -> dict:  # {split: None}
     "The splits that the records of a file name."
-    return dict.fromkeys(sorted({named_splits(record) for _, _, record in iter_entries(file)} - {None}) or ['all'])
+    return dict.fromkeys(
+        sorted({named_splits(record) for _, _, record in iter_entries(file)} - {None}) or ["all"]
+    )

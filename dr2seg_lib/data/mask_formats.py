@@ -19,101 +19,163 @@ from ..core.masks import decode_rle
 from .records import broken_record, is_number_list
 
 # %% ../../nbs/data/mask_formats.ipynb #69071ef7
-def rle_mask(rle, # {"size": [H,W], "counts": str or list}
-             size: tuple, where, field: str) -> np.ndarray: # (W,H) -> [H,W] bool
+def rle_mask(
+    rle,  # {"size": [H,W], "counts": str or list}
+    size: tuple,
+    where,
+    field: str,
+) -> np.ndarray:  # (W,H) -> [H,W] bool
     "The mask of a run-length encoding, if it is of the image's size."
     w, h = size
-    said = rle.get('size') if isinstance(rle, dict) else None
+    said = rle.get("size") if isinstance(rle, dict) else None
     if said != [h, w]:
-        raise broken_record(where, field, f'has the size {brief(said)}',
-                     f'give "size" as [{h}, {w}], the upright image\'s')
-    try: return decode_rle(rle)
+        raise broken_record(
+            where,
+            field,
+            f"has the size {brief(said)}",
+            f'give "size" as [{h}, {w}], the upright image\'s',
+        )
+    try:
+        return decode_rle(rle)
     except ValueError:
-        raise broken_record(where, field, f'has counts that do not add up to {h*w} pixels',
-                     'encode the mask again') from None
+        raise broken_record(
+            where,
+            field,
+            f"has counts that do not add up to {h * w} pixels",
+            "encode the mask again",
+        ) from None
 
 # %% ../../nbs/data/mask_formats.ipynb #0e992a6c
-MAX_EXTENT = 2**15 # polygons may go beyond the image, not beyond this
-MAX_POLYGONS = 1000 # polygons or masks of a record; ReasonSeg and COCO have less than 100
-MAX_POINTS = 2**17 # of a record's polygons, four times round the border of a picture of 8192 × 8192
-MAX_OUTLINE = 2**20 # pixels along their edges: pycocotools asks for 40 bytes and more for each
-MAX_CROSSINGS = 2**32 # edges × edges that cross a row, over all rows: OpenCV sorts the edges of each
-MAX_DRAWN = 2**30 # pixels of the boxes around them
+MAX_EXTENT = 2**15  # polygons may go beyond the image, not beyond this
+MAX_POLYGONS = 1000  # polygons or masks of a record; ReasonSeg and COCO have less than 100
+MAX_POINTS = (
+    2**17
+)  # of a record's polygons, four times round the border of a picture of 8192 × 8192
+MAX_OUTLINE = 2**20  # pixels along their edges: pycocotools asks for 40 bytes and more for each
+MAX_CROSSINGS = (
+    2**32
+)  # edges × edges that cross a row, over all rows: OpenCV sorts the edges of each
+MAX_DRAWN = 2**30  # pixels of the boxes around them
 
-def parse_polygon(points, where, field: str) -> np.ndarray: # [[x,y],…] -> [N,2] int32
+
+def parse_polygon(points, where, field: str) -> np.ndarray:  # [[x,y],…] -> [N,2] int32
     "A polygon of at least three points."
     if not isinstance(points, list):
-        raise broken_record(where, field, 'is not a list of [x, y]', 'give pixel coordinates')
+        raise broken_record(where, field, "is not a list of [x, y]", "give pixel coordinates")
     if len(points) > MAX_POINTS:
-        raise broken_record(where, field, f'has {len(points):,} points', f'draw it with {MAX_POINTS:,} or less')
+        raise broken_record(
+            where, field, f"has {len(points):,} points", f"draw it with {MAX_POINTS:,} or less"
+        )
     if not all(is_number_list(p, 2) and max(map(abs, p)) < MAX_EXTENT for p in points):
-        raise broken_record(where, field, 'is not a list of [x, y]',
-                     f'give finite pixel coordinates below {MAX_EXTENT:,}')
+        raise broken_record(
+            where,
+            field,
+            "is not a list of [x, y]",
+            f"give finite pixel coordinates below {MAX_EXTENT:,}",
+        )
     if len(points) < 3:
-        raise broken_record(where, field, f'has {len(points)} points', 'draw three or more, or delete it')
+        raise broken_record(
+            where, field, f"has {len(points)} points", "draw three or more, or delete it"
+        )
     return np.array(points).astype(np.int32)
 
 # %% ../../nbs/data/mask_formats.ipynb #b982414c
-def outline_length(points: np.ndarray) -> float: # [N,2] -> pixels along the edges
+def outline_length(points: np.ndarray) -> float:  # [N,2] -> pixels along the edges
     "How long the edges of a closed polygon are, each along its longer axis."
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(1).sum())
 
-def fill_crossings(points: np.ndarray, height: int) -> float: # [N,2] -> sum over rows of edges²
+
+def fill_crossings(points: np.ndarray, height: int) -> float:  # [N,2] -> sum over rows of edges²
     "The work of filling a polygon row by row, where every row's edges are sorted."
     ends = np.stack([points[:, 1], np.roll(points[:, 1], 1)]).clip(0, height)
-    first, last = (np.bincount(y.astype(int), minlength=height + 1) for y in (ends.min(0), ends.max(0)))
+    first, last = (
+        np.bincount(y.astype(int), minlength=height + 1) for y in (ends.min(0), ends.max(0))
+    )
     return float(np.square(np.cumsum(first - last), dtype=float).sum())
 
-def box_area(points: np.ndarray, size: tuple) -> int: # [N,2], (W,H) -> pixels
+
+def box_area(points: np.ndarray, size: tuple) -> int:  # [N,2], (W,H) -> pixels
     "The area of the box around a polygon, within the image."
     low, high = points.min(0).clip(0, size), points.max(0).clip(0, size)
     return int(np.prod(high - low + 1))
 
-def drawing_costs(polygons: list, size: tuple) -> Iterator[tuple]: # of [N,2], (W,H)
-    "What drawing polygons costs: the measure's name, how much, how much at most; the cheap first."
-    yield 'polygons', len(polygons), MAX_POLYGONS
-    yield 'points', sum(map(len, polygons)), MAX_POINTS
-    yield 'pixels of outline', sum(map(outline_length, polygons)), MAX_OUTLINE
-    yield 'crossings of rows', sum(fill_crossings(p, size[1]) for p in polygons), MAX_CROSSINGS
-    yield 'pixels to fill', sum(box_area(p, size) for p in polygons), MAX_DRAWN
 
-def check_drawable(polygons: list, size: tuple, where, field: str) -> list: # of [N,2], (W,H) -> the same
+def drawing_costs(polygons: list, size: tuple) -> Iterator[tuple]:  # of [N,2], (W,H)
+    "What drawing polygons costs: the measure's name, how much, how much at most; the cheap first."
+    yield "polygons", len(polygons), MAX_POLYGONS
+    yield "points", sum(map(len, polygons)), MAX_POINTS
+    yield "pixels of outline", sum(map(outline_length, polygons)), MAX_OUTLINE
+    yield "crossings of rows", sum(fill_crossings(p, size[1]) for p in polygons), MAX_CROSSINGS
+    yield "pixels to fill", sum(box_area(p, size) for p in polygons), MAX_DRAWN
+
+
+def check_drawable(
+    polygons: list, size: tuple, where, field: str
+) -> list:  # of [N,2], (W,H) -> the same
     "A record's polygons, if drawing them takes no more than the outlines of things do."
     for what, n, most in drawing_costs(polygons, size):
         if n > most:
-            raise broken_record(where, field, f'has {n:,.0f} {what}',
-                         f'draw it with {most:,} or less, or as a mask')
+            raise broken_record(
+                where, field, f"has {n:,.0f} {what}", f"draw it with {most:,} or less, or as a mask"
+            )
     return polygons
 
 # %% ../../nbs/data/mask_formats.ipynb #2d963dc8
-def paint_polygons(polygons: list, # of [N,2] int32
-          values: list, size: tuple) -> np.ndarray: # of 1..255, (W,H) -> [H,W] uint8
+def paint_polygons(
+    polygons: list,  # of [N,2] int32
+    values: list,
+    size: tuple,
+) -> np.ndarray:  # of 1..255, (W,H) -> [H,W] uint8
     "Polygons with their outlines in descending area, later ones over earlier ones (METHODS §5)."
+
     def draw(canvas, points, value):
         cv2.polylines(canvas, [points], True, value, 1)
         return cv2.fillPoly(canvas, [points], value)
-    def area(points): # drawn alone, on no more of the image than it takes
+
+    def area(points):  # drawn alone, on no more of the image than it takes
         low, high = points.min(0).clip(0, size), points.max(0).clip(0, size)
         w, h = np.minimum(high - low + 1, np.array(size) - low)
-        if min(w, h) <= 0: return 0
+        if min(w, h) <= 0:
+            return 0
         return cv2.countNonZero(draw(np.zeros((h, w), np.uint8), points - low, 1))
+
     canvas = np.zeros(size[::-1], np.uint8)
-    for i in np.argsort([area(p) for p in polygons])[::-1]: draw(canvas, polygons[i], values[i])
+    for i in np.argsort([area(p) for p in polygons])[::-1]:
+        draw(canvas, polygons[i], values[i])
     return canvas
 
-def coco_mask(segmentation, # a list of [x,y,x,y,…], or run lengths
-              size: tuple, where) -> np.ndarray: # (W,H) -> [H,W] bool
+
+def coco_mask(
+    segmentation,  # a list of [x,y,x,y,…], or run lengths
+    size: tuple,
+    where,
+) -> np.ndarray:  # (W,H) -> [H,W] bool
     "The mask of a COCO annotation; [] is empty."
-    if isinstance(segmentation, dict): return rle_mask(segmentation, size, where, 'segmentation')
+    if isinstance(segmentation, dict):
+        return rle_mask(segmentation, size, where, "segmentation")
+
     def is_polygon(p):
-        if not isinstance(p, list) or len(p) < 6 or len(p) % 2: return False
+        if not isinstance(p, list) or len(p) < 6 or len(p) % 2:
+            return False
         return is_number_list(p, len(p)) and max(map(abs, p)) < MAX_EXTENT
+
     if isinstance(segmentation, list) and len(segmentation) > MAX_POLYGONS:
-        raise broken_record(where, 'segmentation', f'has {len(segmentation):,} polygons',
-                     f'draw it with {MAX_POLYGONS:,} or less')
+        raise broken_record(
+            where,
+            "segmentation",
+            f"has {len(segmentation):,} polygons",
+            f"draw it with {MAX_POLYGONS:,} or less",
+        )
     if not isinstance(segmentation, list) or not all(map(is_polygon, segmentation)):
-        raise broken_record(where, 'segmentation', 'holds a polygon that is not x,y of three points or more',
-                     'correct or delete it')
-    check_drawable([np.array(p, float).reshape(-1, 2) for p in segmentation], size, where, 'segmentation')
-    if not segmentation: return np.zeros(size[::-1], bool)
+        raise broken_record(
+            where,
+            "segmentation",
+            "holds a polygon that is not x,y of three points or more",
+            "correct or delete it",
+        )
+    check_drawable(
+        [np.array(p, float).reshape(-1, 2) for p in segmentation], size, where, "segmentation"
+    )
+    if not segmentation:
+        return np.zeros(size[::-1], bool)
     return decode_rle(coco.merge(coco.frPyObjects(segmentation, *size[::-1])))

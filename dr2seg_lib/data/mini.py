@@ -19,6 +19,7 @@ from .scenes import DIFFICULTY, Scene, draw_scene
 @dataclass(frozen=True)
 class Problem:
     "A scene with one question of a known kind; `sample` turns it into what the workbench consumes."
+
     scene: Scene
     question: Question
     kind: str
@@ -29,35 +30,64 @@ class Problem:
         targets = tuple(Target.of(masks[self.scene.things.index(t)]) for t in self.question.targets)
         n, (_, query_type, dimension) = len(self.scene.things), KINDS[self.kind]
         level = next(k for k, (lo, hi) in DIFFICULTY.items() if lo <= n <= hi)
-        tags = dict(kind=self.kind, query_type=query_type, dimension=dimension, difficulty=level, targets=len(targets))
-        return Sample(id=id, image=self.scene.picture(), query=self.question.text + "?", targets=targets, tags=tags)
+        tags = dict(
+            kind=self.kind,
+            query_type=query_type,
+            dimension=dimension,
+            difficulty=level,
+            targets=len(targets),
+        )
+        return Sample(
+            id=id,
+            image=self.scene.picture(),
+            query=self.question.text + "?",
+            targets=targets,
+            tags=tags,
+        )
+
 
 def draw_problem(seed: int) -> Problem:
     "The puzzle of a seed: kinds and difficulties are uniform."
     rng = np.random.default_rng(seed)
     kind, (lo, hi) = _pick(rng, tuple(KINDS)), DIFFICULTY[_pick(rng, tuple(DIFFICULTY))]
-    while True: # a cast scene usually admits its question at the first try
+    while True:  # a cast scene usually admits its question at the first try
         scene = draw_scene(rng, kind, int(rng.integers(lo, hi + 1)))
-        if q := KINDS[kind][0](rng, scene): return Problem(scene, q, kind)
+        if q := KINDS[kind][0](rng, scene):
+            return Problem(scene, q, kind)
 
 # %% ../../nbs/data/mini.ipynb #e4c32b0f
-SPLIT_SEEDS = {"train": (1_000_000, 100_000), "val": (2_000_000, 1024), "test": (3_000_000, 2048)} # first seed, samples
-WARM_START = 10_000_000 # first seed of the scenes used to make the embedded models
+SPLIT_SEEDS = {
+    "train": (1_000_000, 100_000),
+    "val": (2_000_000, 1024),
+    "test": (3_000_000, 2048),
+}  # first seed, samples
+WARM_START = 10_000_000  # first seed of the scenes used to make the embedded models
+
 
 @dataclass(frozen=True)
 class MiniReasonSeg:
     "A split of the benchmark as a sequence; samples are drawn when asked for, so memory does not grow."
+
     split: str = "train"
-    limit: int | None = None # use only the first `limit` samples
+    limit: int | None = None  # use only the first `limit` samples
 
     def __post_init__(self):
-        if self.split not in SPLIT_SEEDS: raise ValueError(f"split: MiniReasonSeg has no split '{self.split}'; use one of {', '.join(SPLIT_SEEDS)}.")
+        if self.split not in SPLIT_SEEDS:
+            raise ValueError(
+                f"split: MiniReasonSeg has no split '{self.split}'; use one of {', '.join(SPLIT_SEEDS)}."
+            )
 
-    def __len__(self): return min(self.limit or SPLIT_SEEDS[self.split][1], SPLIT_SEEDS[self.split][1])
-    def __iter__(self): return (self[i] for i in range(len(self)))
+    def __len__(self):
+        return min(self.limit or SPLIT_SEEDS[self.split][1], SPLIT_SEEDS[self.split][1])
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < len(self): raise IndexError(i)
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         return draw_sample(SPLIT_SEEDS[self.split][0] + i)
+
 
 @lru_cache(maxsize=512)
 def draw_sample(seed: int) -> Sample:

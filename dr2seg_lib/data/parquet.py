@@ -28,85 +28,146 @@ from dr2seg_lib.data.records import (
 from .samples import Sample, Target
 
 # %% ../../nbs/data/parquet.ipynb #31852326
-SOLUTION_FRAME = 840 # of the training sets' solutions
-_PAIR = r'\(([0-9]{1,6}),([0-9]{1,6})\)' # more digits are no coordinate
-_SEG_ZERO = re.compile(rf'\s*<box>{_PAIR},{_PAIR}</box>\s*<points>{_PAIR},{_PAIR}</points>\s*')
+SOLUTION_FRAME = 840  # of the training sets' solutions
+_PAIR = r"\(([0-9]{1,6}),([0-9]{1,6})\)"  # more digits are no coordinate
+_SEG_ZERO = re.compile(rf"\s*<box>{_PAIR},{_PAIR}</box>\s*<points>{_PAIR},{_PAIR}</points>\s*")
 
-def solution_items(text: str, where) -> list: # of (box, point, second point or None)
+
+def solution_items(text: str, where) -> list:  # of (box, point, second point or None)
     "What a solution lists: VisionReasoner's JSON, or the one object of Seg-Zero's tags."
     if tags := _SEG_ZERO.fullmatch(text):
         values = [int(v) for v in tags.groups()]
         return [(values[:4], values[4:6], values[6:])]
     items = parse_json(text.encode(), f'{where}: field "solution"')
     if not isinstance(items, list):
-        raise broken_record(where, 'field "solution"', 'is not a list',
-                     'make it [{"bbox_2d": …, "point_2d": …}]')
-    return [(*(read_field(item, k, list, where) for k in ('bbox_2d', 'point_2d')), None) for item in items]
+        raise broken_record(
+            where, 'field "solution"', "is not a list", 'make it [{"bbox_2d": …, "point_2d": …}]'
+        )
+    return [
+        (*(read_field(item, k, list, where) for k in ("bbox_2d", "point_2d")), None)
+        for item in items
+    ]
 
-def parse_solution(text: str, size: tuple, where) -> tuple: # a solution, (W,H) -> Targets, in the image's pixels
+
+def parse_solution(
+    text: str, size: tuple, where
+) -> tuple:  # a solution, (W,H) -> Targets, in the image's pixels
     "The objects of a training set's row, given in the 840 frame; they have no masks."
+
     def to_image(values):
-        return tuple(v*size[k % 2]/SOLUTION_FRAME for k, v in enumerate(values))
+        return tuple(v * size[k % 2] / SOLUTION_FRAME for k, v in enumerate(values))
+
     targets = []
     for i, (box, point, second) in enumerate(solution_items(text, where)):
-        good = is_number_list(box, 4) and is_number_list(point, 2) and box[0] <= box[2] and box[1] <= box[3]
+        good = (
+            is_number_list(box, 4)
+            and is_number_list(point, 2)
+            and box[0] <= box[2]
+            and box[1] <= box[3]
+        )
         if not good or not all(0 <= v <= SOLUTION_FRAME for v in box + point + (second or [])):
-            said = f'{brief(box)} with point {brief(point)} is not inside the {SOLUTION_FRAME} frame'
-            raise broken_record(where, f'solution[{i}]', said, 'correct or drop the row')
+            said = (
+                f"{brief(box)} with point {brief(point)} is not inside the {SOLUTION_FRAME} frame"
+            )
+            raise broken_record(where, f"solution[{i}]", said, "correct or drop the row")
         targets.append(Target(to_image(box), to_image(point), second=second and to_image(second)))
     return tuple(targets)
 
 # %% ../../nbs/data/parquet.ipynb #f4ee89ca
-MAX_ROWS = 2**24 # of a parquet file
-MAX_GROUP = 2**31 # bytes of a row group in memory
+MAX_ROWS = 2**24  # of a parquet file
+MAX_GROUP = 2**31  # bytes of a row group in memory
 
-def _arrow(f, file, *args): # a call into pyarrow, its complaints in a sentence
-    try: import pyarrow as pa, pyarrow.parquet as pq
-    except ImportError: raise ValueError(f'{file}: parquet needs pyarrow; install it with pip install pyarrow.') from None
-    if not Path(file).is_file(): raise broken_record(file, 'the parquet file', 'is no file', 'put it there again')
+
+def _arrow(f, file, *args):  # a call into pyarrow, its complaints in a sentence
     try:
-        with pq.ParquetFile(file, memory_map=True) as opened: return f(opened, file, *args)
-    except (pa.ArrowException, OSError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as e:
-        raise broken_record(file, 'the parquet file', f'cannot be read ({e})', 'fetch it again') from None
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(
+            f"{file}: parquet needs pyarrow; install it with pip install pyarrow."
+        ) from None
+    if not Path(file).is_file():
+        raise broken_record(file, "the parquet file", "is no file", "put it there again")
+    try:
+        with pq.ParquetFile(file, memory_map=True) as opened:
+            return f(opened, file, *args)
+    except (
+        pa.ArrowException,
+        OSError,
+        KeyError,
+        OverflowError,
+        MemoryError,
+        UnicodeDecodeError,
+    ) as e:
+        raise broken_record(
+            file, "the parquet file", f"cannot be read ({e})", "fetch it again"
+        ) from None
 
-def _layout(opened, file) -> tuple: # {column: type}, rows of each group
+
+def _layout(opened, file) -> tuple:  # {column: type}, rows of each group
     schema = opened.schema_arrow
     if len(set(schema.names)) < len(schema.names):
-        raise broken_record(file, 'the parquet file', 'has two columns of one name', 'rename one')
+        raise broken_record(file, "the parquet file", "has two columns of one name", "rename one")
     rows = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) > MAX_ROWS:
-        raise broken_record(file, 'the parquet file', f'declares {sum(rows):,} rows',
-                     f'divide it into files of at most {MAX_ROWS:,}')
+        raise broken_record(
+            file,
+            "the parquet file",
+            f"declares {sum(rows):,} rows",
+            f"divide it into files of at most {MAX_ROWS:,}",
+        )
     return {c.name: str(c.type) for c in schema}, rows
 
-def _group(opened, file, g: int, columns: list): # -> pyarrow Table
+
+def _group(opened, file, g: int, columns: list):  # -> pyarrow Table
     "A row group, read in pieces: a small file may unfold to more than the memory."
     from pyarrow import Table
-    pieces, size, rows = [], 0, 16 if 'image' in columns else 4096
+
+    pieces, size, rows = [], 0, 16 if "image" in columns else 4096
     for piece in opened.iter_batches(rows, row_groups=[g], columns=columns, use_threads=False):
         pieces.append(piece)
         size += piece.nbytes
         if size > MAX_GROUP:
-            raise broken_record(file, f'row group {g}', f'takes more than {MAX_GROUP:,} bytes',
-                         'write the file with smaller row groups')
+            raise broken_record(
+                file,
+                f"row group {g}",
+                f"takes more than {MAX_GROUP:,} bytes",
+                "write the file with smaller row groups",
+            )
     rows = opened.metadata.row_group(g).num_rows
     if sum(piece.num_rows for piece in pieces) != rows:
-        raise broken_record(file, f'row group {g}', f'does not hold the {rows} rows that it declares',
-                     'fetch the file again')
+        raise broken_record(
+            file,
+            f"row group {g}",
+            f"does not hold the {rows} rows that it declares",
+            "fetch the file again",
+        )
     return Table.from_batches(pieces)
 
-def rows_mask(rows, size: tuple, where) -> np.ndarray: # pyarrow list array, a list of pixels a row, (W,H) -> [H,W] bool
+
+def rows_mask(
+    rows, size: tuple, where
+) -> np.ndarray:  # pyarrow list array, a list of pixels a row, (W,H) -> [H,W] bool
     "The mask of a parquet cell, without a Python object a pixel."
     lengths = [] if rows is None else rows.value_lengths().to_numpy(zero_copy_only=False)
     if len(lengths) != size[1] or (lengths != size[0]).any() or rows.flatten().null_count:
-        raise broken_record(where, 'column "mask"', 'has not the size of its image', f'make it {size[1]} rows of {size[0]}')
+        raise broken_record(
+            where,
+            'column "mask"',
+            "has not the size of its image",
+            f"make it {size[1]} rows of {size[0]}",
+        )
     return rows.flatten().to_numpy(zero_copy_only=False).reshape(size[::-1]).astype(bool)
 
 # %% ../../nbs/data/parquet.ipynb #3e35a90d
 class ParquetDataset(SplitReader):
     "The hub's evaluation and training sets, streamed by row group."
-    format, protocol = 'parquet of the hub', 'visionreasoner'
-    kinds = {('image', 'text', 'mask'): ('image_id', 'ann_id', 'difficulty'), ('image', 'problem', 'solution'): ('id', 'difficulty')}
+
+    format, protocol = "parquet of the hub", "visionreasoner"
+    kinds = {
+        ("image", "text", "mask"): ("image_id", "ann_id", "difficulty"),
+        ("image", "problem", "solution"): ("id", "difficulty"),
+    }
 
     def __init__(self, path: Path, split: str, limit: int | None = None):
         splits = self.splits(path)
@@ -114,99 +175,140 @@ class ParquetDataset(SplitReader):
         layouts = [(file, *_arrow(_layout, file)) for file in files]
         names = set.intersection(*(set(types) for _, types, _ in layouts))
         kind = next((k for k in self.kinds if names.issuperset(k)), None)
-        if not kind: raise ValueError(f'{path} has the columns {sorted(names)}; make them image, text, mask or image, problem, solution.')
+        if not kind:
+            raise ValueError(
+                f"{path} has the columns {sorted(names)}; make them image, text, mask or image, problem, solution."
+            )
         for file, types, _ in layouts:
-            if not re.fullmatch(r'(large_)?list<.*list<.*(bool|int8)>>', types.get('mask', 'list<list<bool>>')):
-                raise ValueError(f'{file}: column "mask" is {types["mask"]}; make it lists of rows of booleans.')
-        self.columns, self.masked = [*kind, *(c for c in self.kinds[kind] if c in names)], 'mask' in kind
-        self.labels = [c for c in self.columns if c not in ('image', 'mask', 'solution')] # what is short
-        if all(re.search(r'\bpath: (large_)?string', types['image']) for _, types, _ in layouts):
-            self.labels.append('image.path')
+            if not re.fullmatch(
+                r"(large_)?list<.*list<.*(bool|int8)>>", types.get("mask", "list<list<bool>>")
+            ):
+                raise ValueError(
+                    f'{file}: column "mask" is {types["mask"]}; make it lists of rows of booleans.'
+                )
+        self.columns, self.masked = (
+            [*kind, *(c for c in self.kinds[kind] if c in names)],
+            "mask" in kind,
+        )
+        self.labels = [
+            c for c in self.columns if c not in ("image", "mask", "solution")
+        ]  # what is short
+        if all(re.search(r"\bpath: (large_)?string", types["image"]) for _, types, _ in layouts):
+            self.labels.append("image.path")
         self.groups = [(file, g) for file, _, rows in layouts for g in range(len(rows))]
-        self.starts, self.held = np.cumsum([0, *(n for _, _, rows in layouts for n in rows)]), (None, None)
+        self.starts, self.held = (
+            np.cumsum([0, *(n for _, _, rows in layouts for n in rows)]),
+            (None, None),
+        )
         index = range(self.starts[-1])
-        if list(splits) == ['all']:
-            by = 'their image_id, path or id'
+        if list(splits) == ["all"]:
+            by = "their image_id, path or id"
             index, self.split_note = divide_held_out(self.images, split, limit, path, by)
         super().__init__(index, limit)
 
     @staticmethod
-    def meant(split: str, splits: dict) -> str: # a name in splits, where there is one
+    def meant(split: str, splits: dict) -> str:  # a name in splits, where there is one
         "The hub's own name of a split: an evaluation set is all `test`, and val may be `validation`."
-        if list(splits) == ['all']: return 'all'
-        if split != 'train' and list(splits) == ['test']: return 'test'
-        return 'validation' if split == 'val' and 'val' not in splits and 'validation' in splits else split
+        if list(splits) == ["all"]:
+            return "all"
+        if split != "train" and list(splits) == ["test"]:
+            return "test"
+        return (
+            "validation"
+            if split == "val" and "val" not in splits and "validation" in splits
+            else split
+        )
 
     @staticmethod
     def split_of(file: Path) -> str:
         "The split of a file by the hub's naming, test-00000-of-00003.parquet or test/0000.parquet, else all."
-        shard = re.fullmatch(r'(\w+)-\d+-of-\d+(-\w+)?', file.stem)
-        if shard: return shard[1]
+        shard = re.fullmatch(r"(\w+)-\d+-of-\d+(-\w+)?", file.stem)
+        if shard:
+            return shard[1]
         names = (file.stem, file.parent.name)
-        return next((n for n in names if re.fullmatch('train|val|validation|test[AB]?', n)), 'all')
+        return next((n for n in names if re.fullmatch("train|val|validation|test[AB]?", n)), "all")
 
     @classmethod
-    def splits(cls, path: Path) -> dict: # {name: files}
-        if path.suffix == '.parquet': return {cls.split_of(path): [path]} if path.is_file() else {}
+    def splits(cls, path: Path) -> dict:  # {name: files}
+        if path.suffix == ".parquet":
+            return {cls.split_of(path): [path]} if path.is_file() else {}
         found = {}
-        for file in sorted(f for depth in ('', '*/', '*/*/') for f in path.glob(f'{depth}*.parquet')):
+        for file in sorted(
+            f for depth in ("", "*/", "*/*/") for f in path.glob(f"{depth}*.parquet")
+        ):
             found.setdefault(cls.split_of(file), []).append(file)
         return found
 
-    def row(self, n: int, columns: list) -> tuple: # where, {column: pyarrow scalar}
+    def row(self, n: int, columns: list) -> tuple:  # where, {column: pyarrow scalar}
         g = bisect_right(self.starts, n) - 1
         file, group = self.groups[g]
-        if self.held[0] != (g, columns): self.held = (g, columns), _arrow(_group, file, group, columns)
+        if self.held[0] != (g, columns):
+            self.held = (g, columns), _arrow(_group, file, group, columns)
         table, i = self.held[1], int(n - self.starts[g])
-        return f'{file} row {n}', {c: table.column(c)[i] for c in table.column_names}
+        return f"{file} row {n}", {c: table.column(c)[i] for c in table.column_names}
 
-    def values(self, cells: dict, where) -> dict: # {column: value}
-        try: return {c: v.as_py() for c, v in cells.items() if c != 'mask'}
-        except (ValueError, OverflowError) as e: # a text that is not UTF-8, a date of no calendar
-            raise broken_record(where, 'a value', f'cannot be read ({e})',
-                         'save it as UTF-8 text or as a number') from None
+    def values(self, cells: dict, where) -> dict:  # {column: value}
+        try:
+            return {c: v.as_py() for c, v in cells.items() if c != "mask"}
+        except (ValueError, OverflowError) as e:  # a text that is not UTF-8, a date of no calendar
+            raise broken_record(
+                where, "a value", f"cannot be read ({e})", "save it as UTF-8 text or as a number"
+            ) from None
 
-    def label(self, row: dict, n: int) -> tuple: # image, id
+    def label(self, row: dict, n: int) -> tuple:  # image, id
         "What names a row's image, as far as it is told, and the row."
-        path = row['image'].get('path') if isinstance(row.get('image'), dict) else None
-        known = (name for name in (row.get('image_id'), path or None, row.get('id')) if name is not None)
+        path = row["image"].get("path") if isinstance(row.get("image"), dict) else None
+        known = (
+            name for name in (row.get("image_id"), path or None, row.get("id")) if name is not None
+        )
         image = str(next(known, n))
-        ids = [str(row[c]) for c in ('image_id', 'ann_id') if c in row]
-        id = '-'.join([*ids, str(n)]) if self.masked else str(n if row.get('id') is None else row['id'])
+        ids = [str(row[c]) for c in ("image_id", "ann_id") if c in row]
+        id = (
+            "-".join([*ids, str(n)])
+            if self.masked
+            else str(n if row.get("id") is None else row["id"])
+        )
         return image, id
 
-    def images(self) -> Iterator[tuple]: # image, number of each row
+    def images(self) -> Iterator[tuple]:  # image, number of each row
         for n in range(self.starts[-1]):
             where, cells = self.row(n, self.labels)
             yield self.label(self.values(cells, where), n)[0], n
 
-    def asks(self, n: int) -> tuple: # id, image, question
+    def asks(self, n: int) -> tuple:  # id, image, question
         where, cells = self.row(n, self.labels)
         row = self.values(cells, where)
         image, id = self.label(row, n)
-        return id, image, read_field(row, 'text' if self.masked else 'problem', str, where)
+        return id, image, read_field(row, "text" if self.masked else "problem", str, where)
 
     def image_data(self, n: int) -> bytes:
         where, cells = self.row(n, self.columns)
         return self.embedded(self.values(cells, where), where)
 
     @staticmethod
-    def embedded(row: dict, where) -> bytes: # the image's file
-        data = row['image'].get('bytes') if isinstance(row['image'], dict) else row['image']
-        if isinstance(data, bytes): return data
-        raise broken_record(where, 'column "image"', 'holds no bytes', 'save the set with its images embedded')
+    def embedded(row: dict, where) -> bytes:  # the image's file
+        data = row["image"].get("bytes") if isinstance(row["image"], dict) else row["image"]
+        if isinstance(data, bytes):
+            return data
+        raise broken_record(
+            where, 'column "image"', "holds no bytes", "save the set with its images embedded"
+        )
 
-    def read(self, n: int) -> tuple: # image name, Sample
+    def read(self, n: int) -> tuple:  # image name, Sample
         where, cells = self.row(n, self.columns)
         row = self.values(cells, where)
         image = read_pixels(self.embedded(row, where), where)
-        size, query = image.shape[1::-1], read_field(row, 'text' if self.masked else 'problem', str, where)
-        tags = {} if row.get('difficulty') is None else dict(difficulty=row['difficulty'])
+        size, query = (
+            image.shape[1::-1],
+            read_field(row, "text" if self.masked else "problem", str, where),
+        )
+        tags = {} if row.get("difficulty") is None else dict(difficulty=row["difficulty"])
         plain_tags(tags, where)
         name, id = self.label(row, n)
         check_id(id, where)
         if self.masked:
-            mask = rows_mask(cells['mask'].values, size, where)
+            mask = rows_mask(cells["mask"].values, size, where)
             targets = (Target.of(mask),) if mask.any() else ()
-        else: targets = parse_solution(read_field(row, 'solution', str, where), size, where)
+        else:
+            targets = parse_solution(read_field(row, "solution", str, where), size, where)
         return name, Sample(id, image, query, targets, tags)

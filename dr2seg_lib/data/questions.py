@@ -13,34 +13,60 @@ import numpy as np
 from .scenes import SceneObject, short_name
 
 # %% ../../nbs/data/questions.ipynb #fa15da7f
-LIKE = {"red": ("a ripe strawberry", "a fire engine"), "orange": ("a carrot", "a pumpkin"),
-        "yellow": ("a ripe banana", "a lemon"), "green": ("fresh grass", "a frog"), "blue": ("a clear sky", "the deep sea"),
-        "purple": ("a plum", "a bunch of grapes"), "black": ("a piece of coal", "a moonless night"),
-        "white": ("fresh snow", "a glass of milk")}
-USE = {"ball": ("would roll away on a slope", "could be kicked in a game"), "block": ("could be stacked to build a wall", "looks like a brick"),
-       "cone": ("looks like a tent", "could stop the traffic on a road"), "star": ("twinkles far away at night", "could be put on top of a tree"),
-       "heart": ("stands for love", "could be sent on a valentine card"), "cross": ("marks a hospital", "is used to add two numbers"),
-       "ring": ("could be worn on a finger", "has a hole in the middle"), "moon": ("is a crescent in the night sky", "looks like a bent banana")}
+LIKE = {
+    "red": ("a ripe strawberry", "a fire engine"),
+    "orange": ("a carrot", "a pumpkin"),
+    "yellow": ("a ripe banana", "a lemon"),
+    "green": ("fresh grass", "a frog"),
+    "blue": ("a clear sky", "the deep sea"),
+    "purple": ("a plum", "a bunch of grapes"),
+    "black": ("a piece of coal", "a moonless night"),
+    "white": ("fresh snow", "a glass of milk"),
+}
+USE = {
+    "ball": ("would roll away on a slope", "could be kicked in a game"),
+    "block": ("could be stacked to build a wall", "looks like a brick"),
+    "cone": ("looks like a tent", "could stop the traffic on a road"),
+    "star": ("twinkles far away at night", "could be put on top of a tree"),
+    "heart": ("stands for love", "could be sent on a valentine card"),
+    "cross": ("marks a hospital", "is used to add two numbers"),
+    "ring": ("could be worn on a finger", "has a hole in the middle"),
+    "moon": ("is a crescent in the night sky", "looks like a bent banana"),
+}
 EDGES = {"left": ("x", 1), "right": ("x", -1), "top": ("y", 1), "bottom": ("y", -1)}
+
 
 @dataclass(frozen=True)
 class Question:
     "A question, the things it means, and the facts that lead there."
+
     text: str
     targets: tuple[SceneObject, ...]
     reason: tuple[str, ...]
 
 # %% ../../nbs/data/questions.ipynb #17aef5bc
-def _only(things): return things[0] if len(things) == 1 else None
-def _coloured(scene, colour): return [t for t in scene.things if t.colour == colour]
-def _shaped(scene, shape): return [t for t in scene.things if t.shape == shape]
-def _pick(rng, options): return options[int(rng.integers(len(options)))]
+def _only(things):
+    return things[0] if len(things) == 1 else None
+
+
+def _coloured(scene, colour):
+    return [t for t in scene.things if t.colour == colour]
+
+
+def _shaped(scene, shape):
+    return [t for t in scene.things if t.shape == shape]
+
+
+def _pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
 
 def _extreme(things, edge, gap=16):
     "The thing nearest to an edge, if it leads by `gap` pixels."
     axis, sign = EDGES[edge]
     first, second = sorted(things, key=lambda t: sign * getattr(t, axis))[:2]
     return first if abs(getattr(first, axis) - getattr(second, axis)) >= gap else None
+
 
 def _nearest(thing, scene, ratio=1.3):
     "The nearest neighbour by centres, if clearly nearer than the next."
@@ -51,104 +77,248 @@ def _nearest(thing, scene, ratio=1.3):
 # %% ../../nbs/data/questions.ipynb #7181fd46
 def _colour(rng, s):
     t = _pick(rng, s.things)
-    if not _only(_coloured(s, t.colour)): return
+    if not _only(_coloured(s, t.colour)):
+        return
     like = _pick(rng, LIKE[t.colour])
-    return Question(_pick(rng, (f"which object has the colour of {like}", f"what here is coloured like {like}")), (t,),
-                    (f"{like} is {t.colour}", f"the {short_name(t, s)} is {t.colour}"))
+    return Question(
+        _pick(
+            rng, (f"which object has the colour of {like}", f"what here is coloured like {like}")
+        ),
+        (t,),
+        (f"{like} is {t.colour}", f"the {short_name(t, s)} is {t.colour}"),
+    )
+
 
 def _shape(rng, s):
     t = _pick(rng, s.things)
-    if not _only(_shaped(s, t.shape)): return
+    if not _only(_shaped(s, t.shape)):
+        return
     use = _pick(rng, USE[t.shape])
-    return Question(_pick(rng, (f"which of these things {use}", f"what here {use}")), (t,),
-                    (f"a {t.shape} {use}", f"the {short_name(t, s)} is a {t.shape}"))
+    return Question(
+        _pick(rng, (f"which of these things {use}", f"what here {use}")),
+        (t,),
+        (f"a {t.shape} {use}", f"the {short_name(t, s)} is a {t.shape}"),
+    )
+
 
 def _size(rng, s):
-    big = rng.random() < .5
+    big = rng.random() < 0.5
     first, second = sorted(s.things, key=lambda t: -t.r if big else t.r)[:2]
-    if max(first.r, second.r) < 1.2 * min(first.r, second.r): return
-    ask = ("takes up the most room", "would be the hardest to hide") if big else ("takes up the least room", "would be the easiest to hide in a hand")
-    return Question(f"which object {_pick(rng, ask)}", (first,), (f"the {short_name(first, s)} is the {'largest' if big else 'smallest'}",))
+    if max(first.r, second.r) < 1.2 * min(first.r, second.r):
+        return
+    ask = (
+        ("takes up the most room", "would be the hardest to hide")
+        if big
+        else ("takes up the least room", "would be the easiest to hide in a hand")
+    )
+    return Question(
+        f"which object {_pick(rng, ask)}",
+        (first,),
+        (f"the {short_name(first, s)} is the {'largest' if big else 'smallest'}",),
+    )
+
 
 def _corners(rng, s):
-    shape, count = _pick(rng, (("cone", "three corners"), ("block", "four corners"), ("cross", "twelve corners"), ("star", "five points")))
-    if not (t := _only(_shaped(s, shape))): return
-    return Question(f"which object has {count}", (t,), (f"a {shape} has {count}", f"the {short_name(t, s)} is a {shape}"))
+    shape, count = _pick(
+        rng,
+        (
+            ("cone", "three corners"),
+            ("block", "four corners"),
+            ("cross", "twelve corners"),
+            ("star", "five points"),
+        ),
+    )
+    if not (t := _only(_shaped(s, shape))):
+        return
+    return Question(
+        f"which object has {count}",
+        (t,),
+        (f"a {shape} has {count}", f"the {short_name(t, s)} is a {shape}"),
+    )
+
 
 def _edge(rng, s):
     edge = _pick(rng, tuple(EDGES))
-    if not (t := _extreme(s.things, edge)): return
-    ask = {"left": ("would reach the left wall first", "comes first from left to right"), "right": ("would reach the right wall first", "comes last from left to right"),
-           "top": ("hangs above all the others", "would be the hardest to reach"), "bottom": ("lies below all the others", "would touch the floor first")}[edge]
-    return Question(f"which object {_pick(rng, ask)}", (t,), (f"the {short_name(t, s)} is closest to the {edge}",))
+    if not (t := _extreme(s.things, edge)):
+        return
+    ask = {
+        "left": ("would reach the left wall first", "comes first from left to right"),
+        "right": ("would reach the right wall first", "comes last from left to right"),
+        "top": ("hangs above all the others", "would be the hardest to reach"),
+        "bottom": ("lies below all the others", "would touch the floor first"),
+    }[edge]
+    return Question(
+        f"which object {_pick(rng, ask)}",
+        (t,),
+        (f"the {short_name(t, s)} is closest to the {edge}",),
+    )
+
 
 def _near(rng, s):
     a = _pick(rng, s.things)
-    if not (t := _nearest(a, s)): return
-    return Question(_pick(rng, (f"what lies nearest to the {short_name(a, s)}", f"which object is the closest neighbour of the {short_name(a, s)}")), (t,),
-                    (f"the {short_name(a, s)} is at the {a.place}", f"the {short_name(t, s)} is nearest to it"))
+    if not (t := _nearest(a, s)):
+        return
+    return Question(
+        _pick(
+            rng,
+            (
+                f"what lies nearest to the {short_name(a, s)}",
+                f"which object is the closest neighbour of the {short_name(a, s)}",
+            ),
+        ),
+        (t,),
+        (f"the {short_name(a, s)} is at the {a.place}", f"the {short_name(t, s)} is nearest to it"),
+    )
+
 
 def _same_colour(rng, s):
     a = _pick(rng, s.things)
-    if not (t := _only([t for t in _coloured(s, a.colour) if t is not a])): return
-    return Question(_pick(rng, (f"what shares its colour with the {short_name(a, s)}", f"which object was painted like the {short_name(a, s)}")), (t,),
-                    (f"the {short_name(a, s)} is {a.colour}", f"the {short_name(t, s)} is {a.colour} too"))
+    if not (t := _only([t for t in _coloured(s, a.colour) if t is not a])):
+        return
+    return Question(
+        _pick(
+            rng,
+            (
+                f"what shares its colour with the {short_name(a, s)}",
+                f"which object was painted like the {short_name(a, s)}",
+            ),
+        ),
+        (t,),
+        (f"the {short_name(a, s)} is {a.colour}", f"the {short_name(t, s)} is {a.colour} too"),
+    )
+
 
 def _same_shape(rng, s):
     a = _pick(rng, s.things)
-    if not (t := _only([t for t in _shaped(s, a.shape) if t is not a])): return
-    return Question(_pick(rng, (f"what has the same form as the {short_name(a, s)}", f"which object was cut like the {short_name(a, s)}")), (t,),
-                    (f"the {short_name(a, s)} is a {a.shape}", f"the {short_name(t, s)} is a {a.shape} too"))
+    if not (t := _only([t for t in _shaped(s, a.shape) if t is not a])):
+        return
+    return Question(
+        _pick(
+            rng,
+            (
+                f"what has the same form as the {short_name(a, s)}",
+                f"which object was cut like the {short_name(a, s)}",
+            ),
+        ),
+        (t,),
+        (f"the {short_name(a, s)} is a {a.shape}", f"the {short_name(t, s)} is a {a.shape} too"),
+    )
+
 
 def _odd(rng, s):
     for of, what in (("colour", ""), ("shape", "a ")):
         values = [getattr(t, of) for t in s.things]
-        if len(set(values)) == 2 and (t := _only([t for t in s.things if values.count(getattr(t, of)) == 1])):
+        if len(set(values)) == 2 and (
+            t := _only([t for t in s.things if values.count(getattr(t, of)) == 1])
+        ):
             rest = next(v for v in values if v != getattr(t, of))
-            return Question(_pick(rng, ("which object does not belong with the others", "what is the odd one out here")), (t,),
-                            (f"the others are all {rest}" if of == "colour" else f"the others all have the form of a {rest}", f"the {short_name(t, s)} is {what}{getattr(t, of)}"))
+            return Question(
+                _pick(
+                    rng,
+                    (
+                        "which object does not belong with the others",
+                        "what is the odd one out here",
+                    ),
+                ),
+                (t,),
+                (
+                    f"the others are all {rest}"
+                    if of == "colour"
+                    else f"the others all have the form of a {rest}",
+                    f"the {short_name(t, s)} is {what}{getattr(t, of)}",
+                ),
+            )
+
 
 def _exclude(rng, s):
     a = _pick(rng, s.things)
-    if not (t := _only([t for t in _shaped(s, a.shape) if t.colour != a.colour])) or len(_shaped(s, a.shape)) != 2: return
-    return Question(f"which {a.shape} does not have the colour of {_pick(rng, LIKE[a.colour])}", (t,),
-                    (f"the {short_name(a, s)} is {a.colour}", f"the {short_name(t, s)} is {t.colour}"))
+    if (
+        not (t := _only([t for t in _shaped(s, a.shape) if t.colour != a.colour]))
+        or len(_shaped(s, a.shape)) != 2
+    ):
+        return
+    return Question(
+        f"which {a.shape} does not have the colour of {_pick(rng, LIKE[a.colour])}",
+        (t,),
+        (f"the {short_name(a, s)} is {a.colour}", f"the {short_name(t, s)} is {t.colour}"),
+    )
+
 
 def _class_extreme(rng, s):
     group, edge = _coloured(s, _pick(rng, s.things).colour), _pick(rng, tuple(EDGES))
-    if len(group) < 2 or not (t := _extreme(group, edge)): return
-    return Question(f"of the objects coloured like {_pick(rng, LIKE[t.colour])}, which is closest to the {edge}", (t,),
-                    (f"they are {t.colour}", f"the {short_name(t, s)} is closest to the {edge}"))
+    if len(group) < 2 or not (t := _extreme(group, edge)):
+        return
+    return Question(
+        f"of the objects coloured like {_pick(rng, LIKE[t.colour])}, which is closest to the {edge}",
+        (t,),
+        (f"they are {t.colour}", f"the {short_name(t, s)} is closest to the {edge}"),
+    )
+
 
 def _hop(rng, s):
     a = _pick(rng, s.things)
-    if not _only(_coloured(s, a.colour)) or not (t := _nearest(a, s)): return
+    if not _only(_coloured(s, a.colour)) or not (t := _nearest(a, s)):
+        return
     like = _pick(rng, LIKE[a.colour])
-    return Question(f"what lies nearest to the object coloured like {like}", (t,),
-                    (f"{like} is {a.colour}", f"the {short_name(a, s)} is at the {a.place}", f"the {short_name(t, s)} is nearest to it"))
+    return Question(
+        f"what lies nearest to the object coloured like {like}",
+        (t,),
+        (
+            f"{like} is {a.colour}",
+            f"the {short_name(a, s)} is at the {a.place}",
+            f"the {short_name(t, s)} is nearest to it",
+        ),
+    )
+
 
 def _all_colour(rng, s):
     group = _coloured(s, _pick(rng, s.things).colour)
-    if len(group) != 2: return
+    if len(group) != 2:
+        return
     like = _pick(rng, LIKE[group[0].colour])
-    return Question(f"which two objects have the colour of {like}", tuple(group), (f"{like} is {group[0].colour}",))
+    return Question(
+        f"which two objects have the colour of {like}",
+        tuple(group),
+        (f"{like} is {group[0].colour}",),
+    )
+
 
 def _pair(of):
     def ask(rng, s):
         values = [getattr(t, of) for t in s.things]
         group = [t for t in s.things if values.count(getattr(t, of)) > 1]
-        if len(group) != 2: return
+        if len(group) != 2:
+            return
         v = getattr(group[0], of)
-        text = _pick(rng, ("which two objects were painted alike", "which two objects match in colour") if of == "colour" else ("which two objects were cut alike", "which two objects match in form"))
-        return Question(text, tuple(group), (f"two are {v}",) if of == "colour" else (f"two have the form of a {v}",))
+        text = _pick(
+            rng,
+            ("which two objects were painted alike", "which two objects match in colour")
+            if of == "colour"
+            else ("which two objects were cut alike", "which two objects match in form"),
+        )
+        return Question(
+            text,
+            tuple(group),
+            (f"two are {v}",) if of == "colour" else (f"two have the form of a {v}",),
+        )
+
     return ask
 
 # %% ../../nbs/data/questions.ipynb #a9dcc625
-KINDS = { # kind: (question, query type, dimension)
-    "colour": (_colour, "attribute", "discriminative"), "shape": (_shape, "attribute", "discriminative"),
-    "all_colour": (_all_colour, "attribute", "discriminative"), "exclude": (_exclude, "logic", "discriminative"),
-    "size": (_size, "attribute", "geometric"), "corners": (_corners, "attribute", "geometric"),
-    "pair_shape": (_pair("shape"), "logic", "geometric"), "same_shape": (_same_shape, "logic", "geometric"),
-    "edge": (_edge, "relation", "spatial"), "near": (_near, "relation", "spatial"), "class_extreme": (_class_extreme, "relation", "spatial"),
-    "same_colour": (_same_colour, "logic", "multi-step"), "odd": (_odd, "logic", "multi-step"),
-    "hop": (_hop, "relation", "multi-step"), "pair_colour": (_pair("colour"), "logic", "multi-step")}
+KINDS = {  # kind: (question, query type, dimension)
+    "colour": (_colour, "attribute", "discriminative"),
+    "shape": (_shape, "attribute", "discriminative"),
+    "all_colour": (_all_colour, "attribute", "discriminative"),
+    "exclude": (_exclude, "logic", "discriminative"),
+    "size": (_size, "attribute", "geometric"),
+    "corners": (_corners, "attribute", "geometric"),
+    "pair_shape": (_pair("shape"), "logic", "geometric"),
+    "same_shape": (_same_shape, "logic", "geometric"),
+    "edge": (_edge, "relation", "spatial"),
+    "near": (_near, "relation", "spatial"),
+    "class_extreme": (_class_extreme, "relation", "spatial"),
+    "same_colour": (_same_colour, "logic", "multi-step"),
+    "odd": (_odd, "logic", "multi-step"),
+    "hop": (_hop, "relation", "multi-step"),
+    "pair_colour": (_pair("colour"), "logic", "multi-step"),
+}

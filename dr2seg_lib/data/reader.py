@@ -15,38 +15,56 @@ from .records import BrokenRecord, shorten_line
 from .samples import Sample, Target
 
 # %% ../../nbs/data/reader.ipynb #ea31e611
-PROTOCOLS = 'lisa', 'visionreasoner'
+PROTOCOLS = "lisa", "visionreasoner"
+
 
 def apply_protocol(protocol: str, sample: Sample) -> Sample:
     "The sample as a protocol has it: under `visionreasoner`, ignored pixels are foreground, of one object with the rest."
-    if protocol == 'lisa' or sample.ignore is None or not sample.ignore.any(): return sample
+    if protocol == "lisa" or sample.ignore is None or not sample.ignore.any():
+        return sample
     return replace(sample, targets=(Target.of(sample.mask | sample.ignore),), ignore=None)
+
 
 class SplitReader(Sequence):
     "One split of a data set; samples are read when asked for."
-    format = '' # its name, for `check`
-    protocol = 'lisa' # or visionreasoner
-    split_note = None # of a set that names no splits: how it was divided
 
-    def __init__(self, index, limit=None): self.index = index[:limit]
-    def __len__(self) -> int: return len(self.index)
-    def __getitem__(self, i: int) -> Sample: return apply_protocol(self.protocol, self.read(self.index[range(len(self))[i]])[1])
-    def __iter__(self) -> Iterator[Sample]: return (self[i] for i in range(len(self)))
+    format = ""  # its name, for `check`
+    protocol = "lisa"  # or visionreasoner
+    split_note = None  # of a set that names no splits: how it was divided
+
+    def __init__(self, index, limit=None):
+        self.index = index[:limit]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Sample:
+        return apply_protocol(self.protocol, self.read(self.index[range(len(self))[i]])[1])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
 
     @classmethod
-    def fits(cls, path: Path) -> bool: return bool(cls.splits(path)) # whether what lies there is of this format
+    def fits(cls, path: Path) -> bool:
+        return bool(cls.splits(path))  # whether what lies there is of this format
 
-    def asked(self) -> Iterator[tuple]: # (id, image, question), or None for a broken record
+    def asked(self) -> Iterator[tuple]:  # (id, image, question), or None for a broken record
         "What each sample asks about which image, in the order of the samples; no image is read."
         for key in self.index:
-            try: yield self.asks(key)
-            except BrokenRecord: yield None
+            try:
+                yield self.asks(key)
+            except BrokenRecord:
+                yield None
 
     def image_digest(self, i: int) -> bytes:
         "What tells the image of a sample from all others: a hash of its file, which is not decoded."
         return sha256(self.image_data(self.index[i])).digest()
 
-def choose_split(splits: dict, split: str, path): # {name: anything}
+
+def choose_split(splits: dict, split: str, path):  # {name: anything}
     "What belongs to a split."
-    if split in splits: return splits[split]
-    raise ValueError(f'{path} has no split "{shorten_line(str(split), 80)}"; use one of {", ".join(splits)}.')
+    if split in splits:
+        return splits[split]
+    raise ValueError(
+        f'{path} has no split "{shorten_line(str(split), 80)}"; use one of {", ".join(splits)}.'
+    )

@@ -28,97 +28,128 @@ from dr2seg_lib.data.records import (
 from .samples import Sample, Target
 
 # %% ../../nbs/data/reasonseg.ipynb #51e2b81e
-REASONSEG_SPLITS = 'train', 'val', 'test'
+REASONSEG_SPLITS = "train", "val", "test"
 
-def parse_shapes(shapes: list, where) -> tuple: # polygons [N,2], values: 1 target, 255 ignore
+
+def parse_shapes(shapes: list, where) -> tuple:  # polygons [N,2], values: 1 target, 255 ignore
     "ReasonSeg's shapes, ready to paint."
     if len(shapes) > MAX_POLYGONS:
-        raise broken_record(where, 'shapes', f'has {len(shapes):,} polygons',
-                     f'draw it with {MAX_POLYGONS:,} or less')
+        raise broken_record(
+            where,
+            "shapes",
+            f"has {len(shapes):,} polygons",
+            f"draw it with {MAX_POLYGONS:,} or less",
+        )
     polygons, values = [], []
     for i, shape in enumerate(shapes):
-        label = read_field(shape, 'label', str, where).lower()
-        if label == 'flag': continue
-        polygons.append(parse_polygon(shape.get('points'), where, f'shapes[{i}].points'))
-        values.append(255 if 'ignore' in label else 1)
+        label = read_field(shape, "label", str, where).lower()
+        if label == "flag":
+            continue
+        polygons.append(parse_polygon(shape.get("points"), where, f"shapes[{i}].points"))
+        values.append(255 if "ignore" in label else 1)
     return polygons, values
 
 # %% ../../nbs/data/reasonseg.ipynb #375cc7c2
 class ReasonSegDataset(SplitReader):
     "ReasonSeg's folders (protocol `lisa`)."
-    format = 'ReasonSeg'
 
-    def __init__(self, path: Path, split: str, limit: int | None = None,
-                 texts: str | int | None = None): # "first", "all", or a seed that draws one a file; None: all in train, else first
-        if texts not in (None, 'first', 'all') and not (type(texts) is int and texts >= 0):
-            raise ValueError(f'texts: {texts!r} is unknown; use first, all or a number, the seed that draws one a file.')
+    format = "ReasonSeg"
+
+    def __init__(
+        self, path: Path, split: str, limit: int | None = None, texts: str | int | None = None
+    ):  # "first", "all", or a seed that draws one a file; None: all in train, else first
+        if texts not in (None, "first", "all") and not (type(texts) is int and texts >= 0):
+            raise ValueError(
+                f"texts: {texts!r} is unknown; use first, all or a number, the seed that draws one a file."
+            )
         found = self.splits(path)
-        undivided = list(found) == ['all']
-        self.folder = choose_split(found, 'all' if undivided else split, path)
-        files = (p for p in self.folder.iterdir() if p.suffix in ('.json', '.jpg'))
-        names = every = sorted({p.stem for p in files if p.name[0] != '.'})
+        undivided = list(found) == ["all"]
+        self.folder = choose_split(found, "all" if undivided else split, path)
+        files = (p for p in self.folder.iterdir() if p.suffix in (".json", ".jpg"))
+        names = every = sorted({p.stem for p in files if p.name[0] != "."})
         if undivided:
             names, self.split_note = divide_held_out(lambda: zip(every, every), split, None, path)
-        if texts is None: texts = 'all' if split == 'train' else 'first'
-        if type(texts) is int: index = self.one_each(list(self.questions(names[:limit])), texts)
-        else: index = list(islice(self.questions(names, texts == 'first'), limit))
+        if texts is None:
+            texts = "all" if split == "train" else "first"
+        if type(texts) is int:
+            index = self.one_each(list(self.questions(names[:limit])), texts)
+        else:
+            index = list(islice(self.questions(names, texts == "first"), limit))
         super().__init__(index, limit)
 
     @staticmethod
-    def splits(path: Path) -> dict: # {name: folder}; none where this is no ReasonSeg
-        some = lambda f: any(f.glob('*.jpg')) and any(f.glob('*.json'))
-        for root in path, path/'ReasonSeg', path/'reason_seg'/'ReasonSeg':
-            if found := {s: root/s for s in REASONSEG_SPLITS if some(root/s)}: return found
-        return {path.name if path.name in REASONSEG_SPLITS else 'all': path} if some(path) else {}
+    def splits(path: Path) -> dict:  # {name: folder}; none where this is no ReasonSeg
+        some = lambda f: any(f.glob("*.jpg")) and any(f.glob("*.json"))
+        for root in path, path / "ReasonSeg", path / "reason_seg" / "ReasonSeg":
+            if found := {s: root / s for s in REASONSEG_SPLITS if some(root / s)}:
+                return found
+        return {path.name if path.name in REASONSEG_SPLITS else "all": path} if some(path) else {}
 
-    def questions(self, names: list, first: bool = False) -> Iterator[tuple]: # (name, text) of each file
+    def questions(
+        self, names: list, first: bool = False
+    ) -> Iterator[tuple]:  # (name, text) of each file
         "Which texts the files have; their first alone is known without reading them."
         for name in names:
-            for k in range(1 if first else self.count(name)): yield name, k
+            for k in range(1 if first else self.count(name)):
+                yield name, k
 
-    def record(self, name: str) -> tuple: # file, annotation
-        file = self.folder/f'{name}.json'
+    def record(self, name: str) -> tuple:  # file, annotation
+        file = self.folder / f"{name}.json"
         if not file.is_file():
-            raise broken_record(file, 'the annotation', 'does not exist',
-                         f'put it beside {name}.jpg or remove the image')
-        return file, parse_json(read_bounded(file, file), file, ('utf-8-sig', 'cp1252'))
+            raise broken_record(
+                file,
+                "the annotation",
+                "does not exist",
+                f"put it beside {name}.jpg or remove the image",
+            )
+        return file, parse_json(read_bounded(file, file), file, ("utf-8-sig", "cp1252"))
 
     @staticmethod
-    def one_each(index: list, seed) -> list: # of (name, text), likewise; seed: a number or a list of them
+    def one_each(
+        index: list, seed
+    ) -> list:  # of (name, text), likewise; seed: a number or a list of them
         files = {}
-        for name, k in index: files.setdefault(name, []).append(k)
+        for name, k in index:
+            files.setdefault(name, []).append(k)
         picks = np.random.default_rng(seed).integers([len(ks) for ks in files.values()])
         return [(name, ks[pick]) for (name, ks), pick in zip(files.items(), picks)]
 
-    def drawn(self, seed) -> "ReasonSegDataset": # seed: a number or a list of them
+    def drawn(self, seed) -> "ReasonSegDataset":  # seed: a number or a list of them
         "One text of every file."
         found = copy(self)
         found.index = self.one_each(self.index, seed)
         return found
 
-    def count(self, name: str) -> int: # texts of a file; a broken file counts as one, and is told when read
-        try: return max(1, len(read_field(self.record(name)[1], 'text', list, name)))
-        except BrokenRecord: return 1
+    def count(
+        self, name: str
+    ) -> int:  # texts of a file; a broken file counts as one, and is told when read
+        try:
+            return max(1, len(read_field(self.record(name)[1], "text", list, name)))
+        except BrokenRecord:
+            return 1
 
-    def asks(self, key: tuple) -> tuple: # id, image, question
+    def asks(self, key: tuple) -> tuple:  # id, image, question
         name, k = key
         file, record = self.record(name)
-        return f'{name}#{k}' if k else name, name, read_text_item(record, 'text', k, file)
+        return f"{name}#{k}" if k else name, name, read_text_item(record, "text", k, file)
 
     def image_data(self, key: tuple) -> bytes:
-        file = self.folder/f'{key[0]}.jpg'
-        return read_bounded(file, file, 'the image', MAX_IMAGE_BYTES)
+        file = self.folder / f"{key[0]}.jpg"
+        return read_bounded(file, file, "the image", MAX_IMAGE_BYTES)
 
-    def read(self, key: tuple) -> tuple: # image name, Sample
+    def read(self, key: tuple) -> tuple:  # image name, Sample
         (name, k), (where, record) = key, self.record(key[0])
-        query, shapes = read_text_item(record, 'text', k, where), read_field(record, 'shapes', list, where)
-        image = read_pixels(where.with_name(f'{name}.jpg'), where)
+        query, shapes = (
+            read_text_item(record, "text", k, where),
+            read_field(record, "shapes", list, where),
+        )
+        image = read_pixels(where.with_name(f"{name}.jpg"), where)
         size = image.shape[1::-1]
         polygons, values = parse_shapes(shapes, where)
-        drawn = paint_polygons(check_drawable(polygons, size, where, 'shapes'), values, size)
+        drawn = paint_polygons(check_drawable(polygons, size, where, "shapes"), values, size)
         targets, ignore = (Target.of(drawn == 1),) if (drawn == 1).any() else (), drawn == 255
         tags = {}
-        if 'is_sentence' in record:
-            tags['query'] = 'long' if read_field(record, 'is_sentence', bool, where) else 'short'
-        id, ignore = f'{name}#{k}' if k else name, ignore if ignore.any() else None
+        if "is_sentence" in record:
+            tags["query"] = "long" if read_field(record, "is_sentence", bool, where) else "short"
+        id, ignore = f"{name}#{k}" if k else name, ignore if ignore.any() else None
         return name, Sample(id, image, query, targets, tags, ignore)

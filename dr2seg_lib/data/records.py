@@ -16,131 +16,203 @@ from reprlib import repr as brief
 
 # %% ../../nbs/data/records.ipynb #7c87d7fc
 def normalize_question(
-    query:str, # as the data set has it
-    eval:bool=False, # evaluation strips more punctuation than training
-)->str: # as the prompt has it
+    query: str,  # as the data set has it
+    eval: bool = False,  # evaluation strips more punctuation than training
+) -> str:  # as the prompt has it
     "The question as VisionReasoner writes it: lower case, without the final punctuation."
-    return query.lower().rstrip('."?!' if eval else '.')
+    return query.lower().rstrip('."?!' if eval else ".")
 
 # %% ../../nbs/data/records.ipynb #ad607336
 MAX_QUESTION_TOKENS = 512
 
 # %% ../../nbs/data/records.ipynb #32289c17
 def load_json(
-    text:str|None, # an answer
-): # what the JSON says; None when it says nothing
+    text: str | None,  # an answer
+):  # what the JSON says; None when it says nothing
     "JSON of any text; never raises."
-    if text is None: return None
-    try: return json.loads(text)
-    except (ValueError, RecursionError): return None
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
 
 def is_number_list(
-    values, # parsed JSON, anything
-    n:int, # how many
-)->bool:
+    values,  # parsed JSON, anything
+    n: int,  # how many
+) -> bool:
     "Whether this is a list of n numbers that a coordinate could be: no booleans, nothing of 10⁹ or more, no NaN."
-    return isinstance(values, list) and len(values) == n and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
+    return (
+        isinstance(values, list)
+        and len(values) == n
+        and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
+    )
 
 # %% ../../nbs/data/records.ipynb #ab569491
 class BrokenRecord(ValueError):
     "A record that cannot be read; its text names file, field and mend."
 
-def shorten_line(text: str, most: int = 600) -> str: # most: characters
+
+def shorten_line(text: str, most: int = 600) -> str:  # most: characters
     "A text as it may stand in a sentence: cut where it is long, escaped where it cannot be printed."
-    words = ' '.join(text.split())
+    words = " ".join(text.split())
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in words[:most])
-    return ''.join(shown) + '…'*(len(words) > most)
+    return "".join(shown) + "…" * (len(words) > most)
 
-def broken_record(where, field: str, what: str, mend: str) -> BrokenRecord: # where: file, with line or row
-    return BrokenRecord(f'{shorten_line(f"{where}: {field} {what}")}; {shorten_line(mend)}.')
 
-KIND_NAMES = {str: 'a text', list: 'a list', dict: 'an object', int: 'a whole number', bool: 'true or false'}
+def broken_record(
+    where, field: str, what: str, mend: str
+) -> BrokenRecord:  # where: file, with line or row
+    return BrokenRecord(f"{shorten_line(f'{where}: {field} {what}')}; {shorten_line(mend)}.")
+
+
+KIND_NAMES = {
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    int: "a whole number",
+    bool: "true or false",
+}
+
 
 def is_writable(text: str) -> bool:
     "Whether a text can be written as UTF-8; half of a pair of JSON's `\\ud83d\\ude00` cannot."
-    return not any('\ud800' <= c <= '\udfff' for c in text)
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
-def read_field(record, field: str, kind: type, where): # record: parsed JSON, anything; kind: one of `NAMES`
+
+def read_field(
+    record, field: str, kind: type, where
+):  # record: parsed JSON, anything; kind: one of `NAMES`
     "A field of a record, if it is there and of its kind; a text may not be blank."
     if not isinstance(record, dict):
-        raise broken_record(where, f'what should hold "{field}"', f'is {brief(record)}', 'make it an object')
+        raise broken_record(
+            where, f'what should hold "{field}"', f"is {brief(record)}", "make it an object"
+        )
     if field not in record:
-        raise broken_record(where, f'field "{field}"', 'is missing', f'add it as {KIND_NAMES[kind]}')
+        raise broken_record(
+            where, f'field "{field}"', "is missing", f"add it as {KIND_NAMES[kind]}"
+        )
     value = record[field]
     if type(value) is not kind:
-        raise broken_record(where, f'field "{field}"', f'is {brief(value)}', f'make it {KIND_NAMES[kind]}')
+        raise broken_record(
+            where, f'field "{field}"', f"is {brief(value)}", f"make it {KIND_NAMES[kind]}"
+        )
     if kind is str and not value.strip():
-        raise broken_record(where, f'field "{field}"', 'is blank', 'fill it in')
+        raise broken_record(where, f'field "{field}"', "is blank", "fill it in")
     if kind is str and not is_writable(value):
-        raise broken_record(where, f'field "{field}"', 'holds half of a character (\\ud800 to \\udfff)',
-                     'write the whole character')
+        raise broken_record(
+            where,
+            f'field "{field}"',
+            "holds half of a character (\\ud800 to \\udfff)",
+            "write the whole character",
+        )
     return value
 
-def read_text_item(record, field: str, k: int, where) -> str: # one text of a list of them
+
+def read_text_item(record, field: str, k: int, where) -> str:  # one text of a list of them
     texts = read_field(record, field, list, where)
-    name = f'{field}[{k}]'
+    name = f"{field}[{k}]"
     return read_field({name: texts[k]} if k < len(texts) else {}, name, str, where)
 
 # %% ../../nbs/data/records.ipynb #bd35c4b7
-MAX_RECORD = 2**24 # bytes of a record's JSON; the largest masks of photographs have a tenth
-MAX_LISTS = 2**19 # lists and objects in it; an outline has one for each point
+MAX_RECORD = 2**24  # bytes of a record's JSON; the largest masks of photographs have a tenth
+MAX_LISTS = 2**19  # lists and objects in it; an outline has one for each point
 
-def read_bounded(file: Path, where, field: str = 'the file', most: int = MAX_RECORD) -> bytes:
+
+def read_bounded(file: Path, where, field: str = "the file", most: int = MAX_RECORD) -> bytes:
     "What a plain file holds, if it is no longer than so many bytes; a pipe, say, would never end."
     data = None
     try:
         there = file.exists()
         if file.is_file():
-            with open(file, 'rb') as f: data = f.read(most + 1)
+            with open(file, "rb") as f:
+                data = f.read(most + 1)
     except OSError as e:
-        raise broken_record(where, field, f'cannot be read ({e})', 'correct its name or grant permission') from None
+        raise broken_record(
+            where, field, f"cannot be read ({e})", "correct its name or grant permission"
+        ) from None
     if data is None:
-        what = 'is no file' if there else 'does not exist'
-        raise broken_record(where, field, f'{file} {what}', 'put the file there or correct the name')
+        what = "is no file" if there else "does not exist"
+        raise broken_record(
+            where, field, f"{file} {what}", "put the file there or correct the name"
+        )
     if len(data) > most:
-        raise broken_record(where, field, f'is longer than {most:,} bytes', 'make it smaller')
+        raise broken_record(where, field, f"is longer than {most:,} bytes", "make it smaller")
     return data
 
-def each_once(pairs: list) -> dict: # (key, value) of a JSON object
+
+def each_once(pairs: list) -> dict:  # (key, value) of a JSON object
     "The object, if no key is there twice: JSON's readers disagree on which of them counts."
     record = dict(pairs)
-    if len(record) == len(pairs): return record
-    (key, _), = Counter(k for k, _ in pairs).most_common(1)
-    raise ValueError(f'{brief(key)} is there twice')
+    if len(record) == len(pairs):
+        return record
+    ((key, _),) = Counter(k for k, _ in pairs).most_common(1)
+    raise ValueError(f"{brief(key)} is there twice")
 
-def parse_json(data: bytes, where, encodings: tuple = ('utf-8-sig',),
-           most: int = MAX_RECORD, lists: int = MAX_LISTS):
+
+def parse_json(
+    data: bytes,
+    where,
+    encodings: tuple = ("utf-8-sig",),
+    most: int = MAX_RECORD,
+    lists: int = MAX_LISTS,
+):
     "What a JSON text of at most so many bytes and lists says; the encodings are tried in turn."
     if len(data) > most:
-        raise broken_record(where, 'the JSON', f'is longer than {most:,} bytes', 'make it smaller')
-    if data.count(b'[') + data.count(b'{') > lists:
-        raise broken_record(where, 'the JSON', f'holds more than {lists:,} lists', 'make it smaller')
+        raise broken_record(where, "the JSON", f"is longer than {most:,} bytes", "make it smaller")
+    if data.count(b"[") + data.count(b"{") > lists:
+        raise broken_record(
+            where, "the JSON", f"holds more than {lists:,} lists", "make it smaller"
+        )
     for encoding in encodings:
-        try: return json.loads(data.decode(encoding), object_pairs_hook=each_once)
-        except UnicodeDecodeError: continue
+        try:
+            return json.loads(data.decode(encoding), object_pairs_hook=each_once)
+        except UnicodeDecodeError:
+            continue
         except (ValueError, RecursionError) as e:
-            raise broken_record(where, 'the JSON', f'cannot be parsed ({e})', 'correct it') from None
-    raise broken_record(where, 'the text', f'is not {" or ".join(encodings)}', 'save it as UTF-8')
+            raise broken_record(
+                where, "the JSON", f"cannot be parsed ({e})", "correct it"
+            ) from None
+    raise broken_record(where, "the text", f"is not {' or '.join(encodings)}", "save it as UTF-8")
 
 # %% ../../nbs/data/records.ipynb #1ffb5e06
-MAX_ID_LENGTH = 1000 # characters of an id, or of a tag
-MAX_TAGS = 64 # of a record
+MAX_ID_LENGTH = 1000  # characters of an id, or of a tag
+MAX_TAGS = 64  # of a record
+
 
 def check_id(id: str, where):
     "An id goes into every table and page: a short text."
     if len(id) > MAX_ID_LENGTH:
-        raise broken_record(where, 'field "id"', f'has {len(id):,} characters', f'use {MAX_ID_LENGTH:,} or less')
+        raise broken_record(
+            where, 'field "id"', f"has {len(id):,} characters", f"use {MAX_ID_LENGTH:,} or less"
+        )
+
 
 def plain_tags(tags: dict, where) -> dict:
     "The tags of a record, if they are few, and short texts or finite numbers."
     if len(tags) > MAX_TAGS:
-        raise broken_record(where, 'field "tags"', f'holds {len(tags):,} tags', f'use {MAX_TAGS} or less')
+        raise broken_record(
+            where, 'field "tags"', f"holds {len(tags):,} tags", f"use {MAX_TAGS} or less"
+        )
     for text in [*tags, *(v for v in tags.values() if isinstance(v, str))]:
         if len(text) > MAX_ID_LENGTH or not is_writable(text):
-            raise broken_record(where, 'field "tags"', f'holds {brief(text)}',
-                         f'use whole texts of {MAX_ID_LENGTH:,} characters or less')
+            raise broken_record(
+                where,
+                'field "tags"',
+                f"holds {brief(text)}",
+                f"use whole texts of {MAX_ID_LENGTH:,} characters or less",
+            )
     for value in tags.values():
-        if not isinstance(value, (str, int, float)) or isinstance(value, float) and not isfinite(value):
-            raise broken_record(where, 'field "tags"', 'holds more than texts and numbers',
-                         'make each tag one of these')
+        if (
+            not isinstance(value, (str, int, float))
+            or isinstance(value, float)
+            and not isfinite(value)
+        ):
+            raise broken_record(
+                where,
+                'field "tags"',
+                "holds more than texts and numbers",
+                "make each tag one of these",
+            )
     return tags

@@ -39,126 +39,201 @@ from .safe_pickle import MAX_CONTAINERS, load_plain_pickle, refused_pickle
 from .samples import Sample, Target
 
 # %% ../../nbs/data/refcoco.ipynb #5423241b
-def _joined(ref, instances: dict, images: dict, where) -> dict: # a reference with what its instance and image say
+def _joined(
+    ref, instances: dict, images: dict, where
+) -> dict:  # a reference with what its instance and image say
     def find(table, record, field):
         key = read_field(record, field, int, where)
-        if key not in table: raise broken_record(where, f'field "{field}"', f'{key} is not in instances.json', 'use the two files of one release')
+        if key not in table:
+            raise broken_record(
+                where,
+                f'field "{field}"',
+                f"{key} is not in instances.json",
+                "use the two files of one release",
+            )
         return table[key]
+
     try:
-        instance = find(instances, ref, 'ann_id')
-        sentences = [s.get('sent') if isinstance(s, dict) else None for s in read_field(ref, 'sentences', list, where)]
-        return dict(id=read_field(ref, 'ref_id', int, where), split=read_field(ref, 'split', str, where), segmentation=instance.get('segmentation'),
-                    image=read_field(find(images, instance, 'image_id'), 'file_name', str, where),
-                    sentences=[s if isinstance(s, str) else None for s in sentences])
+        instance = find(instances, ref, "ann_id")
+        sentences = [
+            s.get("sent") if isinstance(s, dict) else None
+            for s in read_field(ref, "sentences", list, where)
+        ]
+        return dict(
+            id=read_field(ref, "ref_id", int, where),
+            split=read_field(ref, "split", str, where),
+            segmentation=instance.get("segmentation"),
+            image=read_field(find(images, instance, "image_id"), "file_name", str, where),
+            sentences=[s if isinstance(s, str) else None for s in sentences],
+        )
     except BrokenRecord as e:
-        split = ref.get('split') if isinstance(ref, dict) else None
+        split = ref.get("split") if isinstance(ref, dict) else None
         return dict(broken=str(e), split=split if isinstance(split, str) else None)
 
 # %% ../../nbs/data/refcoco.ipynb #6435a76e
-MAX_TABLE = 2**29 # bytes of instances.json, or of the joined file; all of COCO train2014 has 330 million
+MAX_TABLE = (
+    2**29
+)  # bytes of instances.json, or of the joined file; all of COCO train2014 has 330 million
 
-def instance_tables(file: Path) -> list: # annotations and images, each {id: entry}
+
+def instance_tables(file: Path) -> list:  # annotations and images, each {id: entry}
     "What instances.json holds, by id."
     data = read_bounded(file, file, most=MAX_TABLE)
     instances = parse_json(data, file, most=MAX_TABLE, lists=MAX_CONTAINERS)
-    def is_known(entry): # by an id in one machine word: larger ones can be chosen to fall on one another
-        return isinstance(entry, dict) and type(entry.get('id')) is int and 0 <= entry['id'] < 2**53
-    def by_id(entries): return {e['id']: e for e in entries if is_known(e)}
-    return [by_id(read_field(instances, key, list, file)) for key in ('annotations', 'images')]
 
-def joined_lines(found: list, instances: list, refs: Path) -> Iterator[str]: # references, what `tables` gives
+    def is_known(
+        entry,
+    ):  # by an id in one machine word: larger ones can be chosen to fall on one another
+        return isinstance(entry, dict) and type(entry.get("id")) is int and 0 <= entry["id"] < 2**53
+
+    def by_id(entries):
+        return {e["id"]: e for e in entries if is_known(e)}
+
+    return [by_id(read_field(instances, key, list, file)) for key in ("annotations", "images")]
+
+
+def joined_lines(
+    found: list, instances: list, refs: Path
+) -> Iterator[str]:  # references, what `tables` gives
     "A line of JSON a reference; together no longer than tables are."
     size = 0
     for i, ref in enumerate(found):
-        line = json.dumps(_joined(ref, *instances, f'{refs} reference {i}')) + '\n'
+        line = json.dumps(_joined(ref, *instances, f"{refs} reference {i}")) + "\n"
         size += len(line)
         if size > MAX_TABLE:
-            raise refused_pickle(refs, f'it says more than {MAX_TABLE:,} bytes')
+            raise refused_pickle(refs, f"it says more than {MAX_TABLE:,} bytes")
         yield line
 
-def join_refs(refs: Path) -> Path: # refs(….p), beside instances.json -> JSON lines; the first says what it was made from
+
+def join_refs(
+    refs: Path,
+) -> Path:  # refs(….p), beside instances.json -> JSON lines; the first says what it was made from
     "RefCOCO's two files as one safe one, made once, beside them or, where nothing may be written, in ~/.cache/dr2seg."
-    sources, cache = [refs, refs.with_name('instances.json')], refs.with_suffix('.jsonl')
-    if not sources[1].is_file(): raise FileNotFoundError(f'{sources[1]} does not exist; put it beside {refs.name}.')
-    if not os.access(refs.parent, os.W_OK): cache = Path.home()/'.cache'/'dr2seg'/str(cache.resolve()).strip('/').replace('/', '-')
+    sources, cache = [refs, refs.with_name("instances.json")], refs.with_suffix(".jsonl")
+    if not sources[1].is_file():
+        raise FileNotFoundError(f"{sources[1]} does not exist; put it beside {refs.name}.")
+    if not os.access(refs.parent, os.W_OK):
+        cache = (
+            Path.home() / ".cache" / "dr2seg" / str(cache.resolve()).strip("/").replace("/", "-")
+        )
     stamp = json.dumps([[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in sources])
-    if cache.is_file() and next(iter_lines(cache), (0, 0, b''))[2].strip() == stamp.encode(): return cache
+    if cache.is_file() and next(iter_lines(cache), (0, 0, b""))[2].strip() == stamp.encode():
+        return cache
     found, instances = load_plain_pickle(refs), instance_tables(sources[1])
-    if not isinstance(found, list): raise broken_record(refs, 'the pickle', 'is not a list of references', "take the file of the data set's own release")
+    if not isinstance(found, list):
+        raise broken_record(
+            refs,
+            "the pickle",
+            "is not a list of references",
+            "take the file of the data set's own release",
+        )
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache) as f:
-            f.write(stamp + '\n')
+            f.write(stamp + "\n")
             f.writelines(joined_lines(found, instances, refs))
-    except OSError as e: raise ValueError(f'{shorten_line(str(e))}; give {cache.parent} room.') from None
+    except OSError as e:
+        raise ValueError(f"{shorten_line(str(e))}; give {cache.parent} room.") from None
     return cache
 
 # %% ../../nbs/data/refcoco.ipynb #e7f89412
 class RefCOCODataset(SplitReader):
     "RefCOCO, RefCOCO+ and RefCOCOg: a folder with refs(unc).p or refs(umd).p and instances.json."
-    format = 'RefCOCO'
 
-    def __init__(self, path: Path, split: str, limit: int | None = None, level: str = 'instance'): # or "expression"
-        if level not in ('instance', 'expression'): raise ValueError(f'level: "{level}" is unknown; use instance or expression.')
+    format = "RefCOCO"
+
+    def __init__(
+        self, path: Path, split: str, limit: int | None = None, level: str = "instance"
+    ):  # or "expression"
+        if level not in ("instance", "expression"):
+            raise ValueError(f'level: "{level}" is unknown; use instance or expression.')
         refs = self.refs(path)
         self.file, self.level, self.images = join_refs(refs), level, self.image_folder(refs.parent)
         index = list(islice(self.questions(split), limit))
-        if not index: choose_split(self.splits(path), split, path)
+        if not index:
+            choose_split(self.splits(path), split, path)
         super().__init__(np.array(index), limit)
 
-    def questions(self, split: str) -> Iterator[tuple]: # offset, line number, sentence
+    def questions(self, split: str) -> Iterator[tuple]:  # offset, line number, sentence
         "Where the questions of a split are, as they come."
         for at, number, record in iter_entries(self.file):
-            if number == 1 or not self.belongs(named_splits(record), split): continue
-            sentences = record.get('sentences') if record and self.level == 'expression' else None
-            for k in range(max(1, len(sentences)) if isinstance(sentences, list) else 1): yield at, number, k
+            if number == 1 or not self.belongs(named_splits(record), split):
+                continue
+            sentences = record.get("sentences") if record and self.level == "expression" else None
+            for k in range(max(1, len(sentences)) if isinstance(sentences, list) else 1):
+                yield at, number, k
 
     @staticmethod
-    def belongs(own: str | None, split: str) -> bool: # REFER's rule; what names no split is told in each
-        return own is None or (split[-1] in own if split in ('testA', 'testB') else 'test' in own if split == 'test' else own == split)
+    def belongs(
+        own: str | None, split: str
+    ) -> bool:  # REFER's rule; what names no split is told in each
+        return own is None or (
+            split[-1] in own
+            if split in ("testA", "testB")
+            else "test" in own
+            if split == "test"
+            else own == split
+        )
 
     @staticmethod
-    def refs(path: Path) -> Path | None: # the pickle of a folder, unc or umd where there is a choice
-        if path.suffix == '.p': return path
-        found = {p.name: p for p in path.glob('refs(*).p')}
-        return next((found[n] for n in ('refs(unc).p', 'refs(umd).p', *sorted(found)) if n in found), None)
+    def refs(
+        path: Path,
+    ) -> Path | None:  # the pickle of a folder, unc or umd where there is a choice
+        if path.suffix == ".p":
+            return path
+        found = {p.name: p for p in path.glob("refs(*).p")}
+        return next(
+            (found[n] for n in ("refs(unc).p", "refs(umd).p", *sorted(found)) if n in found), None
+        )
 
     @classmethod
-    def fits(cls, path: Path) -> bool: return cls.refs(path) is not None
+    def fits(cls, path: Path) -> bool:
+        return cls.refs(path) is not None
 
     @classmethod
-    def splits(cls, path: Path) -> dict: # {name: None}
+    def splits(cls, path: Path) -> dict:  # {name: None}
         return named_split_set(join_refs(cls.refs(path)))
 
     @staticmethod
-    def image_folder(folder: Path) -> Path: # COCO's train2014, in one of the usual places
-        beside = 'images/mscoco/images/train2014', 'images/train2014', 'train2014', 'coco/train2014'
-        for p in [folder/'images', folder/'train2014', *(folder.parent/b for b in beside)]:
-            if p.is_dir(): return p
-        raise FileNotFoundError(f'{folder} has no images; put or link COCO train2014 at {folder/"train2014"}.')
+    def image_folder(folder: Path) -> Path:  # COCO's train2014, in one of the usual places
+        beside = "images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014"
+        for p in [folder / "images", folder / "train2014", *(folder.parent / b for b in beside)]:
+            if p.is_dir():
+                return p
+        raise FileNotFoundError(
+            f"{folder} has no images; put or link COCO train2014 at {folder / 'train2014'}."
+        )
 
-    def record(self, key) -> tuple: # where, what the joined file says
+    def record(self, key) -> tuple:  # where, what the joined file says
         at, number, k = map(int, key)
-        where = f'{self.file}:{number}'
+        where = f"{self.file}:{number}"
         record = parse_json(read_line_at(self.file, at), where)
-        if isinstance(record, dict) and 'broken' in record:
-            raise BrokenRecord(shorten_line(str(record['broken'])))
+        if isinstance(record, dict) and "broken" in record:
+            raise BrokenRecord(shorten_line(str(record["broken"])))
         return where, record
 
-    def asks(self, key) -> tuple: # id, image, question
+    def asks(self, key) -> tuple:  # id, image, question
         (where, record), k = self.record(key), int(key[2])
-        name, query = read_field(record, 'image', str, where), read_text_item(record, 'sentences', k, where)
-        return f'{record.get("id")}#{k}' if self.level == 'expression' else str(record.get('id')), name, query
+        name, query = (
+            read_field(record, "image", str, where),
+            read_text_item(record, "sentences", k, where),
+        )
+        return (
+            f"{record.get('id')}#{k}" if self.level == "expression" else str(record.get("id")),
+            name,
+            query,
+        )
 
-    def image_file(self, name: str, where) -> Path: return resolve_inside(self.images, name, where, 'file_name')
+    def image_file(self, name: str, where) -> Path:
+        return resolve_inside(self.images, name, where, "file_name")
 
     def image_data(self, key) -> bytes:
-        (_, name, _), where = self.asks(key), f'{self.file}:{key[1]}'
-        return read_bounded(self.image_file(name, where), where, 'the image', MAX_IMAGE_BYTES)
+        (_, name, _), where = self.asks(key), f"{self.file}:{key[1]}"
+        return read_bounded(self.image_file(name, where), where, "the image", MAX_IMAGE_BYTES)
 
-    def read(self, key) -> tuple: # image name, Sample
+    def read(self, key) -> tuple:  # image name, Sample
         (where, record), (id, name, query) = self.record(key), self.asks(key)
         check_id(id, where)
         image = read_pixels(self.image_file(name, where), where)
-        mask = coco_mask(record.get('segmentation'), image.shape[1::-1], where)
+        mask = coco_mask(record.get("segmentation"), image.shape[1::-1], where)
         return name, Sample(id, image, query, (Target.of(mask),) if mask.any() else ())

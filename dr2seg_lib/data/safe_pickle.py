@@ -14,57 +14,87 @@ from pathlib import Path
 from .records import BrokenRecord, broken_record, read_bounded
 
 # %% ../../nbs/data/safe_pickle.ipynb #d190cf67
-MAX_PICKLE = 2**27 # bytes; RefCOCO's have 20 to 40 million
-MAX_CONTAINERS = 2**24 # lists and dictionaries of a pickle, or of a table in JSON
-MAX_RARE = 1000 # opcodes that references do not need: tuples, sets, calls
-_PLAIN = re.compile(rb'(?s:' # opcodes with no argument, a line of text, or a fixed number of bytes
-                    rb'[\]}(ldsaeuN012\x88\x89\x94]'
-                    rb'|[SV][^\n]*+\n|[IL]-?\d{1,18}L?\n|F[^\n]{1,32}\n'
-                    rb'|[gp]\d{1,7}\n' # places in the memo below 10^7,
-                    rb'|[qhK].|M..|J....|[rj]...\x00|G.{8}|\x95.{8}|\x80[\x00-\x05]' # 2^24
-                    rb'|\x8a(?:\x00|\x01.|\x02..|\x03...|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7})' # 2^55
-                    rb')*+')
-_COUNTED = dict.fromkeys(b'U\x8cC', 1) | dict.fromkeys(b'XTB', 4) | dict.fromkeys(b'\x8d\x8e\x96', 8) # bytes of their length
-_RARE = frozenset(b't)\x85\x86\x87\x8f\x90\x91RbOo\x81\x92\x93\x97\x98')
+MAX_PICKLE = 2**27  # bytes; RefCOCO's have 20 to 40 million
+MAX_CONTAINERS = 2**24  # lists and dictionaries of a pickle, or of a table in JSON
+MAX_RARE = 1000  # opcodes that references do not need: tuples, sets, calls
+_PLAIN = re.compile(
+    rb"(?s:"  # opcodes with no argument, a line of text, or a fixed number of bytes
+    rb"[\]}(ldsaeuN012\x88\x89\x94]"
+    rb"|[SV][^\n]*+\n|[IL]-?\d{1,18}L?\n|F[^\n]{1,32}\n"
+    rb"|[gp]\d{1,7}\n"  # places in the memo below 10^7,
+    rb"|[qhK].|M..|J....|[rj]...\x00|G.{8}|\x95.{8}|\x80[\x00-\x05]"  # 2^24
+    rb"|\x8a(?:\x00|\x01.|\x02..|\x03...|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7})"  # 2^55
+    rb")*+"
+)
+_COUNTED = (
+    dict.fromkeys(b"U\x8cC", 1) | dict.fromkeys(b"XTB", 4) | dict.fromkeys(b"\x8d\x8e\x96", 8)
+)  # bytes of their length
+_RARE = frozenset(b"t)\x85\x86\x87\x8f\x90\x91RbOo\x81\x92\x93\x97\x98")
+
 
 def refused_pickle(file, why: str) -> BrokenRecord:
-    return broken_record(file, 'the pickle', f'is refused ({why})', "take the file of the data set's own release")
+    return broken_record(
+        file, "the pickle", f"is refused ({why})", "take the file of the data set's own release"
+    )
 
-def scan_pickle(data: bytes, file) -> bytes: # the same
+
+def scan_pickle(data: bytes, file) -> bytes:  # the same
     "Refuses a pickle that would have more reserved than its size warrants, without loading it."
-    if sum(map(data.count, (b'(', b']', b'}'))) > MAX_CONTAINERS:
-        raise refused_pickle(file, 'it holds too many lists')
+    if sum(map(data.count, (b"(", b"]", b"}"))) > MAX_CONTAINERS:
+        raise refused_pickle(file, "it holds too many lists")
     at, rare = 0, 0
     while at < len(data):
         at = _PLAIN.match(data, at).end()
-        if at == len(data): break
+        if at == len(data):
+            break
         op = data[at]
-        if op == ord('.'): return data
+        if op == ord("."):
+            return data
         if op in _COUNTED:
             first = at + 1 + _COUNTED[op]
-            at = first + int.from_bytes(data[at + 1:first], 'little')
+            at = first + int.from_bytes(data[at + 1 : first], "little")
             continue
         rare += 1
-        if op == ord('c'): at = data.find(b'\n', data.find(b'\n', at) + 1) + 1 # what it asks for
-        elif op in _RARE: at += 1
+        if op == ord("c"):
+            at = data.find(b"\n", data.find(b"\n", at) + 1) + 1  # what it asks for
+        elif op in _RARE:
+            at += 1
         else:
-            opcode = f'the opcode {bytes([op])!r} at byte {at}'
-            raise refused_pickle(file, f'{opcode} is none of plain data, or its number is too large')
+            opcode = f"the opcode {bytes([op])!r} at byte {at}"
+            raise refused_pickle(
+                file, f"{opcode} is none of plain data, or its number is too large"
+            )
         if rare > MAX_RARE or not at:
-            raise refused_pickle(file, 'it holds more than lists, dictionaries, numbers and texts')
-    raise refused_pickle(file, 'it is cut short')
+            raise refused_pickle(file, "it holds more than lists, dictionaries, numbers and texts")
+    raise refused_pickle(file, "it is cut short")
 
 # %% ../../nbs/data/safe_pickle.ipynb #d4f861c9
 class _Plain(pickle.Unpickler):
     def find_class(self, module, name):
-        if name == 'set' and module in ('builtins', '__builtin__'): return set # how old pickles write a set
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        if name == "set" and module in ("builtins", "__builtin__"):
+            return set  # how old pickles write a set
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
-_UNPICKLABLE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, ImportError, IndexError, KeyError, OverflowError,
-                MemoryError, RecursionError) # what a broken pickle may end in, by the manual of `pickle`
+
+_UNPICKLABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)  # what a broken pickle may end in, by the manual of `pickle`
+
 
 def load_plain_pickle(file: Path):
     "What a pickle holds, if it is only numbers, texts and plain containers."
-    data = scan_pickle(read_bounded(file, file, 'the pickle', MAX_PICKLE), file)
-    try: return _Plain(io.BytesIO(data), encoding='utf-8', errors='replace').load()
-    except _UNPICKLABLE as e: raise refused_pickle(file, str(e)) from None
+    data = scan_pickle(read_bounded(file, file, "the pickle", MAX_PICKLE), file)
+    try:
+        return _Plain(io.BytesIO(data), encoding="utf-8", errors="replace").load()
+    except _UNPICKLABLE as e:
+        raise refused_pickle(file, str(e)) from None

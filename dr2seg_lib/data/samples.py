@@ -16,15 +16,19 @@ from ..core.masks import inscribed_circle, mask_box, second_deepest_point
 @dataclass(frozen=True, eq=False)
 class Target:
     "One object: box, point and, for ground truth, its mask."
-    box: tuple # (x1,y1,x2,y2), inclusive pixels
-    point: tuple # (x,y), pixels
-    mask: np.ndarray|None = None # [H,W] bool, at the image's own resolution
-    second: tuple|None = None # (x,y), a second point inside, where a method asks for two (Seg-Zero)
+
+    box: tuple  # (x1,y1,x2,y2), inclusive pixels
+    point: tuple  # (x,y), pixels
+    mask: np.ndarray | None = None  # [H,W] bool, at the image's own resolution
+    second: tuple | None = (
+        None  # (x,y), a second point inside, where a method asks for two (Seg-Zero)
+    )
 
     @classmethod
-    def of(cls,
-        mask:np.ndarray, # [H,W] bool, not empty
-    )->'Target':
+    def of(
+        cls,
+        mask: np.ndarray,  # [H,W] bool, not empty
+    ) -> "Target":
         "The target of a mask: its bounding box, its deepest pixel (METHODS §1), and the centre of the next circle inside it."
         circle = inscribed_circle(mask)
         return cls(mask_box(mask), circle[0], mask, second_deepest_point(mask, circle))
@@ -33,31 +37,41 @@ class Target:
 @dataclass(frozen=True, eq=False)
 class Sample:
     "An image, an implicit question, and the objects that answer it."
+
     id: str
-    image: np.ndarray # [H,W,3] uint8
+    image: np.ndarray  # [H,W,3] uint8
     query: str
-    targets: tuple # of Target; may be empty
-    tags: dict = field(default_factory=dict) # e.g. {"difficulty": "hard"}
-    ignore: np.ndarray|None = None # [H,W] bool, pixels that count in neither I nor U
+    targets: tuple  # of Target; may be empty
+    tags: dict = field(default_factory=dict)  # e.g. {"difficulty": "hard"}
+    ignore: np.ndarray | None = None  # [H,W] bool, pixels that count in neither I nor U
 
     @property
-    def size(self)->tuple: # (W,H), pixels
+    def size(self) -> tuple:  # (W,H), pixels
         "Width and height of the image."
         return self.image.shape[1], self.image.shape[0]
 
     @property
-    def mask(self)->np.ndarray: # [H,W] bool
+    def mask(self) -> np.ndarray:  # [H,W] bool
         "The union of the targets' masks; empty without targets."
         if any(t.mask is None for t in self.targets):
-            raise ValueError(f"sample {self.id}: its targets are boxes and points without masks; evaluate on a data set that has masks.")
+            raise ValueError(
+                f"sample {self.id}: its targets are boxes and points without masks; evaluate on a data set that has masks."
+            )
         union = np.zeros(self.image.shape[:2], dtype=bool)
-        for t in self.targets: union |= t.mask
+        for t in self.targets:
+            union |= t.mask
         return union
 
-    def scaled(self,
-        frame:int, # side of the policy's square frame, pixels
-    )->list: # of Target, without masks
+    def scaled(
+        self,
+        frame: int,  # side of the policy's square frame, pixels
+    ) -> list:  # of Target, without masks
         "The targets in the policy's frame, each axis scaled by itself and rounded half up."
-        per_axis = [frame/n for n in self.size]
-        to_frame = lambda values: tuple(int(v*per_axis[i % 2] + 0.5) for i, v in enumerate(values))
-        return [Target(to_frame(t.box), to_frame(t.point), second=t.second and to_frame(t.second)) for t in self.targets]
+        per_axis = [frame / n for n in self.size]
+        to_frame = lambda values: tuple(
+            int(v * per_axis[i % 2] + 0.5) for i, v in enumerate(values)
+        )
+        return [
+            Target(to_frame(t.box), to_frame(t.point), second=t.second and to_frame(t.second))
+            for t in self.targets
+        ]

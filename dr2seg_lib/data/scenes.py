@@ -14,26 +14,41 @@ import numpy as np
 
 # %% ../../nbs/data/scenes.ipynb #739a013d
 SIDE = 224  # pixels of a scene's side; the policy sees it squashed to its own frame, the segmenter sees it whole
-COLOURS = {"red": (208, 52, 50), "orange": (240, 138, 36), "yellow": (246, 212, 60), "green": (66, 158, 78),
-           "blue": (52, 104, 204), "purple": (138, 74, 176), "black": (44, 44, 50), "white": (244, 244, 240)}
+COLOURS = {
+    "red": (208, 52, 50),
+    "orange": (240, 138, 36),
+    "yellow": (246, 212, 60),
+    "green": (66, 158, 78),
+    "blue": (52, 104, 204),
+    "purple": (138, 74, 176),
+    "black": (44, 44, 50),
+    "white": (244, 244, 240),
+}
 SHAPES = ("ball", "block", "cone", "star", "heart", "cross", "ring", "moon")
-DIFFICULTY = {"easy": (3, 3), "medium": (4, 5), "hard": (6, 7)}  # how many objects clutter the scene
+DIFFICULTY = {
+    "easy": (3, 3),
+    "medium": (4, 5),
+    "hard": (6, 7),
+}  # how many objects clutter the scene
 
 # %% ../../nbs/data/scenes.ipynb #718b80c1
 @dataclass(frozen=True)
 class SceneObject:
     "One object: what it is and where (centre and radius in pixels of the scene)."
+
     shape: str
     colour: str
     x: float
     y: float
     r: float
-    turn: float = 0.0 # radians
+    turn: float = 0.0  # radians
 
     @property
-    def size(self) -> str: return "large" if self.r > 19.5 else "small"
+    def size(self) -> str:
+        return "large" if self.r > 19.5 else "small"
+
     @property
-    def place(self) -> str: # one of nine words
+    def place(self) -> str:  # one of nine words
         "Where the centre lies on a 3 x 3 grid."
         col, row = (int(np.clip(v * 3 // SIDE, 0, 2)) for v in (self.x, self.y))
         words = [("top", "", "bottom")[row], ("left", "", "right")[col]]
@@ -44,30 +59,61 @@ def _disc(r=1.0, dx=0.0, dy=0.0, n=40):
     a = np.linspace(0, 2 * np.pi, n, endpoint=False)
     return np.stack([r * np.cos(a) + dx, r * np.sin(a) + dy], 1)
 
+
 def _star(n=5, inner=0.42):
     a = np.arange(2 * n) * np.pi / n - np.pi / 2
-    return np.stack([np.cos(a), np.sin(a)], 1) * np.where(np.arange(2 * n) % 2, inner, 1.08)[:, None]
+    return (
+        np.stack([np.cos(a), np.sin(a)], 1) * np.where(np.arange(2 * n) % 2, inner, 1.08)[:, None]
+    )
+
 
 def _heart(n=48):
     a = np.linspace(0, 2 * np.pi, n, endpoint=False)
-    x, y = 16 * np.sin(a) ** 3, -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a))
+    x, y = (
+        16 * np.sin(a) ** 3,
+        -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)),
+    )
     return np.stack([x, y - 2], 1) / 16
 
-_CROSS = np.array([(-.34, -1), (.34, -1), (.34, -.34), (1, -.34), (1, .34), (.34, .34), (.34, 1), (-.34, 1),
-                   (-.34, .34), (-1, .34), (-1, -.34), (-.34, -.34)])
-_OUTLINES = {"ball": (_disc(), None), "block": (np.array([(-.86, -.86), (.86, -.86), (.86, .86), (-.86, .86)]), None),
-             "cone": (np.array([(0, -1.05), (1, .8), (-1, .8)]), None), "star": (_star(), None),
-             "heart": (_heart(), None), "cross": (_CROSS, None), "ring": (_disc(), _disc(.52)),
-             "moon": (_disc(), _disc(.86, .48, -.1))}
+
+_CROSS = np.array(
+    [
+        (-0.34, -1),
+        (0.34, -1),
+        (0.34, -0.34),
+        (1, -0.34),
+        (1, 0.34),
+        (0.34, 0.34),
+        (0.34, 1),
+        (-0.34, 1),
+        (-0.34, 0.34),
+        (-1, 0.34),
+        (-1, -0.34),
+        (-0.34, -0.34),
+    ]
+)
+_OUTLINES = {
+    "ball": (_disc(), None),
+    "block": (np.array([(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]), None),
+    "cone": (np.array([(0, -1.05), (1, 0.8), (-1, 0.8)]), None),
+    "star": (_star(), None),
+    "heart": (_heart(), None),
+    "cross": (_CROSS, None),
+    "ring": (_disc(), _disc(0.52)),
+    "moon": (_disc(), _disc(0.86, 0.48, -0.1)),
+}
 
 # %% ../../nbs/data/scenes.ipynb #d7818eb7
-def coverage(thing: SceneObject) -> np.ndarray: # [SIDE,SIDE] float32 in 0..1
+def coverage(thing: SceneObject) -> np.ndarray:  # [SIDE,SIDE] float32 in 0..1
     "How much of each pixel the thing covers."
     outer, hole = _OUTLINES[thing.shape]
-    rot = np.array([[np.cos(thing.turn), -np.sin(thing.turn)], [np.sin(thing.turn), np.cos(thing.turn)]])
+    rot = np.array(
+        [[np.cos(thing.turn), -np.sin(thing.turn)], [np.sin(thing.turn), np.cos(thing.turn)]]
+    )
     canvas = np.zeros((2 * SIDE, 2 * SIDE), np.uint8)
     for outline, value in ((outer, 255), (hole, 0)):
-        if outline is None: continue
+        if outline is None:
+            continue
         points = (outline @ rot.T * thing.r + (thing.x, thing.y)) * 2 * 16
         cv2.fillPoly(canvas, [points.round().astype(np.int32)], value, shift=4)
     return cv2.resize(canvas, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -76,13 +122,14 @@ def coverage(thing: SceneObject) -> np.ndarray: # [SIDE,SIDE] float32 in 0..1
 @dataclass(frozen=True)
 class Scene:
     "Things on a softly lit ground; `light` fixes the ground's tone and the direction the light comes from."
+
     things: tuple[SceneObject, ...]
     light: int = 0
 
-    def masks(self) -> list[np.ndarray]: # each [SIDE,SIDE] bool
+    def masks(self) -> list[np.ndarray]:  # each [SIDE,SIDE] bool
         return [coverage(t) >= 0.5 for t in self.things]
 
-    def picture(self) -> np.ndarray: # [SIDE,SIDE,3] uint8
+    def picture(self) -> np.ndarray:  # [SIDE,SIDE,3] uint8
         "The scene as it looks: ground, soft shadows, shaded bodies."
         rng = np.random.default_rng(self.light)
         y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE
@@ -91,11 +138,15 @@ class Scene:
         image = tone * glow[..., None] + rng.normal(0, 1.6, (SIDE, SIDE, 1)).astype(np.float32)
         for t in self.things:
             pad = int(t.r * 1.5) + 8
-            box = np.s_[max(0, int(t.y) - pad):int(t.y) + pad, max(0, int(t.x) - pad):int(t.x) + pad]
+            box = np.s_[
+                max(0, int(t.y) - pad) : int(t.y) + pad, max(0, int(t.x) - pad) : int(t.x) + pad
+            ]
             alpha = coverage(t)[box]
             shadow = cv2.GaussianBlur(np.roll(alpha, (3, 3), (0, 1)), (0, 0), 3)
             image[box] *= (1 - 0.34 * shadow)[..., None]
-            shade = 1.10 - 0.30 * np.clip(((x[box] * SIDE - t.x) + (y[box] * SIDE - t.y)) / (2 * t.r) + .5, 0, 1)
+            shade = 1.10 - 0.30 * np.clip(
+                ((x[box] * SIDE - t.x) + (y[box] * SIDE - t.y)) / (2 * t.r) + 0.5, 0, 1
+            )
             body = np.array(COLOURS[t.colour], np.float32) * shade[..., None]
             image[box] = image[box] * (1 - alpha[..., None]) + body * alpha[..., None]
         return np.clip(image, 0, 255).astype(np.uint8)
@@ -105,13 +156,19 @@ def _choose_objects(rng, n, kind):
     "Colour, shape and size of n things, all different; some kinds of question need some of them to agree."
     colours, shapes = list(rng.choice(list(COLOURS), n)), list(rng.choice(SHAPES, n))
     if kind == "odd":
-        alike = colours if rng.random() < .5 else shapes
+        alike = colours if rng.random() < 0.5 else shapes
         alike[1:] = [alike[0]] * (n - 1)
-        alike[0] = rng.choice([v for v in (COLOURS if alike is colours else SHAPES) if v != alike[1]])
-    elif kind in ("same_colour", "all_colour", "pair_colour", "class_extreme"): colours[1] = colours[0]
-    elif kind in ("same_shape", "exclude", "pair_shape"): shapes[1] = shapes[0]
-    if kind == "class_extreme" and n > 4: colours[2] = colours[0]
-    return [(str(s), str(c), bool(rng.random() < .5)) for s, c in zip(shapes, colours)]
+        alike[0] = rng.choice(
+            [v for v in (COLOURS if alike is colours else SHAPES) if v != alike[1]]
+        )
+    elif kind in ("same_colour", "all_colour", "pair_colour", "class_extreme"):
+        colours[1] = colours[0]
+    elif kind in ("same_shape", "exclude", "pair_shape"):
+        shapes[1] = shapes[0]
+    if kind == "class_extreme" and n > 4:
+        colours[2] = colours[0]
+    return [(str(s), str(c), bool(rng.random() < 0.5)) for s, c in zip(shapes, colours)]
+
 
 def _place(rng, cast):
     "Centres and radii so that no two things touch; None if the ground is too full."
@@ -120,33 +177,45 @@ def _place(rng, cast):
         r = rng.uniform(22, 29) if large else rng.uniform(12.5, 17)
         for _ in range(60):
             x, y = rng.uniform(r + 5, SIDE - r - 5, 2)
-            if all(np.hypot(x - t.x, y - t.y) > 1.1 * (r + t.r) + 5 for t in things): break
-        else: return None
-        turn = 0.0 if shape in ("heart", "cone", "block") else rng.uniform(-.3, .3)
+            if all(np.hypot(x - t.x, y - t.y) > 1.1 * (r + t.r) + 5 for t in things):
+                break
+        else:
+            return None
+        turn = 0.0 if shape in ("heart", "cone", "block") else rng.uniform(-0.3, 0.3)
         things.append(SceneObject(shape, colour, float(x), float(y), float(r), float(turn)))
     return things
 
-def draw_scene(rng, # numpy Generator
-               kind: str, # a key of KINDS
-               n: int # things
-              ) -> Scene:
+
+def draw_scene(
+    rng,  # numpy Generator
+    kind: str,  # a key of KINDS
+    n: int,  # things
+) -> Scene:
     "A scene of n distinct things, cast for a kind of question."
     while True:
         cast = _choose_objects(rng, n, kind)
-        if len(set(cast)) < n: continue
-        if (things := _place(rng, cast)) is None: continue
+        if len(set(cast)) < n:
+            continue
+        if (things := _place(rng, cast)) is None:
+            continue
         return Scene(tuple(things[i] for i in rng.permutation(n)), int(rng.integers(1 << 31)))
 
 # %% ../../nbs/data/scenes.ipynb #a4adcd76
-def short_name(thing: SceneObject, scene: Scene) -> str: # e.g. "small red ball"
+def short_name(thing: SceneObject, scene: Scene) -> str:  # e.g. "small red ball"
     "The shortest self-contained name of a thing in its scene."
     twins = [t for t in scene.things if (t.colour, t.shape) == (thing.colour, thing.shape)]
-    return f"{thing.size} {thing.colour} {thing.shape}" if len(twins) > 1 else f"{thing.colour} {thing.shape}"
+    return (
+        f"{thing.size} {thing.colour} {thing.shape}"
+        if len(twins) > 1
+        else f"{thing.colour} {thing.shape}"
+    )
 
-def object_caption(thing: SceneObject) -> str: # e.g. "a small red ball"
+
+def object_caption(thing: SceneObject) -> str:  # e.g. "a small red ball"
     "What a picture of the thing alone shows."
     return f"a {thing.size} {thing.colour} {thing.shape}"
 
-def describe_objects(things, scene: Scene) -> str: # e.g. "the red ball and the blue star"
+
+def describe_objects(things, scene: Scene) -> str:  # e.g. "the red ball and the blue star"
     "The description of one or two targets."
     return " and ".join(f"the {short_name(t, scene)}" for t in things)

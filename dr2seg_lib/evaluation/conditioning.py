@@ -15,13 +15,25 @@ from ..models.policy import Policy
 from ..rollouts.two_stage import generate_rollouts
 
 # %% ../../nbs/evaluation/conditioning.ipynb #ad1a927a
-def conditional_entropies(policy: Policy, samples: list[Sample],
-                     prompt: Callable[[str], str], # of a question or a description: think, answer
-                     described: Callable[[str], str], # of a question: think, describe, answer
-                     n: int = 4, max_new_tokens: int = 256, seed: int = 0) -> dict: # {condition: [N] nats, NaN where nothing was said}
+def conditional_entropies(
+    policy: Policy,
+    samples: list[Sample],
+    prompt: Callable[[str], str],  # of a question or a description: think, answer
+    described: Callable[[str], str],  # of a question: think, describe, answer
+    n: int = 4,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> dict:  # {condition: [N] nats, NaN where nothing was said}
     "Mean entropy of the answer's tokens given (I, Q), (I, Q, D) and (I, D), of each sample over n sampled answers (Eq. 13)."
     mean = lambda answers: float(np.mean([r.answer_entropy for r in answers if r] or [np.nan]))
     plain = generate_rollouts(policy, samples, prompt, None, n, max_new_tokens, seed=seed)
     two = generate_rollouts(policy, samples, described, prompt, n, max_new_tokens, seed=seed)
-    each = {"I, Q": [g.first for g in plain.groups], "I, Q, D": [g.first for g in two.groups], "I, D": [g.second for g in two.groups]}
-    return {condition: np.array([mean(answers) for answers in groups]) for condition, groups in each.items()}
+    each = {
+        "I, Q": [g.first for g in plain.groups],
+        "I, Q, D": [g.first for g in two.groups],
+        "I, D": [g.second for g in two.groups],
+    }
+    return {
+        condition: np.array([mean(answers) for answers in groups])
+        for condition, groups in each.items()
+    }

@@ -19,6 +19,7 @@ from ..runs.verify import validate_adapter, validate_model
 # %% ../../nbs/evaluation/config.ipynb #86247b80
 class EvaluateConfig(EvaluateFields):
     "Parameters of an evaluation run, checked against what is on this machine."
+
     _known_recipe = field_validator("recipe")(validate_method)
     _known_model = field_validator("model")(validate_model)
     _known_adapter = field_validator("adapter")(validate_adapter)
@@ -32,6 +33,8 @@ class EvaluateConfig(EvaluateFields):
 
     @model_validator(mode="after")
     def _served(self):
-        if self.server and self.adapter: validate_lora_only(self.adapter)
-        if self.server: served_name(self.server, self.model)
+        if self.server and self.adapter:
+            validate_lora_only(self.adapter)
+        if self.server:
+            served_name(self.server, self.model)
         return self

@@ -15,41 +15,69 @@ from ..scorers.clip import Scorer, similarities
 
 # %% ../../nbs/evaluation/discrimination.ipynb #bbdceff1
 def response_caption(
-    text:str, # a response
-)->str|None: # None where there is none
+    text: str,  # a response
+) -> str | None:  # None where there is none
     "What a response says of its target: the `<caption>`, else the `<description>`."
-    said = [(find_block(text, tag) or '').strip() for tag in ('caption', 'description')]
+    said = [(find_block(text, tag) or "").strip() for tag in ("caption", "description")]
     return said[0] or said[1] or None
 
 # %% ../../nbs/evaluation/discrimination.ipynb #27fe8271
-SMALLEST_SIMILARITY = .01 # of S2 in the ratio
+SMALLEST_SIMILARITY = 0.01  # of S2 in the ratio
+
 
 def similarity_ratio(
-    s1, # cosines with the region, any shape
-    s2, # cosines with the whole picture, the same shape
-)->np.ndarray: # the same shape; its mean is DPAD's SNR
+    s1,  # cosines with the region, any shape
+    s2,  # cosines with the whole picture, the same shape
+) -> np.ndarray:  # the same shape; its mean is DPAD's SNR
     "s1/s2 of each sample, s2 at least 0.01."
-    return np.asarray(s1, dtype=float)/np.maximum(np.asarray(s2, dtype=float), SMALLEST_SIMILARITY)
+    return np.asarray(s1, dtype=float) / np.maximum(
+        np.asarray(s2, dtype=float), SMALLEST_SIMILARITY
+    )
+
 
 def discrimination_rows(
-    scorer:Scorer,
-    rows:list, # of evaluation; `sample` and `text` are read
-    samples:Sequence, # of Sample, in the order of the rows
-    batch:int=64, # samples at once
-    progress:Callable=lambda i, n: None, # told after each batch
-)->list: # the rows with s1, s2, snr, ts1, ts2, tsnr and caption_tokens
+    scorer: Scorer,
+    rows: list,  # of evaluation; `sample` and `text` are read
+    samples: Sequence,  # of Sample, in the order of the rows
+    batch: int = 64,  # samples at once
+    progress: Callable = lambda i, n: None,  # told after each batch
+) -> list:  # the rows with s1, s2, snr, ts1, ts2, tsnr and caption_tokens
     "DPAD's numbers for every row of an evaluation; never raises on any text."
     out = []
-    if len(rows) != len(samples): raise ValueError(f"samples: {len(samples)} of them for {len(rows)} rows; give the samples that were evaluated, in their order.")
+    if len(rows) != len(samples):
+        raise ValueError(
+            f"samples: {len(samples)} of them for {len(rows)} rows; give the samples that were evaluated, in their order."
+        )
     for start in range(0, len(rows), batch):
-        some = rows[start:start + batch]
+        some = rows[start : start + batch]
         asked = [samples[start + i] for i in range(len(some))]
         for row, sample in zip(some, asked):
-            if row['sample'] != sample.id: raise ValueError(f"samples: row '{row['sample']}' meets sample '{sample.id}'; give the samples that were evaluated, in their order.")
-        s = similarities(scorer, asked, [[response_caption(row['text']), reasoning_text(row['text'])] for row in some])
-        fits = (s.tokens[:, :1] <= 77).float() # of the captions
-        (s1, ts1), (s2, ts2) = ((v[:, 0:1]*fits).T.tolist() + v[:, 1:].T.tolist() for v in (s.s1, s.s2))
-        names = 's1', 's2', 'snr', 'ts1', 'ts2', 'tsnr', 'caption_tokens'
-        out += [row | dict(zip(names, values)) for row, *values in zip(some, s1, s2, similarity_ratio(s1, s2).tolist(), ts1, ts2, similarity_ratio(ts1, ts2).tolist(), s.tokens[:, 0].tolist())]
+            if row["sample"] != sample.id:
+                raise ValueError(
+                    f"samples: row '{row['sample']}' meets sample '{sample.id}'; give the samples that were evaluated, in their order."
+                )
+        s = similarities(
+            scorer,
+            asked,
+            [[response_caption(row["text"]), reasoning_text(row["text"])] for row in some],
+        )
+        fits = (s.tokens[:, :1] <= 77).float()  # of the captions
+        (s1, ts1), (s2, ts2) = (
+            (v[:, 0:1] * fits).T.tolist() + v[:, 1:].T.tolist() for v in (s.s1, s.s2)
+        )
+        names = "s1", "s2", "snr", "ts1", "ts2", "tsnr", "caption_tokens"
+        out += [
+            row | dict(zip(names, values))
+            for row, *values in zip(
+                some,
+                s1,
+                s2,
+                similarity_ratio(s1, s2).tolist(),
+                ts1,
+                ts2,
+                similarity_ratio(ts1, ts2).tolist(),
+                s.tokens[:, 0].tolist(),
+            )
+        ]
         progress(len(out), len(rows))
     return out

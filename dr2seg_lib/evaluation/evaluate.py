@@ -35,90 +35,177 @@ from ..segmenters.base import Segmenter
 from ..segmenters.loading import load_segmenter
 
 # %% ../../nbs/evaluation/evaluate.ipynb #4bae8b03
-def answer_greedily(policy: Policy, samples: list[Sample], prompt: Callable, max_new_tokens: int = 256) -> list[Response]:
+def answer_greedily(
+    policy: Policy, samples: list[Sample], prompt: Callable, max_new_tokens: int = 256
+) -> list[Response]:
     "One greedy answer a sample."
     seen = policy.encode([s.image for s in samples])
-    return to_responses(policy, policy.generate(policy.prefill([prompt(s.query, eval=True) for s in samples], seen), 1, max_new_tokens, temperature=0))
+    return to_responses(
+        policy,
+        policy.generate(
+            policy.prefill([prompt(s.query, eval=True) for s in samples], seen),
+            1,
+            max_new_tokens,
+            temperature=0,
+        ),
+    )
+
 
 def require_askable(policy: Policy, sample: Sample) -> Sample:
     "The sample; a `BrokenRecord` where its question is too long to be asked."
-    if problem := policy.question_problem(sample): raise BrokenRecord(problem)
+    if problem := policy.question_problem(sample):
+        raise BrokenRecord(problem)
     return sample
+
 
 def try_get(policy: Policy, samples: Sequence[Sample], i: int) -> Sample | BrokenRecord:
     "A sample, or why it cannot be read or asked."
-    try: return require_askable(policy, samples[i])
-    except BrokenRecord as e: return e
+    try:
+        return require_askable(policy, samples[i])
+    except BrokenRecord as e:
+        return e
 
-def predict_batch(policy: Policy, segmenter: Segmenter, samples: Sequence[Sample],
-              prompt: Callable, # (query, eval=True) -> user text, the recipe's
-              batch: Sequence[int], # places of the samples
-              max_new_tokens: int = 256) -> list[dict]: # a row a sample
+
+def predict_batch(
+    policy: Policy,
+    segmenter: Segmenter,
+    samples: Sequence[Sample],
+    prompt: Callable,  # (query, eval=True) -> user text, the recipe's
+    batch: Sequence[int],  # places of the samples
+    max_new_tokens: int = 256,
+) -> list[dict]:  # a row a sample
     "Greedy answers to a batch, drawn and scored."
     found = {i: try_get(policy, samples, i) for i in batch}
     whole = {i: s for i, s in found.items() if not isinstance(s, BrokenRecord)}
-    with torch.no_grad(): answers = dict(zip(whole, answer_greedily(policy, list(whole.values()), prompt, max_new_tokens))) if whole else {}
-    draw = lambda i, s: segmenter.segment(s.image, segmenter_prompts(segmenter, answers[i].text, s.query, policy.frame, s.size))
-    return [result_row(s, answers[i], draw(i, s)) if i in whole else error_row(i, s) for i, s in found.items()]
+    with torch.no_grad():
+        answers = (
+            dict(zip(whole, answer_greedily(policy, list(whole.values()), prompt, max_new_tokens)))
+            if whole
+            else {}
+        )
+    draw = lambda i, s: segmenter.segment(
+        s.image, segmenter_prompts(segmenter, answers[i].text, s.query, policy.frame, s.size)
+    )
+    return [
+        result_row(s, answers[i], draw(i, s)) if i in whole else error_row(i, s)
+        for i, s in found.items()
+    ]
 
-def iter_predictions(policy: Policy, segmenter: Segmenter, samples: Sequence[Sample], prompt: Callable, batch_size: int = 64, max_new_tokens: int = 256,
-                done: int = 0, # so many samples are behind us
-                crew: PartialState | None = None, # the processes that share the work, or accelerate's Accelerator
-               ) -> Iterator[list[dict]]:
+
+def iter_predictions(
+    policy: Policy,
+    segmenter: Segmenter,
+    samples: Sequence[Sample],
+    prompt: Callable,
+    batch_size: int = 64,
+    max_new_tokens: int = 256,
+    done: int = 0,  # so many samples are behind us
+    crew: PartialState
+    | None = None,  # the processes that share the work, or accelerate's Accelerator
+) -> Iterator[list[dict]]:
     "The rows of all samples, in order and in every process, a batch of each process at a time."
     rank, W = (crew.process_index, crew.num_processes) if crew else (0, 1)
     for start in range(done, len(samples), batch_size * W):
-        own = range(len(samples))[start + rank * batch_size:][:batch_size]
+        own = range(len(samples))[start + rank * batch_size :][:batch_size]
         rows = predict_batch(policy, segmenter, samples, prompt, own, max_new_tokens)
         yield gather_object(rows) if W > 1 else rows
 
-def evaluate(policy: Policy, segmenter, samples: Sequence[Sample], prompt: Callable, batch_size: int = 64, max_new_tokens: int = 256,
-             progress: Callable[[int, int], None] = lambda i, n: None, # told after each batch
-             crew: PartialState | None = None) -> tuple[dict, list[dict]]: # summary, a row a sample
+
+def evaluate(
+    policy: Policy,
+    segmenter,
+    samples: Sequence[Sample],
+    prompt: Callable,
+    batch_size: int = 64,
+    max_new_tokens: int = 256,
+    progress: Callable[[int, int], None] = lambda i, n: None,  # told after each batch
+    crew: PartialState | None = None,
+) -> tuple[dict, list[dict]]:  # summary, a row a sample
     "Greedy evaluation of all samples."
     rows = []
-    for some in iter_predictions(policy, segmenter, samples, prompt, batch_size, max_new_tokens, crew=crew):
+    for some in iter_predictions(
+        policy, segmenter, samples, prompt, batch_size, max_new_tokens, crew=crew
+    ):
         rows += some
         progress(len(rows), len(samples))
     return summarize(rows), rows
 
 # %% ../../nbs/evaluation/evaluate.ipynb #66d1a88e
-def truncate_to_batches(path: Path, size: int, total: int) -> int: # lines that stay; size: of a batch, total: of all predictions
+def truncate_to_batches(
+    path: Path, size: int, total: int
+) -> int:  # lines that stay; size: of a batch, total: of all predictions
     "Cuts a batch that was cut short off a file of predictions."
-    if not path.exists(): return 0
+    if not path.exists():
+        return 0
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     keep = total if len(lines) >= total else len(lines) // size * size
     os.truncate(path, sum(map(len, lines[:keep])))
     return keep
 
+
 def dataset_info(data, name: str, split: str) -> dict:
     "What is evaluated, as the results and the tables name it."
-    found = dict(data=name, format=getattr(data, "format", "MiniReasonSeg"), split=split, protocol=getattr(data, "protocol", "lisa"))
-    note = getattr(data, "split_note", None) # how a set that names no splits was divided
+    found = dict(
+        data=name,
+        format=getattr(data, "format", "MiniReasonSeg"),
+        split=split,
+        protocol=getattr(data, "protocol", "lisa"),
+    )
+    note = getattr(data, "split_note", None)  # how a set that names no splits was divided
     return found | (dict(split_note=note) if note else {})
 
-def run_evaluation(config: EvaluateConfig, out, # the run's folder
-                   resume: bool = False) -> Run:
+
+def run_evaluation(
+    config: EvaluateConfig,
+    out,  # the run's folder
+    resume: bool = False,
+) -> Run:
     "A whole evaluation: `predictions.jsonl`, a line a sample, and the summary in `results.json`."
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ: return launch_processes("dr2seg_lib.evaluation.evaluate", config, out, resume)
+    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+        return launch_processes("dr2seg_lib.evaluation.evaluate", config, out, resume)
     with open_run(out, config.model_dump(), resume=resume) as run, ExitStack() as stack:
-        crew = PartialState(cpu=not torch.cuda.is_available()) # said, or several processes on CPUs would not know of each other
-        first, told = crew.is_main_process, lambda value: broadcast_object_list([value])[0] # what the first process, which writes, knows
-        data = load_data(config.data, config.split, config.samples or None, protocol=config.protocol)
-        segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model, config.adapter, config.dtype, config.attention, crew.device)
+        crew = PartialState(
+            cpu=not torch.cuda.is_available()
+        )  # said, or several processes on CPUs would not know of each other
+        first, told = (
+            crew.is_main_process,
+            lambda value: broadcast_object_list([value])[0],
+        )  # what the first process, which writes, knows
+        data = load_data(
+            config.data, config.split, config.samples or None, protocol=config.protocol
+        )
+        segmenter, policy = (
+            load_segmenter(config.segmenter),
+            load_policy(config.model, config.adapter, config.dtype, config.attention, crew.device),
+        )
         policy.max_question_tokens = config.max_question_tokens
-        if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{crew.process_index}"))
+        if config.server:
+            policy = stack.enter_context(
+                ServedPolicy(
+                    policy, config.server, config.model, run.folder / f"served-{crew.process_index}"
+                )
+            )
         path, prompt = run.folder / "predictions.jsonl", METHODS[config.recipe].prompt
         done = told(truncate_to_batches(path, config.batch, len(data)) if first else None)
-        for rows in iter_predictions(policy, segmenter, data, prompt, config.batch, config.max_new_tokens, done, crew):
-            if first: append_jsonl(path, rows)
+        for rows in iter_predictions(
+            policy, segmenter, data, prompt, config.batch, config.max_new_tokens, done, crew
+        ):
+            if first:
+                append_jsonl(path, rows)
             done += len(rows)
             run.progress("evaluating", done, len(data))
-            if told(done < len(data) and run.stop_requested()): return run
-        if first: run.results(dict(evaluation=dataset_info(data, config.data, config.split)) | summarize(read_jsonl(path)))
+            if told(done < len(data) and run.stop_requested()):
+                return run
+        if first:
+            run.results(
+                dict(evaluation=dataset_info(data, config.data, config.split))
+                | summarize(read_jsonl(path))
+            )
     return run
 
 # %% ../../nbs/evaluation/evaluate.ipynb #e2b3ac23
 if __name__ == "__main__" and "__file__" in globals():
-    run_evaluation(EvaluateConfig.model_validate_json(sys.argv[1]), sys.argv[2], resume=len(sys.argv) > 3)
+    run_evaluation(
+        EvaluateConfig.model_validate_json(sys.argv[1]), sys.argv[2], resume=len(sys.argv) > 3
+    )
     destroy_process_group()

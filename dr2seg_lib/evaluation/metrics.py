@@ -19,35 +19,82 @@ from ..rollouts.response import Response
 def result_row(sample: Sample, response: Response, mask: np.ndarray) -> dict:
     "One evaluation row: what was asked, said and drawn, and how it compares."
     i, u = iou(mask, sample.mask, sample.ignore)
-    return dict(sample=sample.id, query=sample.query, text=response.text, i=i, u=u, iou=ratio(i, u), tokens=response.think_tokens,
-                answer_entropy=response.answer_entropy, format=float(bool(parse_answer(response.parsed.answer))), cut=response.cut,
-                targets=len(sample.targets), tags=sample.tags, rle=encode_rle(mask))
+    return dict(
+        sample=sample.id,
+        query=sample.query,
+        text=response.text,
+        i=i,
+        u=u,
+        iou=ratio(i, u),
+        tokens=response.think_tokens,
+        answer_entropy=response.answer_entropy,
+        format=float(bool(parse_answer(response.parsed.answer))),
+        cut=response.cut,
+        targets=len(sample.targets),
+        tags=sample.tags,
+        rle=encode_rle(mask),
+    )
 
-def error_row(i: int, error: BrokenRecord) -> dict: # i: the record's place in the split
+
+def error_row(i: int, error: BrokenRecord) -> dict:  # i: the record's place in the split
     "The row of a record that cannot be read."
-    return dict(sample=f"#{i}", query="", text="", i=0, u=0, iou=0.0, tokens=None, answer_entropy=None, format=None, cut=None,
-                targets=None, tags={}, rle=None, error=str(error))
+    return dict(
+        sample=f"#{i}",
+        query="",
+        text="",
+        i=0,
+        u=0,
+        iou=0.0,
+        tokens=None,
+        answer_entropy=None,
+        format=None,
+        cut=None,
+        targets=None,
+        tags={},
+        rle=None,
+        error=str(error),
+    )
 
 # %% ../../nbs/evaluation/metrics.ipynb #e59b0ca3
 def aggregate(rows: list[dict]) -> dict:
     "gIoU, cIoU, tokens, answer entropy, shares of parsable and of cut answers and N-acc, with intervals where there is more than one row; None where no row tells."
     iu = np.array([(r["i"], r["u"]) for r in rows], dtype=float)
     cumulative = lambda v: v[..., 0].sum(-1) / np.maximum(v[..., 1].sum(-1), 1)
-    out = dict(n=len(rows), cIoU=float(cumulative(iu))) | (dict(cIoU_ci=percentile_interval(iu, cumulative)) if len(rows) > 1 else {})
+    out = dict(n=len(rows), cIoU=float(cumulative(iu))) | (
+        dict(cIoU_ci=percentile_interval(iu, cumulative)) if len(rows) > 1 else {}
+    )
     empty = [r["u"] == 0 for r in rows if r.get("targets") == 0]
-    keys = dict(gIoU="iou", tokens="tokens", answer_entropy="answer_entropy", format="format", cut="cut")
-    found = {name: [r.get(key) for r in rows] for name, key in keys.items()} # rows of older runs do not say what was cut
+    keys = dict(
+        gIoU="iou", tokens="tokens", answer_entropy="answer_entropy", format="format", cut="cut"
+    )
+    found = {
+        name: [r.get(key) for r in rows] for name, key in keys.items()
+    }  # rows of older runs do not say what was cut
     for name, values in (found | (dict(N_acc=empty) if empty else {})).items():
         values = np.array([v for v in values if v is not None], dtype=float)
-        out |= {name: float(values.mean()) if len(values) else None} | ({f"{name}_ci": percentile_interval(values)} if len(values) > 1 else {})
+        out |= {name: float(values.mean()) if len(values) else None} | (
+            {f"{name}_ci": percentile_interval(values)} if len(values) > 1 else {}
+        )
     return out
 
-def metrics_by_tag(rows: list[dict]) -> dict: # {tag: {value: what `measured` gives}}
+
+def metrics_by_tag(rows: list[dict]) -> dict:  # {tag: {value: what `measured` gives}}
     "The measures for every value of every tag."
-    values = {tag: sorted({r["tags"][tag] for r in rows if tag in r["tags"]}, key=str) for tag in dict.fromkeys(t for r in rows for t in r["tags"])}
-    return {tag: {str(v): aggregate([r for r in rows if r["tags"].get(tag) == v]) for v in vs} for tag, vs in values.items()}
+    values = {
+        tag: sorted({r["tags"][tag] for r in rows if tag in r["tags"]}, key=str)
+        for tag in dict.fromkeys(t for r in rows for t in r["tags"])
+    }
+    return {
+        tag: {str(v): aggregate([r for r in rows if r["tags"].get(tag) == v]) for v in vs}
+        for tag, vs in values.items()
+    }
+
 
 def summarize(rows: list[dict]) -> dict:
     "The measures overall and by tag, and how many records could not be read."
     broken = sum("error" in r for r in rows)
-    return aggregate(rows) | (dict(broken=broken) if broken else {}) | dict(strata=metrics_by_tag(rows))
+    return (
+        aggregate(rows)
+        | (dict(broken=broken) if broken else {})
+        | dict(strata=metrics_by_tag(rows))
+    )

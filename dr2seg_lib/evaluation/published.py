@@ -7,43 +7,93 @@ __all__ = ['REASONSEG', 'REFERRING', 'REFCOCO_ROWS', 'ABLATION', 'ANCHORS', 'SLO
            'AS_PUBLISHED', 'COLUMN_TITLES', 'published_row', 'published_tables']
 
 # %% ../../nbs/evaluation/published.ipynb #248f2695
-REASONSEG = ( # method, then tokens, gIoU, cIoU on val and on test
-    ('Seg-Zero-7B', 90.7, 61.6, 52.5, 90.6, 58.2, 52.3),
-    ('PixelThink-7B', 46.9, 63.8, 62.6, 47.6, 60.1, 55.7),
-    ('VisionReasoner-7B', 80.8, 66.3, 59.8, 84.8, 63.6, 58.2),
-    ('VisionReasoner*', 85.3, 65.4, 60.3, 81.4, 62.3, 54.6),
-    ('DR²Seg-7B', 46.2, 67.5, 60.0, 55.4, 64.8, 62.8),
-    ('DR²Seg*', 26.9, 68.5, 65.8, 27.2, 66.1, 63.6),
-    ('DPAD-7B (Seg-Zero data)', 68.5, 63.1, 61.2, 68.5, 60.8, 57.5))
-REFERRING = 'RefCOCO testA', 'RefCOCO+ testA', 'RefCOCOg test'
-REFCOCO_ROWS = (('Seg-Zero', 80.3, 76.2, 72.6), ('VisionReasoner', 78.9, 74.9, 71.3), ('DPAD', 79.3, 74.7, 72.6), ('DR²Seg', 78.7, 75.4, 72.2), ('DR²Seg*', 79.3, 75.4, 73.4))
-ABLATION = ('none', 81.5, 64.9), ('+ R_desc', 56.1, 67.6), ('+ R_len', 26.9, 68.5) # tokens, gIoU
-ANCHORS = ('N0 = 55', 44.4, 66.8), ('N0 = 45', 26.9, 68.5), ('N0 = 35', 20.2, 66.6), ('N0 = 25', 70.7, 66.3) # tokens, gIoU
-SLOPES = ('γ = 0.01', None, 66.8), ('γ = 0.05', None, 68.5), ('γ = 0.1', None, 68.9), ('γ = 0.2', None, 68.0)
-SMALL = ('VisionReasoner-3B', 54.3, 60.8, 57.2), ('DR²Seg-3B', 23.9, 65.5, 56.8) # tokens, gIoU, cIoU
-SAM3 = ('VisionReasoner', 64.8, 64.8, 63.0), ('DR²Seg without R_len', 63.7, 68.7, 64.8), ('DR²Seg', 31.0, 68.9, 66.9)
-PUBLISHED_STRATA = ( # tokens and gIoU of Seg-Zero, then of DPAD
-    ('attribute', 98, 61.2, 60, 64.3), ('relation', 92, 58.5, 63, 62.2), ('logic', 110, 44.9, 68, 47.0),
-    ('easy', None, 68.4, None, 73.0), ('medium', None, 58.9, None, 61.7), ('hard', None, 45.2, None, 47.5))
+REASONSEG = (  # method, then tokens, gIoU, cIoU on val and on test
+    ("Seg-Zero-7B", 90.7, 61.6, 52.5, 90.6, 58.2, 52.3),
+    ("PixelThink-7B", 46.9, 63.8, 62.6, 47.6, 60.1, 55.7),
+    ("VisionReasoner-7B", 80.8, 66.3, 59.8, 84.8, 63.6, 58.2),
+    ("VisionReasoner*", 85.3, 65.4, 60.3, 81.4, 62.3, 54.6),
+    ("DR²Seg-7B", 46.2, 67.5, 60.0, 55.4, 64.8, 62.8),
+    ("DR²Seg*", 26.9, 68.5, 65.8, 27.2, 66.1, 63.6),
+    ("DPAD-7B (Seg-Zero data)", 68.5, 63.1, 61.2, 68.5, 60.8, 57.5),
+)
+REFERRING = "RefCOCO testA", "RefCOCO+ testA", "RefCOCOg test"
+REFCOCO_ROWS = (
+    ("Seg-Zero", 80.3, 76.2, 72.6),
+    ("VisionReasoner", 78.9, 74.9, 71.3),
+    ("DPAD", 79.3, 74.7, 72.6),
+    ("DR²Seg", 78.7, 75.4, 72.2),
+    ("DR²Seg*", 79.3, 75.4, 73.4),
+)
+ABLATION = ("none", 81.5, 64.9), ("+ R_desc", 56.1, 67.6), ("+ R_len", 26.9, 68.5)  # tokens, gIoU
+ANCHORS = (
+    ("N0 = 55", 44.4, 66.8),
+    ("N0 = 45", 26.9, 68.5),
+    ("N0 = 35", 20.2, 66.6),
+    ("N0 = 25", 70.7, 66.3),
+)  # tokens, gIoU
+SLOPES = (
+    ("γ = 0.01", None, 66.8),
+    ("γ = 0.05", None, 68.5),
+    ("γ = 0.1", None, 68.9),
+    ("γ = 0.2", None, 68.0),
+)
+SMALL = (
+    ("VisionReasoner-3B", 54.3, 60.8, 57.2),
+    ("DR²Seg-3B", 23.9, 65.5, 56.8),
+)  # tokens, gIoU, cIoU
+SAM3 = (
+    ("VisionReasoner", 64.8, 64.8, 63.0),
+    ("DR²Seg without R_len", 63.7, 68.7, 64.8),
+    ("DR²Seg", 31.0, 68.9, 66.9),
+)
+PUBLISHED_STRATA = (  # tokens and gIoU of Seg-Zero, then of DPAD
+    ("attribute", 98, 61.2, 60, 64.3),
+    ("relation", 92, 58.5, 63, 62.2),
+    ("logic", 110, 44.9, 68, 47.0),
+    ("easy", None, 68.4, None, 73.0),
+    ("medium", None, 58.9, None, 61.7),
+    ("hard", None, 45.2, None, 47.5),
+)
 
 # %% ../../nbs/evaluation/published.ipynb #9aae4477
-AS_PUBLISHED = 'as published'
-COLUMN_TITLES = dict(method=('', ''), on=('on', ''), protocol=('protocol', ''), n=('samples', 's'), tokens=('tokens', '.1f'), gIoU=('gIoU', '.1f'), cIoU=('cIoU', '.1f'))
+AS_PUBLISHED = "as published"
+COLUMN_TITLES = dict(
+    method=("", ""),
+    on=("on", ""),
+    protocol=("protocol", ""),
+    n=("samples", "s"),
+    tokens=("tokens", ".1f"),
+    gIoU=("gIoU", ".1f"),
+    cIoU=("cIoU", ".1f"),
+)
 
-def published_row(method:str, on:str, tokens=None, gIoU=None, cIoU=None)->dict:
+
+def published_row(method: str, on: str, tokens=None, gIoU=None, cIoU=None) -> dict:
     "A published row."
     return dict(method=method, on=on, protocol=AS_PUBLISHED, tokens=tokens, gIoU=gIoU, cIoU=cIoU)
 
-def published_tables()->dict: # {title: rows}
+
+def published_tables() -> dict:  # {title: rows}
     "The papers' figures, table by table."
-    val = 'ReasonSeg val'
-    strata = [published_row(f'{who}, {name}', 'ReasonSeg test', *row[at:at + 2]) for name, *row in PUBLISHED_STRATA for who, at in (('Seg-Zero', 0), ('DPAD', 2))]
-    return {val: [published_row(m, val, *row[:3]) for m, *row in REASONSEG],
-            'ReasonSeg test': [published_row(m, 'ReasonSeg test', *row[3:]) for m, *row in REASONSEG],
-            'Referring expressions': [published_row(m, on, gIoU=v) for k, on in enumerate(REFERRING) for m, *row in REFCOCO_ROWS for v in row[k:k + 1]],
-            'What the reward terms do': [published_row(*row[:1], val, *row[1:]) for row in ABLATION],
-            'The anchor N0': [published_row(*row[:1], val, *row[1:]) for row in ANCHORS],
-            'The slope γ': [published_row(*row[:1], val, *row[1:]) for row in SLOPES],
-            'Models of 3B': [published_row(*row[:1], 'ReasonSeg', *row[1:]) for row in SMALL],
-            'SAM 3 as segmenter': [published_row(*row[:1], 'ReasonSeg', *row[1:]) for row in SAM3],
-            'Strata': strata}
+    val = "ReasonSeg val"
+    strata = [
+        published_row(f"{who}, {name}", "ReasonSeg test", *row[at : at + 2])
+        for name, *row in PUBLISHED_STRATA
+        for who, at in (("Seg-Zero", 0), ("DPAD", 2))
+    ]
+    return {
+        val: [published_row(m, val, *row[:3]) for m, *row in REASONSEG],
+        "ReasonSeg test": [published_row(m, "ReasonSeg test", *row[3:]) for m, *row in REASONSEG],
+        "Referring expressions": [
+            published_row(m, on, gIoU=v)
+            for k, on in enumerate(REFERRING)
+            for m, *row in REFCOCO_ROWS
+            for v in row[k : k + 1]
+        ],
+        "What the reward terms do": [published_row(*row[:1], val, *row[1:]) for row in ABLATION],
+        "The anchor N0": [published_row(*row[:1], val, *row[1:]) for row in ANCHORS],
+        "The slope γ": [published_row(*row[:1], val, *row[1:]) for row in SLOPES],
+        "Models of 3B": [published_row(*row[:1], "ReasonSeg", *row[1:]) for row in SMALL],
+        "SAM 3 as segmenter": [published_row(*row[:1], "ReasonSeg", *row[1:]) for row in SAM3],
+        "Strata": strata,
+    }

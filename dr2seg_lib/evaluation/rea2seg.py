@@ -24,55 +24,116 @@ from ..runs.verify import validate_model
 from ..segmenters.loading import load_segmenter
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #6f08fafb
-REA2SEG_FIGURES = dict(direct=("direct gIoU", ".3f"), oracle=("oracle gIoU", ".3f"), chosen=("chosen gIoU", ".3f"), change=("chosen − direct", "+.3f"), candidates=("candidates", ".1f"),
-               tokens_direct=("tokens direct", ".0f"), tokens_scoring=("tokens scoring", ".0f"), seconds_direct=("s direct", ".2f"), seconds_more=("s more", ".2f"))
+REA2SEG_FIGURES = dict(
+    direct=("direct gIoU", ".3f"),
+    oracle=("oracle gIoU", ".3f"),
+    chosen=("chosen gIoU", ".3f"),
+    change=("chosen − direct", "+.3f"),
+    candidates=("candidates", ".1f"),
+    tokens_direct=("tokens direct", ".0f"),
+    tokens_scoring=("tokens scoring", ".0f"),
+    seconds_direct=("s direct", ".2f"),
+    seconds_more=("s more", ".2f"),
+)
 
-def row_figures(row: dict) -> dict: # {name of FIGURES: number}
+
+def row_figures(row: dict) -> dict:  # {name of FIGURES: number}
     "The numbers of one row."
     more = sum(v for k, v in row["seconds"].items() if k != "direct")
-    return {k: row[k] for k in ("direct", "oracle", "chosen", "tokens_direct", "tokens_scoring")} | dict(
-        change=row["chosen"] - row["direct"], candidates=len(row["candidates"]), seconds_direct=row["seconds"]["direct"], seconds_more=more)
+    return {
+        k: row[k] for k in ("direct", "oracle", "chosen", "tokens_direct", "tokens_scoring")
+    } | dict(
+        change=row["chosen"] - row["direct"],
+        candidates=len(row["candidates"]),
+        seconds_direct=row["seconds"]["direct"],
+        seconds_more=more,
+    )
 
-def summarize_rea2seg(rows: list[dict]) -> dict: # {dimension or "all": {n, name: [mean, low, high]}}
+
+def summarize_rea2seg(
+    rows: list[dict],
+) -> dict:  # {dimension or "all": {n, name: [mean, low, high]}}
     "Means with intervals, for each dimension and for all."
-    by = {d: [r for r in rows if r["tags"].get("dimension") == d] for d in dict.fromkeys(v[2] for v in KINDS.values())}
+    by = {
+        d: [r for r in rows if r["tags"].get("dimension") == d]
+        for d in dict.fromkeys(v[2] for v in KINDS.values())
+    }
+
     def of(group):
         numbers = [row_figures(r) for r in group]
         columns = {k: np.array([n[k] for n in numbers], dtype=float) for k in REA2SEG_FIGURES}
-        return dict(n=len(group)) | {k: [float(v.mean()), *percentile_interval(v)] for k, v in columns.items()}
+        return dict(n=len(group)) | {
+            k: [float(v.mean()), *percentile_interval(v)] for k, v in columns.items()
+        }
+
     return {d: of(group) for d, group in (by | dict(all=rows)).items() if group}
+
 
 def cost_table(summary: dict) -> Table:
     "The summary as a table, a row a dimension."
-    rows = [dict(dimension=d, n=s["n"]) | {k: Interval(*s[k]) for k in REA2SEG_FIGURES} for d, s in summary.items()]
+    rows = [
+        dict(dimension=d, n=s["n"]) | {k: Interval(*s[k]) for k in REA2SEG_FIGURES}
+        for d, s in summary.items()
+    ]
     return rows_table(rows, dict(dimension=("", ""), n="d", **REA2SEG_FIGURES))
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #f6beeec2
 class Rea2SegConfig(Rea2SegFields):
     "Parameters of a Rea2Seg run, checked against what is on this machine."
+
     _known_recipe = field_validator("recipe")(validate_method)
     _known_model = field_validator("model")(validate_model)
 
     @field_validator("scorer")
     @classmethod
-    def _loadable(cls, name): return name and validate_model(name, "scorer")
+    def _loadable(cls, name):
+        return name and validate_model(name, "scorer")
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #81ab07a3
-def run_rea2seg(config: Rea2SegConfig, out, # the run's folder
-                resume: bool = False) -> Run:
+def run_rea2seg(
+    config: Rea2SegConfig,
+    out,  # the run's folder
+    resume: bool = False,
+) -> Run:
     "Every sample's direct answer, candidates and choice; a row each in predictions.jsonl, the summary in results.json."
-    data, segmenter, policy = load_data(config.data, config.split, config.samples), load_segmenter(config.segmenter), load_policy(config.model)
-    scorer = policy if config.model != "embedded" and config.scorer in ("", config.model) else load_judge(config.scorer or "embedded")
+    data, segmenter, policy = (
+        load_data(config.data, config.split, config.samples),
+        load_segmenter(config.segmenter),
+        load_policy(config.model),
+    )
+    scorer = (
+        policy
+        if config.model != "embedded" and config.scorer in ("", config.model)
+        else load_judge(config.scorer or "embedded")
+    )
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
         path, prompt = run.folder / "predictions.jsonl", METHODS[config.recipe].prompt
         rows = read_jsonl(path) if path.exists() else []
-        write_jsonl(path, rows) # without a line that was cut short
+        write_jsonl(path, rows)  # without a line that was cut short
         for i in range(len(rows), len(data)):
-            if run.stop_requested(): return run
-            rows.append(rea2seg(policy, scorer, segmenter, require_askable(policy, data[i]), prompt, config.overlap, config.candidates, config.max_new_tokens).row())
+            if run.stop_requested():
+                return run
+            rows.append(
+                rea2seg(
+                    policy,
+                    scorer,
+                    segmenter,
+                    require_askable(policy, data[i]),
+                    prompt,
+                    config.overlap,
+                    config.candidates,
+                    config.max_new_tokens,
+                ).row()
+            )
             append_jsonl(path, rows[-1:])
             run.progress("scoring candidates", len(rows), len(data))
         summary = summarize_rea2seg(rows)
-        cut = [r["cut"] for r in rows if "cut" in r] # rows of an older run do not say
-        run.results(dict(table=cost_table(summary).markdown, summary=summary, cut=float(np.mean(cut)) if cut else None))
+        cut = [r["cut"] for r in rows if "cut" in r]  # rows of an older run do not say
+        run.results(
+            dict(
+                table=cost_table(summary).markdown,
+                summary=summary,
+                cut=float(np.mean(cut)) if cut else None,
+            )
+        )
     return run

@@ -27,53 +27,80 @@ def _train_alone(config: TrainConfig, folder: Path, threads: int, report: Connec
     "One run in a process of its own, which ends with the one that holds the sweep."
     die_with_parent(multiprocessing.parent_process().pid)
     import torch
+
     torch.set_num_threads(threads)
-    os.environ["DR2SEG_WATCHED"] = "1" # it draws no bar
-    try: train(config, folder, resume=(folder / "run.json").exists())
-    except Exception as e: # whatever a run may end with: it is told, and the others go on
+    os.environ["DR2SEG_WATCHED"] = "1"  # it draws no bar
+    try:
+        train(config, folder, resume=(folder / "run.json").exists())
+    except Exception as e:  # whatever a run may end with: it is told, and the others go on
         report.send(f"{type(e).__name__}: {e}")
         raise
 
+
 class _Worker:
     "A run that is being trained, and the process that does it."
+
     def __init__(self, config: TrainConfig, folder: Path, threads: int):
         context = multiprocessing.get_context("spawn")
         self.folder, (self.reader, writer) = folder, context.Pipe(duplex=False)
-        self.process: BaseProcess = context.Process(target=_train_alone, args=(config, folder, threads, writer))
+        self.process: BaseProcess = context.Process(
+            target=_train_alone, args=(config, folder, threads, writer)
+        )
         self.process.start()
-        writer.close() # the other process has its own
+        writer.close()  # the other process has its own
 
-    def ended(self) -> bool: return not self.process.is_alive()
+    def ended(self) -> bool:
+        return not self.process.is_alive()
 
-    def problem(self) -> str | None: # a sentence; None when it ended well
+    def problem(self) -> str | None:  # a sentence; None when it ended well
         "What a run has ended with."
         self.process.join()
-        try: return self.reader.recv()
-        except (EOFError, OSError): code = self.process.exitcode
-        return f"its process ended with {code}, killed perhaps for memory; resume the sweep" if code else None
+        try:
+            return self.reader.recv()
+        except (EOFError, OSError):
+            code = self.process.exitcode
+        return (
+            f"its process ended with {code}, killed perhaps for memory; resume the sweep"
+            if code
+            else None
+        )
 
     def stop(self):
-        if self.folder.exists(): (self.folder / "stop").touch()
+        if self.folder.exists():
+            (self.folder / "stop").touch()
 
     def kill(self):
         self.process.kill()
         self.process.join()
 
-def _is_done(folder: Path) -> bool: return (folder / "run.json").exists() and run_status(folder) == "done"
 
-def _todo(folders: dict) -> tuple[deque, dict]: # names of runs; {name: one sentence}, those whose folders cannot be read
+def _is_done(folder: Path) -> bool:
+    return (folder / "run.json").exists() and run_status(folder) == "done"
+
+
+def _todo(
+    folders: dict,
+) -> tuple[deque, dict]:  # names of runs; {name: one sentence}, those whose folders cannot be read
     names, failed = deque(), {}
     for name, folder in folders.items():
         try:
-            if not _is_done(folder): names.append(name)
-        except (OSError, ValueError) as e: failed[name] = f"{type(e).__name__}: {e}"
+            if not _is_done(folder):
+                names.append(name)
+        except (OSError, ValueError) as e:
+            failed[name] = f"{type(e).__name__}: {e}"
     return names, failed
 
-def run_sweep(run: Run, # the run that holds the others
-          configs: dict, # {name: TrainConfig}
-          workers: int = 2) -> dict: # {name: one sentence}, what failed
+
+def run_sweep(
+    run: Run,  # the run that holds the others
+    configs: dict,  # {name: TrainConfig}
+    workers: int = 2,
+) -> dict:  # {name: one sentence}, what failed
     "Train every configuration in `run.folder/name`, each in a process of its own, so many at a time."
-    folders, threads = {n: run.folder / n for n in configs}, max(1, (os.cpu_count() or 1) // workers)
+    folders, threads = (
+        {n: run.folder / n for n in configs},
+        max(1, (os.cpu_count() or 1) // workers),
+    )
     (todo, failed), busy = _todo(folders), {}
     try:
         while todo or busy:
@@ -81,35 +108,61 @@ def run_sweep(run: Run, # the run that holds the others
                 name = todo.popleft()
                 busy[name] = _Worker(configs[name], folders[name], threads)
             for name in [n for n, w in busy.items() if w.ended()]:
-                if problem := busy.pop(name).problem(): failed[name] = problem
+                if problem := busy.pop(name).problem():
+                    failed[name] = problem
             run.progress("runs", len(configs) - len(todo) - len(busy), len(configs))
             if run.stop_requested():
                 todo.clear()
-                for worker in busy.values(): worker.stop()
+                for worker in busy.values():
+                    worker.stop()
             time.sleep(0.2)
     finally:
-        for worker in busy.values(): worker.kill() # an interrupt does not wait for them
+        for worker in busy.values():
+            worker.kill()  # an interrupt does not wait for them
     return failed
 
 # %% ../../nbs/experiments/sweeps.ipynb #0f8dc40f
-def sweep_arms(recipes: list, seeds: list,
-         vary: dict | None = None, # {parameter of train: values}; every combination with a recipe is an arm
-         **settings) -> dict: # {arm: {run name: TrainConfig}}
+def sweep_arms(
+    recipes: list,
+    seeds: list,
+    vary: dict
+    | None = None,  # {parameter of train: values}; every combination with a recipe is an arm
+    **settings,
+) -> dict:  # {arm: {run name: TrainConfig}}
     "What is compared: recipes, each at every value of what varies, over the same seeds, alike in all else."
     values = [dict(zip(vary or {}, combination)) for combination in product(*(vary or {}).values())]
     title = lambda recipe, v: ", ".join([recipe, *(f"{k} {x}" for k, x in v.items())])
     folder = lambda arm, seed: f"{re.sub(r'[^A-Za-z0-9_.]+', '-', arm)}-s{seed}"
-    return {title(r, v): {folder(title(r, v), s): TrainConfig(**settings | v | dict(recipe=r, seed=s)) for s in seeds} for r in recipes for v in values}
+    return {
+        title(r, v): {
+            folder(title(r, v), s): TrainConfig(**settings | v | dict(recipe=r, seed=s))
+            for s in seeds
+        }
+        for r in recipes
+        for v in values
+    }
 
-def interleave_seeds(arms: dict) -> dict: # {run name: TrainConfig}
+
+def interleave_seeds(arms: dict) -> dict:  # {run name: TrainConfig}
     "All runs, the first seed of every arm first."
-    return {name: config for runs in zip(*(a.items() for a in arms.values())) for name, config in runs}
+    return {
+        name: config for runs in zip(*(a.items() for a in arms.values())) for name, config in runs
+    }
 
 # %% ../../nbs/experiments/sweeps.ipynb #aad6caca
-def finished_runs(folder: Path, names: dict) -> dict: # names {arm: [run names]} -> {arm: [run names]}
+def finished_runs(
+    folder: Path, names: dict
+) -> dict:  # names {arm: [run names]} -> {arm: [run names]}
     "The runs of each arm that have been evaluated after training."
-    return {arm: [n for n in runs if "after" in read_results(Path(folder) / n)] for arm, runs in names.items()}
+    return {
+        arm: [n for n in runs if "after" in read_results(Path(folder) / n)]
+        for arm, runs in names.items()
+    }
 
-def arm_results(folder: Path, names: dict) -> dict: # names {arm: [run names]} -> {arm: [results]}
+
+def arm_results(folder: Path, names: dict) -> dict:  # names {arm: [run names]} -> {arm: [results]}
     "The results of every finished run of each arm."
-    return {arm: [read_results(Path(folder) / n) for n in runs] for arm, runs in finished_runs(folder, names).items()}
+    return {
+        arm: [read_results(Path(folder) / n) for n in runs]
+        for arm, runs in finished_runs(folder, names).items()
+    }

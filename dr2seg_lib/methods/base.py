@@ -17,10 +17,10 @@ from ..rollouts.response import Group
 
 # %% ../../nbs/methods/base.ipynb #ae0aefae
 def fill_template(
-    prompt:tuple, # (head, tail)
-    query:str,
-    eval:bool=False, # see `question`
-)->str: # user text
+    prompt: tuple,  # (head, tail)
+    query: str,
+    eval: bool = False,  # see `question`
+) -> str:  # user text
     "A prompt with its question."
     head, tail = prompt
     return head + normalize_question(query, eval) + tail
@@ -29,34 +29,39 @@ def fill_template(
 @dataclass(frozen=True)
 class Method:
     "A method. `terms` gives the named reward terms of a group of n rollouts, `total` the reward they add up to."
+
     name: str
-    prompt: Callable # query -> user text of the first pass
-    terms: Callable # (recipe, Group, frame) -> {name: Tensor [n]}
-    total: Callable # {name: Tensor [n]} -> Tensor [n]
-    second_prompt: Callable | None = None # description -> user text of the second pass; None: no second pass
-    anchor: float = 40 # N0 of Eq. 5, tokens
-    gamma: float = 0.05 # slope of Eq. 5, per token
-    form: str | None = None # of DPAD's reward: binary, difference or scaled; None: no scorer is asked
-    scorer: str = "embedded" # the scorer's name
-    segmenter: str | None = None # that draws the descriptions, by name; None: nothing is drawn
+    prompt: Callable  # query -> user text of the first pass
+    terms: Callable  # (recipe, Group, frame) -> {name: Tensor [n]}
+    total: Callable  # {name: Tensor [n]} -> Tensor [n]
+    second_prompt: Callable | None = (
+        None  # description -> user text of the second pass; None: no second pass
+    )
+    anchor: float = 40  # N0 of Eq. 5, tokens
+    gamma: float = 0.05  # slope of Eq. 5, per token
+    form: str | None = (
+        None  # of DPAD's reward: binary, difference or scaled; None: no scorer is asked
+    )
+    scorer: str = "embedded"  # the scorer's name
+    segmenter: str | None = None  # that draws the descriptions, by name; None: nothing is drawn
 
     @property
     def described(self) -> bool:
         "Whether the first pass gives a description: for a second pass, or to be drawn."
         return bool(self.second_prompt or self.segmenter)
 
-    def reward(self, group: Group, frame: int) -> tuple[dict, Tensor]: # terms, each [n]; total [n]
+    def reward(self, group: Group, frame: int) -> tuple[dict, Tensor]:  # terms, each [n]; total [n]
         "Every reward term of a group, and the reward."
         terms = self.terms(self, group, frame)
         return terms, self.total(terms)
 
 # %% ../../nbs/methods/base.ipynb #85b01fae
-def stack_terms(rows) -> dict: # rows: {name: number}, one an answer -> {name: [n]}
+def stack_terms(rows) -> dict:  # rows: {name: number}, one an answer -> {name: [n]}
     "The terms of n answers, term by term."
     rows = list(rows)
     return {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
 
 # %% ../../nbs/methods/base.ipynb #464ec1da
-def sum_terms(terms: dict) -> Tensor: # [n]
+def sum_terms(terms: dict) -> Tensor:  # [n]
     "The plain sum of all terms."
     return sum(terms.values())

@@ -22,40 +22,52 @@ from ..scorers.clip import load_scorer, similarities
 
 # %% ../../nbs/methods/dpad.ipynb #d2722824
 def dpad_prompt(
-    query:str, # the question
-    eval:bool=False, # see `question`
-)->str: # user text
+    query: str,  # the question
+    eval: bool = False,  # see `question`
+) -> str:  # user text
     "DPAD's prompt: Seg-Zero's, and a caption last (METHODS §2)."
     return fill_template(DPAD_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/dpad.ipynb #8ac5fb98
 def discriminative(
-    s1, # cosine of caption and object crop; number, list or tensor
-    s2, # cosine of caption and whole image, any shape that broadcasts
-    form:str='binary', # 'binary', 'difference' or 'scaled'
-    tokens=0, # length of the caption in CLIP's tokens; more than 77 scores 0
-)->Tensor: # the broadcast shape
+    s1,  # cosine of caption and object crop; number, list or tensor
+    s2,  # cosine of caption and whole image, any shape that broadcasts
+    form: str = "binary",  # 'binary', 'difference' or 'scaled'
+    tokens=0,  # length of the caption in CLIP's tokens; more than 77 scores 0
+) -> Tensor:  # the broadcast shape
     "R_dp of DPAD: does the caption fit the object better than the picture around it?"
     s1, s2 = to_float(s1), to_float(s2)
-    if form == 'binary': score = (s1 > s2).to(s1.dtype)
-    elif form == 'difference': score = s1 - s2
-    elif form == 'scaled': score = s1*(s1 - s2).clamp(min=0)
-    else: raise ValueError(f"form is {form!r}; it must be 'binary', 'difference' or 'scaled'.")
-    return torch.where(torch.as_tensor(tokens) <= 77, score, 0.)
+    if form == "binary":
+        score = (s1 > s2).to(s1.dtype)
+    elif form == "difference":
+        score = s1 - s2
+    elif form == "scaled":
+        score = s1 * (s1 - s2).clamp(min=0)
+    else:
+        raise ValueError(f"form is {form!r}; it must be 'binary', 'difference' or 'scaled'.")
+    return torch.where(torch.as_tensor(tokens) <= 77, score, 0.0)
 
 # %% ../../nbs/methods/dpad.ipynb #40eb5e04
-cached_scorer = lru_cache(maxsize=2)(load_scorer) # name -> Scorer
+cached_scorer = lru_cache(maxsize=2)(load_scorer)  # name -> Scorer
 
-def caption_terms(recipe: Method, group: Group, captions: list) -> dict: # one caption or None each; {"discriminative": [n]}
+
+def caption_terms(
+    recipe: Method, group: Group, captions: list
+) -> dict:  # one caption or None each; {"discriminative": [n]}
     "R_dp of each caption."
     s = similarities(cached_scorer(recipe.scorer), [group.sample], [captions])
     score = discriminative(s.s1[0], s.s2[0], recipe.form, s.tokens[0])
     return dict(discriminative=torch.where(s.tokens[0] > 0, score, 0.0))
 
-def dpad_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+
+def dpad_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "Seg-Zero's terms and R_dp of the caption."
-    return seg_zero_terms(recipe, group, frame) | caption_terms(recipe, group, [(find_block(r.text, "caption") or "").strip() for r in group.first])
+    return seg_zero_terms(recipe, group, frame) | caption_terms(
+        recipe, group, [(find_block(r.text, "caption") or "").strip() for r in group.first]
+    )
 
 # %% ../../nbs/methods/dpad.ipynb #21d9c1e8
 dpad = Method("dpad", dpad_prompt, dpad_terms, sum_terms, form="binary")
-dpad_difference, dpad_scaled = (replace(dpad, name=f"dpad_{form}", form=form) for form in ("difference", "scaled"))
+dpad_difference, dpad_scaled = (
+    replace(dpad, name=f"dpad_{form}", form=form) for form in ("difference", "scaled")
+)

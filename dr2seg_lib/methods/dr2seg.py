@@ -31,111 +31,141 @@ from ..rollouts.response import Group
 from ..segmenters.loading import load_segmenter
 
 # %% ../../nbs/methods/dr2seg.ipynb #5a1a2256
-DR2SEG_TEMPLATE = ('Please find "',
-    _ASK + 'Output the thinking process in <think> </think>, a short self-contained description of the target object(s) '
-    'in <description> </description> and final answer in <answer> </answer> tags.' + _FORM +
-    '<think> thinking process here </think><description> description of the target object(s) here </description>'
-    f'<answer>{EXAMPLE}</answer>') # (head, tail)
+DR2SEG_TEMPLATE = (
+    'Please find "',
+    _ASK
+    + "Output the thinking process in <think> </think>, a short self-contained description of the target object(s) "
+    "in <description> </description> and final answer in <answer> </answer> tags."
+    + _FORM
+    + "<think> thinking process here </think><description> description of the target object(s) here </description>"
+    f"<answer>{EXAMPLE}</answer>",
+)  # (head, tail)
 
 # %% ../../nbs/methods/dr2seg.ipynb #23ba8476
 def dr2seg_prompt(
-    query:str, # the question
-    eval:bool=False, # see `question`
-)->str: # user text
+    query: str,  # the question
+    eval: bool = False,  # see `question`
+) -> str:  # user text
     "DR²Seg's first-pass prompt: think, describe, then answer (METHODS §2)."
     return fill_template(DR2SEG_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/dr2seg.ipynb #5b184aae
 def description_reward(
-    text:str, # the raw second-pass response
-    target:list, # of Target, in the frame of the text
-)->float: # 0 or 1
+    text: str,  # the raw second-pass response
+    target: list,  # of Target, in the frame of the text
+) -> float:  # 0 or 1
     "R_desc of DR²Seg: 1 when the second pass, asked about the description alone, gives the right objects."
     found = parse_targets(load_json(parse_response(text).answer))
-    if found is None or len(found) != len(target): return 0.
-    if not found: return 1.
-    return float(best_matching([[boxes_overlap(p, t) for t in target] for p in found]) == len(found))
+    if found is None or len(found) != len(target):
+        return 0.0
+    if not found:
+        return 1.0
+    return float(
+        best_matching([[boxes_overlap(p, t) for t in target] for p in found]) == len(found)
+    )
 
 # %% ../../nbs/methods/dr2seg.ipynb #1fad4e2b
-def to_float(x): # any number, list or tensor as a floating-point tensor
+def to_float(x):  # any number, list or tensor as a floating-point tensor
     x = torch.as_tensor(x)
     return x if x.is_floating_point() else x.float()
 
+
 def length_reward(
-    n1, # first-pass reasoning, tokens; number, list or tensor
-    n2, # second-pass reasoning, tokens, any shape that broadcasts; inf or nan where no second pass ran
-    anchor:float=40, # N0, tokens that cost nothing
-    gamma:float=0.05, # cost of every token beyond
-)->Tensor: # 0..1, the broadcast shape
+    n1,  # first-pass reasoning, tokens; number, list or tensor
+    n2,  # second-pass reasoning, tokens, any shape that broadcasts; inf or nan where no second pass ran
+    anchor: float = 40,  # N0, tokens that cost nothing
+    gamma: float = 0.05,  # cost of every token beyond
+) -> Tensor:  # 0..1, the broadcast shape
     "R_len of DR²Seg (Eq. 5)."
     n1, n2 = to_float(n1), to_float(n2)
-    return ((n2 < n1).to(n1.dtype) - gamma*(n1 - anchor).clamp(min=0)).clamp(0, 1)
+    return ((n2 < n1).to(n1.dtype) - gamma * (n1 - anchor).clamp(min=0)).clamp(0, 1)
 
 # %% ../../nbs/methods/dr2seg.ipynb #179e78eb
 def conditional_length(
-    r_len, # [...,G] length reward of each rollout in a group
-    r_acc, # [...,G] accuracy of each
-)->Tensor: # [...,G]
+    r_len,  # [...,G] length reward of each rollout in a group
+    r_acc,  # [...,G] accuracy of each
+) -> Tensor:  # [...,G]
     "R̃_len of DR²Seg (Eq. 8): R_len in groups where some rollout has R_acc > 0, else 1."
     r_len, some_right = to_float(r_len), (to_float(r_acc) > 0).any(-1, keepdim=True)
-    return torch.where(some_right, r_len, 1.)
+    return torch.where(some_right, r_len, 1.0)
+
 
 def total_reward(
-    base, # R_base: format + non-repeat + accuracy, 0..7
-    desc, # R_desc, 0 or 1
-    length, # R̃_len, 0..1
-)->Tensor: # 0..8, the broadcast shape
+    base,  # R_base: format + non-repeat + accuracy, 0..7
+    desc,  # R_desc, 0 or 1
+    length,  # R̃_len, 0..1
+) -> Tensor:  # 0..8, the broadcast shape
     "R_total of DR²Seg (Eq. 7): (R_base + R_desc)·R̃_len."
-    return (to_float(base) + to_float(desc))*to_float(length)
+    return (to_float(base) + to_float(desc)) * to_float(length)
 
 # %% ../../nbs/methods/dr2seg.ipynb #8a7190c3
 def mask_reward(
-    iou, # IoU of the mask drawn from the description with the true one, 0..1; number, list or tensor
-)->dict: # {"accuracy": 0..3, "description": 0 or 1}, each of its shape
+    iou,  # IoU of the mask drawn from the description with the true one, 0..1; number, list or tensor
+) -> dict:  # {"accuracy": 0..3, "description": 0 or 1}, each of its shape
     "R_acc and R_desc of DR²Seg where a segmenter draws the description."
     iou = to_float(iou)
-    return dict(accuracy=3*iou, description=(iou > .5).to(iou.dtype))
+    return dict(accuracy=3 * iou, description=(iou > 0.5).to(iou.dtype))
 
 # %% ../../nbs/methods/dr2seg.ipynb #0b8db713
-def described_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+def described_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "The base terms and R_desc."
     targets = group.sample.scaled(frame)
     desc = [0.0 if r is None else description_reward(r.text, targets) for r in group.second]
     return base_terms(recipe, group, frame) | dict(description=torch.tensor(desc))
 
-def with_length_factor(recipe: Method, group: Group, terms: dict) -> dict: # {name: [n]}
+
+def with_length_factor(recipe: Method, group: Group, terms: dict) -> dict:  # {name: [n]}
     "The terms, and the conditional length factor (Eqs. 5 and 8)."
     n1 = torch.tensor([float(r.think_tokens) for r in group.first])
     n2 = torch.tensor([float("inf") if r is None else float(r.think_tokens) for r in group.second])
     length = length_reward(n1, n2, recipe.anchor, recipe.gamma)
     return terms | dict(length=conditional_length(length, terms["accuracy"]))
 
-def dr2seg_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+
+def dr2seg_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "The base terms, R_desc and the length factor."
     return with_length_factor(recipe, group, described_terms(recipe, group, frame))
 
 
-def dr2seg_total(terms: dict) -> Tensor: # [n]
+def dr2seg_total(terms: dict) -> Tensor:  # [n]
     "(R_base + R_desc) times the length factor (Eq. 7)."
     rest = {k: v for k, v in terms.items() if k not in ("description", "length")}
     return total_reward(sum_terms(rest), terms["description"], terms["length"])
 
-dr2seg_desc = Method("dr2seg_desc", dr2seg_prompt, described_terms, sum_terms, second_prompt=visionreasoner_prompt)
+
+dr2seg_desc = Method(
+    "dr2seg_desc", dr2seg_prompt, described_terms, sum_terms, second_prompt=visionreasoner_prompt
+)
 dr2seg = replace(dr2seg_desc, name="dr2seg", terms=dr2seg_terms, total=dr2seg_total)
 
 # %% ../../nbs/methods/dr2seg.ipynb #29e3c51e
-cached_segmenter = lru_cache(maxsize=2)(load_segmenter) # name -> Segmenter
+cached_segmenter = lru_cache(maxsize=2)(load_segmenter)  # name -> Segmenter
 
-def mask_reward_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+
+def mask_reward_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "The base terms, with the accuracy and R_desc of the masks drawn from the descriptions."
-    image, truth, said = group.sample.image, group.sample.mask, [segmenter_phrase(r.text) for r in group.first]
+    image, truth, said = (
+        group.sample.image,
+        group.sample.mask,
+        [segmenter_phrase(r.text) for r in group.first],
+    )
     drawn = cached_segmenter(recipe.segmenter).masks(image, said)
     overlap = [ratio(*iou(mask, truth)) if words else 0.0 for words, mask in zip(said, drawn)]
     return base_terms(recipe, group, frame) | mask_reward(overlap)
 
-def dr2seg_sam3_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+
+def dr2seg_sam3_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "The terms of the drawn descriptions and the length factor."
     return with_length_factor(recipe, group, mask_reward_terms(recipe, group, frame))
 
-dr2seg_sam3_desc = replace(dr2seg_desc, name="dr2seg_sam3_desc", terms=mask_reward_terms, second_prompt=None, segmenter="facebook/sam3")
-dr2seg_sam3 = replace(dr2seg, name="dr2seg_sam3", terms=dr2seg_sam3_terms, segmenter="facebook/sam3")
+
+dr2seg_sam3_desc = replace(
+    dr2seg_desc,
+    name="dr2seg_sam3_desc",
+    terms=mask_reward_terms,
+    second_prompt=None,
+    segmenter="facebook/sam3",
+)
+dr2seg_sam3 = replace(
+    dr2seg, name="dr2seg_sam3", terms=dr2seg_sam3_terms, segmenter="facebook/sam3"
+)

@@ -14,9 +14,11 @@ from .dr2seg import dr2seg, dr2seg_terms
 from ..rollouts.response import Group
 
 # %% ../../nbs/methods/dr2seg_dpad.ipynb #2e475855
-def dr2seg_dpad_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+def dr2seg_dpad_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "DR²Seg's terms and R_dp of the description."
-    return caption_terms(recipe, group, [r.parsed.description for r in group.first]) | dr2seg_terms(recipe, group, frame)
+    return caption_terms(recipe, group, [r.parsed.description for r in group.first]) | dr2seg_terms(
+        recipe, group, frame
+    )
 
 # %% ../../nbs/methods/dr2seg_dpad.ipynb #239e95ea
 dr2seg_dpad = replace(dr2seg, name="dr2seg_dpad", terms=dr2seg_dpad_terms, form="binary")

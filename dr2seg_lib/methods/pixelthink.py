@@ -19,31 +19,36 @@ from ..rollouts.response import Group
 
 # %% ../../nbs/methods/pixelthink.ipynb #4ffc9bfc
 def length_factor(
-    used, # words of the whole response; number, list or tensor
-    difficulty, # d, of the data
-    uncertainty, # mean of 1 − (p_top1 − p_top2) over the generated tokens
-)->Tensor: # 0..1, the broadcast shape; Seg-Zero's sum is multiplied by it
+    used,  # words of the whole response; number, list or tensor
+    difficulty,  # d, of the data
+    uncertainty,  # mean of 1 − (p_top1 − p_top2) over the generated tokens
+) -> Tensor:  # 0..1, the broadcast shape; Seg-Zero's sum is multiplied by it
     "PixelThink's length factor: within the budget 1, and 500 words beyond it 0."
     used, d, u = to_float(used), to_float(difficulty), to_float(uncertainty)
-    budget = torch.where(d >= 5, 256 + 25*u, 96.)
-    kept = (1 + (budget - used)/500).clamp(0, 1)
-    return torch.where((d >= 3.5) & (d < 5), 1., kept)
+    budget = torch.where(d >= 5, 256 + 25 * u, 96.0)
+    kept = (1 + (budget - used) / 500).clamp(0, 1)
+    return torch.where((d >= 3.5) & (d < 5), 1.0, kept)
 
 # %% ../../nbs/methods/pixelthink.ipynb #cb20f209
 DIFFICULTIES = dict(easy=2.0, medium=4.25, hard=7.5)
 
-def difficulty(sample: Sample) -> float: # d, 0..10
+
+def difficulty(sample: Sample) -> float:  # d, 0..10
     "PixelThink's difficulty of a sample, from its tag of that name."
     d = sample.tags.get("difficulty", "medium")
     return float(DIFFICULTIES.get(d, d))
 
-def pixelthink_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+
+def pixelthink_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "Seg-Zero's terms and PixelThink's length factor."
     used = torch.tensor([float(len(r.text.split())) for r in group.first])
     uncertainty = torch.tensor([1 - sum(r.margin) / max(len(r.margin), 1) for r in group.first])
-    return seg_zero_terms(recipe, group, frame) | dict(length=length_factor(used, difficulty(group.sample), uncertainty))
+    return seg_zero_terms(recipe, group, frame) | dict(
+        length=length_factor(used, difficulty(group.sample), uncertainty)
+    )
 
-def pixelthink_total(terms: dict) -> Tensor: # [n]
+
+def pixelthink_total(terms: dict) -> Tensor:  # [n]
     "The sum of all terms but the length factor, times that factor."
     return sum_terms({k: v for k, v in terms.items() if k != "length"}) * terms["length"]
 

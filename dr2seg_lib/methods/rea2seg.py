@@ -35,56 +35,83 @@ from ..segmenters.base import Segmenter
 # %% ../../nbs/methods/rea2seg.ipynb #9aba3a30
 NUMBER = re.compile(r"\b[0-9]+(?:\.[0-9]+)?\b")
 
-def coordinate_tokens(tokenizer, text: str) -> tuple[list[int], list[bool]]: # T ids; T times: is it part of a coordinate
+
+def coordinate_tokens(
+    tokenizer, text: str
+) -> tuple[list[int], list[bool]]:  # T ids; T times: is it part of a coordinate
     "The tokens of a response, and which of them write coordinates."
     lo = text.find("<answer>") + len("<answer>")
     hi = text.find("</answer>", lo)
-    if lo < len("<answer>") or hi < 0: lo, hi = 0, len(text)
+    if lo < len("<answer>") or hi < 0:
+        lo, hi = 0, len(text)
     said = encode_text(tokenizer, [text], return_offsets_mapping=True)
-    over = lambda spans: [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"][0]]
+    over = lambda spans: [
+        any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"][0]
+    ]
     on = over([m.span() for m in NUMBER.finditer(text, lo, hi)])
     return said["input_ids"][0], on if any(on) else over([(lo, hi)])
 
 # %% ../../nbs/methods/rea2seg.ipynb #852ec0ca
-def attention_grid(policy: Policy, text: str, # user text
-                   seen: EncodedImage, prefix: Prefix, # its image and itself, read
-                   response: str) -> np.ndarray: # [h,w], one cell an image token; zeros where a response has no tokens to ask
+def attention_grid(
+    policy: Policy,
+    text: str,  # user text
+    seen: EncodedImage,
+    prefix: Prefix,  # its image and itself, read
+    response: str,
+) -> np.ndarray:  # [h,w], one cell an image token; zeros where a response has no tokens to ask
     "Mean attention of a response's coordinate tokens to every image token."
     ids, on = coordinate_tokens(policy.tokenizer, response)
     grids = image_attention(policy, text, seen, prefix, ids)
     return grids[on[1:]].mean(0) if any(on[1:]) else np.zeros(grids.shape[1:])
 
 # %% ../../nbs/methods/rea2seg.ipynb #af4486ec
-PEAK_FLOOR, PEAK_REACH = 0.02, 0.75 # lowest peak, share of the map's maximum; how far a peak rules, image tokens
+PEAK_FLOOR, PEAK_REACH = (
+    0.02,
+    0.75,
+)  # lowest peak, share of the map's maximum; how far a peak rules, image tokens
 
-def hottest_pixel(heat: np.ndarray, # [H,W]
-            mask: np.ndarray, # [H,W] bool, not empty
-           ) -> tuple: # (x,y)
+
+def hottest_pixel(
+    heat: np.ndarray,  # [H,W]
+    mask: np.ndarray,  # [H,W] bool, not empty
+) -> tuple:  # (x,y)
     "The highest pixel of a mask."
     y, x = np.unravel_index(np.where(mask, heat, -1).argmax(), heat.shape)
     return int(x), int(y)
 
-def peaks(heat: np.ndarray, # [H,W] 0..1
-          cell: tuple, # (w,h) of an image token, pixels
-         ) -> list[Target]: # hottest first
+
+def peaks(
+    heat: np.ndarray,  # [H,W] 0..1
+    cell: tuple,  # (w,h) of an image token, pixels
+) -> list[Target]:  # hottest first
     "Boxes and points around the local maxima of a map."
     reach = [max(1, round(PEAK_REACH * c)) for c in cell]
-    tops = (heat == maximum_filter(heat, size=(2 * reach[1] + 1, 2 * reach[0] + 1))) & (heat >= PEAK_FLOOR) & (heat > 0)
+    tops = (
+        (heat == maximum_filter(heat, size=(2 * reach[1] + 1, 2 * reach[0] + 1)))
+        & (heat >= PEAK_FLOOR)
+        & (heat > 0)
+    )
     parts, found = label(tops, np.ones((3, 3))), []
     for k in range(1, parts[1] + 1):
         x, y = hottest_pixel(heat, parts[0] == k)
         near = np.zeros(heat.shape, dtype=bool)
-        near[max(0, y - reach[1]):y + reach[1] + 1, max(0, x - reach[0]):x + reach[0] + 1] = True
+        near[max(0, y - reach[1]) : y + reach[1] + 1, max(0, x - reach[0]) : x + reach[0] + 1] = (
+            True
+        )
         hill = label(near & (heat >= heat[y, x] / 2))[0]
         found.append(Target(mask_box(hill == hill[y, x]), (x, y)))
     return sorted(found, key=lambda t: -heat[t.point[1], t.point[0]])
 
 # %% ../../nbs/methods/rea2seg.ipynb #43a47d4c
-def otsu_regions(heat: np.ndarray, # [H,W] 0..1
-                ) -> list[Target]: # hottest first
+def otsu_regions(
+    heat: np.ndarray,  # [H,W] 0..1
+) -> list[Target]:  # hottest first
     "Boxes and points of the connected parts above Otsu's threshold."
-    if not heat.any(): return []
-    _, above = cv2.threshold((heat * 255).astype(np.uint8), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    if not heat.any():
+        return []
+    _, above = cv2.threshold(
+        (heat * 255).astype(np.uint8), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU
+    )
     parts, n = label(above)
     found = [Target(mask_box(parts == k), hottest_pixel(heat, parts == k)) for k in range(1, n + 1)]
     return sorted(found, key=lambda t: -heat[t.point[1], t.point[0]])
@@ -93,48 +120,80 @@ def otsu_regions(heat: np.ndarray, # [H,W] 0..1
 @dataclass(frozen=True)
 class Candidate:
     "A mask that may be the answer, and where it came from: direct, region, regions or peak."
-    mask: np.ndarray # [H,W] bool, not empty
+
+    mask: np.ndarray  # [H,W] bool, not empty
     source: str
 
-def distinct_candidates(candidates: list[Candidate], overlap: float = 0.8, # IoU above which two are one
-             limit: int = 8) -> list[Candidate]:
+
+def distinct_candidates(
+    candidates: list[Candidate],
+    overlap: float = 0.8,  # IoU above which two are one
+    limit: int = 8,
+) -> list[Candidate]:
     "The first of every kind, empty ones dropped, at most `limit`."
     kept = []
     for c in candidates:
-        if len(kept) == limit: break
-        if c.mask.any() and all(ratio(*iou(c.mask, k.mask)) <= overlap for k in kept): kept.append(c)
+        if len(kept) == limit:
+            break
+        if c.mask.any() and all(ratio(*iou(c.mask, k.mask)) <= overlap for k in kept):
+            kept.append(c)
     return kept
 
-def refine_prompts(drawn: list, # of [H,W] bool
-              targets: list[Target]) -> list[Target]:
+
+def refine_prompts(
+    drawn: list,  # of [H,W] bool
+    targets: list[Target],
+) -> list[Target]:
     "Prompts for a second drawing: box and point of the first; the old prompt where nothing was drawn."
     return [replace(Target.of(m), mask=None) if m.any() else t for m, t in zip(drawn, targets)]
 
-def propose_candidates(segmenter: Segmenter, image: np.ndarray, # [H,W,3] uint8
-             heat: np.ndarray, # [H,W] 0..1
-             cell: tuple, # (w,h) of an image token, pixels of the image
-             direct: list[Target], # the direct answer, in pixels of the image
-             overlap: float = 0.8, limit: int = 8) -> list[Candidate]: # the direct answer first, if it drew anything
+
+def propose_candidates(
+    segmenter: Segmenter,
+    image: np.ndarray,  # [H,W,3] uint8
+    heat: np.ndarray,  # [H,W] 0..1
+    cell: tuple,  # (w,h) of an image token, pixels of the image
+    direct: list[Target],  # the direct answer, in pixels of the image
+    overlap: float = 0.8,
+    limit: int = 8,
+) -> list[Candidate]:  # the direct answer first, if it drew anything
     "Candidate masks of an attention map."
     spots = [("region", t) for t in otsu_regions(heat)] + [("peak", t) for t in peaks(heat, cell)]
     places = [t for _, t in spots]
     loose = segmenter.masks(image, places)
     drawn = segmenter.masks(image, refine_prompts(loose, places) + direct)
-    found, regions = [Candidate(m, s) for m, (s, _) in zip(drawn, spots)], [m for m, (s, _) in zip(drawn, spots) if s == "region"]
+    found, regions = (
+        [Candidate(m, s) for m, (s, _) in zip(drawn, spots)],
+        [m for m, (s, _) in zip(drawn, spots) if s == "region"],
+    )
     union = lambda some: np.any([np.zeros(image.shape[:2], dtype=bool), *some], axis=0)
     whole = [Candidate(union(regions), "regions")] if len(regions) > 1 else []
-    return distinct_candidates([Candidate(union(drawn[len(spots):]), "direct"), *whole, *found], overlap, limit)
+    return distinct_candidates(
+        [Candidate(union(drawn[len(spots) :]), "direct"), *whole, *found], overlap, limit
+    )
 
 # %% ../../nbs/methods/rea2seg.ipynb #e124326c
-GAP, LINE, DIMMED = 1 / 56, 1 / 56, 0.8 # distance and width of the line, shares of the longer side; brightness left outside
+GAP, LINE, DIMMED = (
+    1 / 56,
+    1 / 56,
+    0.8,
+)  # distance and width of the line, shares of the longer side; brightness left outside
 
-def dilate(mask: np.ndarray, r: int) -> np.ndarray: # [H,W] bool
+
+def dilate(mask: np.ndarray, r: int) -> np.ndarray:  # [H,W] bool
     "A mask with a rim of r pixels."
-    return cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1,) * 2)) > 0
+    return (
+        cv2.dilate(
+            mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1,) * 2)
+        )
+        > 0
+    )
 
-def highlight_candidate(image: np.ndarray, # [H,W,3] uint8
-         mask: np.ndarray, # [H,W] bool
-        ) -> np.ndarray: # [H,W,3] uint8
+
+def highlight_candidate(
+    image: np.ndarray,  # [H,W,3] uint8
+    mask: np.ndarray,  # [H,W] bool
+) -> np.ndarray:  # [H,W,3] uint8
     "A picture with one candidate outlined and its surroundings dimmed."
     gap, line = (max(1, round(share * max(image.shape[:2]))) for share in (GAP, LINE))
     near = dilate(mask, gap)
@@ -143,31 +202,52 @@ def highlight_candidate(image: np.ndarray, # [H,W,3] uint8
     return marked
 
 # %% ../../nbs/methods/rea2seg.ipynb #4a850069
-SCORING = ('One candidate is marked in the image: it is outlined and its surroundings are dimmed. Judge how well it answers "',
-           '". Compare it with the other object(s): a different object, a part of the object(s) or too much is worse.Output the thinking process in <think> </think> '
-           'and a score from 0 (wrong) to 10 (exactly right) in <score> </score> tags.i.e., <think> thinking process here </think><score>7</score>') # (head, tail)
+SCORING = (
+    'One candidate is marked in the image: it is outlined and its surroundings are dimmed. Judge how well it answers "',
+    '". Compare it with the other object(s): a different object, a part of the object(s) or too much is worse.Output the thinking process in <think> </think> '
+    "and a score from 0 (wrong) to 10 (exactly right) in <score> </score> tags.i.e., <think> thinking process here </think><score>7</score>",
+)  # (head, tail)
 SCORE = re.compile(r"\s*([0-9]{1,2}(?:\.[0-9]{1,6})?)(?:\s*/\s*10)?\s*")
 
-def scoring_prompt(query: str, # the question
-            eval: bool = False) -> str: # user text
+
+def scoring_prompt(
+    query: str,  # the question
+    eval: bool = False,
+) -> str:  # user text
     "The prompt that asks for a score of a marked candidate."
     return SCORING[0] + normalize_question(query, eval) + SCORING[1]
 
-def read_score(text: str) -> float: # 0..10
+
+def read_score(text: str) -> float:  # 0..10
     "The number inside the first complete `<score>` block; 0 for anything else. Never raises."
     said = SCORE.fullmatch(find_block(text, "score") or "")
     return float(said[1]) if said and float(said[1]) <= 10 else 0.0
 
 # %% ../../nbs/methods/rea2seg.ipynb #bf31d99f
 @torch.no_grad()
-def score_candidates(scorer: Policy, image: np.ndarray, # [H,W,3] uint8
-          query: str, candidates: list[Candidate], max_new_tokens: int = 192) -> list[Response]:
+def score_candidates(
+    scorer: Policy,
+    image: np.ndarray,  # [H,W,3] uint8
+    query: str,
+    candidates: list[Candidate],
+    max_new_tokens: int = 192,
+) -> list[Response]:
     "What the scorer says of each candidate."
-    if not candidates: return []
+    if not candidates:
+        return []
     seen = scorer.encode([highlight_candidate(image, c.mask) for c in candidates])
-    return to_responses(scorer, scorer.generate(scorer.prefill([scoring_prompt(query, eval=True)] * len(seen), seen), 1, max_new_tokens, temperature=0))
+    return to_responses(
+        scorer,
+        scorer.generate(
+            scorer.prefill([scoring_prompt(query, eval=True)] * len(seen), seen),
+            1,
+            max_new_tokens,
+            temperature=0,
+        ),
+    )
 
-def best_candidate(scores: list[float]) -> int | None: # index; None of none
+
+def best_candidate(scores: list[float]) -> int | None:  # index; None of none
     "The highest score; the first among equals."
     return int(np.argmax(scores)) if scores else None
 
@@ -175,38 +255,65 @@ def best_candidate(scores: list[float]) -> int | None: # index; None of none
 @dataclass(frozen=True)
 class Rea2SegResult:
     "A sample with its direct answer, where that looked, the candidates, and what was said of them."
+
     sample: Sample
     direct: Response
-    drawn: np.ndarray # [H,W] bool, the direct answer's mask
-    grid: np.ndarray # [h,w] attention of the answer's coordinates to the image tokens
-    candidates: list # of Candidate
-    said: list # of Response, one a candidate
-    seconds: dict # by stage: direct, candidates, scoring
+    drawn: np.ndarray  # [H,W] bool, the direct answer's mask
+    grid: np.ndarray  # [h,w] attention of the answer's coordinates to the image tokens
+    candidates: list  # of Candidate
+    said: list  # of Response, one a candidate
+    seconds: dict  # by stage: direct, candidates, scoring
 
     @property
-    def scores(self) -> list: return [read_score(r.text) for r in self.said]
+    def scores(self) -> list:
+        return [read_score(r.text) for r in self.said]
+
     @property
-    def mask(self) -> np.ndarray: # [H,W] bool
+    def mask(self) -> np.ndarray:  # [H,W] bool
         "The best-scored mask; an empty one without candidates."
         at = best_candidate(self.scores)
         return self.drawn if at is None else self.candidates[at].mask
 
-    def iou(self, mask: np.ndarray) -> float: return ratio(*iou(mask, self.sample.mask, self.sample.ignore))
+    def iou(self, mask: np.ndarray) -> float:
+        return ratio(*iou(mask, self.sample.mask, self.sample.ignore))
 
     def row(self) -> dict:
         "What predictions.jsonl keeps."
-        of = [dict(source=c.source, score=s, iou=self.iou(c.mask), text=r.text, rle=encode_rle(c.mask)) for c, r, s in zip(self.candidates, self.said, self.scores)]
+        of = [
+            dict(
+                source=c.source, score=s, iou=self.iou(c.mask), text=r.text, rle=encode_rle(c.mask)
+            )
+            for c, r, s in zip(self.candidates, self.said, self.scores)
+        ]
         ious = dict(direct=self.iou(self.drawn), chosen=self.iou(self.mask))
-        return dict(sample=self.sample.id, query=self.sample.query, tags=self.sample.tags, text=self.direct.text, grid=self.grid.astype(float).round(5), candidates=of,
-                    **ious, oracle=max([ious["direct"], *(c["iou"] for c in of)]), best=best_candidate(self.scores), cut=any(r.cut for r in (self.direct, *self.said)), tokens_direct=len(self.direct.tokens),
-                    tokens_scoring=sum(len(r.tokens) for r in self.said), seconds=self.seconds)
+        return dict(
+            sample=self.sample.id,
+            query=self.sample.query,
+            tags=self.sample.tags,
+            text=self.direct.text,
+            grid=self.grid.astype(float).round(5),
+            candidates=of,
+            **ious,
+            oracle=max([ious["direct"], *(c["iou"] for c in of)]),
+            best=best_candidate(self.scores),
+            cut=any(r.cut for r in (self.direct, *self.said)),
+            tokens_direct=len(self.direct.tokens),
+            tokens_scoring=sum(len(r.tokens) for r in self.said),
+            seconds=self.seconds,
+        )
 
 # %% ../../nbs/methods/rea2seg.ipynb #29dc4f1e
 @torch.no_grad()
-def rea2seg(policy: Policy, # answers
-            scorer: Policy, # scores; may be the same
-            segmenter: Segmenter, sample: Sample, prompt, # (query, eval=True) -> user text of the direct answer
-            overlap: float = 0.8, limit: int = 8, max_new_tokens: int = 192) -> Rea2SegResult:
+def rea2seg(
+    policy: Policy,  # answers
+    scorer: Policy,  # scores; may be the same
+    segmenter: Segmenter,
+    sample: Sample,
+    prompt,  # (query, eval=True) -> user text of the direct answer
+    overlap: float = 0.8,
+    limit: int = 8,
+    max_new_tokens: int = 192,
+) -> Rea2SegResult:
     "Answer, look where the answer looked, draw candidates, score them."
     clock = StageTimer()
     with clock("direct"):
@@ -214,29 +321,44 @@ def rea2seg(policy: Policy, # answers
         prefix = policy.prefill([text], seen)
         direct = to_responses(policy, policy.generate(prefix, 1, max_new_tokens, temperature=0))[0]
         targets = to_image_coordinates(direct.text, policy.frame, sample.size)
-        drawn = segmenter.segment(sample.image, segmenter_prompts(segmenter, direct.text, sample.query, policy.frame, sample.size))
+        drawn = segmenter.segment(
+            sample.image,
+            segmenter_prompts(segmenter, direct.text, sample.query, policy.frame, sample.size),
+        )
     with clock("candidates"):
         grid = attention_grid(policy, text, seen[0], prefix, direct.text)
         cell = tuple(n / c for n, c in zip(sample.size, grid.shape[::-1]))
-        candidates = propose_candidates(segmenter, sample.image, heat_map(grid, sample.size), cell, targets, overlap, limit)
-    with clock("scoring"): said = score_candidates(scorer, sample.image, sample.query, candidates, max_new_tokens)
+        candidates = propose_candidates(
+            segmenter, sample.image, heat_map(grid, sample.size), cell, targets, overlap, limit
+        )
+    with clock("scoring"):
+        said = score_candidates(scorer, sample.image, sample.query, candidates, max_new_tokens)
     return Rea2SegResult(sample, direct, drawn, grid, candidates, said, dict(clock))
 
 # %% ../../nbs/methods/rea2seg.ipynb #05dd40a2
 EMBEDDED_JUDGE = EMBEDDED.parent / "rea2seg"
 SCORE_TOKENS = (*SCORING, "<score>", "</score>")
 
+
 def add_score_tokens(policy: Policy) -> Policy:
     "Make one token each of the pieces of the scoring prompt, for a policy whose tokenizer knows whole words only."
     policy.tokenizer.add_tokens([AddedToken(p, normalized=False) for p in SCORE_TOKENS])
     rows = policy.model.get_input_embeddings().num_embeddings
-    if len(policy.tokenizer) > rows: raise ValueError(f"the policy has {rows} embeddings and its tokenizer with the scoring prompt {len(policy.tokenizer)} tokens; make it anew with more rows")
+    if len(policy.tokenizer) > rows:
+        raise ValueError(
+            f"the policy has {rows} embeddings and its tokenizer with the scoring prompt {len(policy.tokenizer)} tokens; make it anew with more rows"
+        )
     return policy
 
-def load_judge(name: str = "embedded", # "embedded", a local folder or a hub id
-               ) -> Policy:
+
+def load_judge(
+    name: str = "embedded",  # "embedded", a local folder or a hub id
+) -> Policy:
     "A policy that scores candidates: the embedded one with its scoring adapter, or any other as it is."
-    if name != "embedded": return load_policy(name)
+    if name != "embedded":
+        return load_policy(name)
     if not (EMBEDDED_JUDGE / "adapter_config.json").exists():
-        raise FileNotFoundError(f"{EMBEDDED_JUDGE}/adapter_config.json is missing; restore it with git, or make it with: dr2seg run warmstart_rea2seg")
+        raise FileNotFoundError(
+            f"{EMBEDDED_JUDGE}/adapter_config.json is missing; restore it with git, or make it with: dr2seg run warmstart_rea2seg"
+        )
     return add_score_tokens(load_policy("embedded")).load_adapter(EMBEDDED_JUDGE)

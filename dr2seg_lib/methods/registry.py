@@ -18,23 +18,53 @@ from .seg_zero import seg_zero
 from .visionreasoner import visionreasoner
 
 # %% ../../nbs/methods/registry.ipynb #1bff64d4
-METHODS = {r.name: r for r in (visionreasoner, dr2seg_desc, dr2seg, seg_zero, pixelthink, dpad, dpad_difference, dpad_scaled, dr2seg_dpad, dr2seg_sam3_desc, dr2seg_sam3)}
+METHODS = {
+    r.name: r
+    for r in (
+        visionreasoner,
+        dr2seg_desc,
+        dr2seg,
+        seg_zero,
+        pixelthink,
+        dpad,
+        dpad_difference,
+        dpad_scaled,
+        dr2seg_dpad,
+        dr2seg_sam3_desc,
+        dr2seg_sam3,
+    )
+}
+
 
 def register_method(recipe: Method) -> Method:
     "Make a recipe known by its name, to `train` and to the configuration."
     METHODS[recipe.name] = recipe
     return recipe
 
-def load_method(name: str) -> Method: # a name in RECIPES, or FILE.py:NAME
+
+def load_method(name: str) -> Method:  # a name in RECIPES, or FILE.py:NAME
     "The recipe of a name; one of a file of your own is known by that name from then on."
     file, _, own = name.rpartition(":")
     if not file.endswith(".py"):
-        if name not in METHODS: raise ValueError(f"recipe '{name}' is unknown; use one of {', '.join(METHODS)}, or FILE.py:NAME for one of your own")
+        if name not in METHODS:
+            raise ValueError(
+                f"recipe '{name}' is unknown; use one of {', '.join(METHODS)}, or FILE.py:NAME for one of your own"
+            )
         return METHODS[name]
-    if not Path(file).is_file(): raise ValueError(f"recipe: {file} does not exist; give the path of the file that holds {own}")
-    try: found = runpy.run_path(file)
-    except Exception as e: raise ValueError(f"recipe: {file} cannot be run ({type(e).__name__}: {e}); mend it") from e # whatever its code may raise
-    if not isinstance(found.get(own), Method): raise ValueError(f"recipe: {file} has no recipe {own}; it has {', '.join(k for k, v in found.items() if isinstance(v, Method)) or 'none'}")
+    if not Path(file).is_file():
+        raise ValueError(
+            f"recipe: {file} does not exist; give the path of the file that holds {own}"
+        )
+    try:
+        found = runpy.run_path(file)
+    except Exception as e:
+        raise ValueError(
+            f"recipe: {file} cannot be run ({type(e).__name__}: {e}); mend it"
+        ) from e  # whatever its code may raise
+    if not isinstance(found.get(own), Method):
+        raise ValueError(
+            f"recipe: {file} has no recipe {own}; it has {', '.join(k for k, v in found.items() if isinstance(v, Method)) or 'none'}"
+        )
     METHODS[name] = found[own]
     return found[own]
 

@@ -27,63 +27,95 @@ from ..rollouts.response import Group
 # %% ../../nbs/methods/seg_zero.ipynb #88f01aec
 SINGLE_EXAMPLE = '{"bbox": [10,100,200,210], "points_1": [30,110], "points_2": [35,180]}'
 
-def _single_template(
-    tags:str, # which tags are asked for
-    after:str, # what follows the example's answer
-)->tuple: # (head, tail)
-    "A prompt for one object."
-    return ('Please find "', '" with bbox and two points.Compare the difference between object(s) and find the most closely matched object.'
-            f'Output {tags} tags.Output the one bbox and two points inside the interested object in JSON format.i.e., '
-            f'<think> thinking process here </think><answer>{SINGLE_EXAMPLE}</answer>{after}')
 
-SEG_ZERO_TEMPLATE = _single_template('the thinking process in <think> </think> and final answer in <answer> </answer>', '')
-DPAD_TEMPLATE = _single_template('the thinking process in <think> </think>, final answer in <answer> </answer> and a caption for the bbox content in <caption> </caption>',
-               '<caption> caption here </caption>')
+def _single_template(
+    tags: str,  # which tags are asked for
+    after: str,  # what follows the example's answer
+) -> tuple:  # (head, tail)
+    "A prompt for one object."
+    return (
+        'Please find "',
+        '" with bbox and two points.Compare the difference between object(s) and find the most closely matched object.'
+        f"Output {tags} tags.Output the one bbox and two points inside the interested object in JSON format.i.e., "
+        f"<think> thinking process here </think><answer>{SINGLE_EXAMPLE}</answer>{after}",
+    )
+
+
+SEG_ZERO_TEMPLATE = _single_template(
+    "the thinking process in <think> </think> and final answer in <answer> </answer>", ""
+)
+DPAD_TEMPLATE = _single_template(
+    "the thinking process in <think> </think>, final answer in <answer> </answer> and a caption for the bbox content in <caption> </caption>",
+    "<caption> caption here </caption>",
+)
 
 # %% ../../nbs/methods/seg_zero.ipynb #b1d5e024
 def seg_zero_prompt(
-    query:str, # the question
-    eval:bool=False, # see `question`
-)->str: # user text
+    query: str,  # the question
+    eval: bool = False,  # see `question`
+) -> str:  # user text
     "Seg-Zero's prompt: think, then one object with a box and two points (METHODS §2)."
     return fill_template(SEG_ZERO_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/seg_zero.ipynb #8062c84f
-def _first_object(text): # the first {…} with something in it; the text is cut at its last brace to keep the search linear
-    found = re.search(r'\{[^}]+\}', text[:text.rfind('}') + 1])
+def _first_object(
+    text,
+):  # the first {…} with something in it; the text is cut at its last brace to keep the search linear
+    found = re.search(r"\{[^}]+\}", text[: text.rfind("}") + 1])
     said = load_json(found.group()) if found else None
     return said if isinstance(said, dict) else {}
 
-def _as_one(target): # several objects as one: the box around all, the first point and the last
-    boxes, points = np.array([t.box for t in target]), [p for t in target for p in (t.point, t.second or t.point)]
-    return Target((*boxes.min(0)[:2].tolist(), *boxes.max(0)[2:].tolist()), points[0], second=points[-1])
 
-def _pair_distance(p, q, a, b): # mean distance of two points to two others, in the better pairing
-    return min(dist(p, a) + dist(q, b), dist(p, b) + dist(q, a))/2
+def _as_one(target):  # several objects as one: the box around all, the first point and the last
+    boxes, points = (
+        np.array([t.box for t in target]),
+        [p for t in target for p in (t.point, t.second or t.point)],
+    )
+    return Target(
+        (*boxes.min(0)[:2].tolist(), *boxes.max(0)[2:].tolist()), points[0], second=points[-1]
+    )
+
+
+def _pair_distance(p, q, a, b):  # mean distance of two points to two others, in the better pairing
+    return min(dist(p, a) + dist(q, b), dist(p, b) + dist(q, a)) / 2
+
 
 def score(
-    text:str, # the raw response
-    target:list, # of Target, in the frame of the text, taken as one object
-    frame:int=840, # side of that frame, pixels
-    caption:bool=False, # True where DPAD's caption block is asked for, after the answer
-)->dict: # {"thinking_format","answer_format","iou","box","points"}, each 0 or 1
+    text: str,  # the raw response
+    target: list,  # of Target, in the frame of the text, taken as one object
+    frame: int = 840,  # side of that frame, pixels
+    caption: bool = False,  # True where DPAD's caption block is asked for, after the answer
+) -> dict:  # {"thinking_format","answer_format","iou","box","points"}, each 0 or 1
     "Seg-Zero's five 0/1 terms; never raises on any text."
     said = _first_object(text)
-    box, *points = (said.get(key) for key in ('bbox', 'points_1', 'points_2'))
+    box, *points = (said.get(key) for key in ("bbox", "points_1", "points_2"))
     keys = all(isinstance(v, list) and len(v) == n for v, n in zip((box, *points), (4, 2, 2)))
-    terms = dict(thinking_format=thinking_format(text, CAPTIONED if caption else BLOCKS), answer_format=float(keys), iou=0., box=0., points=0.)
-    if not target or not is_number_list(box, 4): return terms
+    terms = dict(
+        thinking_format=thinking_format(text, CAPTIONED if caption else BLOCKS),
+        answer_format=float(keys),
+        iou=0.0,
+        box=0.0,
+        points=0.0,
+    )
+    if not target or not is_number_list(box, 4):
+        return terms
     truth, found = _as_one(target), Target(tuple(box), ())
-    terms |= dict(iou=float(boxes_overlap(found, truth)), box=float(corners_close(found, truth, frame)))
+    terms |= dict(
+        iou=float(boxes_overlap(found, truth)), box=float(corners_close(found, truth, frame))
+    )
     if all(is_number_list(p, 2) and point_in_box(p, box) for p in points):
-        terms['points'] = float(_pair_distance(*points, truth.point, truth.second) < 100*frame/840)
+        terms["points"] = float(
+            _pair_distance(*points, truth.point, truth.second) < 100 * frame / 840
+        )
     return terms
 
 # %% ../../nbs/methods/seg_zero.ipynb #f6091753
-def seg_zero_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+def seg_zero_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "Seg-Zero's five terms of each answer; a caption is asked for where there is a scorer to read it."
     targets = group.sample.scaled(frame)
-    return stack_terms(score(r.text, targets, frame, caption=recipe.form is not None) for r in group.first)
+    return stack_terms(
+        score(r.text, targets, frame, caption=recipe.form is not None) for r in group.first
+    )
 
 # %% ../../nbs/methods/seg_zero.ipynb #391b763e
 seg_zero = Method("seg_zero", seg_zero_prompt, seg_zero_terms, sum_terms)

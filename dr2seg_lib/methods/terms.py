@@ -15,100 +15,121 @@ from scipy.optimize import linear_sum_assignment
 from ..data.samples import Target
 
 # %% ../../nbs/methods/terms.ipynb #e6d6ff30
-BLOCKS = ('think', 'answer')
-DESCRIBED = ('think', 'description', 'answer') # DR²Seg's first pass
-CAPTIONED = ('think', 'answer', 'caption') # DPAD
+BLOCKS = ("think", "answer")
+DESCRIBED = ("think", "description", "answer")  # DR²Seg's first pass
+CAPTIONED = ("think", "answer", "caption")  # DPAD
+
 
 def thinking_format(
-    text:str, # the whole response
-    blocks:tuple=BLOCKS, # tag names, in order
-)->float: # 0 or 1
+    text: str,  # the whole response
+    blocks: tuple = BLOCKS,  # tag names, in order
+) -> float:  # 0 or 1
     "1 if the response is exactly these blocks in this order, with nothing but white space between."
-    first, last = f'<{blocks[0]}>', f'</{blocks[-1]}>'
-    if not (text.startswith(first) and text.endswith(last)): return 0.
+    first, last = f"<{blocks[0]}>", f"</{blocks[-1]}>"
+    if not (text.startswith(first) and text.endswith(last)):
+        return 0.0
     at, end = len(first), len(text) - len(last)
     for a, b in pairwise(blocks):
-        seam = re.compile(rf'</{a}>\s*<{b}>').search(text, at, end)
-        if not seam: return 0.
+        seam = re.compile(rf"</{a}>\s*<{b}>").search(text, at, end)
+        if not seam:
+            return 0.0
         at = seam.end()
-    return 1.
+    return 1.0
 
 # %% ../../nbs/methods/terms.ipynb #12685b3e
 def answer_format(
-    items, # parsed JSON of the answer, anything
-)->float: # 0..2
+    items,  # parsed JSON of the answer, anything
+) -> float:  # 0..2
     "The mean over the items of [has a box of four] + [has a point of two] (VisionReasoner)."
-    def has(item, key, n): return key in item and isinstance(item[key], list) and len(item[key]) == n
+
+    def has(item, key, n):
+        return key in item and isinstance(item[key], list) and len(item[key]) == n
+
     score = 0
     try:
-        for item in items: score += has(item, 'bbox_2d', 4) + has(item, 'point_2d', 2)
-    except TypeError: pass # a number, or text, in the place of an item
-    return score/len(items) if score else 0.
+        for item in items:
+            score += has(item, "bbox_2d", 4) + has(item, "point_2d", 2)
+    except TypeError:
+        pass  # a number, or text, in the place of an item
+    return score / len(items) if score else 0.0
 
 # %% ../../nbs/methods/terms.ipynb #b8686e82
 def non_repeat(
-    text:str, # the whole response
-)->float: # 0 or 1
+    text: str,  # the whole response
+) -> float:  # 0 or 1
     "0 when two or more of the pieces between full stops repeat an earlier one exactly (VisionReasoner)."
-    pieces = [piece.strip() for piece in text.split('.') if piece.strip()]
+    pieces = [piece.strip() for piece in text.split(".") if piece.strip()]
     return float(len(pieces) - len(set(pieces)) < 2)
 
 # %% ../../nbs/methods/terms.ipynb #246d0a78
 def boxes_overlap(
-    a:Target, # a predicted object
-    b:Target, # a true object
-)->bool:
+    a: Target,  # a predicted object
+    b: Target,  # a true object
+) -> bool:
     "Whether the boxes have an IoU above 0.5, strictly; areas in inclusive (+1) pixels."
     side = lambda lo, hi: max(hi - lo + 1, 0)
     ax1, ay1, ax2, ay2 = a.box
     bx1, by1, bx2, by2 = b.box
     inter = side(max(ax1, bx1), min(ax2, bx2)) * side(max(ay1, by1), min(ay2, by2))
-    union = side(ax1, ax2)*side(ay1, ay2) + side(bx1, bx2)*side(by1, by2) - inter
-    return 2*inter > union
+    union = side(ax1, ax2) * side(ay1, ay2) + side(bx1, bx2) * side(by1, by2) - inter
+    return 2 * inter > union
+
 
 def corners_close(
-    a:Target, # a predicted object
-    b:Target, # a true object
-    frame:int=840, # side of the coordinates' frame, pixels
-)->bool:
+    a: Target,  # a predicted object
+    b: Target,  # a true object
+    frame: int = 840,  # side of the coordinates' frame, pixels
+) -> bool:
     "Whether the mean absolute error of the four box coordinates is below 10 px (of 840)."
-    return sum(abs(p - q) for p, q in zip(a.box, b.box))/4 < 10*frame/840
+    return sum(abs(p - q) for p, q in zip(a.box, b.box)) / 4 < 10 * frame / 840
+
 
 def point_in_box(
-    point:tuple, # (x,y)
-    box:tuple, # (x1,y1,x2,y2)
-)->bool:
+    point: tuple,  # (x,y)
+    box: tuple,  # (x1,y1,x2,y2)
+) -> bool:
     "Whether a point lies in a box, edges included."
     (x, y), (x1, y1, x2, y2) = point, box
     return x1 <= x <= x2 and y1 <= y <= y2
 
+
 def point_close(
-    a:Target, # a predicted object
-    b:Target, # a true object
-    frame:int=840, # side of the coordinates' frame, pixels
-)->bool:
+    a: Target,  # a predicted object
+    b: Target,  # a true object
+    frame: int = 840,  # side of the coordinates' frame, pixels
+) -> bool:
     "Whether the point is less than 30 px (of 840) off and inside the predicted object's own box."
     dx, dy = a.point[0] - b.point[0], a.point[1] - b.point[1]
-    return dx*dx + dy*dy < (30*frame/840)**2 and point_in_box(a.point, a.box)
+    return dx * dx + dy * dy < (30 * frame / 840) ** 2 and point_in_box(a.point, a.box)
 
 # %% ../../nbs/methods/terms.ipynb #f710d63a
 MAX_OBJECTS = 120
 
+
 def best_matching(
-    scores:list, # [N][M] score of every pair
-)->float: # sum of the best one-to-one matching
+    scores: list,  # [N][M] score of every pair
+) -> float:  # sum of the best one-to-one matching
     "The greatest sum of scores over one-to-one pairs (Hungarian matching)."
-    if min(len(scores), len(scores[0])) == 1: return max(max(row) for row in scores)
+    if min(len(scores), len(scores[0])) == 1:
+        return max(max(row) for row in scores)
     rows, cols = linear_sum_assignment(scores, maximize=True)
     return sum(scores[r][c] for r, c in zip(rows, cols))
 
+
 def accuracy(
-    predicted:list|None, # of Target; None for a malformed answer
-    target:list, # of Target, same frame
-    frame:int=840, # side of that frame, pixels
-)->float: # 0..3
+    predicted: list | None,  # of Target; None for a malformed answer
+    target: list,  # of Target, same frame
+    frame: int = 840,  # side of that frame, pixels
+) -> float:  # 0..3
     "Three 0/1 terms a pair, Hungarian-matched, over the larger of the counts (VisionReasoner)."
     a, b = (predicted or [])[:MAX_OBJECTS], target[:MAX_OBJECTS]
-    if not a or not b: return 0.
-    scores = [[sum((boxes_overlap(p, t), corners_close(p, t, frame), point_close(p, t, frame))) for t in b] for p in a]
-    return float(best_matching(scores)/max(len(a), len(b)))
+    if not a or not b:
+        return 0.0
+    scores = [
+        [
+            sum((boxes_overlap(p, t), corners_close(p, t, frame), point_close(p, t, frame)))
+            for t in b
+        ]
+        for p in a
+    ]
+    return float(best_matching(scores) / max(len(a), len(b)))

@@ -20,51 +20,68 @@ from ..rollouts.parsing import parse_response, parse_targets
 from ..rollouts.response import Group
 
 # %% ../../nbs/methods/visionreasoner.ipynb #ab1d3603
-EXAMPLE = ('[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, '
-           '{"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]')
+EXAMPLE = (
+    '[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, '
+    '{"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]'
+)
 
 _ASK = '" with bboxs and points.Compare the difference between object(s) and find the most closely matched object(s).'
-_FORM = 'Output the bbox(es) and point(s) inside the interested object(s) in JSON format.i.e., '
+_FORM = "Output the bbox(es) and point(s) inside the interested object(s) in JSON format.i.e., "
 
-VISIONREASONER_TEMPLATE = ('Please find "',
-    _ASK + 'Output the thinking process in <think> </think> and final answer in <answer> </answer> tags.' + _FORM +
-    f'<think> thinking process here </think><answer>{EXAMPLE}</answer>') # (head, tail)
+VISIONREASONER_TEMPLATE = (
+    'Please find "',
+    _ASK
+    + "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
+    + _FORM
+    + f"<think> thinking process here </think><answer>{EXAMPLE}</answer>",
+)  # (head, tail)
 
 # %% ../../nbs/methods/visionreasoner.ipynb #86eaa8bc
 def visionreasoner_prompt(
-    query:str, # the question, or the description in DR²Seg's second pass
-    eval:bool=False, # see `question`
-)->str: # user text
+    query: str,  # the question, or the description in DR²Seg's second pass
+    eval: bool = False,  # see `question`
+) -> str:  # user text
     "VisionReasoner's prompt: think, then answer (METHODS §2)."
     return fill_template(VISIONREASONER_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/visionreasoner.ipynb #ca33f2b4
 def score_terms(
-    text:str, # the raw response
-    target:list, # of Target, in the frame of the text
-    frame:int=840, # side of that frame, pixels
-    description:bool=False, # True for the three blocks of DR²Seg's first pass
-)->dict: # {"thinking_format": 0|1, "answer_format": 0..2, "non_repeat": 0|1, "accuracy": 0..3}
+    text: str,  # the raw response
+    target: list,  # of Target, in the frame of the text
+    frame: int = 840,  # side of that frame, pixels
+    description: bool = False,  # True for the three blocks of DR²Seg's first pass
+) -> dict:  # {"thinking_format": 0|1, "answer_format": 0..2, "non_repeat": 0|1, "accuracy": 0..3}
     "The terms of VisionReasoner's reward, one by one; never raises on any text."
     items = load_json(parse_response(text).answer)
-    return dict(thinking_format=thinking_format(text, DESCRIBED if description else BLOCKS), answer_format=answer_format(items),
-                non_repeat=non_repeat(text), accuracy=accuracy(parse_targets(items), target, frame))
+    return dict(
+        thinking_format=thinking_format(text, DESCRIBED if description else BLOCKS),
+        answer_format=answer_format(items),
+        non_repeat=non_repeat(text),
+        accuracy=accuracy(parse_targets(items), target, frame),
+    )
+
 
 def score(
-    text:str, # the raw response
-    target:list, # of Target, in the frame of the text
-    frame:int=840, # side of that frame, pixels
-    description:bool=False, # True for the three blocks of DR²Seg's first pass
-)->dict: # {"format": 0..3, "non_repeat": 0|1, "accuracy": 0..3}
+    text: str,  # the raw response
+    target: list,  # of Target, in the frame of the text
+    frame: int = 840,  # side of that frame, pixels
+    description: bool = False,  # True for the three blocks of DR²Seg's first pass
+) -> dict:  # {"format": 0..3, "non_repeat": 0|1, "accuracy": 0..3}
     "VisionReasoner's reward, R_base of DR²Seg: the sum of the three values, at most 7."
     terms = score_terms(text, target, frame, description)
-    return dict(format=terms['thinking_format'] + terms['answer_format'], non_repeat=terms['non_repeat'], accuracy=terms['accuracy'])
+    return dict(
+        format=terms["thinking_format"] + terms["answer_format"],
+        non_repeat=terms["non_repeat"],
+        accuracy=terms["accuracy"],
+    )
 
 # %% ../../nbs/methods/visionreasoner.ipynb #eaa97a01
-def base_terms(recipe: Method, group: Group, frame: int) -> dict: # {name: [n]}
+def base_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
     "VisionReasoner's terms of each first pass; three blocks are asked for where the description is used."
     targets = group.sample.scaled(frame)
-    return stack_terms(score_terms(r.text, targets, frame, description=recipe.described) for r in group.first)
+    return stack_terms(
+        score_terms(r.text, targets, frame, description=recipe.described) for r in group.first
+    )
 
 # %% ../../nbs/methods/visionreasoner.ipynb #f9d938cd
 visionreasoner = Method("visionreasoner", visionreasoner_prompt, base_terms, sum_terms)

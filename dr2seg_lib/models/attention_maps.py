@@ -18,62 +18,95 @@ from .prefix_cache import Prefix
 
 # %% ../../nbs/models/attention_maps.ipynb #49bc4163
 @torch.no_grad()
-def answer_attention(policy: Policy, prefix: Prefix, # B prompts that have been read
-                     ids: Tensor, # [B,T] an answer to each, T > 1
-                    ) -> Tensor: # [B,T-1,P+T-1], rows sum to 1
+def answer_attention(
+    policy: Policy,
+    prefix: Prefix,  # B prompts that have been read
+    ids: Tensor,  # [B,T] an answer to each, T > 1
+) -> Tensor:  # [B,T-1,P+T-1], rows sum to 1
     "Attention with which tokens 2..T of each answer were written, over prompt and answer: mean over heads of the upper half of the layers."
     core = policy.model.model.language_model
-    (embeds, positions, mask, cache), kept = policy.completion_inputs(prefix, ids), core.config._attn_implementation
+    (embeds, positions, mask, cache), kept = (
+        policy.completion_inputs(prefix, ids),
+        core.config._attn_implementation,
+    )
     core.set_attn_implementation("eager")
-    try: layers = core(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=False, output_attentions=True).attentions
-    finally: core.set_attn_implementation(kept)
-    return torch.stack(layers[len(layers) // 2:]).float().mean((0, 2))
+    try:
+        layers = core(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=False,
+            output_attentions=True,
+        ).attentions
+    finally:
+        core.set_attn_implementation(kept)
+    return torch.stack(layers[len(layers) // 2 :]).float().mean((0, 2))
 
 # %% ../../nbs/models/attention_maps.ipynb #a5080d02
-def image_attention(policy: Policy, text: str, # user text
-                    seen: EncodedImage, prefix: Prefix, # its image and itself, read
-                    ids: list[int], # T tokens of a response
-                   ) -> np.ndarray: # [T-1,h,w], one cell an image token
+def image_attention(
+    policy: Policy,
+    text: str,  # user text
+    seen: EncodedImage,
+    prefix: Prefix,  # its image and itself, read
+    ids: list[int],  # T tokens of a response
+) -> np.ndarray:  # [T-1,h,w], one cell an image token
     "Attention to the image with which tokens 2..T of a response were written."
     (t, h, w), m = seen.grid.tolist(), policy.model.model.visual.spatial_merge_size
-    if len(ids) < 2: return np.zeros((0, h // m, w // m), np.float32)
+    if len(ids) < 2:
+        return np.zeros((0, h // m, w // m), np.float32)
     image = policy.prompt_ids([text], [seen])[2][0]
     rows = answer_attention(policy, prefix, torch.tensor([ids], device=prefix.start.device))[0]
-    return rows[:, :len(image)][:, image].view(-1, t, h // m, w // m).mean(1).cpu().numpy()
+    return rows[:, : len(image)][:, image].view(-1, t, h // m, w // m).mean(1).cpu().numpy()
 
 # %% ../../nbs/models/attention_maps.ipynb #9020885a
-def overlapping(spans: list, # of (start, end), characters
-                others: list, # likewise
-               ) -> list[list[int]]: # one a span
+def overlapping(
+    spans: list,  # of (start, end), characters
+    others: list,  # likewise
+) -> list[list[int]]:  # one a span
     "The others that share a character with each span."
     return [[i for i, (a, b) in enumerate(others) if a < hi and b > lo] for lo, hi in spans]
 
-def token_attention(policy: Policy, text: str, # user text
-                    seen: EncodedImage, prefix: Prefix, # its image and itself, read
-                    pieces: list[str], # a response in pieces, such as a record's tokens
-                   ) -> np.ndarray: # [len(pieces),h,w]; zeros for the first token, which the prompt has written
+
+def token_attention(
+    policy: Policy,
+    text: str,  # user text
+    seen: EncodedImage,
+    prefix: Prefix,  # its image and itself, read
+    pieces: list[str],  # a response in pieces, such as a record's tokens
+) -> np.ndarray:  # [len(pieces),h,w]; zeros for the first token, which the prompt has written
     "Attention to the image with which each piece of a response was written."
     said = encode_text(policy.tokenizer, ["".join(pieces)], return_offsets_mapping=True)
-    grids, ends = image_attention(policy, text, seen, prefix, said["input_ids"][0]), np.cumsum([len(p) for p in pieces]).tolist()
+    grids, ends = (
+        image_attention(policy, text, seen, prefix, said["input_ids"][0]),
+        np.cumsum([len(p) for p in pieces]).tolist(),
+    )
     grids = np.concatenate([np.zeros_like(grids, shape=(1, *grids.shape[1:])), grids])
     found = overlapping(list(zip([0, *ends], ends)), said["offset_mapping"][0])
     return np.stack([grids[i].mean(0) if i else grids[0] for i in found]) if found else grids[:0]
 
 # %% ../../nbs/models/attention_maps.ipynb #f7ddcced
-def heat_map(grid: np.ndarray, # [h,w]
-             size: tuple, # (W,H) of the image, pixels
-            ) -> np.ndarray: # [H,W] float32, 0..1; zeros for a flat grid
+def heat_map(
+    grid: np.ndarray,  # [h,w]
+    size: tuple,  # (W,H) of the image, pixels
+) -> np.ndarray:  # [H,W] float32, 0..1; zeros for a flat grid
     "A grid of attention, smooth, at the image's resolution, min-max normalised."
     cells = [n / c for n, c in zip(size, grid.shape[::-1])]
-    heat = cv2.GaussianBlur(cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_LINEAR), (0, 0), .3 * cells[0], sigmaY=.3 * cells[1])
+    heat = cv2.GaussianBlur(
+        cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_LINEAR),
+        (0, 0),
+        0.3 * cells[0],
+        sigmaY=0.3 * cells[1],
+    )
     span = np.ptp(heat)
     return (heat - heat.min()) / span if span > 1e-6 * np.abs(heat).max() else np.zeros_like(heat)
 
 # %% ../../nbs/models/attention_maps.ipynb #f8c9b58b
-def attention_overlay(image: np.ndarray, # [H,W,3] uint8
-         heat: np.ndarray, # [H,W] 0..1
-        ) -> np.ndarray: # [H,W,3] uint8
+def attention_overlay(
+    image: np.ndarray,  # [H,W,3] uint8
+    heat: np.ndarray,  # [H,W] 0..1
+) -> np.ndarray:  # [H,W,3] uint8
     "A heat map over its picture: what is cold grows dark and grey."
-    colour, veil = colormaps["inferno"](.25 + .7 * heat)[..., :3] * 255, heat[..., None] ** .7
-    ground = image.mean(2, keepdims=True) * .45 + image * .15
-    return (ground * (1 - .8 * veil) + colour * .8 * veil).astype(np.uint8)
+    colour, veil = colormaps["inferno"](0.25 + 0.7 * heat)[..., :3] * 255, heat[..., None] ** 0.7
+    ground = image.mean(2, keepdims=True) * 0.45 + image * 0.15
+    return (ground * (1 - 0.8 * veil) + colour * 0.8 * veil).astype(np.uint8)

@@ -10,67 +10,79 @@ __all__ = ['SYSTEM', 'CHARACTERS_PER_TOKEN', 'chat_messages', 'chat_frame', 'wel
 from ..data.records import MAX_QUESTION_TOKENS
 
 # %% ../../nbs/models/chat.ipynb #8012b3d7
-SYSTEM = 'You are a helpful assistant.'
+SYSTEM = "You are a helpful assistant."
+
 
 def chat_messages(
-    text:str, # user text, of `vision_reasoner` or `dr2seg`
-)->list: # messages for a processor's `apply_chat_template`
+    text: str,  # user text, of `vision_reasoner` or `dr2seg`
+) -> list:  # messages for a processor's `apply_chat_template`
     "The chat behind every prompt: the system sentence, then one user turn of image and text (METHODS §2)."
-    return [dict(role='system', content=SYSTEM),
-            dict(role='user', content=[dict(type='image'), dict(type='text', text=text)])]
+    return [
+        dict(role="system", content=SYSTEM),
+        dict(role="user", content=[dict(type="image"), dict(type="text", text=text)]),
+    ]
 
 # %% ../../nbs/models/chat.ipynb #4e56260d
-_MARKER = '\ue000user text\ue001' # of characters for private use
+_MARKER = "\ue000user text\ue001"  # of characters for private use
+
 
 def chat_frame(
-    processor, # with a chat template
-)->tuple: # (before, after), texts
+    processor,  # with a chat template
+) -> tuple:  # (before, after), texts
     "What the chat template writes before and behind a user text."
     rendered = processor.apply_chat_template(chat_messages(_MARKER), add_generation_prompt=True)
     parts = rendered.split(_MARKER)
     if len(parts) != 2:
-        raise ValueError('the chat template of the model does not give the user text once, '
-                         'as it stands; fetch chat_template.jinja again')
+        raise ValueError(
+            "the chat template of the model does not give the user text once, "
+            "as it stands; fetch chat_template.jinja again"
+        )
     return tuple(parts)
 
+
 def well_formed(
-    text:str, # anything
-)->str:
+    text: str,  # anything
+) -> str:
     "A text with a question mark for each lone surrogate, which no tokenizer and no UTF-8 takes."
-    return text.encode('utf-8', 'replace').decode('utf-8')
+    return text.encode("utf-8", "replace").decode("utf-8")
+
 
 def encode_text(
     tokenizer,
-    texts:list, # of str: anything
-    **options, # for the tokenizer
-): # transformers' BatchEncoding
+    texts: list,  # of str: anything
+    **options,  # for the tokenizer
+):  # transformers' BatchEncoding
     "Texts as token ids, of which none is a special token's."
     texts = [well_formed(t) for t in texts]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **options)
 
+
 def tokenize_texts(
     tokenizer,
-    texts:list, # of str: anything
-)->list: # of lists of ids
+    texts: list,  # of str: anything
+) -> list:  # of lists of ids
     "The token ids of texts, of which none is a special token's."
-    return encode_text(tokenizer, texts)['input_ids'] if texts else []
+    return encode_text(tokenizer, texts)["input_ids"] if texts else []
+
 
 def spells_special(
     tokenizer,
-    text:str,
-)->bool:
+    text: str,
+) -> bool:
     "Whether a tokenizer that is not told otherwise would read a special token from a text."
     whole = tokenizer(well_formed(text), add_special_tokens=False)
-    return whole['input_ids'] != tokenize_texts(tokenizer, [text])[0]
+    return whole["input_ids"] != tokenize_texts(tokenizer, [text])[0]
 
 # %% ../../nbs/models/chat.ipynb #41527161
-CHARACTERS_PER_TOKEN = 64 # more than any token of a text has
+CHARACTERS_PER_TOKEN = 64  # more than any token of a text has
+
 
 def question_too_long(
     tokenizer,
-    text:str, # a question or a description
-    limit:int=MAX_QUESTION_TOKENS, # tokens
-)->bool:
+    text: str,  # a question or a description
+    limit: int = MAX_QUESTION_TOKENS,  # tokens
+) -> bool:
     "Whether a text has more tokens than a question may have."
-    if len(text) > CHARACTERS_PER_TOKEN*limit: return True
+    if len(text) > CHARACTERS_PER_TOKEN * limit:
+        return True
     return len(tokenize_texts(tokenizer, [text])[0]) > limit

@@ -26,126 +26,198 @@ from tenacity import (
 from ..data.records import load_json
 
 # %% ../../nbs/models/http_client.ipynb #3bcd60a5
-SERVER_KEY = "VLLM_API_KEY" # the environment variable with the server's key, as vLLM's own
-RETRY_WAITS = 1, 2, 4, 8, 16 # seconds before asking again
-REPLY_SECONDS, CONNECTED = 900, 20 # seconds: for a request with all its repetitions; until a server takes a call
-REPLY, COMPLAINT, TOKEN = 2**22, 2**16, 2**10 # largest sizes, bytes: of a reply, of an error's, and more for each token asked for
+SERVER_KEY = "VLLM_API_KEY"  # the environment variable with the server's key, as vLLM's own
+RETRY_WAITS = 1, 2, 4, 8, 16  # seconds before asking again
+REPLY_SECONDS, CONNECTED = (
+    900,
+    20,
+)  # seconds: for a request with all its repetitions; until a server takes a call
+REPLY, COMPLAINT, TOKEN = (
+    2**22,
+    2**16,
+    2**10,
+)  # largest sizes, bytes: of a reply, of an error's, and more for each token asked for
+
 
 class PassingError(ValueError):
     "Trouble that may be over a moment later."
 
-def server_key() -> str: # empty: none
+
+def server_key() -> str:  # empty: none
     "The server's key."
     key = os.environ.get(SERVER_KEY, "").strip()
-    if not (key.isascii() and key.isprintable()): raise ValueError(f"{SERVER_KEY} holds characters that no key has; set it again")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{SERVER_KEY} holds characters that no key has; set it again")
     return key
+
 
 def printable_line(text: str, longest: int = 300) -> str:
     "What may be shown of a text from elsewhere: printable characters, without our key."
     key = server_key()
     text = text.replace(key, "…") if key else text
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:100 * longest]).split())[:longest]
+    return " ".join("".join(c if c.isprintable() else " " for c in text[: 100 * longest]).split())[
+        :longest
+    ]
 
-def error_detail(content: bytes, # of an error's reply
-              reason: str) -> str: # that comes with its code
+
+def error_detail(
+    content: bytes,  # of an error's reply
+    reason: str,
+) -> str:  # that comes with its code
     "What a server says about a refusal, in one line."
     text = content.decode(errors="replace")
     told = load_json(text)
     if isinstance(told, dict):
         inner = told.get("error", told)
         text = str(inner.get("message", reason)) if isinstance(inner, dict) else str(inner)
-    return printable_line(reason if text.lstrip().startswith("<") else text) or printable_line(reason) or "no word"
+    return (
+        printable_line(reason if text.lstrip().startswith("<") else text)
+        or printable_line(reason)
+        or "no word"
+    )
+
 
 def root_cause(error: BaseException) -> str:
     "What the system says of a call that failed."
-    while (inner := error.__cause__ or error.__context__) is not None: error = inner
-    while isinstance(error, BaseExceptionGroup): error = error.exceptions[0]
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     number = getattr(error, "errno", None)
-    return printable_line(os.strerror(number) if type(number) is int and number > 0 else str(error) or type(error).__name__, 100)
+    return printable_line(
+        os.strerror(number)
+        if type(number) is int and number > 0
+        else str(error) or type(error).__name__,
+        100,
+    )
 
 # %% ../../nbs/models/http_client.ipynb #a86d08fa
-async def _body(reply: httpx.Response, longest: int) -> bytes: # at most one byte more
+async def _body(reply: httpx.Response, longest: int) -> bytes:  # at most one byte more
     "The bytes of a reply, as they come."
     content = bytearray()
     async for part in reply.aiter_raw():
         content += part
-        if len(content) > longest: break
-    return bytes(content[:longest + 1])
+        if len(content) > longest:
+            break
+    return bytes(content[: longest + 1])
+
 
 def _check_status(reply: httpx.Response, content: bytes, path: str, mend: str):
     "A reply that is none is told."
     code, why = reply.status_code, error_detail(content, reply.reason_phrase)
-    if code in (401, 403): mend = f"set the environment variable {SERVER_KEY} to the server's key"
-    if reply.is_redirect: why, mend = "it sends us elsewhere", "give the address that answers itself"
-    if reply.is_success: return
+    if code in (401, 403):
+        mend = f"set the environment variable {SERVER_KEY} to the server's key"
+    if reply.is_redirect:
+        why, mend = "it sends us elsewhere", "give the address that answers itself"
+    if reply.is_success:
+        return
     kind = PassingError if code in (429, 500, 502, 503, 504) else ValueError
     raise kind(f"answers {path} with {code} ({why}); {mend}")
 
-async def _exchange(client: httpx.AsyncClient, path: str, body: dict | None, mend: str, longest: int) -> bytes:
+
+async def _exchange(
+    client: httpx.AsyncClient, path: str, body: dict | None, mend: str, longest: int
+) -> bytes:
     "One request and its reply."
     data = None if body is None else json.dumps(body)
     try:
         async with client.stream("GET" if body is None else "POST", path, content=data) as reply:
             content = await _body(reply, longest if reply.is_success else COMPLAINT)
     except httpx.TransportError as e:
-        raise PassingError(f"does not answer ({root_cause(e)}); start it, or correct the address") from None
+        raise PassingError(
+            f"does not answer ({root_cause(e)}); start it, or correct the address"
+        ) from None
     _check_status(reply, content, path, mend)
     if reply.headers.get("content-encoding", "identity") != "identity":
         raise ValueError(f"packs its reply to {path}, though asked not to; {mend}")
-    if len(content) > longest: raise ValueError(f"answers {path} with more than {longest:,} bytes; {mend}")
+    if len(content) > longest:
+        raise ValueError(f"answers {path} with more than {longest:,} bytes; {mend}")
     return content
 
 # %% ../../nbs/models/http_client.ipynb #50afa6fd
 @lru_cache
-def _tls(): return httpx.create_ssl_context()
+def _tls():
+    return httpx.create_ssl_context()
+
 
 def _client(url: str) -> httpx.AsyncClient:
     "Who calls: as many at once as are wanted, and never another host."
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-    if key := server_key(): headers["Authorization"] = f"Bearer {key}"
+    if key := server_key():
+        headers["Authorization"] = f"Bearer {key}"
     limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(None, connect=CONNECTED)
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits, verify=_tls())
+    return httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=timeout, limits=limits, verify=_tls()
+    )
 
-async def _together(work: list) -> list: # of coroutines
+
+async def _together(work: list) -> list:  # of coroutines
     "What they all return; when one fails the others are dropped."
     tasks = [asyncio.ensure_future(w) for w in work]
-    try: return await asyncio.gather(*tasks)
+    try:
+        return await asyncio.gather(*tasks)
     finally:
-        for task in tasks: task.cancel()
+        for task in tasks:
+            task.cancel()
 
-async def _persist(url: str, path: str, bodies: list, mend: str, waits: tuple, patience: float, longest: int) -> list:
+
+async def _persist(
+    url: str, path: str, bodies: list, mend: str, waits: tuple, patience: float, longest: int
+) -> list:
     "The replies to several requests in flight together, each repeated while that may help."
-    again = AsyncRetrying(retry=retry_if_exception_type(PassingError), stop=stop_after_attempt(len(waits) + 1), reraise=True,
-                          wait=wait_chain(*(wait_fixed(w) for w in waits or (0,))))
+    again = AsyncRetrying(
+        retry=retry_if_exception_type(PassingError),
+        stop=stop_after_attempt(len(waits) + 1),
+        reraise=True,
+        wait=wait_chain(*(wait_fixed(w) for w in waits or (0,))),
+    )
     try:
         async with asyncio.timeout(patience), _client(url) as client:
-            return await _together([again.copy()(_exchange, client, path, body, mend, longest) for body in bodies])
-    except TimeoutError: raise ValueError(f"server: {url} has not answered {path} within {patience:g} seconds; {mend}") from None
-    except ValueError as e: raise ValueError(f"server: {url} {e}") from None
+            return await _together(
+                [again.copy()(_exchange, client, path, body, mend, longest) for body in bodies]
+            )
+    except TimeoutError:
+        raise ValueError(
+            f"server: {url} has not answered {path} within {patience:g} seconds; {mend}"
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"server: {url} {e}") from None
+
 
 @lru_cache
-def _loop(process: int) -> asyncio.AbstractEventLoop: # process: its number
+def _loop(process: int) -> asyncio.AbstractEventLoop:  # process: its number
     "A loop in a thread of its own, since a notebook's own runs already."
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return loop
 
+
 def _wait_for(work: Coroutine):
     "What a coroutine returns; it is dropped when we are interrupted."
     future = asyncio.run_coroutine_threadsafe(work, _loop(os.getpid()))
-    try: return future.result()
-    finally: future.cancel()
+    try:
+        return future.result()
+    finally:
+        future.cancel()
 
-def post_all(url: str, path: str,
-             bodies: list, # of dict, or of None: GET
-             mend: str = "look into its log", # of a refusal
-             waits: tuple | None = None, # seconds; None: WAITS
-             patience: float | None = None, # seconds for all of it; None: PATIENCE
-             longest: int = REPLY) -> list: # of bytes; longest: of each reply, bytes
+
+def post_all(
+    url: str,
+    path: str,
+    bodies: list,  # of dict, or of None: GET
+    mend: str = "look into its log",  # of a refusal
+    waits: tuple | None = None,  # seconds; None: WAITS
+    patience: float | None = None,  # seconds for all of it; None: PATIENCE
+    longest: int = REPLY,
+) -> list:  # of bytes; longest: of each reply, bytes
     "The server's replies to requests that are in flight together."
-    waits, patience = RETRY_WAITS if waits is None else waits, REPLY_SECONDS if patience is None else patience
+    waits, patience = (
+        RETRY_WAITS if waits is None else waits,
+        REPLY_SECONDS if patience is None else patience,
+    )
     return _wait_for(_persist(url, path, bodies, mend, waits, patience, longest))
 
-def post_json(url: str, path: str, body: dict | None = None, **how) -> bytes: # how: for `call_all`
+
+def post_json(url: str, path: str, body: dict | None = None, **how) -> bytes:  # how: for `call_all`
     "The server's reply to one request."
     return post_all(url, path, [body], **how)[0]

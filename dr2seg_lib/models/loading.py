@@ -18,28 +18,55 @@ from .policy import ATTENTION_KINDS, Policy
 
 # %% ../../nbs/models/loading.ipynb #878d7d91
 def validate_attention(name: str, dtype: str) -> str:
-    if name not in ATTENTION_KINDS: raise ValueError(f"attention '{name}' is unknown; use one of {', '.join(ATTENTION_KINDS)}")
-    if name == "flash" and not is_flash_attn_2_available(): raise ValueError("attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa")
-    if name == "flash" and dtype != "bfloat16": raise ValueError(f"attention flash does not compute in {dtype}; use dtype bfloat16, or attention sdpa")
+    if name not in ATTENTION_KINDS:
+        raise ValueError(f"attention '{name}' is unknown; use one of {', '.join(ATTENTION_KINDS)}")
+    if name == "flash" and not is_flash_attn_2_available():
+        raise ValueError(
+            "attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa"
+        )
+    if name == "flash" and dtype != "bfloat16":
+        raise ValueError(
+            f"attention flash does not compute in {dtype}; use dtype bfloat16, or attention sdpa"
+        )
     return name
+
 
 def validate_processes(processes: int) -> int:
     n = torch.cuda.device_count() if torch.cuda.is_available() else processes
-    if processes > n: raise ValueError(f"processes: {processes} need a GPU each, and this machine has {n}; ask for no more")
+    if processes > n:
+        raise ValueError(
+            f"processes: {processes} need a GPU each, and this machine has {n}; ask for no more"
+        )
     return processes
 
 # %% ../../nbs/models/loading.ipynb #2eb379d0
-def load_policy(model: str, adapter: str = "", dtype: str = "float32", attention: str = "sdpa",
-                device: str | None = None) -> Policy: # None: the GPU where there is one
+def load_policy(
+    model: str,
+    adapter: str = "",
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    device: str | None = None,
+) -> Policy:  # None: the GPU where there is one
     "A policy, as it is or as training left it."
-    policy, weights = Policy.load(model, getattr(torch, dtype), attention=validate_attention(attention, dtype)), Path(adapter) / "weights.safetensors"
+    policy, weights = (
+        Policy.load(model, getattr(torch, dtype), attention=validate_attention(attention, dtype)),
+        Path(adapter) / "weights.safetensors",
+    )
     try:
         if adapter and weights.is_file():
-            if policy.model.load_state_dict(load_file(str(weights)), strict=False).unexpected_keys: raise RuntimeError
-        elif adapter: policy.load_adapter(adapter)
-    except FileNotFoundError: raise # a sentence already
-    except RuntimeError: raise ValueError(f"adapter {adapter} was made for another model than {model}; name the model it was trained on") from None
-    except LOAD_ERRORS as e: # as peft has it when its configuration is not what it has written
-        raise ValueError(f"adapter {adapter} cannot be read ({shorten(str(e), 200, placeholder=' …')}); name another checkpoint") from None
+            if policy.model.load_state_dict(load_file(str(weights)), strict=False).unexpected_keys:
+                raise RuntimeError
+        elif adapter:
+            policy.load_adapter(adapter)
+    except FileNotFoundError:
+        raise  # a sentence already
+    except RuntimeError:
+        raise ValueError(
+            f"adapter {adapter} was made for another model than {model}; name the model it was trained on"
+        ) from None
+    except LOAD_ERRORS as e:  # as peft has it when its configuration is not what it has written
+        raise ValueError(
+            f"adapter {adapter} cannot be read ({shorten(str(e), 200, placeholder=' …')}); name another checkpoint"
+        ) from None
     policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return policy

@@ -24,13 +24,18 @@ from .policy import Policy, lora_target_regex
 @contextmanager
 def merged_adapter(self: Policy):
     "Inside, a LoRA adapter of an fp32 policy is part of the weights it adapts."
-    layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 and not self.shards else []
+    layers = (
+        [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        if self.model.dtype == torch.float32 and not self.shards
+        else []
+    )
     layers = [m for m in layers if not m.disable_adapters]
     kept = [m.base_layer.weight.data for m in layers]
     for m, w in zip(layers, kept):
         m.base_layer.weight.data = w + m.get_delta_weight("default")
         m.enable_adapters(False)
-    try: yield
+    try:
+        yield
     finally:
         for m, w in zip(layers, kept):
             m.base_layer.weight.data = w
@@ -38,25 +43,41 @@ def merged_adapter(self: Policy):
 
 # %% ../../nbs/models/lora.ipynb #e6e5a5c7
 @patch
-def add_lora(self: Policy, rank: int = 64, alpha: int = 64, norm: bool = False, # norm: train the final norm's gain too
-             targets: tuple = PROJECTIONS, # of every layer
-             tokens: list[int] | None = None, # tokens whose embeddings are trained too
-            ) -> Policy:
+def add_lora(
+    self: Policy,
+    rank: int = 64,
+    alpha: int = 64,
+    norm: bool = False,  # norm: train the final norm's gain too
+    targets: tuple = PROJECTIONS,  # of every layer
+    tokens: list[int] | None = None,  # tokens whose embeddings are trained too
+) -> Policy:
     "Put a fresh LoRA adapter on the language model."
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=lora_target_regex(targets), modules_to_save=["language_model.norm"] if norm else None,
-                        trainable_token_indices=tokens)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=lora_target_regex(targets),
+        modules_to_save=["language_model.norm"] if norm else None,
+        trainable_token_indices=tokens,
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning) # of transformers, at peft's way of asking it
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of transformers, at peft's way of asking it
         self.adapter = get_peft_model(self.model, config)
     self.adapter.train(False)
     return self
 
+
 @patch
 def load_adapter(self: Policy, folder, trainable: bool = False) -> Policy:
     "Put a saved adapter on the language model."
-    if not (Path(folder) / "adapter_config.json").exists(): raise FileNotFoundError(f"{folder}/adapter_config.json is missing; name a checkpoint folder that holds an adapter.")
+    if not (Path(folder) / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"{folder}/adapter_config.json is missing; name a checkpoint folder that holds an adapter."
+        )
     self.adapter = PeftModel.from_pretrained(self.model, str(folder), is_trainable=trainable)
     return self
+
 
 @patch
 def unfreeze(self: Policy) -> Policy:
@@ -65,10 +86,12 @@ def unfreeze(self: Policy) -> Policy:
     self.model.model.language_model.requires_grad_(True)
     return self
 
+
 @patch
-def trainable(self: Policy) -> list: # of (name, parameter)
+def trainable(self: Policy) -> list:  # of (name, parameter)
     "The parameters under training."
     return [(n, p) for n, p in (self.adapter or self.model).named_parameters() if p.requires_grad]
+
 
 @patch
 @contextmanager
@@ -76,10 +99,14 @@ def reference(self: Policy):
     "Inside, the policy is its own reference: adapter off, or the frozen copy in place; no gradients."
     with torch.no_grad():
         if self.adapter is not None:
-            with self.adapter.disable_adapter(): yield self
-        elif self._frozen is None: yield self
+            with self.adapter.disable_adapter():
+                yield self
+        elif self._frozen is None:
+            yield self
         else:
             core = self.model.model
             core.language_model, self._frozen = self._frozen, core.language_model
-            try: yield self
-            finally: core.language_model, self._frozen = self._frozen, core.language_model
+            try:
+                yield self
+            finally:
+                core.language_model, self._frozen = self._frozen, core.language_model

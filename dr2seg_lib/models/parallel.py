@@ -19,21 +19,39 @@ from .policy import Policy
 @patch
 def enable_gradient_checkpointing(self: Policy) -> Policy:
     "From here on each layer of the language model keeps only its input for the backward pass; call it when it is known what is trained."
-    def thrifty(forward): return lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, preserve_rng_state=False, **k) if torch.is_grad_enabled() else forward(*a, **k)
-    for layer in self.model.model.language_model.layers: layer.forward = thrifty(layer.forward)
+
+    def thrifty(forward):
+        return lambda *a, **k: (
+            checkpoint(forward, *a, use_reentrant=False, preserve_rng_state=False, **k)
+            if torch.is_grad_enabled()
+            else forward(*a, **k)
+        )
+
+    for layer in self.model.model.language_model.layers:
+        layer.forward = thrifty(layer.forward)
     return self
+
 
 @patch
 def shard(self: Policy) -> Policy:
     "Divide each layer's frozen weights among the processes of the default group; what is trained stays whole in each."
-    self.shards = [fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad}) for layer in self.model.model.language_model.layers]
+    self.shards = [
+        fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        for layer in self.model.model.language_model.layers
+    ]
     return self
+
 
 @patch
 @contextmanager
 def unsharded(self: Policy):
     "Inside, divided weights are whole in every process, and each may do what it likes."
-    for layer in self.shards: layer.set_reshard_after_forward(False); layer.unshard()
-    try: yield
+    for layer in self.shards:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
     finally:
-        for layer in self.shards: layer.set_reshard_after_forward(True); layer.reshard()
+        for layer in self.shards:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()

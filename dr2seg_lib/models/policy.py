@@ -35,23 +35,36 @@ from .chat import chat_frame, question_too_long, tokenize_texts
 from .prefix_cache import PrefillCache, Prefix, causal_mask
 
 # %% ../../nbs/models/policy.ipynb #8ededda0
-def image_features(visual, # vision tower of a Qwen2.5-VL or Qwen3-VL
-                   pixels: Tensor, # [patches, 3*2*p*p], the patches of all images
-                   grid: Tensor, # [B,3] (t,h,w), patches of each image
-                  ) -> tuple[Tensor, list]: # [B*N, D], N = t*h*w / merge^2; DeepStack features, each [B*N, D]
+def image_features(
+    visual,  # vision tower of a Qwen2.5-VL or Qwen3-VL
+    pixels: Tensor,  # [patches, 3*2*p*p], the patches of all images
+    grid: Tensor,  # [B,3] (t,h,w), patches of each image
+) -> tuple[Tensor, list]:  # [B*N, D], N = t*h*w / merge^2; DeepStack features, each [B*N, D]
     "Vision tokens of a batch of images."
-    full = set(range(len(visual.blocks))) <= set(getattr(visual.config, "fullatt_block_indexes", ()))
+    full = set(range(len(visual.blocks))) <= set(
+        getattr(visual.config, "fullatt_block_indexes", ())
+    )
     if not full or (grid != grid[0]).any():
         out = visual(pixels, grid_thw=grid)
         return out.pooler_output, getattr(out, "deepstack_features", [])
     B, P = len(grid), int(grid[0].prod())
     h = visual.patch_embed(pixels)
-    cos, sin = visual.rotary_pos_emb(h, get_vision_position_ids(grid[:1], visual.spatial_merge_size))
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(visual.config._attn_implementation, eager_attention_forward)
+    cos, sin = visual.rotary_pos_emb(
+        h, get_vision_position_ids(grid[:1], visual.spatial_merge_size)
+    )
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        visual.config._attn_implementation, eager_attention_forward
+    )
     for block in visual.blocks:
         q, k, v = block.attn.qkv(block.norm1(h)).view(B, P, 3, block.attn.num_heads, -1).unbind(2)
         q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
-        mixed, _ = attend(block.attn, *(x.transpose(1, 2) for x in (q, k, v)), attention_mask=None, scaling=block.attn.scaling, is_causal=False)
+        mixed, _ = attend(
+            block.attn,
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            attention_mask=None,
+            scaling=block.attn.scaling,
+            is_causal=False,
+        )
         h = h + block.attn.proj(mixed.reshape(B * P, -1))
         h = h + block.mlp(block.norm2(h))
     return visual.merger(h), []
@@ -60,6 +73,7 @@ def image_features(visual, # vision tower of a Qwen2.5-VL or Qwen3-VL
 @dataclass
 class EncodedImage:
     "An encoded image: its vision tokens [N,D], its grid of patches (t,h,w) and its DeepStack features, each [N,D]."
+
     tokens: Tensor
     grid: Tensor
     deep: tuple = ()
@@ -67,107 +81,194 @@ class EncodedImage:
 # %% ../../nbs/models/policy.ipynb #a407bf35
 EMBEDDED = Path(dr2seg_lib.__file__).parent / "weights" / "policy"
 
-def lora_target_regex(projections: tuple = PROJECTIONS) -> str: # a regular expression, for peft
+
+def lora_target_regex(projections: tuple = PROJECTIONS) -> str:  # a regular expression, for peft
     "These projections of every layer of the language model; the vision tower has some of the same names, and is left out."
     return rf".*language_model\.layers.*\.({'|'.join(projections)})"
 
-ATTENTION_KINDS = dict(sdpa="sdpa", eager="eager", flash={"": "sdpa", "text_config": "sdpa", "vision_config": "flash_attention_2"}) # name: transformers' own
-MODEL_CLASSES = dict(qwen2_5_vl=Qwen2_5_VLForConditionalGeneration, qwen3_vl=Qwen3VLForConditionalGeneration)
+
+ATTENTION_KINDS = dict(
+    sdpa="sdpa",
+    eager="eager",
+    flash={"": "sdpa", "text_config": "sdpa", "vision_config": "flash_attention_2"},
+)  # name: transformers' own
+MODEL_CLASSES = dict(
+    qwen2_5_vl=Qwen2_5_VLForConditionalGeneration, qwen3_vl=Qwen3VLForConditionalGeneration
+)
+
 
 class Policy:
     "A multimodal language model that answers questions about images with text."
-    def __init__(self, model, processor, frame: int, side: int | None = None): # side: None: the frame
-        self.model, self.processor, self.frame, self.side = model.eval().requires_grad_(False), processor, frame, side or frame
-        self.tokenizer, self.adapter, self._frozen, self._pieces, self.shards = processor.tokenizer, None, None, {}, []
+
+    def __init__(
+        self, model, processor, frame: int, side: int | None = None
+    ):  # side: None: the frame
+        self.model, self.processor, self.frame, self.side = (
+            model.eval().requires_grad_(False),
+            processor,
+            frame,
+            side or frame,
+        )
+        self.tokenizer, self.adapter, self._frozen, self._pieces, self.shards = (
+            processor.tokenizer,
+            None,
+            None,
+            {},
+            [],
+        )
         self.max_question_tokens = MAX_QUESTION_TOKENS
 
     @classmethod
-    def load(cls, name: str = "embedded", # "embedded", a local folder or a hub id
-             dtype: torch.dtype = torch.float32, # dtype of the weights in memory
-             side: int | None = None, # of the image it is shown, pixels; None: the image processor's own size, at most 840
-             attention: str = "sdpa", # of ATTENTION
-             **kwargs): # for `from_pretrained`
+    def load(
+        cls,
+        name: str = "embedded",  # "embedded", a local folder or a hub id
+        dtype: torch.dtype = torch.float32,  # dtype of the weights in memory
+        side: int
+        | None = None,  # of the image it is shown, pixels; None: the image processor's own size, at most 840
+        attention: str = "sdpa",  # of ATTENTION
+        **kwargs,
+    ):  # for `from_pretrained`
         "A policy from a checkpoint in the transformers layout."
         folder = EMBEDDED if name == "embedded" else Path(name)
         if name == "embedded" and not (folder / "model.safetensors").exists():
-            raise FileNotFoundError(f"{folder}/model.safetensors is missing; restore it with git, or make it with: dr2seg run warmstart_policy")
-        source, told = folder if folder.exists() else name, (f"model {name}", "give a whole folder in the layout of transformers, or connect to the hub")
-        with naming_load_errors(*told): kind = AutoConfig.from_pretrained(source).model_type
-        if kind not in MODEL_CLASSES: raise ValueError(f"model: {name} is a {kind}; the workbench speaks with {' and '.join(MODEL_CLASSES)}")
+            raise FileNotFoundError(
+                f"{folder}/model.safetensors is missing; restore it with git, or make it with: dr2seg run warmstart_policy"
+            )
+        source, told = (
+            folder if folder.exists() else name,
+            (
+                f"model {name}",
+                "give a whole folder in the layout of transformers, or connect to the hub",
+            ),
+        )
         with naming_load_errors(*told):
-            model, found = MODEL_CLASSES[kind].from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_KINDS[attention],
-                                                        output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+            kind = AutoConfig.from_pretrained(source).model_type
+        if kind not in MODEL_CLASSES:
+            raise ValueError(
+                f"model: {name} is a {kind}; the workbench speaks with {' and '.join(MODEL_CLASSES)}"
+            )
+        with naming_load_errors(*told):
+            model, found = MODEL_CLASSES[kind].from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation=ATTENTION_KINDS[attention],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
             processor = AutoProcessor.from_pretrained(source)
-        if wrong := sorted([*found["missing_keys"], *(k for k, *_ in found["mismatched_keys"])]): # else these would be random
-            raise ValueError(f"model {name} lacks weights of the size that its config.json says, {wrong[0]} for one; fetch it again")
-        if processor.tokenizer.convert_tokens_to_ids(processor.image_token) != model.config.image_token_id:
-            raise ValueError(f"model {name} has not the tokenizer of its config.json; fetch tokenizer.json again")
+        if wrong := sorted(
+            [*found["missing_keys"], *(k for k, *_ in found["mismatched_keys"])]
+        ):  # else these would be random
+            raise ValueError(
+                f"model {name} lacks weights of the size that its config.json says, {wrong[0]} for one; fetch it again"
+            )
+        if (
+            processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+            != model.config.image_token_id
+        ):
+            raise ValueError(
+                f"model {name} has not the tokenizer of its config.json; fetch tokenizer.json again"
+            )
         image = processor.image_processor
-        unit = image.patch_size * image.merge_size # sides that fill whole image tokens
+        unit = image.patch_size * image.merge_size  # sides that fill whole image tokens
         side = (side or min(840, int(image.size["longest_edge"] ** 0.5))) // unit * unit
         return cls(model, processor, 1000 if kind == "qwen3_vl" else side, side)
 
 # %% ../../nbs/models/policy.ipynb #acfb302e
-def resize_square(image, side: int): # [H,W,3] uint8 -> [side,side,3]
+def resize_square(image, side: int):  # [H,W,3] uint8 -> [side,side,3]
     "An image as a policy is shown it."
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if image.shape[0] > side else cv2.INTER_CUBIC)
+    return cv2.resize(
+        image,
+        (side, side),
+        interpolation=cv2.INTER_AREA if image.shape[0] > side else cv2.INTER_CUBIC,
+    )
+
 
 @patch
 @torch.no_grad()
-def encode(self: Policy, images: list, # each [H,W,3] uint8, any size
-          ) -> list[EncodedImage]:
+def encode(
+    self: Policy,
+    images: list,  # each [H,W,3] uint8, any size
+) -> list[EncodedImage]:
     "Squash images to the policy's side and run the (frozen) vision tower over them once."
-    batch = self.processor.image_processor([resize_square(i, self.side) for i in images], do_resize=False, return_tensors="pt")
+    batch = self.processor.image_processor(
+        [resize_square(i, self.side) for i in images], do_resize=False, return_tensors="pt"
+    )
     visual, grid = self.model.model.visual, batch["image_grid_thw"]
-    tokens, deep = image_features(visual, batch["pixel_values"].to(visual.device, visual.dtype), grid.to(visual.device))
-    parts = [x.split((grid.prod(1) // visual.spatial_merge_size**2).tolist()) for x in (tokens, *deep)]
+    tokens, deep = image_features(
+        visual, batch["pixel_values"].to(visual.device, visual.dtype), grid.to(visual.device)
+    )
+    parts = [
+        x.split((grid.prod(1) // visual.spatial_merge_size**2).tolist()) for x in (tokens, *deep)
+    ]
     return [EncodedImage(t, g, tuple(d)) for g, t, *d in zip(grid, *parts)]
+
 
 @patch
 def decode_token(self: Policy, token: int) -> str:
     "The text of one token."
-    if token not in self._pieces: self._pieces[token] = self.tokenizer.decode([token])
+    if token not in self._pieces:
+        self._pieces[token] = self.tokenizer.decode([token])
     return self._pieces[token]
 
 # %% ../../nbs/models/policy.ipynb #cd8cbed5
-ROOM = 2048 # tokens of a prompt beside its question
+ROOM = 2048  # tokens of a prompt beside its question
+
 
 @patch
-def question_problem(self: Policy, sample) -> str | None: # sample: a Sample
+def question_problem(self: Policy, sample) -> str | None:  # sample: a Sample
     "Why a sample cannot be asked, in a sentence; None where it can."
     limit = self.max_question_tokens
-    if not question_too_long(self.tokenizer, sample.query, limit): return None
-    return (f"sample {sample.id}: its question of {len(sample.query):,} characters has more than {limit} tokens; "
-            "shorten it, or raise max_question_tokens.")
+    if not question_too_long(self.tokenizer, sample.query, limit):
+        return None
+    return (
+        f"sample {sample.id}: its question of {len(sample.query):,} characters has more than {limit} tokens; "
+        "shorten it, or raise max_question_tokens."
+    )
+
 
 @patch
-def user_ids(self: Policy, texts: list[str]) -> list: # of lists of ids
+def user_ids(self: Policy, texts: list[str]) -> list:  # of lists of ids
     "Token ids of user texts; one that is far too long is refused before it is tokenised."
     for text in texts:
         if question_too_long(self.tokenizer, text, self.max_question_tokens + ROOM):
-            raise ValueError(f"a prompt of {len(text):,} characters has more than {self.max_question_tokens + ROOM} "
-                             "tokens; shorten its question, or raise max_question_tokens.")
+            raise ValueError(
+                f"a prompt of {len(text):,} characters has more than {self.max_question_tokens + ROOM} "
+                "tokens; shorten its question, or raise max_question_tokens."
+            )
     return tokenize_texts(self.tokenizer, texts)
 
+
 @patch
-def template_ids(self: Policy) -> tuple[list, list, int]: # ids before, ids behind; place of the image among the first
+def template_ids(
+    self: Policy,
+) -> tuple[list, list, int]:  # ids before, ids behind; place of the image among the first
     "The chat template's own tokens around a user text."
     frame = chat_frame(self.processor)
     before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in frame)
     image = self.model.config.image_token_id
     if before.count(image) != 1:
-        raise ValueError("the chat template of the model does not put the image before the text, once; "
-                         "fetch chat_template.jinja again")
+        raise ValueError(
+            "the chat template of the model does not put the image before the text, once; "
+            "fetch chat_template.jinja again"
+        )
     return before, after, before.index(image)
 
+
 @patch
-def prompt_ids(self: Policy, texts: list[str], # B user texts
-               seen: list[EncodedImage], # the image of each
-              ) -> tuple[Tensor, Tensor, Tensor]: # each [B,P]: ids; 1 on tokens, 0 on padding; True on the image
+def prompt_ids(
+    self: Policy,
+    texts: list[str],  # B user texts
+    seen: list[EncodedImage],  # the image of each
+) -> tuple[Tensor, Tensor, Tensor]:  # each [B,P]: ids; 1 on tokens, 0 on padding; True on the image
     "Left-padded chats with the tokens of their images. Nothing in a text is a special token."
     before, after, at = self.template_ids()
     images = [[self.model.config.image_token_id] * len(s.tokens) for s in seen]
-    rows = [before[:at] + image + before[at + 1:] + text + after for text, image in zip(self.user_ids(texts), images)]
+    rows = [
+        before[:at] + image + before[at + 1 :] + text + after
+        for text, image in zip(self.user_ids(texts), images)
+    ]
     P = max(map(len, rows))
     ids = torch.full((len(rows), P), self.tokenizer.pad_token_id)
     attention, is_image = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -175,41 +276,78 @@ def prompt_ids(self: Policy, texts: list[str], # B user texts
         start = P - len(row)
         ids[b, start:] = torch.tensor(row)
         attention[b, start:] = 1
-        is_image[b, start + at:start + at + len(image)] = True
+        is_image[b, start + at : start + at + len(image)] = True
     return tuple(x.to(self.model.device) for x in (ids, attention, is_image))
 
+
 @patch
-def tokenize(self: Policy, texts: list[str], seen: list[EncodedImage]) -> tuple[Tensor, Tensor]: # ids [B,P], attention mask [B,P]
+def tokenize(
+    self: Policy, texts: list[str], seen: list[EncodedImage]
+) -> tuple[Tensor, Tensor]:  # ids [B,P], attention mask [B,P]
     "`prompt_ids` without the places of the images."
     return self.prompt_ids(texts, seen)[:2]
 
 # %% ../../nbs/models/policy.ipynb #5fcde901
 @patch
-def _hidden(self: Policy, embeds: Tensor, positions: Tensor, mask: Tensor, cache, **deep) -> Tensor: # [R,T,D]
+def _hidden(
+    self: Policy, embeds: Tensor, positions: Tensor, mask: Tensor, cache, **deep
+) -> Tensor:  # [R,T,D]
     "One forward of the language model behind a cache."
-    return self.model.model.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                                           use_cache=False, **deep).last_hidden_state
+    return self.model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=False,
+        **deep,
+    ).last_hidden_state
+
 
 @patch
-def prefill(self: Policy, texts: list[str], # B user texts
-         seen: list[EncodedImage], # the image of each
-         again: Prefix | None = None, # prompts about the same images, read by the same weights: their columns up to the image's end are used again
-         of: Tensor | None = None, # [B] the row of `again` that holds each text's image
-        ) -> Prefix:
+def prefill(
+    self: Policy,
+    texts: list[str],  # B user texts
+    seen: list[EncodedImage],  # the image of each
+    again: Prefix
+    | None = None,  # prompts about the same images, read by the same weights: their columns up to the image's end are used again
+    of: Tensor | None = None,  # [B] the row of `again` that holds each text's image
+) -> Prefix:
     "Read B prompts, images before text, once. Under autograd the prefix carries gradients."
     ids, attention, is_image = self.prompt_ids(texts, seen)
-    positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), attention_mask=attention,
-                                                   image_grid_thw=torch.stack([s.grid for s in seen]).to(ids.device))
+    positions, _ = self.model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=is_image.int(),
+        attention_mask=attention,
+        image_grid_thw=torch.stack([s.grid for s in seen]).to(ids.device),
+    )
     embeds = self.model.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter(is_image[..., None], torch.cat([s.tokens for s in seen]).to(embeds.dtype))
+    embeds = embeds.masked_scatter(
+        is_image[..., None], torch.cat([s.tokens for s in seen]).to(embeds.dtype)
+    )
     pad, H, before = attention == 0, 0, None
-    if again is not None: # what is left to read is the text, right-aligned behind H columns that hold no padding
-        H = int(is_image[0].nonzero()[-1]) + 2 - int(pad[0].sum()) # every image has as many tokens: `encode` squashes to one side
+    if (
+        again is not None
+    ):  # what is left to read is the text, right-aligned behind H columns that hold no padding
+        H = (
+            int(is_image[0].nonzero()[-1]) + 2 - int(pad[0].sum())
+        )  # every image has as many tokens: `encode` squashes to one side
         before = again.image_prefix(of, H)
         pad = torch.arange(ids.shape[1], device=ids.device) < pad.sum(1, keepdim=True) + H
         pad[:, :H] = False
     cache = PrefillCache(before)
-    mask = causal_mask(pad[:, :H], ids.shape[1] - H, embeds.dtype).masked_fill(pad[:, None, None], torch.finfo(embeds.dtype).min)
-    deep = [torch.cat(d) for d in zip(*(s.deep for s in seen))] if again is None else [] # behind a read image no image tokens are left
-    hidden = self._hidden(embeds[:, H:], positions[..., H:], mask, cache, **(dict(visual_pos_masks=is_image, deepstack_visual_embeds=deep) if deep else {}))
-    return Prefix(cache.layers, pad, positions.amax((0, 2)) + 1, self.model.lm_head(hidden[:, -1]).float())
+    mask = causal_mask(pad[:, :H], ids.shape[1] - H, embeds.dtype).masked_fill(
+        pad[:, None, None], torch.finfo(embeds.dtype).min
+    )
+    deep = (
+        [torch.cat(d) for d in zip(*(s.deep for s in seen))] if again is None else []
+    )  # behind a read image no image tokens are left
+    hidden = self._hidden(
+        embeds[:, H:],
+        positions[..., H:],
+        mask,
+        cache,
+        **(dict(visual_pos_masks=is_image, deepstack_visual_embeds=deep) if deep else {}),
+    )
+    return Prefix(
+        cache.layers, pad, positions.amax((0, 2)) + 1, self.model.lm_head(hidden[:, -1]).float()
+    )

@@ -15,52 +15,79 @@ from torch import Tensor
 # %% ../../nbs/models/prefix_cache.ipynb #22c7b862
 class PrefillCache:
     "Keeps keys and values [B,H,P,d] of every layer while a prompt is read, behind those that were read `before`."
-    def __init__(self, before=None): self.before, self.layers = before, []
+
+    def __init__(self, before=None):
+        self.before, self.layers = before, []
+
     def update(self, k, v, layer, *_):
-        if self.before is not None: k, v = (torch.cat(pair, 2) for pair in zip(self.before[layer], (k, v)))
-        if layer == len(self.layers): self.layers.append((k, v)) # else a checkpointed layer, computed once more
+        if self.before is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(self.before[layer], (k, v)))
+        if layer == len(self.layers):
+            self.layers.append((k, v))  # else a checkpointed layer, computed once more
         return k, v
+
 
 class SharedPrefixCache:
     "Puts a prompt's keys and values before those of its n answers, [B*n,H,P+T,d]; gradients flow back into the prompt."
-    def __init__(self, layers, n: int): self.layers, self.n = layers, n
+
+    def __init__(self, layers, n: int):
+        self.layers, self.n = layers, n
+
     def update(self, k, v, layer, *_):
         past = (x.repeat_interleave(self.n, 0) for x in self.layers[layer])
         return tuple(torch.cat(pair, 2) for pair in zip(past, (k, v)))
 
+
 class DecodeCache:
     "Room for `room` more tokens behind the prompts of R rows; written in place, one column a step."
+
     def __init__(self, layers, rows: Tensor, room: int):
         self.at = layers[0][0].shape[2]
         self.layers = [[F.pad(x[rows], (0, 0, 0, room)) for x in pair] for pair in layers]
+
     def update(self, k, v, layer, *_):
-        for store, new in zip(self.layers[layer], (k, v)): store[:, :, self.at] = new[:, :, 0]
-        return tuple(x[:, :, :self.at + 1] for x in self.layers[layer])
-    def keep(self, rows: Tensor): self.layers = [[x[rows] for x in pair] for pair in self.layers]
+        for store, new in zip(self.layers[layer], (k, v)):
+            store[:, :, self.at] = new[:, :, 0]
+        return tuple(x[:, :, : self.at + 1] for x in self.layers[layer])
+
+    def keep(self, rows: Tensor):
+        self.layers = [[x[rows] for x in pair] for pair in self.layers]
 
 # %% ../../nbs/models/prefix_cache.ipynb #36835d68
 @dataclass
 class Prefix:
     "B prompts that have been read."
-    layers: list # keys and values of each layer, [B,H,P,d]
-    pad: Tensor # [B,P] bool, True on left padding
-    start: Tensor # [B] position of the first answer token
-    logits: Tensor # [B,V] of the first answer token
+
+    layers: list  # keys and values of each layer, [B,H,P,d]
+    pad: Tensor  # [B,P] bool, True on left padding
+    start: Tensor  # [B] position of the first answer token
+    logits: Tensor  # [B,V] of the first answer token
 
     def rows(self, index: Tensor) -> "Prefix":
         "The prompts of these indices, repeats allowed."
-        return Prefix([(k[index], v[index]) for k, v in self.layers], self.pad[index], self.start[index], self.logits[index])
+        return Prefix(
+            [(k[index], v[index]) for k, v in self.layers],
+            self.pad[index],
+            self.start[index],
+            self.logits[index],
+        )
 
-    def image_prefix(self, index: Tensor, H: int) -> list: # keys and values of each layer, [len(index),heads,H,d]
+    def image_prefix(
+        self, index: Tensor, H: int
+    ) -> list:  # keys and values of each layer, [len(index),heads,H,d]
         "The first H columns, padding aside, of the prompts of these indices."
         columns = (self.pad.sum(1)[index, None] + torch.arange(H, device=index.device))[:, None]
-        heads = lambda x: x[index[:, None, None], torch.arange(x.shape[1], device=index.device)[:, None], columns]
+        heads = lambda x: x[
+            index[:, None, None], torch.arange(x.shape[1], device=index.device)[:, None], columns
+        ]
         return [(heads(k), heads(v)) for k, v in self.layers]
 
 # %% ../../nbs/models/prefix_cache.ipynb #882c04bc
-def causal_mask(pad: Tensor, # [B,P] bool, True on padding of what came before
-              T: int, # new tokens, causal among themselves
-              dtype=torch.float32) -> Tensor: # [B,1,T,P+T]
+def causal_mask(
+    pad: Tensor,  # [B,P] bool, True on padding of what came before
+    T: int,  # new tokens, causal among themselves
+    dtype=torch.float32,
+) -> Tensor:  # [B,1,T,P+T]
     "May new token t look at column c: prompt columns that are no padding, and new tokens up to itself."
     B, P = pad.shape
     before = pad[:, None, None].expand(B, 1, T, P)

@@ -19,65 +19,102 @@ from .prefix_cache import DecodeCache, Prefix, SharedPrefixCache, causal_mask
 @dataclass
 class Completions:
     "R sampled answers, right-padded; statistics are those of the untempered distribution at each token."
-    ids: Tensor # [R,T]
-    mask: Tensor # [R,T] bool, True on tokens (the end-of-turn token included)
-    logp: Tensor # [R,T] log-probability of the token
-    entropy: Tensor # [R,T] nats
-    margin: Tensor # [R,T] p_top1 - p_top2 (PixelThink's uncertainty is the mean of 1 - margin)
+
+    ids: Tensor  # [R,T]
+    mask: Tensor  # [R,T] bool, True on tokens (the end-of-turn token included)
+    logp: Tensor  # [R,T] log-probability of the token
+    entropy: Tensor  # [R,T] nats
+    margin: Tensor  # [R,T] p_top1 - p_top2 (PixelThink's uncertainty is the mean of 1 - margin)
 
 # %% ../../nbs/models/sampling.ipynb #23cd5a97
 @patch
 @torch.no_grad()
-def generate(self: Policy, prefix: Prefix, # B prompts
-             n: int = 1, # answers a prompt
-             max_new_tokens: int = 256,
-             temperature: float = 1.0, # 0: greedy
-             seed: int | list[int] | None = None, # of the sampling: one for all rows, or one a row; None: torch's global generator
-            ) -> Completions: # R = B*n rows, those of one prompt adjacent
+def generate(
+    self: Policy,
+    prefix: Prefix,  # B prompts
+    n: int = 1,  # answers a prompt
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,  # 0: greedy
+    seed: int
+    | list[int]
+    | None = None,  # of the sampling: one for all rows, or one a row; None: torch's global generator
+) -> Completions:  # R = B*n rows, those of one prompt adjacent
     "Sample n answers to each prompt until the end-of-turn token or `max_new_tokens`."
-    with self.merged_adapter(): return self._sample(prefix, n, max_new_tokens, temperature, seed)
+    with self.merged_adapter():
+        return self._sample(prefix, n, max_new_tokens, temperature, seed)
 
-def _draws(seed, R: int, T: int) -> Tensor: # [R,T] in [0,1)
+
+def _draws(seed, R: int, T: int) -> Tensor:  # [R,T] in [0,1)
     "The random number of every row's every token."
     made = lambda s: torch.Generator().manual_seed(s)
-    if isinstance(seed, list): return torch.stack([torch.rand(T, generator=made(s)) for s in seed])
+    if isinstance(seed, list):
+        return torch.stack([torch.rand(T, generator=made(s)) for s in seed])
     return torch.rand(R, T, generator=None if seed is None else made(seed))
 
-def token_statistics(logits: Tensor, # [N,V]
-                     ids: Tensor, # [N]
-                    ) -> Tensor: # [3,N]
+
+def token_statistics(
+    logits: Tensor,  # [N,V]
+    ids: Tensor,  # [N]
+) -> Tensor:  # [3,N]
     "Log-probability of each token; entropy and margin of the distribution it was drawn from."
     logp = logits.log_softmax(-1)
     p = logp.exp()
     top = p.topk(2, -1).values
-    return torch.stack([logp.gather(1, ids[:, None])[:, 0], -(p * logp).nan_to_num().sum(-1), top[:, 0] - top[:, 1]])
+    return torch.stack(
+        [
+            logp.gather(1, ids[:, None])[:, 0],
+            -(p * logp).nan_to_num().sum(-1),
+            top[:, 0] - top[:, 1],
+        ]
+    )
+
 
 @patch
-def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed) -> Completions:
+def _sample(
+    self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperature: float, seed
+) -> Completions:
     "The loop of `generate`."
-    if not prefix.logits.isfinite().all(): raise FloatingPointError("the policy's logits are not numbers; lower lr, then resume from the last checkpoint")
+    if not prefix.logits.isfinite().all():
+        raise FloatingPointError(
+            "the policy's logits are not numbers; lower lr, then resume from the last checkpoint"
+        )
     device, eos = prefix.logits.device, self.tokenizer.eos_token_id
     rows = torch.arange(len(prefix.start), device=device).repeat_interleave(n)
     draws = _draws(seed, len(rows), max_new_tokens).to(device) if temperature else None
-    R, cache, alive = len(rows), DecodeCache(prefix.layers, rows, max_new_tokens), torch.arange(len(rows), device=device)
+    R, cache, alive = (
+        len(rows),
+        DecodeCache(prefix.layers, rows, max_new_tokens),
+        torch.arange(len(rows), device=device),
+    )
     ids = torch.full((R, max_new_tokens), self.tokenizer.pad_token_id, device=device)
-    stats = torch.zeros(4, R, max_new_tokens, device=device) # mask, logp, entropy, margin
+    stats = torch.zeros(4, R, max_new_tokens, device=device)  # mask, logp, entropy, margin
     logits, pad, start = prefix.logits[rows], prefix.pad[rows], prefix.start[rows]
     done = torch.zeros(R, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        if temperature == 0: token = logits.argmax(-1)
-        else: # the token at which the cumulative probability passes the draw
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:  # the token at which the cumulative probability passes the draw
             reached = (logits / temperature).softmax(-1).cumsum(-1)
-            token = torch.searchsorted(reached, draws[alive, t:t + 1] * reached[:, -1:], right=True)[:, 0].clamp(max=reached.shape[1] - 1)
+            token = torch.searchsorted(
+                reached, draws[alive, t : t + 1] * reached[:, -1:], right=True
+            )[:, 0].clamp(max=reached.shape[1] - 1)
         new = torch.cat([(~done).float()[None], token_statistics(logits, token)])
         live = ~done
-        ids[alive[live], t] = token[live]; stats[:, alive[live], t] = new[:, live]
+        ids[alive[live], t] = token[live]
+        stats[:, alive[live], t] = new[:, live]
         done = done | (token == eos)
-        if done.all() or t == max_new_tokens - 1: break
-        if done.sum() * 8 >= len(done): # worth the copy
+        if done.all() or t == max_new_tokens - 1:
+            break
+        if done.sum() * 8 >= len(done):  # worth the copy
             left = (~done).nonzero()[:, 0]
             cache.keep(left)
-            alive, pad, start, token, done = alive[left], pad[left], start[left], token[left], done[left]
+            alive, pad, start, token, done = (
+                alive[left],
+                pad[left],
+                start[left],
+                token[left],
+                done[left],
+            )
         embeds = self.model.get_input_embeddings()(token)[:, None]
         mask = causal_mask(pad, 1, embeds.dtype)
         mask = torch.cat([mask[..., :-1], mask.new_zeros(len(pad), 1, 1, t + 1)], 3)
@@ -90,32 +127,57 @@ def _sample(self: Policy, prefix: Prefix, n: int, max_new_tokens: int, temperatu
 
 # %% ../../nbs/models/sampling.ipynb #75c3a82b
 @patch
-def completion_inputs(self: Policy, prefix: Prefix, # B prompts
-           ids: Tensor, # [B*n,T] answers, right-padded
-          ) -> tuple: # embeddings [B*n,T-1,D], positions [3,B*n,T-1], mask, cache
+def completion_inputs(
+    self: Policy,
+    prefix: Prefix,  # B prompts
+    ids: Tensor,  # [B*n,T] answers, right-padded
+) -> tuple:  # embeddings [B*n,T-1,D], positions [3,B*n,T-1], mask, cache
     "What the language model is given to read all tokens of the answers but the last, behind their prompts."
     n, T = len(ids) // len(prefix.start), ids.shape[1]
     rep = lambda x: x.repeat_interleave(n, 0)
     embeds = self.model.get_input_embeddings()(ids[:, :-1])
     positions = rep(prefix.start)[:, None] + torch.arange(T - 1, device=ids.device)
-    return embeds, positions.expand(3, -1, -1), causal_mask(rep(prefix.pad), T - 1, embeds.dtype), SharedPrefixCache(prefix.layers, n)
+    return (
+        embeds,
+        positions.expand(3, -1, -1),
+        causal_mask(rep(prefix.pad), T - 1, embeds.dtype),
+        SharedPrefixCache(prefix.layers, n),
+    )
+
 
 @patch
-def forward_completions(self: Policy, prefix: Prefix, # B prompts
-           ids: Tensor, # [B*n,T] answers, right-padded
-          ) -> tuple[Tensor, Tensor]: # [B*n,V] logits of the first token; [B*n,T-1,D] hidden states that predict those after it
+def forward_completions(
+    self: Policy,
+    prefix: Prefix,  # B prompts
+    ids: Tensor,  # [B*n,T] answers, right-padded
+) -> tuple[
+    Tensor, Tensor
+]:  # [B*n,V] logits of the first token; [B*n,T-1,D] hidden states that predict those after it
     "The answers, read behind their prompts."
     read = self.completion_inputs(prefix, ids)
     first = prefix.logits.repeat_interleave(len(ids) // len(prefix.start), 0)
-    return first, self._hidden(*read) if ids.shape[1] > 1 else read[0] # answers that ended at once: nothing is behind the first token
+    return first, self._hidden(*read) if ids.shape[1] > 1 else read[
+        0
+    ]  # answers that ended at once: nothing is behind the first token
+
 
 @patch
-def logprobs(self: Policy, prefix: Prefix, # B prompts; read under autograd for gradients
-             ids: Tensor, # [B*n,T] answers, right-padded
-             mask: Tensor, # [B*n,T] bool
-            ) -> Tensor: # [B*n,T], 0 on padding
+def logprobs(
+    self: Policy,
+    prefix: Prefix,  # B prompts; read under autograd for gradients
+    ids: Tensor,  # [B*n,T] answers, right-padded
+    mask: Tensor,  # [B*n,T] bool
+) -> Tensor:  # [B*n,T], 0 on padding
     "Log-probability of every answer token given its prompt and the tokens before it."
     logits, hidden = self.forward_completions(prefix, ids)
     first, on = logits.log_softmax(-1).gather(1, ids[:, :1]), mask[:, 1:]
-    later = self.model.lm_head(hidden[on]).float().log_softmax(-1).gather(1, ids[:, 1:][on][:, None])[:, 0]
-    return torch.cat([first, torch.zeros_like(on, dtype=later.dtype).masked_scatter(on, later)], 1) * mask
+    later = (
+        self.model.lm_head(hidden[on])
+        .float()
+        .log_softmax(-1)
+        .gather(1, ids[:, 1:][on][:, None])[:, 0]
+    )
+    return (
+        torch.cat([first, torch.zeros_like(on, dtype=later.dtype).masked_scatter(on, later)], 1)
+        * mask
+    )

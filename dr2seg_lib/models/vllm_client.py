@@ -35,147 +35,268 @@ from dr2seg_lib.models.vllm_protocol import (
 
 # %% ../../nbs/models/vllm_client.ipynb #6b329b20
 @torch.no_grad()
-def completion_statistics(policy: Policy, prefix: Prefix, # B prompts
-               ids: Tensor, # [B*n,T] answers, right-padded
-               mask: Tensor, # [B*n,T] bool
-               chunk: int = 2048) -> Tensor: # [3,B*n,T]; chunk: tokens whose logits are held at once
+def completion_statistics(
+    policy: Policy,
+    prefix: Prefix,  # B prompts
+    ids: Tensor,  # [B*n,T] answers, right-padded
+    mask: Tensor,  # [B*n,T] bool
+    chunk: int = 2048,
+) -> Tensor:  # [3,B*n,T]; chunk: tokens whose logits are held at once
     "Log-probability, entropy and margin of every token of given answers; 0 on padding."
     (logits, hidden), on = policy.forward_completions(prefix, ids), mask[:, 1:]
     found = torch.zeros(3, *ids.shape, device=ids.device)
     found[:, :, 0] = token_statistics(logits, ids[:, 0])
-    if not on.any(): return found
+    if not on.any():
+        return found
     parts = zip(hidden[on].split(chunk), ids[:, 1:][on].split(chunk))
-    found[:, :, 1:][:, on] = torch.cat([token_statistics(policy.model.lm_head(h).float(), i) for h, i in parts], 1)
+    found[:, :, 1:][:, on] = torch.cat(
+        [token_statistics(policy.model.lm_head(h).float(), i) for h, i in parts], 1
+    )
     return found
 
 # %% ../../nbs/models/vllm_client.ipynb #be92f85c
 @dataclass
 class ServedImage(EncodedImage):
     "An encoded image, and the picture of it for a server."
-    picture: str = "" # URL
+
+    picture: str = ""  # URL
+
 
 @dataclass
 class ServedPrefix(Prefix):
     "B prompts that have been read, and what a server is asked instead."
-    texts: list # B user texts
-    seen: list # B Shown
+
+    texts: list  # B user texts
+    seen: list  # B Shown
 
     def rows(self, index: Tensor) -> "ServedPrefix":
         "As of `Prefix`."
         pick = lambda values: [values[i] for i in index.tolist()]
-        return ServedPrefix(**vars(super().rows(index)), texts=pick(self.texts), seen=pick(self.seen))
+        return ServedPrefix(
+            **vars(super().rows(index)), texts=pick(self.texts), seen=pick(self.seen)
+        )
+
 
 @dataclass
 class ServedCompletions(Completions):
     "Answers that a server sampled; all statistics but `theirs` are the policy's own."
-    theirs: Tensor # [R,T] log-probability of the token as the server has it
 
-def logprob_gap(done: ServedCompletions) -> Tensor: # scalar, nats
+    theirs: Tensor  # [R,T] log-probability of the token as the server has it
+
+
+def logprob_gap(done: ServedCompletions) -> Tensor:  # scalar, nats
     "Mean of the server's log-probability minus the policy's, over all tokens: sampled at temperature 1, an estimate of the KL between them."
     return ((done.theirs - done.logp) * done.mask).sum() / done.mask.sum()
 
 # %% ../../nbs/models/vllm_client.ipynb #0107aadb
 class ServedPolicy(Policy):
     "A policy whose answers a server samples. A context: in the end the server lets go of its adapter."
-    def __init__(self, policy: Policy, server: str, # address
-                 model: str, # what the policy was loaded from
-                 folder): # its own, for adapters, in that of the run; the server must see it
-        vars(self).update(vars(policy)) # the same model, tokenizer and adapter
-        self.url, self.base, self.folder = server_address(server), served_name(server, model), Path(folder).resolve()
-        self.name = self.base # who is asked
+
+    def __init__(
+        self,
+        policy: Policy,
+        server: str,  # address
+        model: str,  # what the policy was loaded from
+        folder,
+    ):  # its own, for adapters, in that of the run; the server must see it
+        vars(self).update(vars(policy))  # the same model, tokenizer and adapter
+        self.url, self.base, self.folder = (
+            server_address(server),
+            served_name(server, model),
+            Path(folder).resolve(),
+        )
+        self.name = self.base  # who is asked
+
 
 @patch
 def encode(self: ServedPolicy, images: list) -> list[ServedImage]:
     "As of `Policy`."
-    return [ServedImage(**vars(seen), picture=data_url(resize_square(i, self.side))) for seen, i in zip(Policy.encode(self, images), images)]
+    return [
+        ServedImage(**vars(seen), picture=data_url(resize_square(i, self.side)))
+        for seen, i in zip(Policy.encode(self, images), images)
+    ]
+
 
 @patch
-def prefill(self: ServedPolicy, texts: list[str], seen: list[ServedImage], again: Prefix | None = None, of: Tensor | None = None) -> ServedPrefix:
+def prefill(
+    self: ServedPolicy,
+    texts: list[str],
+    seen: list[ServedImage],
+    again: Prefix | None = None,
+    of: Tensor | None = None,
+) -> ServedPrefix:
     "As of `Policy`."
-    return ServedPrefix(**vars(Policy.prefill(self, texts, seen, again, of)), texts=texts, seen=seen)
+    return ServedPrefix(
+        **vars(Policy.prefill(self, texts, seen, again, of)), texts=texts, seen=seen
+    )
 
 # %% ../../nbs/models/vllm_client.ipynb #eb0238c1
 @patch
-def own_answers(self: ServedPolicy, prefix: ServedPrefix, rows: list, # of B*n, all of one prompt
-                n: int, max_new_tokens: int, temperature: float, seeds: list) -> list: # of (ids, log-probabilities)
+def own_answers(
+    self: ServedPolicy,
+    prefix: ServedPrefix,
+    rows: list,  # of B*n, all of one prompt
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: list,
+) -> list:  # of (ids, log-probabilities)
     "Answers of the policy itself, to a text that cannot be sent: a server would read special tokens from it."
     one = prefix.rows(torch.tensor([row // n for row in rows], device=prefix.start.device))
     own = None if seeds[rows[0]] is None else [seeds[row] for row in rows]
     done = Policy.generate(self, one, 1, max_new_tokens, temperature, own)
-    return [(ids[m].tolist(), logp[m].tolist()) for ids, m, logp in zip(done.ids, done.mask, done.logp)]
+    return [
+        (ids[m].tolist(), logp[m].tolist()) for ids, m, logp in zip(done.ids, done.mask, done.logp)
+    ]
+
 
 @patch
-def server_answers(self: ServedPolicy, prefix: ServedPrefix, asked: dict, # (text, picture): rows of B*n
-                   n: int, max_new_tokens: int, temperature: float, seeds: list) -> dict: # row: (ids, log-probabilities)
+def server_answers(
+    self: ServedPolicy,
+    prefix: ServedPrefix,
+    asked: dict,  # (text, picture): rows of B*n
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: list,
+) -> dict:  # row: (ids, log-probabilities)
     "Answers of the server, of one request for each text and picture."
     ids, on = self.tokenize(prefix.texts, prefix.seen)
     prompts = [row[m.bool()].tolist() for row, m in zip(ids, on)]
-    bodies = [chat_request(self.name, *what, len(rows), max_new_tokens, temperature, seeds[rows[0]], self.tokenizer.eos_token_id)
-              for what, rows in asked.items()]
+    bodies = [
+        chat_request(
+            self.name,
+            *what,
+            len(rows),
+            max_new_tokens,
+            temperature,
+            seeds[rows[0]],
+            self.tokenizer.eos_token_id,
+        )
+        for what, rows in asked.items()
+    ]
     longest = REPLY + TOKEN * max_new_tokens * max((body["n"] for body in bodies), default=0)
-    replies, words, found = post_all(self.url, "/v1/chat/completions", bodies, longest=longest), self.model.get_input_embeddings().num_embeddings, {}
+    replies, words, found = (
+        post_all(self.url, "/v1/chat/completions", bodies, longest=longest),
+        self.model.get_input_embeddings().num_embeddings,
+        {},
+    )
     for rows, body, reply in zip(asked.values(), bodies, replies):
         told = parse_answers(reply, body, prompts[rows[0] // n], words, self.url)
         found |= zip(rows, told if temperature else told * len(rows))
     return found
 
+
 @patch
-def generate(self: ServedPolicy, prefix: ServedPrefix, n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0, seed: int | list[int] | None = None) -> ServedCompletions:
+def generate(
+    self: ServedPolicy,
+    prefix: ServedPrefix,
+    n: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int | list[int] | None = None,
+) -> ServedCompletions:
     "As of `Policy`, but by the server: a seed fixes what its own generator draws, as far as its batches let it."
-    total, asked = len(prefix.texts) * n, {} # (text, picture): rows
-    seeds = seed if isinstance(seed, list) else [None if seed is None else seed + row for row in range(total)]
-    for row in range(total): asked.setdefault((prefix.texts[row // n], prefix.seen[row // n].picture), []).append(row)
-    spelled = {what: rows for what, rows in asked.items() if spells_special(self.tokenizer, what[0])}
+    total, asked = len(prefix.texts) * n, {}  # (text, picture): rows
+    seeds = (
+        seed
+        if isinstance(seed, list)
+        else [None if seed is None else seed + row for row in range(total)]
+    )
+    for row in range(total):
+        asked.setdefault((prefix.texts[row // n], prefix.seen[row // n].picture), []).append(row)
+    spelled = {
+        what: rows for what, rows in asked.items() if spells_special(self.tokenizer, what[0])
+    }
     how = n, max_new_tokens, temperature, seeds
-    told = self.server_answers(prefix, {what: rows for what, rows in asked.items() if what not in spelled}, *how)
-    for rows in spelled.values(): told |= zip(rows, self.own_answers(prefix, rows, *how))
+    told = self.server_answers(
+        prefix, {what: rows for what, rows in asked.items() if what not in spelled}, *how
+    )
+    for rows in spelled.values():
+        told |= zip(rows, self.own_answers(prefix, rows, *how))
     done = self.with_statistics(prefix, n, *zip(*(told[row] for row in range(total))))
-    if not logprob_gap(done).abs() < 1: raise ValueError(f"server: {self.url} answers by other weights (its log-probabilities are {logprob_gap(done):.1f} nats off); start it again with this model")
+    if not logprob_gap(done).abs() < 1:
+        raise ValueError(
+            f"server: {self.url} answers by other weights (its log-probabilities are {logprob_gap(done):.1f} nats off); start it again with this model"
+        )
     return done
 
 # %% ../../nbs/models/vllm_client.ipynb #42ff85ca
 @patch
 @torch.no_grad()
-def with_statistics(self: ServedPolicy, prefix: ServedPrefix, n: int,
-             ids: list, theirs: list, # a list a row: tokens, the server's log-probabilities
-             rows: int = 16) -> ServedCompletions: # at once
+def with_statistics(
+    self: ServedPolicy,
+    prefix: ServedPrefix,
+    n: int,
+    ids: list,
+    theirs: list,  # a list a row: tokens, the server's log-probabilities
+    rows: int = 16,
+) -> ServedCompletions:  # at once
     "Answers of a server with the policy's own statistics."
     device, length = prefix.start.device, torch.tensor([len(i) for i in ids])
-    block = lambda lists, fill: pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=fill).to(device)
-    ids, theirs, mask = block(ids, self.tokenizer.pad_token_id), block(theirs, 0.0), (torch.arange(length.max()) < length[:, None]).to(device)
+    block = lambda lists, fill: pad_sequence(
+        [torch.tensor(x) for x in lists], batch_first=True, padding_value=fill
+    ).to(device)
+    ids, theirs, mask = (
+        block(ids, self.tokenizer.pad_token_id),
+        block(theirs, 0.0),
+        (torch.arange(length.max()) < length[:, None]).to(device),
+    )
     stats = torch.zeros(3, *ids.shape, device=device)
     for prompts in torch.arange(len(prefix.texts)).split(max(1, rows // n)):
         own = (prompts[:, None] * n + torch.arange(n)).flatten()
         T = int(length[own].max())
-        stats[:, own, :T] = completion_statistics(self, prefix.rows(prompts.to(device)), ids[own, :T], mask[own, :T])
+        stats[:, own, :T] = completion_statistics(
+            self, prefix.rows(prompts.to(device)), ids[own, :T], mask[own, :T]
+        )
     return ServedCompletions(ids, mask, *stats, theirs)
 
 # %% ../../nbs/models/vllm_client.ipynb #a6968132
-def validate_lora_only(folder) -> dict: # the adapter's configuration
+def validate_lora_only(folder) -> dict:  # the adapter's configuration
     "An adapter that a server takes; of any other it is said why not."
     path = Path(folder) / "adapter_config.json"
-    if not path.is_file(): raise ValueError(f"server: {folder} holds whole weights, and vLLM takes LoRA adapters alone; leave server out")
+    if not path.is_file():
+        raise ValueError(
+            f"server: {folder} holds whole weights, and vLLM takes LoRA adapters alone; leave server out"
+        )
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("modules_to_save") or config.get("trainable_token_indices"): raise ValueError(f"server: {folder} holds more than LoRA, and vLLM takes LoRA alone; train with norm_lr 0, or leave server out")
+    if config.get("modules_to_save") or config.get("trainable_token_indices"):
+        raise ValueError(
+            f"server: {folder} holds more than LoRA, and vLLM takes LoRA alone; train with norm_lr 0, or leave server out"
+        )
     return config
 
 # %% ../../nbs/models/vllm_client.ipynb #3ed68088
 @patch
 def load_lora_adapter(self: ServedPolicy):
     "Give the server the adapter as it is now."
-    if self.adapter is None: return
+    if self.adapter is None:
+        return
     part, old = self.folder / "new", self.name
     shutil.rmtree(part, ignore_errors=True)
     self.adapter.save_pretrained(str(part))
     config = validate_lora_only(part)
-    name = "dr2seg-" + hashlib.sha256((part / "adapter_model.safetensors").read_bytes() + f"{self.folder.parent} {config}".encode()).hexdigest()[:16]
-    if name == old: return
+    name = (
+        "dr2seg-"
+        + hashlib.sha256(
+            (part / "adapter_model.safetensors").read_bytes()
+            + f"{self.folder.parent} {config}".encode()
+        ).hexdigest()[:16]
+    )
+    if name == old:
+        return
     shutil.rmtree(self.folder / name, ignore_errors=True)
     part.rename(self.folder / name)
-    try: post_json(self.url, "/v1/load_lora_adapter", dict(lora_name=name, lora_path=str(self.folder / name)),
-              mend=f"start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of {config['r']} or more, where it sees {self.folder}")
+    try:
+        post_json(
+            self.url,
+            "/v1/load_lora_adapter",
+            dict(lora_name=name, lora_path=str(self.folder / name)),
+            mend=f"start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of {config['r']} or more, where it sees {self.folder}",
+        )
     except ValueError:
-        if name not in list_models(self.url): raise # another process, or a reply that was lost, may have brought it there
+        if name not in list_models(self.url):
+            raise  # another process, or a reply that was lost, may have brought it there
     self.name = name
     self.unload_lora_adapter(old)
 
@@ -183,15 +304,21 @@ def load_lora_adapter(self: ServedPolicy):
 @patch
 def unload_lora_adapter(self: ServedPolicy, name: str):
     "Let the server forget an adapter."
-    if name == self.base: return
-    with suppress(ValueError): post_json(self.url, "/v1/unload_lora_adapter", dict(lora_name=name), waits=(), patience=30) # it may be gone already, and the server too
+    if name == self.base:
+        return
+    with suppress(ValueError):
+        post_json(
+            self.url, "/v1/unload_lora_adapter", dict(lora_name=name), waits=(), patience=30
+        )  # it may be gone already, and the server too
     shutil.rmtree(self.folder / name, ignore_errors=True)
+
 
 @patch
 def __enter__(self: ServedPolicy) -> ServedPolicy:
-    shutil.rmtree(self.folder, ignore_errors=True) # what a killed run has left
+    shutil.rmtree(self.folder, ignore_errors=True)  # what a killed run has left
     self.load_lora_adapter()
     return self
+
 
 @patch
 def __exit__(self: ServedPolicy, *_):

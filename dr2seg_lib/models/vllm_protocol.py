@@ -21,111 +21,202 @@ from .http_client import SERVER_KEY, post_json, printable_line
 from .policy import EMBEDDED
 
 # %% ../../nbs/models/vllm_protocol.ipynb #172d0211
-ADDRESS_PATTERN = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[\w.~/-]*)?", re.A)
+ADDRESS_PATTERN = re.compile(
+    r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[\w.~/-]*)?", re.A
+)
+
 
 def server_address(server: str) -> str:
     "A server's address in one form; a password in it is refused, and not repeated."
     shown = printable_line(re.sub(r"^(\w+://)?.*@", r"\1", server, flags=re.S))
     if "@" in server:
-        raise ValueError(f"server: {shown} was given with a name or password, which the run's record would keep; "
-                         f"give the server's key by the environment variable {SERVER_KEY}")
-    if not (parts := ADDRESS_PATTERN.fullmatch(server)) or int(parts["port"] or 1) not in range(1, 2**16):
+        raise ValueError(
+            f"server: {shown} was given with a name or password, which the run's record would keep; "
+            f"give the server's key by the environment variable {SERVER_KEY}"
+        )
+    if not (parts := ADDRESS_PATTERN.fullmatch(server)) or int(parts["port"] or 1) not in range(
+        1, 2**16
+    ):
         raise ValueError(f"server: {shown} is no address; give one such as http://localhost:8000")
     return server.rstrip("/").removesuffix("/v1")
 
+
 class ModelCard(BaseModel):
     "What a server says of one of its models or adapters."
+
     id: str
-    root: str | None = None # folder or hub id
-    parent: str | None = None # of an adapter
+    root: str | None = None  # folder or hub id
+    parent: str | None = None  # of an adapter
+
 
 class ModelCards(BaseModel):
     "The reply to `/v1/models`."
+
     data: Annotated[list[ModelCard], FailFast()]
+
 
 def protocol_error(error: ValidationError) -> str:
     "Where a reply departs from the protocol, and how."
     told = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return printable_line(f"{'.'.join(map(str, told['loc']))}: {told['msg']}".lstrip(": "), 150)
 
-def list_models(url: str, **how) -> dict: # name: its card; how: for `call`
-    "What a server has, adapters too."
-    try: return {card.id: card for card in ModelCards.model_validate_json(post_json(url, "/v1/models", **how)).data}
-    except ValidationError as e:
-        raise ValueError(f"server: {url} does not list its models as vLLM does ({protocol_error(e)}); correct the address") from None
 
-def served_name(server: str, model: str) -> str: # model: "embedded", a local folder or a hub id
+def list_models(url: str, **how) -> dict:  # name: its card; how: for `call`
+    "What a server has, adapters too."
+    try:
+        return {
+            card.id: card
+            for card in ModelCards.model_validate_json(post_json(url, "/v1/models", **how)).data
+        }
+    except ValidationError as e:
+        raise ValueError(
+            f"server: {url} does not list its models as vLLM does ({protocol_error(e)}); correct the address"
+        ) from None
+
+
+def served_name(server: str, model: str) -> str:  # model: "embedded", a local folder or a hub id
     "The name of a model on a server; one that does not answer, or has another model, is told in a sentence."
     url, source = server_address(server), str(EMBEDDED) if model == "embedded" else model
-    same = lambda place: place == source or bool(place) and os.path.isdir(place) and os.path.isdir(source) and os.path.samefile(place, source)
-    own = {name: card for name, card in list_models(url, waits=(), patience=20).items() if not card.parent}
+    same = lambda place: (
+        place == source
+        or bool(place)
+        and os.path.isdir(place)
+        and os.path.isdir(source)
+        and os.path.samefile(place, source)
+    )
+    own = {
+        name: card
+        for name, card in list_models(url, waits=(), patience=20).items()
+        if not card.parent
+    }
     for name, card in own.items():
-        if same(name) or same(card.root): return name
-    raise ValueError(f"server: {url} has {printable_line(', '.join(own)) or 'no model'}, not {model}; start it by: vllm serve {source} --enable-lora")
+        if same(name) or same(card.root):
+            return name
+    raise ValueError(
+        f"server: {url} has {printable_line(', '.join(own)) or 'no model'}, not {model}; start it by: vllm serve {source} --enable-lora"
+    )
 
 # %% ../../nbs/models/vllm_protocol.ipynb #f18d68c4
-def data_url(image) -> str: # [H,W,3] uint8
+def data_url(image) -> str:  # [H,W,3] uint8
     "A picture inside a URL, as PNG."
-    return "data:image/png;base64," + base64.b64encode(cv2.imencode(".png", image[..., ::-1])[1]).decode()
+    return (
+        "data:image/png;base64,"
+        + base64.b64encode(cv2.imencode(".png", image[..., ::-1])[1]).decode()
+    )
 
-def chat_request(model: str, # its name on the server, or an adapter's
-             text: str, picture: str, # user text; URL
-             n: int, max_new_tokens: int, temperature: float, seed: int | None, # of the first answer
-             stop: int) -> dict: # the end-of-turn token
+
+def chat_request(
+    model: str,  # its name on the server, or an adapter's
+    text: str,
+    picture: str,  # user text; URL
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | None,  # of the first answer
+    stop: int,
+) -> dict:  # the end-of-turn token
     "The body of a request to `/v1/chat/completions`."
     chat = chat_messages(well_formed(text))
     chat[1]["content"][0] = dict(type="image_url", image_url=dict(url=picture))
-    return dict(model=model, messages=chat, n=n if temperature else 1, max_completion_tokens=max_new_tokens, temperature=temperature, seed=seed,
-                top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, stop_token_ids=[stop], ignore_eos=True, logprobs=True, return_token_ids=True)
+    return dict(
+        model=model,
+        messages=chat,
+        n=n if temperature else 1,
+        max_completion_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        top_p=1.0,
+        top_k=-1,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        stop_token_ids=[stop],
+        ignore_eos=True,
+        logprobs=True,
+        return_token_ids=True,
+    )
 
 # %% ../../nbs/models/vllm_protocol.ipynb #9e15f667
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True)
 
+
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+
 
 class TokenLogprob(_Strict):
     "What a server says of one sampled token."
+
     logprob: float = Field(le=1e-3, allow_inf_nan=False)
+
 
 class Logprobs(_Strict):
     "And of all tokens of an answer."
+
     content: Annotated[list[TokenLogprob], FailFast()]
+
 
 class ReplyChoice(_Strict):
     "One sampled answer."
+
     token_ids: Annotated[list[Id], FailFast()]
     logprobs: Logprobs
 
+
 class ChatReply(_Strict):
     "The parts of a reply to `/v1/chat/completions` that are read."
+
     choices: Annotated[list[ReplyChoice], FailFast()]
     prompt_token_ids: Annotated[list[Id], FailFast()]
 
-def answer_problem(ids: list, logprobs: list, # of one answer
-                   longest: int, stop: int, # tokens asked for at most; the end-of-turn token
-                   words: int) -> str | None: # ids that the model has
+
+def answer_problem(
+    ids: list,
+    logprobs: list,  # of one answer
+    longest: int,
+    stop: int,  # tokens asked for at most; the end-of-turn token
+    words: int,
+) -> str | None:  # ids that the model has
     "Why an answer cannot be one of this model to our request; None where it can."
-    if not 0 < len(ids) <= longest: return f"gives an answer of {len(ids)} tokens where 1 to {longest} were asked for"
-    if len(ids) != len(logprobs): return f"gives {len(logprobs)} log-probabilities of {len(ids)} tokens"
-    if max(ids) >= words: return f"gives a token {max(ids)}, and the model has {words}"
-    if stop in ids[:-1]: return "goes on behind the end of its turn"
+    if not 0 < len(ids) <= longest:
+        return f"gives an answer of {len(ids)} tokens where 1 to {longest} were asked for"
+    if len(ids) != len(logprobs):
+        return f"gives {len(logprobs)} log-probabilities of {len(ids)} tokens"
+    if max(ids) >= words:
+        return f"gives a token {max(ids)}, and the model has {words}"
+    if stop in ids[:-1]:
+        return "goes on behind the end of its turn"
     return None
 
-def parse_answers(content: bytes, # a reply
-            body: dict, # the request
-            prompt: list, # the prompt's ids, as the policy has them
-            words: int, # ids that the model has
-            url: str) -> list: # body["n"] (ids, log-probabilities)
+
+def parse_answers(
+    content: bytes,  # a reply
+    body: dict,  # the request
+    prompt: list,  # the prompt's ids, as the policy has them
+    words: int,  # ids that the model has
+    url: str,
+) -> list:  # body["n"] (ids, log-probabilities)
     "What a reply holds, checked."
-    try: reply = ChatReply.model_validate_json(content)
+    try:
+        reply = ChatReply.model_validate_json(content)
     except ValidationError as e:
-        raise ValueError(f"server: {url} does not answer with token ids and log-probabilities ({protocol_error(e)}); it takes a vLLM that knows return_token_ids") from None
+        raise ValueError(
+            f"server: {url} does not answer with token ids and log-probabilities ({protocol_error(e)}); it takes a vLLM that knows return_token_ids"
+        ) from None
     told = [(c.token_ids, [t.logprob for t in c.logprobs.content]) for c in reply.choices]
-    if len(told) != body["n"]: raise ValueError(f"server: {url} gives {len(told)} answers where {body['n']} were asked for; look into its log")
+    if len(told) != body["n"]:
+        raise ValueError(
+            f"server: {url} gives {len(told)} answers where {body['n']} were asked for; look into its log"
+        )
     if reply.prompt_token_ids != prompt:
-        raise ValueError(f"server: {url} read a prompt of {len(reply.prompt_token_ids)} tokens that should be {len(prompt)} others; serve the same model, without options for its chat template or images")
+        raise ValueError(
+            f"server: {url} read a prompt of {len(reply.prompt_token_ids)} tokens that should be {len(prompt)} others; serve the same model, without options for its chat template or images"
+        )
     for ids, logprobs in told:
-        problem = answer_problem(ids, logprobs, body["max_completion_tokens"], body["stop_token_ids"][0], words)
-        if problem: raise ValueError(f"server: {url} {problem}; serve the same model, without options for its sampling")
+        problem = answer_problem(
+            ids, logprobs, body["max_completion_tokens"], body["stop_token_ids"][0], words
+        )
+        if problem:
+            raise ValueError(
+                f"server: {url} {problem}; serve the same model, without options for its sampling"
+            )
     return told

@@ -46,20 +46,55 @@ from ..rollouts.parsing import format_response, format_single
 # %% ../../nbs/pretraining/policy.ipynb #c9c57845
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     "Qwen2.5-VL with random weights at 4M parameters."
-    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in dict(
-        image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>").items()}
-    text = dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=4, intermediate_size=704, max_position_embeddings=4096, tie_word_embeddings=True,
-                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 12, 12]),
-                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(depth=3, hidden_size=128, num_heads=4, intermediate_size=384, patch_size=8, spatial_merge_size=2,
-                  temporal_patch_size=2, window_size=WORLD_FRAME, out_hidden_size=256, fullatt_block_indexes=[0, 1, 2])
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    ids = {
+        f"{k}_token_id": tokenizer.convert_tokens_to_ids(v)
+        for k, v in dict(
+            image="<|image_pad|>",
+            video="<|video_pad|>",
+            vision_start="<|vision_start|>",
+            vision_end="<|vision_end|>",
+        ).items()
+    }
+    text = dict(
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=704,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 12, 12]),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = dict(
+        depth=3,
+        hidden_size=128,
+        num_heads=4,
+        intermediate_size=384,
+        patch_size=8,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=WORLD_FRAME,
+        out_hidden_size=256,
+        fullatt_block_indexes=[0, 1, 2],
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+    )
     model = Qwen2_5_VLForConditionalGeneration(config)
     zero = tokenizer.convert_tokens_to_ids("0")
-    numbers = model.get_input_embeddings().weight.data[zero:zero + WORLD_FRAME + 1]
-    numbers.zero_()[:, :NUMBER_TOKENS] = config.text_config.initializer_range * (config.text_config.hidden_size / NUMBER_TOKENS) ** 0.5 * _ruler()
-    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    numbers = model.get_input_embeddings().weight.data[zero : zero + WORLD_FRAME + 1]
+    numbers.zero_()[:, :NUMBER_TOKENS] = (
+        config.text_config.initializer_range
+        * (config.text_config.hidden_size / NUMBER_TOKENS) ** 0.5
+        * _ruler()
+    )
+    model.generation_config.update(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 # %% ../../nbs/pretraining/policy.ipynb #cb314f2e
@@ -69,92 +104,147 @@ def _draw_page(seed: int):
     s = SIDE / WORLD_FRAME
     scaled = lambda v: tuple(int(x / s + 0.5) for x in v)
     targets = [Target.of(m) for m in p.scene.masks()]
-    return p, cv2.resize(p.scene.picture(), (WORLD_FRAME, WORLD_FRAME), interpolation=cv2.INTER_AREA), [Target(scaled(t.box), scaled(t.point), second=scaled(t.second)) for t in targets]
+    return (
+        p,
+        cv2.resize(p.scene.picture(), (WORLD_FRAME, WORLD_FRAME), interpolation=cv2.INTER_AREA),
+        [Target(scaled(t.box), scaled(t.point), second=scaled(t.second)) for t in targets],
+    )
+
 
 def draw_pool(n: int, seed: int = WARM_START, workers: int = 2) -> list:
     "n pool entries from consecutive seeds."
     with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(_draw_page, range(seed, seed + n), chunksize=64), total=n, desc="drawing the pool", mininterval=2))
+        return list(
+            tqdm(
+                pool.map(_draw_page, range(seed, seed + n), chunksize=64),
+                total=n,
+                desc="drawing the pool",
+                mininterval=2,
+            )
+        )
 
 # %% ../../nbs/pretraining/policy.ipynb #add30194
-def listing_example(rng, scene: Scene) -> tuple[str, str, list]: # query, chain, the things in the chain's order
+def listing_example(
+    rng, scene: Scene
+) -> tuple[str, str, list]:  # query, chain, the things in the chain's order
     "The question about everything, which teaches where things are faster than any other."
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
     return "everything in this picture", _tour(rng, scene, things) + ".", things
 
-def referring_example(rng, scene: Scene) -> tuple[str, str, list]: # query, chain, things
+
+def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # query, chain, things
     "A question that names its one or two targets; things that share a colour, the hardest to tell apart, come first two times in three."
     shares = lambda t: sum(o.colour == t.colour for o in scene.things) > 1
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    if rng.random() < 2 / 3: things.sort(key=shares, reverse=True)
-    things = things[:2 if rng.random() < .2 else 1]
+    if rng.random() < 2 / 3:
+        things.sort(key=shares, reverse=True)
+    things = things[: 2 if rng.random() < 0.2 else 1]
     return describe_objects(things, scene), think_direct(things), things
 
-def implicit_example(rng, scene: Scene, q) -> tuple[str, str, list]: # query, chain, things
+
+def implicit_example(rng, scene: Scene, q) -> tuple[str, str, list]:  # query, chain, things
     "A question that needs thought; half of the time another one on the same picture, when the scene admits one."
-    if rng.random() < .5: q = KINDS[_pick(rng, tuple(KINDS))][0](rng, scene) or q
+    if rng.random() < 0.5:
+        q = KINDS[_pick(rng, tuple(KINDS))][0](rng, scene) or q
     think = think_verbose if rng.random() < VERBOSE else think_concise
-    return q.text + ("?" if rng.random() < .5 else ""), think(rng, scene, q), q.targets
+    return q.text + ("?" if rng.random() < 0.5 else ""), think(rng, scene, q), q.targets
+
 
 EXAMPLE_PROMPTS = (dr2seg_prompt, visionreasoner_prompt, seg_zero_prompt, dpad_prompt)
-ONE_OBJECT = EXAMPLE_PROMPTS[2:] # they ask for one object
+ONE_OBJECT = EXAMPLE_PROMPTS[2:]  # they ask for one object
 
-def training_example(rng, page, implicit: float, listing: float = 0.0) -> tuple[str, str]: # user text, response
+
+def training_example(
+    rng, page, implicit: float, listing: float = 0.0
+) -> tuple[str, str]:  # user text, response
     "One question on a pool entry and a reference response; `implicit` and `listing` are the shares of those two sorts."
     (puzzle, _, targets), sort = page, rng.random()
-    if sort < implicit: (query, chain, things), manners = implicit_example(rng, puzzle.scene, puzzle.question), (.5, .25, .15, .1)
-    elif sort < implicit + listing: (query, chain, things), manners = listing_example(rng, puzzle.scene), (0, 1, 0, 0)
-    else: (query, chain, things), manners = referring_example(rng, puzzle.scene), (.2, .6, .1, .1)
+    if sort < implicit:
+        (query, chain, things), manners = (
+            implicit_example(rng, puzzle.scene, puzzle.question),
+            (0.5, 0.25, 0.15, 0.1),
+        )
+    elif sort < implicit + listing:
+        (query, chain, things), manners = listing_example(rng, puzzle.scene), (0, 1, 0, 0)
+    else:
+        (query, chain, things), manners = referring_example(rng, puzzle.scene), (0.2, 0.6, 0.1, 0.1)
     found = [targets[puzzle.scene.things.index(t)] for t in things]
     prompt = EXAMPLE_PROMPTS[rng.choice(4, p=manners)]
-    if len(things) > 1 and prompt in ONE_OBJECT: prompt = visionreasoner_prompt
+    if len(things) > 1 and prompt in ONE_OBJECT:
+        prompt = visionreasoner_prompt
     if prompt in ONE_OBJECT:
         caption = f"<caption>{object_caption(things[0])}</caption>" if prompt is dpad_prompt else ""
-        return prompt(query), f"<think>{chain}</think><answer>{format_single(found[0])}</answer>{caption}"
-    return prompt(query), format_response(chain, describe_objects(things, puzzle.scene) if prompt is dr2seg_prompt else None, found)
+        return prompt(
+            query
+        ), f"<think>{chain}</think><answer>{format_single(found[0])}</answer>{caption}"
+    return prompt(query), format_response(
+        chain, describe_objects(things, puzzle.scene) if prompt is dr2seg_prompt else None, found
+    )
 
 # %% ../../nbs/pretraining/policy.ipynb #d29fc707
-def patchify(images: np.ndarray, # [B,FRAME,FRAME,3] uint8
-            ) -> Tensor: # [B*196, 3*2*8*8]
+def patchify(
+    images: np.ndarray,  # [B,FRAME,FRAME,3] uint8
+) -> Tensor:  # [B*196, 3*2*8*8]
     "What the processor does to a frame-sized picture, for a whole batch at once."
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    mean, std = (
+        torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+        torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
     x, g = (torch.from_numpy(images).float() / 255 - mean) / std, WORLD_FRAME // 16
     x = x.view(-1, g, 2, 8, g, 2, 8, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # B, gh, gw, 2, 2, C, 8, 8
     return x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(-1, 3 * 2 * 64)
 
+
 @dataclass
 class LessonBatch:
     "Right-padded lessons: ids and labels [B,L], 3-D positions [3,B,L]."
-    ids: Tensor; labels: Tensor; positions: Tensor
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+
 
 def chat_text(text: str) -> str:
     "The chat as the template writes it, with all 49 image tokens."
-    return (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * 49}<|vision_end|>"
-            f"{text}<|im_end|>\n<|im_start|>assistant\n")
+    return (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * 49}<|vision_end|>"
+        f"{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
 
 def collate(tokenizer, lessons: list) -> LessonBatch:
     "Tokenise and pad lessons; lengths are multiples of 16, since a CPU keeps a plan for every shape it has met."
     prompts = tokenizer([chat_text(t) for t, _ in lessons])["input_ids"]
     answers = tokenizer([r + "<|im_end|>" for _, r in lessons])["input_ids"]
     L = math.ceil(max(len(p) + len(a) for p, a in zip(prompts, answers)) / 16) * 16
-    ids = torch.full((len(lessons), L), tokenizer.pad_token_id); labels = torch.full_like(ids, -100)
+    ids = torch.full((len(lessons), L), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)
     for i, (p, a) in enumerate(zip(prompts, answers)):
-        ids[i, :len(p) + len(a)] = torch.tensor(p + a); labels[i, len(p):len(p) + len(a)] = torch.tensor(a)
+        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
+        labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
     start, g = prompts[0].index(tokenizer.convert_tokens_to_ids("<|image_pad|>")), WORLD_FRAME // 16
-    pos = torch.arange(L).expand(3, L).clone(); pos[:, start + g * g:] -= g * g - g
+    pos = torch.arange(L).expand(3, L).clone()
+    pos[:, start + g * g :] -= g * g - g
     rows, cols = torch.meshgrid(torch.arange(g), torch.arange(g), indexing="ij")
-    pos[:, start:start + g * g] = start + torch.stack([torch.zeros(g * g, dtype=torch.long), rows.flatten(), cols.flatten()])
+    pos[:, start : start + g * g] = start + torch.stack(
+        [torch.zeros(g * g, dtype=torch.long), rows.flatten(), cols.flatten()]
+    )
     return LessonBatch(ids, labels, pos[:, None].expand(3, len(lessons), L))
 
 # %% ../../nbs/pretraining/policy.ipynb #93b3faca
 class DetectionHead(nn.Module):
     "Auxiliary detection on image tokens, linear so that what it finds is easy to read: objectness 1, shape 8, colour 8, box and point 6 x `FRAME` + 1."
+
     def __init__(self, dim: int):
         super().__init__()
         self.head = nn.Linear(dim, 17 + 6 * NUMBER_TOKENS)
 
-    def loss(self, features: Tensor, # [B,49,D]
-             pages: list, sigma: float = 1.0) -> Tensor:
+    def loss(
+        self,
+        features: Tensor,  # [B,49,D]
+        pages: list,
+        sigma: float = 1.0,
+    ) -> Tensor:
         "Sum of the four losses at the tokens where things are centred (objectness: at all)."
         g, out = WORLD_FRAME // 16, self.head(features).float()
         cells, what, where = [], [], []
@@ -167,91 +257,163 @@ class DetectionHead(nn.Module):
         there[at[0], at[1]] = 1
         on = out[at[0], at[1]]
         numbers = on[:, 17:].view(-1, 6, NUMBER_TOKENS) @ _ruler().T
-        return (F.binary_cross_entropy_with_logits(out[..., 0], there) * 4 + F.cross_entropy(on[:, 1:9], what[:, 0])
-                + F.cross_entropy(on[:, 9:17], what[:, 1]) + F.cross_entropy(numbers.flatten(0, 1), soft_number_labels(sigma)[torch.tensor(where).flatten()]))
+        return (
+            F.binary_cross_entropy_with_logits(out[..., 0], there) * 4
+            + F.cross_entropy(on[:, 1:9], what[:, 0])
+            + F.cross_entropy(on[:, 9:17], what[:, 1])
+            + F.cross_entropy(
+                numbers.flatten(0, 1), soft_number_labels(sigma)[torch.tensor(where).flatten()]
+            )
+        )
 
-def soft_number_labels(sigma: float) -> Tensor: # [FRAME+1, FRAME+1]
+
+def soft_number_labels(sigma: float) -> Tensor:  # [FRAME+1, FRAME+1]
     "Row v: the label distribution of coordinate v, a Gaussian of `sigma` pixels (one-hot at 0)."
     v = torch.arange(WORLD_FRAME + 1.0)
-    return torch.softmax(-(v[:, None] - v) ** 2 / (2 * sigma**2), 1) if sigma > 0 else torch.eye(WORLD_FRAME + 1)
+    return (
+        torch.softmax(-((v[:, None] - v) ** 2) / (2 * sigma**2), 1)
+        if sigma > 0
+        else torch.eye(WORLD_FRAME + 1)
+    )
 
-def image_tokens(model, pages: list) -> Tensor: # [B,49,D]
+
+def image_tokens(model, pages: list) -> Tensor:  # [B,49,D]
     "Image tokens of the pages' pictures."
     patches = patchify(np.stack([picture for _, picture, _ in pages])).to(model.dtype)
-    return image_features(model.model.visual, patches, torch.tensor([[1, 14, 14]] * len(pages)))[0].view(len(pages), 49, -1)
+    return image_features(model.model.visual, patches, torch.tensor([[1, 14, 14]] * len(pages)))[
+        0
+    ].view(len(pages), 49, -1)
 
-def lesson_loss(model, features: Tensor, # [B,49,D] image tokens
-                batch: LessonBatch, zero: int, sigma: float = 0.0) -> Tensor:
+
+def lesson_loss(
+    model,
+    features: Tensor,  # [B,49,D] image tokens
+    batch: LessonBatch,
+    zero: int,
+    sigma: float = 0.0,
+) -> Tensor:
     "Cross-entropy over response tokens; coordinates count four times and are softly labelled."
     embeds = model.get_input_embeddings()(batch.ids)
-    embeds = embeds.masked_scatter((batch.ids == model.config.image_token_id)[..., None], features.reshape(-1, features.shape[-1]))
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=batch.positions, use_cache=False).last_hidden_state
+    embeds = embeds.masked_scatter(
+        (batch.ids == model.config.image_token_id)[..., None],
+        features.reshape(-1, features.shape[-1]),
+    )
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
     labels = batch.labels[:, 1:]
     on = labels != -100
     logp = model.lm_head(hidden[:, :-1][on]).float().log_softmax(-1)
     target = labels[on]
     nll = -logp.gather(1, target[:, None])[:, 0]
     number = (target >= zero) & (target <= zero + WORLD_FRAME)
-    nll[number] = -(soft_number_labels(sigma)[target[number] - zero] * logp[number][:, zero:zero + WORLD_FRAME + 1]).sum(1)
+    nll[number] = -(
+        soft_number_labels(sigma)[target[number] - zero]
+        * logp[number][:, zero : zero + WORLD_FRAME + 1]
+    ).sum(1)
     weight = 1 + 3 * number.float()
     return (nll * weight).sum() / weight.sum()
 
 # %% ../../nbs/pretraining/policy.ipynb #d062f9c2
 class MasterWeights:
     "fp32 copies of a bf16 model's weights, which the optimizers update."
+
     def __init__(self, modules: list, lr: float):
         self.live = [p for m in modules for p in m.parameters()]
         self.fp32 = [p.detach().float().clone() for p in self.live]
-        tied = {id(p) for m in modules for c in m.modules() if isinstance(c, nn.Embedding) for p in c.parameters()}
+        tied = {
+            id(p)
+            for m in modules
+            for c in m.modules()
+            if isinstance(c, nn.Embedding)
+            for p in c.parameters()
+        }
         matrix = [f for p, f in zip(self.live, self.fp32) if p.ndim == 2 and id(p) not in tied]
         rest = [f for p, f in zip(self.live, self.fp32) if not (p.ndim == 2 and id(p) not in tied)]
-        self.optimizers = [torch.optim.Muon(matrix, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                           torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))]
+        self.optimizers = [
+            torch.optim.Muon(matrix, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
 
     def step(self, lr: float):
         "Clip, update the masters, copy them back."
-        for p, f in zip(self.live, self.fp32): f.grad = None if p.grad is None else p.grad.float()
+        for p, f in zip(self.live, self.fp32):
+            f.grad = None if p.grad is None else p.grad.float()
         nn.utils.clip_grad_norm_([f for f in self.fp32 if f.grad is not None], 1.0)
         for opt in self.optimizers:
-            for group in opt.param_groups: group["lr"] = lr
+            for group in opt.param_groups:
+                group["lr"] = lr
             opt.step()
-        for p, f in zip(self.live, self.fp32): p.data.copy_(f); p.grad = None
+        for p, f in zip(self.live, self.fp32):
+            p.data.copy_(f)
+            p.grad = None
 
 # %% ../../nbs/pretraining/policy.ipynb #240f3b3a
 @dataclass(frozen=True)
 class CurriculumStage:
     "A stretch of the curriculum; pairs run linearly from first to last step."
+
     name: str
     steps: int
-    batch: int = 32 # lessons a step
-    part: str = "language" # what learns: "vision" (from detection), "language" (from lessons), or "both"
-    implicit: tuple = (0.0, 0.0) # share of questions that need thought
-    listing: tuple = (0.0, 0.0) # share of questions about everything
-    sigma: tuple = (0.0, 0.0) # width of the soft coordinate labels, pixels
-    lr: tuple = (1.0, 1.0) # factor on the learning rate
+    batch: int = 32  # lessons a step
+    part: str = (
+        "language"  # what learns: "vision" (from detection), "language" (from lessons), or "both"
+    )
+    implicit: tuple = (0.0, 0.0)  # share of questions that need thought
+    listing: tuple = (0.0, 0.0)  # share of questions about everything
+    sigma: tuple = (0.0, 0.0)  # width of the soft coordinate labels, pixels
+    lr: tuple = (1.0, 1.0)  # factor on the learning rate
 
-    def at(self, t: float) -> dict: # t in 0..1
+    def at(self, t: float) -> dict:  # t in 0..1
         "The settings at a point of the stage."
-        return {k: a + (b - a) * t for k, (a, b) in dict(implicit=self.implicit, listing=self.listing, sigma=self.sigma, lr=self.lr).items()}
+        return {
+            k: a + (b - a) * t
+            for k, (a, b) in dict(
+                implicit=self.implicit, listing=self.listing, sigma=self.sigma, lr=self.lr
+            ).items()
+        }
 
-CURRICULUM = (CurriculumStage("see", 550, 16, "vision", sigma=(1.0, 1.0), lr=(2.5, 2.5)), CurriculumStage("focus", 350, 16, "vision", sigma=(1.0, 0.6), lr=(2.5, 0.1)),
-          CurriculumStage("name", 800, listing=(0.5, 0.3), sigma=(1.0, 0.6)),
-          CurriculumStage("think", 1000, implicit=(0.3, 0.7), listing=(0.2, 0.05), sigma=(0.6, 0.3), lr=(1.0, 0.6)),
-          CurriculumStage("finish", 500, part="both", implicit=(0.6, 0.6), listing=(0.05, 0.05), sigma=(0.3, 0.0), lr=(0.6, 0.0)))
 
-def _lessons(rng, pool: list, batch_size: int, now: dict) -> list: # [(lesson, index of its page)] a batch
+CURRICULUM = (
+    CurriculumStage("see", 550, 16, "vision", sigma=(1.0, 1.0), lr=(2.5, 2.5)),
+    CurriculumStage("focus", 350, 16, "vision", sigma=(1.0, 0.6), lr=(2.5, 0.1)),
+    CurriculumStage("name", 800, listing=(0.5, 0.3), sigma=(1.0, 0.6)),
+    CurriculumStage(
+        "think", 1000, implicit=(0.3, 0.7), listing=(0.2, 0.05), sigma=(0.6, 0.3), lr=(1.0, 0.6)
+    ),
+    CurriculumStage(
+        "finish",
+        500,
+        part="both",
+        implicit=(0.6, 0.6),
+        listing=(0.05, 0.05),
+        sigma=(0.3, 0.0),
+        lr=(0.6, 0.0),
+    ),
+)
+
+
+def _lessons(
+    rng, pool: list, batch_size: int, now: dict
+) -> list:  # [(lesson, index of its page)] a batch
     "Eight batches of lessons of like length, which waste little padding, in random order."
-    drawn = [(training_example(rng, pool[k], now["implicit"], now["listing"]), k) for k in rng.integers(len(pool), size=batch_size * 8)]
+    drawn = [
+        (training_example(rng, pool[k], now["implicit"], now["listing"]), k)
+        for k in rng.integers(len(pool), size=batch_size * 8)
+    ]
     drawn.sort(key=lambda x: len(x[0][1]))
-    return [drawn[k:k + batch_size] for k in rng.permutation(8) * batch_size]
+    return [drawn[k : k + batch_size] for k in rng.permutation(8) * batch_size]
 
-def warm_start(model, tokenizer, pool: list, stages=CURRICULUM, lr: float = 2e-3, seed: int = 0, log=None):
+
+def warm_start(
+    model, tokenizer, pool: list, stages=CURRICULUM, lr: float = 2e-3, seed: int = 0, log=None
+):
     "Teach the model the stages on lessons drawn from the pool; `log(step, row)` is called every 50 steps."
     torch.manual_seed(seed)
     rng, zero = np.random.default_rng(seed), tokenizer.convert_tokens_to_ids("0")
     eyes = DetectionHead(model.config.text_config.hidden_size).to(torch.bfloat16)
     model.to(torch.bfloat16).train()
-    model.set_attn_implementation("eager") # at this size its backward is faster on a CPU
+    model.set_attn_implementation("eager")  # at this size its backward is faster on a CPU
     masters, began = MasterWeights([model, eyes], lr), time.time()
     seen, losses, plan = None, [], [(stage, i) for stage in stages for i in range(stage.steps)]
     for step, (stage, i) in enumerate(bar := tqdm(plan, desc="warm start", mininterval=5), 1):
@@ -259,22 +421,45 @@ def warm_start(model, tokenizer, pool: list, stages=CURRICULUM, lr: float = 2e-3
         if i == 0:
             window, seen = [], seen if stage.part == "language" else None
             if stage.part == "language" and seen is None:
-                with torch.no_grad(): seen = torch.cat([image_tokens(model, pool[k:k + 64]) for k in range(0, len(pool), 64)])
-        if not window: window = _lessons(rng, pool, stage.batch, now)
+                with torch.no_grad():
+                    seen = torch.cat(
+                        [image_tokens(model, pool[k : k + 64]) for k in range(0, len(pool), 64)]
+                    )
+        if not window:
+            window = _lessons(rng, pool, stage.batch, now)
         lessons, index = zip(*window.pop())
-        features = image_tokens(model, [pool[k] for k in index]) if seen is None else seen[list(index)]
-        text = torch.zeros(()) if stage.part == "vision" else lesson_loss(model, features, collate(tokenizer, lessons), zero, now["sigma"])
-        detection = torch.zeros(()) if stage.part == "language" else eyes.loss(features, [pool[k] for k in index], now["sigma"])
+        features = (
+            image_tokens(model, [pool[k] for k in index]) if seen is None else seen[list(index)]
+        )
+        text = (
+            torch.zeros(())
+            if stage.part == "vision"
+            else lesson_loss(model, features, collate(tokenizer, lessons), zero, now["sigma"])
+        )
+        detection = (
+            torch.zeros(())
+            if stage.part == "language"
+            else eyes.loss(features, [pool[k] for k in index], now["sigma"])
+        )
         (text + (0.15 if stage.part == "both" else 1.0) * detection).backward()
         masters.step(lr * max(now["lr"] * min(1.0, step / 20), 1e-3))
         losses.append((text.item(), detection.item()))
         if step % 50 == 0 or step == len(plan):
             text, detection = np.mean(losses[-50:], 0)
-            row = dict(step=step, stage=stage.name, loss=float(text), detection=float(detection), seconds=time.time() - began, **now)
+            row = dict(
+                step=step,
+                stage=stage.name,
+                loss=float(text),
+                detection=float(detection),
+                seconds=time.time() - began,
+                **now,
+            )
             bar.set_postfix(stage=stage.name, loss=f"{text:.3f}", detection=f"{detection:.3f}")
-            if log: log(step, row)
+            if log:
+                log(step, row)
     with torch.no_grad():
-        for p, f in zip(masters.live, masters.fp32): p.data = f.clone()
+        for p, f in zip(masters.live, masters.fp32):
+            p.data = f.clone()
     model.set_attn_implementation("sdpa")
     return model.float().eval()
 
@@ -282,22 +467,42 @@ def warm_start(model, tokenizer, pool: list, stages=CURRICULUM, lr: float = 2e-3
 def save_policy(model, processor, folder) -> Path:
     "Write model (fp16) and processor as a plain transformers checkpoint."
     folder = Path(folder)
-    model.half().save_pretrained(folder); processor.save_pretrained(folder)
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
     model.float()
     return folder
 
 # %% ../../nbs/pretraining/policy.ipynb #2b7c41a9
 def starting_quality(policy: Policy, n: int = 512, split: str = "val") -> dict:
     "Format, referring and implicit accuracy, reasoning tokens and answer entropy of a policy, under both prompts."
-    puzzles, samples = [draw_problem(SPLIT_SEEDS[split][0] + i) for i in range(n)], MiniReasonSeg(split, n)
-    referring = [replace(s, query=describe_objects(p.question.targets, p.scene)) for p, s in zip(puzzles, samples)]
+    puzzles, samples = (
+        [draw_problem(SPLIT_SEEDS[split][0] + i) for i in range(n)],
+        MiniReasonSeg(split, n),
+    )
+    referring = [
+        replace(s, query=describe_objects(p.question.targets, p.scene))
+        for p, s in zip(puzzles, samples)
+    ]
     out = {}
-    for name, asked, prompt in (("referring", referring, visionreasoner_prompt), ("implicit", samples, dr2seg_prompt), ("implicit, no description", samples, visionreasoner_prompt)):
+    for name, asked, prompt in (
+        ("referring", referring, visionreasoner_prompt),
+        ("implicit", samples, dr2seg_prompt),
+        ("implicit, no description", samples, visionreasoner_prompt),
+    ):
         asked = list(asked)
-        said = [r for i in range(0, n, 64) for r in answer_greedily(policy, asked[i:i + 64], prompt)]
+        said = [
+            r for i in range(0, n, 64) for r in answer_greedily(policy, asked[i : i + 64], prompt)
+        ]
         right = [description_reward(r.text, s.scaled(policy.frame)) for r, s in zip(said, asked)]
         blocks = DESCRIBED if prompt is dr2seg_prompt else BLOCKS
         mean = lambda values: float(np.mean(list(values)))
-        out[name] = dict(format=mean(thinking_format(r.text, blocks) for r in said), right=mean(right), tokens=mean(r.think_tokens for r in said),
-                         answer_entropy=mean(r.answer_entropy for r in said), right_by_kind={k: mean(v for v, s in zip(right, asked) if s.tags["kind"] == k) for k in KINDS})
+        out[name] = dict(
+            format=mean(thinking_format(r.text, blocks) for r in said),
+            right=mean(right),
+            tokens=mean(r.think_tokens for r in said),
+            answer_entropy=mean(r.answer_entropy for r in said),
+            right_by_kind={
+                k: mean(v for v, s in zip(right, asked) if s.tags["kind"] == k) for k in KINDS
+            },
+        )
     return out

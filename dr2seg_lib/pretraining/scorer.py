@@ -37,187 +37,347 @@ from ..scorers.clip import MERGES, SCORER_FILES, Scorer, target_crop
 
 # %% ../../nbs/pretraining/scorer.ipynb #20c3646a
 def preferences(
-    scorer:Scorer,
-    seeds, # of the scenes
-)->dict: # {"targets" | "things": {"whole", "other", "others", "refused", "n"}}, shares
+    scorer: Scorer,
+    seeds,  # of the scenes
+) -> dict:  # {"targets" | "things": {"whole", "other", "others", "refused", "n"}}, shares
     "How often a caption prefers its own crop to the whole picture and to other things' crops."
     shares = dict(targets=[], things=[])
     for seed in seeds:
         scene, q = (p := draw_problem(seed)).scene, p.question
         boxes, picture = dict(zip(scene.things, map(Target.of, scene.masks()))), scene.picture()
-        for kind, asked in [('targets', q.targets), *(('things', (t,)) for t in scene.things)]:
+        for kind, asked in [("targets", q.targets), *(("things", (t,)) for t in scene.things)]:
             rest = [t for t in scene.things if t not in asked]
-            crops = [target_crop(picture, [boxes[t] for t in asked]), *(target_crop(picture, [boxes[t]]) for t in rest)]
-            cosine = scorer.texts([describe_objects(asked, scene), *(describe_objects([t], scene) for t in rest)]) @ scorer.images([picture, *crops]).T # [1+others, 2+others]
+            crops = [
+                target_crop(picture, [boxes[t] for t in asked]),
+                *(target_crop(picture, [boxes[t]]) for t in rest),
+            ]
+            cosine = (
+                scorer.texts(
+                    [describe_objects(asked, scene), *(describe_objects([t], scene) for t in rest)]
+                )
+                @ scorer.images([picture, *crops]).T
+            )  # [1+others, 2+others]
             own, beaten = cosine[0, 1], cosine[0, 1] > cosine[0, 2:]
-            shares[kind].append([own > cosine[0, 0], beaten.float().mean(), beaten.all(), (cosine[1:, 1] < cosine[1:, 0]).float().mean()])
-    mean = lambda rows: dict(zip(('whole', 'other', 'others', 'refused'), np.mean(rows, 0).tolist()), n=len(rows))
+            shares[kind].append(
+                [
+                    own > cosine[0, 0],
+                    beaten.float().mean(),
+                    beaten.all(),
+                    (cosine[1:, 1] < cosine[1:, 0]).float().mean(),
+                ]
+            )
+    mean = lambda rows: dict(
+        zip(("whole", "other", "others", "refused"), np.mean(rows, 0).tolist()), n=len(rows)
+    )
     return {kind: mean(rows) for kind, rows in shares.items()}
 
 # %% ../../nbs/pretraining/scorer.ipynb #21d369d8
-SCORER_SIZE = 64 # side of what the embedded scorer sees, pixels
+SCORER_SIZE = 64  # side of what the embedded scorer sees, pixels
 EMBEDDED_CONFIG = dict(
-    model_cfg=dict(embed_dim=128, vision_cfg=dict(image_size=SCORER_SIZE, layers=[1, 1, 1, 1], width=16), text_cfg=dict(context_length=77, width=128, heads=4, layers=2)),
-    preprocess_cfg=dict(resize_mode='squash', interpolation='bicubic'))
+    model_cfg=dict(
+        embed_dim=128,
+        vision_cfg=dict(image_size=SCORER_SIZE, layers=[1, 1, 1, 1], width=16),
+        text_cfg=dict(context_length=77, width=128, heads=4, layers=2),
+    ),
+    preprocess_cfg=dict(resize_mode="squash", interpolation="bicubic"),
+)
 
 # %% ../../nbs/pretraining/scorer.ipynb #8d821ae4
 def make_merges(
-    texts:list, # of str
-)->list: # of "left right", in the order of merging
+    texts: list,  # of str
+) -> list:  # of "left right", in the order of merging
     "Byte-pair merges (Sennrich et al.), the pair found most often in the distinct words first, until every word is one token."
-    words = sorted({w for t in texts for w in re.findall('[a-z]+', t.lower())})
-    spelled, merges = [[*w[:-1], w[-1] + '</w>'] for w in words], []
+    words = sorted({w for t in texts for w in re.findall("[a-z]+", t.lower())})
+    spelled, merges = [[*w[:-1], w[-1] + "</w>"] for w in words], []
     while pairs := Counter(pair for s in spelled for pair in pairwise(s)):
         left, right = max(sorted(pairs), key=pairs.get)
-        merges.append(f'{left} {right}')
+        merges.append(f"{left} {right}")
         for s in spelled:
             for i in reversed(range(len(s) - 1)):
-                if s[i:i+2] == [left, right]: s[i:i+2] = [left + right]
+                if s[i : i + 2] == [left, right]:
+                    s[i : i + 2] = [left + right]
     return merges
 
-def write_merges(folder:Path, merges:list)->SimpleTokenizer:
+
+def write_merges(folder: Path, merges: list) -> SimpleTokenizer:
     "Put merges into a folder, in the format of CLIP's own file; the tokenizer that reads them."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder)/MERGES).write_bytes(gzip.compress('\n'.join(['#version: 0.2', *merges]).encode(), mtime=0))
-    return SimpleTokenizer(str(Path(folder)/MERGES))
+    (Path(folder) / MERGES).write_bytes(
+        gzip.compress("\n".join(["#version: 0.2", *merges]).encode(), mtime=0)
+    )
+    return SimpleTokenizer(str(Path(folder) / MERGES))
 
 # %% ../../nbs/pretraining/scorer.ipynb #a72b4716
 class ScorerPicture(NamedTuple):
     "A picture as the scorer sees it, the things to name in it, and all the things that are in it."
-    pixels: np.ndarray # [SIZE,SIZE,3] uint8
-    named: tuple # of Thing
-    inside: tuple # of Thing
+
+    pixels: np.ndarray  # [SIZE,SIZE,3] uint8
+    named: tuple  # of Thing
+    inside: tuple  # of Thing
+
 
 class ScorerPage(NamedTuple):
     "A puzzle with its whole picture, the crop of each thing, and the crop around two things."
-    puzzle: object # Puzzle
+
+    puzzle: object  # Puzzle
     whole: ScorerPicture
-    each: list # of Picture
+    each: list  # of Picture
     two: ScorerPicture
 
-def preprocess_picture(image:np.ndarray)->np.ndarray: # [SIZE,SIZE,3] uint8
+
+def preprocess_picture(image: np.ndarray) -> np.ndarray:  # [SIZE,SIZE,3] uint8
     "What the embedded scorer's preprocessing does to a picture, up to the scale of its values."
     return np.asarray(Image.fromarray(image).resize((SCORER_SIZE, SCORER_SIZE), Image.BICUBIC))
 
-def draw_page(seed:int)->ScorerPage:
+
+def draw_page(seed: int) -> ScorerPage:
     "The page of a seed."
     p = draw_problem(seed)
-    things, picture, boxes = p.scene.things, p.scene.picture(), [Target.of(m) for m in p.scene.masks()]
-    two = p.question.targets if len(p.question.targets) == 2 else tuple(things[i] for i in np.random.default_rng(seed).permutation(len(things))[:2])
+    things, picture, boxes = (
+        p.scene.things,
+        p.scene.picture(),
+        [Target.of(m) for m in p.scene.masks()],
+    )
+    two = (
+        p.question.targets
+        if len(p.question.targets) == 2
+        else tuple(things[i] for i in np.random.default_rng(seed).permutation(len(things))[:2])
+    )
+
     def crop(named):
         own = [boxes[things.index(t)] for t in named]
-        (x1, y1), (x2, y2) = np.min([t.box[:2] for t in own], 0), np.max([t.box[2:] for t in own], 0)
-        return ScorerPicture(preprocess_picture(target_crop(picture, own)), named, tuple(t for t in things if t in named or x1 < t.x < x2 and y1 < t.y < y2))
-    return ScorerPage(p, ScorerPicture(preprocess_picture(picture), things, things), [crop((t,)) for t in things], crop(two))
+        (x1, y1), (x2, y2) = (
+            np.min([t.box[:2] for t in own], 0),
+            np.max([t.box[2:] for t in own], 0),
+        )
+        return ScorerPicture(
+            preprocess_picture(target_crop(picture, own)),
+            named,
+            tuple(t for t in things if t in named or x1 < t.x < x2 and y1 < t.y < y2),
+        )
+
+    return ScorerPage(
+        p,
+        ScorerPicture(preprocess_picture(picture), things, things),
+        [crop((t,)) for t in things],
+        crop(two),
+    )
 
 # %% ../../nbs/pretraining/scorer.ipynb #06b0de24
-OPENINGS = '', '', '', 'there is ', 'so it is ', 'therefore the target is '
+OPENINGS = "", "", "", "there is ", "so it is ", "therefore the target is "
+
 
 class ScorerCaption(NamedTuple):
     "A text, the things it names, and whether it tells their sizes."
+
     text: str
-    named: tuple # of Thing
+    named: tuple  # of Thing
     sized: bool
 
-def has_twin(things, scene:Scene)->bool:
+
+def has_twin(things, scene: Scene) -> bool:
     "Whether some of these things share colour and shape with another one, so that only the size tells them apart."
     alike = [(t.colour, t.shape) for t in scene.things]
     return any(alike.count((t.colour, t.shape)) > 1 for t in things)
 
-def name_things(rng, things, scene:Scene)->ScorerCaption:
-    "One or two things, in the words of a policy."
-    sized, article, opening, placed = has_twin(things, scene) or rng.random() < .5, _pick(rng, ('the ', 'a ', '')), _pick(rng, OPENINGS), rng.random() < .15
-    name = lambda t: article + f'{t.size} ' * sized + f'{t.colour} {t.shape}' + f' at the {t.place}' * placed
-    words = lambda t: name(t).replace('a orange', 'an orange')
-    return ScorerCaption(opening + ' and '.join(map(words, things)), tuple(things), sized)
 
-def draw_caption(rng, page:ScorerPage, picture:ScorerPicture)->ScorerCaption:
+def name_things(rng, things, scene: Scene) -> ScorerCaption:
+    "One or two things, in the words of a policy."
+    sized, article, opening, placed = (
+        has_twin(things, scene) or rng.random() < 0.5,
+        _pick(rng, ("the ", "a ", "")),
+        _pick(rng, OPENINGS),
+        rng.random() < 0.15,
+    )
+    name = lambda t: (
+        article + f"{t.size} " * sized + f"{t.colour} {t.shape}" + f" at the {t.place}" * placed
+    )
+    words = lambda t: name(t).replace("a orange", "an orange")
+    return ScorerCaption(opening + " and ".join(map(words, things)), tuple(things), sized)
+
+
+def draw_caption(rng, page: ScorerPage, picture: ScorerPicture) -> ScorerCaption:
     "A caption of a picture of a page."
     puzzle, things = page.puzzle, [picture.named[i] for i in rng.permutation(len(picture.named))]
-    if picture is page.whole: return ScorerCaption(_pick(rng, ('', 'let me look at the whole picture first. ')) + _tour(rng, puzzle.scene, things), picture.named, True)
-    if set(things) == set(puzzle.question.targets) and rng.random() < .4: return ScorerCaption(think_concise(rng, puzzle.scene, puzzle.question), picture.named, has_twin(things, puzzle.scene))
+    if picture is page.whole:
+        return ScorerCaption(
+            _pick(rng, ("", "let me look at the whole picture first. "))
+            + _tour(rng, puzzle.scene, things),
+            picture.named,
+            True,
+        )
+    if set(things) == set(puzzle.question.targets) and rng.random() < 0.4:
+        return ScorerCaption(
+            think_concise(rng, puzzle.scene, puzzle.question),
+            picture.named,
+            has_twin(things, puzzle.scene),
+        )
     return name_things(rng, things, puzzle.scene)
 
 # %% ../../nbs/pretraining/scorer.ipynb #96fa58f9
-def thing_codes(things, sized:bool=True)->np.ndarray: # [things,128] bool
+def thing_codes(things, sized: bool = True) -> np.ndarray:  # [things,128] bool
     "For each thing the colours × shapes × sizes that it may be; two where the size is left open."
     codes = np.zeros((len(things), len(COLOURS), len(SHAPES), 2), dtype=bool)
-    for i, t in enumerate(things): codes[i, list(COLOURS).index(t.colour), SHAPES.index(t.shape), slice(None) if not sized else int(t.size == 'large')] = True
+    for i, t in enumerate(things):
+        codes[
+            i,
+            list(COLOURS).index(t.colour),
+            SHAPES.index(t.shape),
+            slice(None) if not sized else int(t.size == "large"),
+        ] = True
     return codes.reshape(len(things), -1)
 
+
 def caption_fit(
-    captions:list, # N Caption
-    pictures:list, # N Picture; caption i was made for picture i
-    among:float=.05, # weight of a picture that shows other things too
-)->Tensor: # [N,N], captions × pictures, 0..1
+    captions: list,  # N Caption
+    pictures: list,  # N Picture; caption i was made for picture i
+    among: float = 0.05,  # weight of a picture that shows other things too
+) -> Tensor:  # [N,N], captions × pictures, 0..1
     "How true each caption is of each picture."
-    seen = np.stack([thing_codes(p.inside).any(0) for p in pictures]) # [N,128]
+    seen = np.stack([thing_codes(p.inside).any(0) for p in pictures])  # [N,128]
     fits = np.stack([(thing_codes(c.named, c.sized) @ seen.T).all(0) for c in captions])
-    exact = fits & (np.array([len(c.named) for c in captions])[:, None] == [len(p.inside) for p in pictures])
+    exact = fits & (
+        np.array([len(c.named) for c in captions])[:, None] == [len(p.inside) for p in pictures]
+    )
     np.fill_diagonal(exact, True)
-    return torch.from_numpy(np.where(exact, 1., among * fits)).float()
+    return torch.from_numpy(np.where(exact, 1.0, among * fits)).float()
 
 # %% ../../nbs/pretraining/scorer.ipynb #012c4e1b
-COSINE_FLOOR = .1 # the least cosine that is not pushed up
+COSINE_FLOOR = 0.1  # the least cosine that is not pushed up
+
 
 def contrastive_loss(
-    texts:Tensor, # [N,D] unit vectors
-    images:Tensor, # [N,D] unit vectors
-    weight:Tensor, # [N,N] texts × images, not negative
-    scale:Tensor, # of the cosines in the softmax
-)->Tensor: # scalar
+    texts: Tensor,  # [N,D] unit vectors
+    images: Tensor,  # [N,D] unit vectors
+    weight: Tensor,  # [N,N] texts × images, not negative
+    scale: Tensor,  # of the cosines in the softmax
+) -> Tensor:  # scalar
     "CLIP's loss with soft targets, and a push for cosines below the floor."
     cosine = texts @ images.T
-    rows, columns = ((scale*c, w/w.sum(1, keepdim=True)) for c, w in ((cosine, weight), (cosine.T, weight.T)))
-    return (F.cross_entropy(*rows) + F.cross_entropy(*columns))/2 + 20*F.relu(COSINE_FLOOR - cosine).square().mean()
+    rows, columns = (
+        (scale * c, w / w.sum(1, keepdim=True)) for c, w in ((cosine, weight), (cosine.T, weight.T))
+    )
+    return (F.cross_entropy(*rows) + F.cross_entropy(*columns)) / 2 + 20 * F.relu(
+        COSINE_FLOOR - cosine
+    ).square().mean()
 
 # %% ../../nbs/pretraining/scorer.ipynb #8e25502e
 def save_clip(
-    model:nn.Module, # `open_clip.CLIP`
-    config:dict, # as EMBEDDED_CONFIG
-    folder:Path,
-    **training, # what else to write into the configuration: steps, seed, …
-)->None:
+    model: nn.Module,  # `open_clip.CLIP`
+    config: dict,  # as EMBEDDED_CONFIG
+    folder: Path,
+    **training,  # what else to write into the configuration: steps, seed, …
+) -> None:
     "Write a small CLIP in the form open_clip reads, half precision."
-    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}, Path(folder)/SCORER_FILES[1])
-    (Path(folder)/SCORER_FILES[0]).write_text(json.dumps(config | dict(training=training), indent=1) + '\n')
+    save_file(
+        {
+            k: (v.half() if v.is_floating_point() else v).contiguous()
+            for k, v in model.state_dict().items()
+        },
+        Path(folder) / SCORER_FILES[1],
+    )
+    (Path(folder) / SCORER_FILES[0]).write_text(
+        json.dumps(config | dict(training=training), indent=1) + "\n"
+    )
 
-def draw_scorer_batch(rng, pages:list, count:int, crops:int)->tuple: # N Caption, N Picture
+
+def draw_scorer_batch(rng, pages: list, count: int, crops: int) -> tuple:  # N Caption, N Picture
     "Pictures and captions of some pages."
     captions, pictures = [], []
     for page in (pages[i] for i in rng.permutation(len(pages))[:count]):
-        shown = [page.whole, *(page.each[i] for i in rng.permutation(len(page.each))[:crops]), *[page.two]*(rng.random() < 1/3)]
+        shown = [
+            page.whole,
+            *(page.each[i] for i in rng.permutation(len(page.each))[:crops]),
+            *[page.two] * (rng.random() < 1 / 3),
+        ]
         captions += [draw_caption(rng, page, p) for p in shown]
         pictures += shown
     return captions, pictures
 
+
 def train_clip(
-    folder:Path, # made if missing; becomes what `load_scorer` takes
-    steps:int=1000,
-    lr:float=2e-3, # highest learning rate
-    scenes:int=4000, # drawn for the lessons
-    pages:int=24, # scenes a step
-    crops:int=3, # of single things, a scene
-    seed:int=0, # of the weights and the lessons
-    log=lambda step, row: None, # called after each step with its number, from 1, and its figures
-)->None:
+    folder: Path,  # made if missing; becomes what `load_scorer` takes
+    steps: int = 1000,
+    lr: float = 2e-3,  # highest learning rate
+    scenes: int = 4000,  # drawn for the lessons
+    pages: int = 24,  # scenes a step
+    crops: int = 3,  # of single things, a scene
+    seed: int = 0,  # of the weights and the lessons
+    log=lambda step, row: None,  # called after each step with its number, from 1, and its figures
+) -> None:
     "Train a small CLIP from nothing on scenes of the warm start's seeds."
     torch.manual_seed(seed)
     rng, pool = np.random.default_rng(seed), [draw_page(WARM_START + i) for i in range(scenes)]
-    tokenizer = write_merges(folder, make_merges([t for p in pool for t in (p.puzzle.question.text, *(f(rng, p.puzzle.scene, p.puzzle.question) for f in (think_concise, think_verbose)))]))
-    config = EMBEDDED_CONFIG | dict(model_cfg=EMBEDDED_CONFIG['model_cfg'] | dict(text_cfg=EMBEDDED_CONFIG['model_cfg']['text_cfg'] | dict(vocab_size=tokenizer.vocab_size)))
-    model = open_clip.CLIP(**config['model_cfg']).train()
-    normal = image_transform_v2(PreprocessCfg(size=SCORER_SIZE, **config['preprocess_cfg']), is_train=False)
+    tokenizer = write_merges(
+        folder,
+        make_merges(
+            [
+                t
+                for p in pool
+                for t in (
+                    p.puzzle.question.text,
+                    *(
+                        f(rng, p.puzzle.scene, p.puzzle.question)
+                        for f in (think_concise, think_verbose)
+                    ),
+                )
+            ]
+        ),
+    )
+    config = EMBEDDED_CONFIG | dict(
+        model_cfg=EMBEDDED_CONFIG["model_cfg"]
+        | dict(
+            text_cfg=EMBEDDED_CONFIG["model_cfg"]["text_cfg"]
+            | dict(vocab_size=tokenizer.vocab_size)
+        )
+    )
+    model = open_clip.CLIP(**config["model_cfg"]).train()
+    normal = image_transform_v2(
+        PreprocessCfg(size=SCORER_SIZE, **config["preprocess_cfg"]), is_train=False
+    )
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=.05), dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.)], lr, betas=(.9, .98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1)/50, 1) * (.5 + .5*math.cos(math.pi*s/steps)))
+    optimizer = torch.optim.AdamW(
+        [
+            dict(params=decayed, weight_decay=0.05),
+            dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0),
+        ],
+        lr,
+        betas=(0.9, 0.98),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / 50, 1) * (0.5 + 0.5 * math.cos(math.pi * s / steps))
+    )
     for step in range(steps):
         captions, pictures = draw_scorer_batch(rng, pool, pages, crops)
         texts = model.encode_text(tokenizer([c.text for c in captions]), normalize=True)
-        images = model.encode_image(torch.stack([normal(Image.fromarray(p.pixels)) for p in pictures]), normalize=True)
-        loss = contrastive_loss(texts, images, caption_fit(captions, pictures), model.logit_scale.exp().clamp(max=100))
+        images = model.encode_image(
+            torch.stack([normal(Image.fromarray(p.pixels)) for p in pictures]), normalize=True
+        )
+        loss = contrastive_loss(
+            texts, images, caption_fit(captions, pictures), model.logit_scale.exp().clamp(max=100)
+        )
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step(); schedule.step(); optimizer.zero_grad()
-        log(step + 1, dict(step=step + 1, loss=loss.item(), scale=model.logit_scale.exp().item(), lr=schedule.get_last_lr()[0]))
-    save_clip(model, config, folder, steps=steps, lr=lr, scenes=scenes, pages=pages, crops=crops, seed=seed)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        log(
+            step + 1,
+            dict(
+                step=step + 1,
+                loss=loss.item(),
+                scale=model.logit_scale.exp().item(),
+                lr=schedule.get_last_lr()[0],
+            ),
+        )
+    save_clip(
+        model,
+        config,
+        folder,
+        steps=steps,
+        lr=lr,
+        scenes=scenes,
+        pages=pages,
+        crops=crops,
+        seed=seed,
+    )

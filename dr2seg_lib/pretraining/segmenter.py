@@ -26,90 +26,118 @@ from ..segmenters.sam2 import Sam2Size
 
 # %% ../../nbs/pretraining/segmenter.ipynb #9f929094
 def jitter_prompt(
-    target:Target,
-    rng, # numpy Generator
-    jitter:int, # largest error of a coordinate, pixels
-)->Target:
+    target: Target,
+    rng,  # numpy Generator
+    jitter: int,  # largest error of a coordinate, pixels
+) -> Target:
     "A target whose box and point are off by up to `jitter` pixels, every coordinate by itself."
     error = rng.integers(-jitter, jitter + 1, 6)
-    return replace(target, box=tuple(np.array(target.box) + error[:4]), point=tuple(np.array(target.point) + error[4:]))
+    return replace(
+        target,
+        box=tuple(np.array(target.box) + error[:4]),
+        point=tuple(np.array(target.point) + error[4:]),
+    )
+
 
 def object_ious(
-    segmenter:Segmenter,
-    seeds, # of the scenes
-    jitter:int=0, # largest error of a prompt's coordinate, pixels
-)->np.ndarray: # [objects] IoU, 0..1
+    segmenter: Segmenter,
+    seeds,  # of the scenes
+    jitter: int = 0,  # largest error of a prompt's coordinate, pixels
+) -> np.ndarray:  # [objects] IoU, 0..1
     "IoU of every object of some scenes with the mask drawn from its own box and point."
     rng, found = np.random.default_rng(0), []
     for scene in (draw_problem(seed).scene for seed in seeds):
         targets = [jitter_prompt(Target.of(m), rng, jitter) for m in scene.masks()]
-        found += [ratio(*iou(m, t.mask)) for m, t in zip(segmenter.masks(scene.picture(), targets), targets)]
+        found += [
+            ratio(*iou(m, t.mask))
+            for m, t in zip(segmenter.masks(scene.picture(), targets), targets)
+        ]
     return np.array(found)
 
 # %% ../../nbs/pretraining/segmenter.ipynb #5c29e399
 def draw_prompt(
-    mask:np.ndarray, # [H,W] bool, the object
-    rng, # numpy Generator
-    jitter:int=4, # largest error of a coordinate, pixels
-)->Target:
+    mask: np.ndarray,  # [H,W] bool, the object
+    rng,  # numpy Generator
+    jitter: int = 4,  # largest error of a coordinate, pixels
+) -> Target:
     "A box and a point as a policy may give them; three times in ten they have no error."
     target = Target.of(mask)
-    if rng.random() < .5: target = replace(target, point=tuple(rng.choice(np.argwhere(mask))[::-1]))
-    return jitter_prompt(target, rng, jitter if rng.random() < .7 else 0)
+    if rng.random() < 0.5:
+        target = replace(target, point=tuple(rng.choice(np.argwhere(mask))[::-1]))
+    return jitter_prompt(target, rng, jitter if rng.random() < 0.7 else 0)
+
 
 def draw_batch(
-    seeds, # of the scenes
-    rng, # numpy Generator
-    objects:int=3, # at most so many of each scene
-    jitter:int=4, # largest error of a coordinate, pixels
-)->tuple: # images, prompts: a list of Targets for each image
+    seeds,  # of the scenes
+    rng,  # numpy Generator
+    objects: int = 3,  # at most so many of each scene
+    jitter: int = 4,  # largest error of a coordinate, pixels
+) -> tuple:  # images, prompts: a list of Targets for each image
     "Pictures of scenes, and prompts with masks for some objects of each."
     scenes = [draw_problem(seed).scene for seed in seeds]
     some = lambda masks: [masks[i] for i in rng.permutation(len(masks))[:objects]]
-    return [s.picture() for s in scenes], [[draw_prompt(m, rng, jitter) for m in some(s.masks())] for s in scenes]
+    return [s.picture() for s in scenes], [
+        [draw_prompt(m, rng, jitter) for m in some(s.masks())] for s in scenes
+    ]
 
 # %% ../../nbs/pretraining/segmenter.ipynb #6b4f31f8
 def decode_prompts(
-    model:nn.Module, # `SAM2Base`
-    pixels:Tensor, # [B,3,S,S], normalised
-    owner:Tensor, # [N] int, the image each object is in
-    coords:Tensor, # [N,3,2] box corners and point, pixels of the model's input
-)->tuple: # [N,3,S/4,S/4] mask logits, [N,3] scores
+    model: nn.Module,  # `SAM2Base`
+    pixels: Tensor,  # [B,3,S,S], normalised
+    owner: Tensor,  # [N] int, the image each object is in
+    coords: Tensor,  # [N,3,2] box corners and point, pixels of the model's input
+) -> tuple:  # [N,3,S/4,S/4] mask logits, [N,3] scores
     "Three masks and their scores per object, from one encoding per image."
-    *fine, coarse = model.forward_image(pixels)['backbone_fpn']
-    sparse, dense = model.sam_prompt_encoder((coords, torch.tensor([[2, 3, 1]]).expand(len(coords), 3)), None, None)
-    return model.sam_mask_decoder(image_embeddings=(coarse + model.no_mem_embed.view(1, -1, 1, 1))[owner], image_pe=model.sam_prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True, repeat_image=False, high_res_features=[f[owner] for f in fine])[:2]
+    *fine, coarse = model.forward_image(pixels)["backbone_fpn"]
+    sparse, dense = model.sam_prompt_encoder(
+        (coords, torch.tensor([[2, 3, 1]]).expand(len(coords), 3)), None, None
+    )
+    return model.sam_mask_decoder(
+        image_embeddings=(coarse + model.no_mem_embed.view(1, -1, 1, 1))[owner],
+        image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=True,
+        repeat_image=False,
+        high_res_features=[f[owner] for f in fine],
+    )[:2]
 
 # %% ../../nbs/pretraining/segmenter.ipynb #4a21165e
 def overlap_loss(
-    logits:Tensor, # [...,H,W]
-    truth:Tensor, # [...,H,W], 0..1
-)->Tensor: # [...]
+    logits: Tensor,  # [...,H,W]
+    truth: Tensor,  # [...,H,W], 0..1
+) -> Tensor:  # [...]
     "Dice plus cross-entropy, foreground and background weighed apart."
     p, total = logits.sigmoid(), lambda t: t.sum((-1, -2))
     dice = 1 - (2 * total(p * truth) + 1) / (total(p) + total(truth) + 1)
-    nll = F.binary_cross_entropy_with_logits(logits, truth, reduction='none')
-    return dice + total(nll * truth) / total(truth) + 3 * total(nll * (1 - truth)) / total(1 - truth)
+    nll = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return (
+        dice + total(nll * truth) / total(truth) + 3 * total(nll * (1 - truth)) / total(1 - truth)
+    )
+
 
 def segmenter_loss(
-    logits:Tensor, # [N,3,h,w]
-    scores:Tensor, # [N,3]
-    truth:Tensor, # [N,H,W], 0 or 1
-)->Tensor: # scalar
+    logits: Tensor,  # [N,3,h,w]
+    scores: Tensor,  # [N,3]
+    truth: Tensor,  # [N,H,W], 0 or 1
+) -> Tensor:  # scalar
     "Best of three at full resolution, half a share for all three, and the scores' error as estimates of IoU."
-    small = F.interpolate(truth[:, None], logits.shape[-2:], mode='bilinear', antialias=True).expand_as(logits)
+    small = F.interpolate(
+        truth[:, None], logits.shape[-2:], mode="bilinear", antialias=True
+    ).expand_as(logits)
     rough = overlap_loss(logits, small)
     best = logits[torch.arange(len(truth)), rough.argmin(1)]
-    fine = overlap_loss(F.interpolate(best[:, None], truth.shape[-2:], mode='bilinear')[:, 0], truth)
-    drawn, real = logits > 0, small > .5
+    fine = overlap_loss(
+        F.interpolate(best[:, None], truth.shape[-2:], mode="bilinear")[:, 0], truth
+    )
+    drawn, real = logits > 0, small > 0.5
     true_iou = (drawn & real).sum((-1, -2)) / (drawn | real).sum((-1, -2)).clamp(min=1)
     return fine.mean() + rough.mean() / 2 + (scores - true_iou).abs().mean()
 
 # %% ../../nbs/pretraining/segmenter.ipynb #13879bc3
 def tie_positions(
-    model:nn.Module, # `SAM2Base`, changed in place
-)->None:
+    model: nn.Module,  # `SAM2Base`, changed in place
+) -> None:
     "Start every cross-attention of the decoder as a match of positions: one projection for queries and keys."
     for part in model.sam_mask_decoder.transformer.modules():
         if isinstance(part, Attention) and part.internal_dim < part.embedding_dim:
@@ -118,33 +146,59 @@ def tie_positions(
 
 # %% ../../nbs/pretraining/segmenter.ipynb #4ce8c445
 def train_sam2(
-    size:Sam2Size=Sam2Size(),
-    steps:int=2000,
-    lr:float=3e-3, # highest learning rate
-    images:int=4, # scenes a step
-    objects:int=3, # at most so many of each scene
-    jitter:int=4, # largest error of a prompt's coordinate, pixels of the scene
-    seed:int=0, # of the weights and the prompts
-    log=lambda step, row: None, # called after each step with its number, from 1, and its figures
-)->nn.Module: # `SAM2Base`, ready for inference
+    size: Sam2Size = Sam2Size(),
+    steps: int = 2000,
+    lr: float = 3e-3,  # highest learning rate
+    images: int = 4,  # scenes a step
+    objects: int = 3,  # at most so many of each scene
+    jitter: int = 4,  # largest error of a prompt's coordinate, pixels of the scene
+    seed: int = 0,  # of the weights and the prompts
+    log=lambda step, row: None,  # called after each step with its number, from 1, and its figures
+) -> nn.Module:  # `SAM2Base`, ready for inference
     "Train a small SAM2 from nothing on scenes of the warm start's seeds."
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model, transform = size.build().train(), SAM2Transforms(size.image_size, 0.)
+    model, transform = size.build().train(), SAM2Transforms(size.image_size, 0.0)
     tie_positions(model)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and 'embed' not in n and 'token' not in n]
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "token" not in n
+    ]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(others, lr, betas=(.9, .98))]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 50, 1) * (.51 + .49 * math.cos(math.pi * s / steps))) for o in optimizers]
+    optimizers = [
+        torch.optim.Muon(matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr, betas=(0.9, 0.98)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            o, lambda s: min((s + 1) / 50, 1) * (0.51 + 0.49 * math.cos(math.pi * s / steps))
+        )
+        for o in optimizers
+    ]
     for step in range(steps):
-        pictures, prompts = draw_batch(WARM_START + images * step + np.arange(images), rng, objects, jitter)
+        pictures, prompts = draw_batch(
+            WARM_START + images * step + np.arange(images), rng, objects, jitter
+        )
         owner = torch.tensor([i for i, some in enumerate(prompts) for _ in some])
-        coords = torch.tensor([sum(clip_prompt(t, (SIDE, SIDE)), ()) for some in prompts for t in some], dtype=torch.float32)
+        coords = torch.tensor(
+            [sum(clip_prompt(t, (SIDE, SIDE)), ()) for some in prompts for t in some],
+            dtype=torch.float32,
+        )
         truth = torch.from_numpy(np.stack([t.mask for some in prompts for t in some])).float()
-        loss = segmenter_loss(*decode_prompts(model, transform.forward_batch(pictures), owner, coords.view(-1, 3, 2) * size.image_size / SIDE), truth)
+        loss = segmenter_loss(
+            *decode_prompts(
+                model,
+                transform.forward_batch(pictures),
+                owner,
+                coords.view(-1, 3, 2) * size.image_size / SIDE,
+            ),
+            truth,
+        )
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for part in (*optimizers, *schedules): part.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (*optimizers, *schedules):
+            part.step()
         model.zero_grad()
         log(step + 1, dict(step=step + 1, loss=loss.item(), lr=schedules[0].get_last_lr()[0]))
     return model.eval()

@@ -27,47 +27,114 @@ from ..methods.visionreasoner import VISIONREASONER_TEMPLATE
 from ..models.chat import SYSTEM
 
 # %% ../../nbs/pretraining/tokenizer.ipynb #692ef37e
-NUMBER_TOKENS = 32 # dimensions in which the embeddings of numbers differ
-WORLD_FRAME = 112  # side of the policy's image and coordinate frame, pixels: 7 x 7 image tokens of 16 x 16
-CONTROL = ("<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-PROMPT_TOKENS = (f"system\n{SYSTEM}", "user\n", "assistant\n", "\n", *dict.fromkeys((*VISIONREASONER_TEMPLATE, *DR2SEG_TEMPLATE, *SEG_ZERO_TEMPLATE, *DPAD_TEMPLATE)),
-           "<think>", "</think>", "<description>", "</description>", "<caption>", "</caption>", "<answer>", "</answer>",
-           '[{"bbox_2d": [', '], "point_2d": [', "]}", ', {"bbox_2d": [', "]",
-           '{"bbox": [', '], "points_1": [', '], "points_2": [')
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
-                 "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-                 "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+NUMBER_TOKENS = 32  # dimensions in which the embeddings of numbers differ
+WORLD_FRAME = (
+    112  # side of the policy's image and coordinate frame, pixels: 7 x 7 image tokens of 16 x 16
+)
+CONTROL = (
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+PROMPT_TOKENS = (
+    f"system\n{SYSTEM}",
+    "user\n",
+    "assistant\n",
+    "\n",
+    *dict.fromkeys(
+        (*VISIONREASONER_TEMPLATE, *DR2SEG_TEMPLATE, *SEG_ZERO_TEMPLATE, *DPAD_TEMPLATE)
+    ),
+    "<think>",
+    "</think>",
+    "<description>",
+    "</description>",
+    "<caption>",
+    "</caption>",
+    "<answer>",
+    "</answer>",
+    '[{"bbox_2d": [',
+    '], "point_2d": [',
+    "]}",
+    ', {"bbox_2d": [',
+    "]",
+    '{"bbox": [',
+    '], "points_1": [',
+    '], "points_2": [',
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def _words() -> list[str]:
     "Every word the world's questions and chains can use, found by reading many of them."
     rng, texts = np.random.default_rng(0), []
     for seed in range(4000):
         p = draw_problem(seed)
-        texts += [p.question.text, think_concise(rng, p.scene, p.question),
-                  think_verbose(rng, p.scene, p.question), think_direct(p.question.targets)]
+        texts += [
+            p.question.text,
+            think_concise(rng, p.scene, p.question),
+            think_verbose(rng, p.scene, p.question),
+            think_direct(p.question.targets),
+        ]
     return sorted({w for t in texts for w in t.replace(",", " ").replace(".", " ").split()})
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     "A word-level tokenizer whose decoding inverts its encoding."
     words = [form for w in _words() for form in (w, f" {w}")]
-    vocab = ["<unk>", *map(str, range(WORLD_FRAME + 1)), ".", ",", "?", "!", '"', "'", "-", ":", ";", " ", *words]
+    vocab = [
+        "<unk>",
+        *map(str, range(WORLD_FRAME + 1)),
+        ".",
+        ",",
+        "?",
+        "!",
+        '"',
+        "'",
+        "-",
+        ":",
+        ";",
+        " ",
+        *words,
+    ]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|\d+|[^\sA-Za-z\d]|\s"), "isolated")
     tok.decoder = decoders.Fuse()
     tok.add_tokens([AddedToken(p, normalized=False) for p in PROMPT_TOKENS])
     tok.add_special_tokens([AddedToken(c, normalized=False, special=True) for c in CONTROL])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-                                   clean_up_tokenization_spaces=False, model_max_length=4096)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
 
 # %% ../../nbs/pretraining/tokenizer.ipynb #80b808c9
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     "The real processor around our tokenizer; images are `FRAME` x `FRAME`, patches 8 pixels."
-    size = dict(patch_size=8, merge_size=2, size=dict(shortest_edge=WORLD_FRAME**2, longest_edge=WORLD_FRAME**2))
-    return Qwen2_5_VLProcessor(image_processor=Qwen2VLImageProcessor(**size), tokenizer=tokenizer,
-                               video_processor=Qwen2VLVideoProcessor(patch_size=8, merge_size=2), chat_template=CHAT_TEMPLATE)
+    size = dict(
+        patch_size=8,
+        merge_size=2,
+        size=dict(shortest_edge=WORLD_FRAME**2, longest_edge=WORLD_FRAME**2),
+    )
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**size),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(patch_size=8, merge_size=2),
+        chat_template=CHAT_TEMPLATE,
+    )
 
-def _ruler() -> Tensor: # [FRAME+1, RULER]
+
+def _ruler() -> Tensor:  # [FRAME+1, RULER]
     "Numbers 0..FRAME as waves of 2 to 4·FRAME pixels: near numbers begin alike, so what is learned of 40 helps 41."
     waves = 4 * WORLD_FRAME * (2 * WORLD_FRAME) ** -torch.linspace(0, 1, NUMBER_TOKENS // 2)
     angles = 2 * math.pi * torch.arange(WORLD_FRAME + 1)[:, None] / waves

@@ -17,54 +17,74 @@ from ..segmenters.base import Segmenter
 # %% ../../nbs/rollouts/parsing.ipynb #35f078ed
 class Parsed(NamedTuple):
     "The blocks of a response; `None` where there is none."
-    think: str|None # text inside the first <think> block, unchanged
-    description: str|None # text inside the first <description> block, stripped, not empty
-    answer: str|None # text inside the first <answer> block, stripped
+
+    think: str | None  # text inside the first <think> block, unchanged
+    description: str | None  # text inside the first <description> block, stripped, not empty
+    answer: str | None  # text inside the first <answer> block, stripped
+
 
 def find_block(
-    text:str, # a response
-    tag:str, # tag name, e.g. "think"
-)->str|None: # its content
+    text: str,  # a response
+    tag: str,  # tag name, e.g. "think"
+) -> str | None:  # its content
     "The text inside the first complete `<tag>…</tag>`."
-    _, opened, rest = text.partition(f'<{tag}>')
-    inside, closed, _ = rest.partition(f'</{tag}>')
+    _, opened, rest = text.partition(f"<{tag}>")
+    inside, closed, _ = rest.partition(f"</{tag}>")
     return inside if opened and closed else None
 
+
 def parse_response(
-    text:str, # a response, any text
-)->Parsed:
+    text: str,  # a response, any text
+) -> Parsed:
     "The first think, description and answer block of a response; never raises."
     think, description, answer = (find_block(text, tag) for tag in Parsed._fields)
-    return Parsed(think, description.strip() or None if description else None, None if answer is None else answer.strip())
+    return Parsed(
+        think,
+        description.strip() or None if description else None,
+        None if answer is None else answer.strip(),
+    )
 
 # %% ../../nbs/rollouts/parsing.ipynb #ff7fa60d
 def reasoning_text(
-    text:str, # a response
-)->str: # the text whose tokens are N
+    text: str,  # a response
+) -> str:  # the text whose tokens are N
     "The text whose tokens are counted as reasoning: inside `<think>`, or the whole response without that block."
-    think = find_block(text, 'think')
+    think = find_block(text, "think")
     return text if think is None else think
 
 # %% ../../nbs/rollouts/parsing.ipynb #416adce2
 def parse_single(
-    item, # parsed JSON, anything
-)->Target|None: # None when malformed
+    item,  # parsed JSON, anything
+) -> Target | None:  # None when malformed
     "The object of an answer in Seg-Zero's form."
-    if not (isinstance(item, dict) and is_number_list(item.get('bbox'), 4) and all(is_number_list(item.get(k), 2) for k in ('points_1', 'points_2'))): return None
-    return Target(tuple(item['bbox']), tuple(item['points_1']), second=tuple(item['points_2']))
+    if not (
+        isinstance(item, dict)
+        and is_number_list(item.get("bbox"), 4)
+        and all(is_number_list(item.get(k), 2) for k in ("points_1", "points_2"))
+    ):
+        return None
+    return Target(tuple(item["bbox"]), tuple(item["points_1"]), second=tuple(item["points_2"]))
+
 
 def parse_targets(
-    items, # parsed JSON, anything
-)->list|None: # of Target; None when malformed
+    items,  # parsed JSON, anything
+) -> list | None:  # of Target; None when malformed
     "The objects of an answer, all of them or, with anything malformed in any item, `None`."
-    if not isinstance(items, list): return None
+    if not isinstance(items, list):
+        return None
     for item in items:
-        if not (isinstance(item, dict) and is_number_list(item.get('bbox_2d'), 4) and is_number_list(item.get('point_2d'), 2)): return None
-    return [Target(tuple(item['bbox_2d']), tuple(item['point_2d'])) for item in items]
+        if not (
+            isinstance(item, dict)
+            and is_number_list(item.get("bbox_2d"), 4)
+            and is_number_list(item.get("point_2d"), 2)
+        ):
+            return None
+    return [Target(tuple(item["bbox_2d"]), tuple(item["point_2d"])) for item in items]
+
 
 def parse_answer(
-    text:str|None, # text of an <answer> block
-)->list: # of Target, coordinates in the policy's frame; empty when unparsable
+    text: str | None,  # text of an <answer> block
+) -> list:  # of Target, coordinates in the policy's frame; empty when unparsable
     "The objects named in an answer, in VisionReasoner's form or Seg-Zero's; never raises."
     said = load_json(text)
     one = parse_single(said)
@@ -72,48 +92,73 @@ def parse_answer(
 
 # %% ../../nbs/rollouts/parsing.ipynb #d9b06d17
 def format_answer(
-    targets:list, # of Target, coordinates in the policy's frame
-)->str: # JSON
+    targets: list,  # of Target, coordinates in the policy's frame
+) -> str:  # JSON
     "The JSON text of some objects, in the byte form of the prompt's example."
-    joined = lambda values: ','.join(str(v) for v in values)
-    return '[' + ', '.join(f'{{"bbox_2d": [{joined(t.box)}], "point_2d": [{joined(t.point)}]}}' for t in targets) + ']'
+    joined = lambda values: ",".join(str(v) for v in values)
+    return (
+        "["
+        + ", ".join(
+            f'{{"bbox_2d": [{joined(t.box)}], "point_2d": [{joined(t.point)}]}}' for t in targets
+        )
+        + "]"
+    )
+
 
 def format_single(
-    target:Target, # coordinates in the policy's frame
-)->str: # JSON
+    target: Target,  # coordinates in the policy's frame
+) -> str:  # JSON
     "The JSON text of one object in Seg-Zero's form: a box and two points."
     x1, y1, x2, y2 = target.box
     (a, b), (c, d) = target.point, target.second or target.point
     return f'{{"bbox": [{x1},{y1},{x2},{y2}], "points_1": [{a},{b}], "points_2": [{c},{d}]}}'
 
+
 def format_response(
-    think:str, # reasoning
-    description:str|None, # None leaves the block out
-    targets:list, # of Target
-)->str: # a response
+    think: str,  # reasoning
+    description: str | None,  # None leaves the block out
+    targets: list,  # of Target
+) -> str:  # a response
     "A response of two blocks (think, answer) or, with a description, of three."
-    middle = '' if description is None else f'<description>{description}</description>'
-    return f'<think>{think}</think>{middle}<answer>{format_answer(targets)}</answer>'
+    middle = "" if description is None else f"<description>{description}</description>"
+    return f"<think>{think}</think>{middle}<answer>{format_answer(targets)}</answer>"
 
 # %% ../../nbs/rollouts/parsing.ipynb #50197606
 def segmenter_phrase(
-    text:str, # a response
-    query:str='', # the question, for a response without description and caption
-)->str: # empty where nothing is to be drawn
+    text: str,  # a response
+    query: str = "",  # the question, for a response without description and caption
+) -> str:  # empty where nothing is to be drawn
     "What of a response prompts a segmenter by phrase."
     said = parse_response(text)
-    if not parse_answer(said.answer): return ''
-    return said.description or (find_block(text, 'caption') or '').strip() or query.strip()
+    if not parse_answer(said.answer):
+        return ""
+    return said.description or (find_block(text, "caption") or "").strip() or query.strip()
 
 # %% ../../nbs/rollouts/parsing.ipynb #153260af
-def to_image_coordinates(text: str, # a response, coordinates in the policy's frame
-            frame: int, size: tuple) -> list[Target]: # size (W,H)
+def to_image_coordinates(
+    text: str,  # a response, coordinates in the policy's frame
+    frame: int,
+    size: tuple,
+) -> list[Target]:  # size (W,H)
     "The objects of a response in pixels of the original image."
-    (sx, sy), per_axis = (size[0] / frame, size[1] / frame), lambda v, s: tuple(x * s[i % 2] for i, x in enumerate(v))
-    return [Target(per_axis(t.box, (sx, sy)), per_axis(t.point, (sx, sy))) for t in parse_answer(parse_response(text).answer)]
+    (sx, sy), per_axis = (
+        (size[0] / frame, size[1] / frame),
+        lambda v, s: tuple(x * s[i % 2] for i, x in enumerate(v)),
+    )
+    return [
+        Target(per_axis(t.box, (sx, sy)), per_axis(t.point, (sx, sy)))
+        for t in parse_answer(parse_response(text).answer)
+    ]
 
-def segmenter_prompts(segmenter: Segmenter, text: str, # a response
-               query: str, frame: int, size: tuple) -> list: # of Target, in pixels of the image; or one str, for a segmenter by phrase
+
+def segmenter_prompts(
+    segmenter: Segmenter,
+    text: str,  # a response
+    query: str,
+    frame: int,
+    size: tuple,
+) -> list:  # of Target, in pixels of the image; or one str, for a segmenter by phrase
     "What a response prompts a segmenter with; nothing where it names no object."
-    if not segmenter.by_phrase: return to_image_coordinates(text, frame, size)
+    if not segmenter.by_phrase:
+        return to_image_coordinates(text, frame, size)
     return [words] if (words := segmenter_phrase(text, query)) else []

@@ -20,13 +20,14 @@ from .parsing import Parsed, parse_response, reasoning_text
 @dataclass(frozen=True)
 class Response:
     "One answer of the policy: text, parsed parts, and statistics of its T tokens."
+
     text: str
     parsed: Parsed
-    tokens: list # T strings; joined they give the text
-    entropy: list # T floats, nats
-    margin: list # T floats, p_top1 - p_top2
-    think_tokens: int # N, tokens of reasoning
-    cut: bool = False # it reached the limit of tokens without an end of turn
+    tokens: list  # T strings; joined they give the text
+    entropy: list  # T floats, nats
+    margin: list  # T floats, p_top1 - p_top2
+    think_tokens: int  # N, tokens of reasoning
+    cut: bool = False  # it reached the limit of tokens without an end of turn
 
     @property
     def answer_entropy(self) -> float:
@@ -43,29 +44,43 @@ class Response:
     @property
     def _answer(self):
         opened = self.text.find("<answer>")
-        return (opened + len("<answer>"), self.text.find("</answer>", opened)) if opened >= 0 else (0, -1)
+        return (
+            (opened + len("<answer>"), self.text.find("</answer>", opened))
+            if opened >= 0
+            else (0, -1)
+        )
 
     def record(self) -> dict:
         "What rollouts.jsonl keeps of a response."
-        return dict(text=self.text, tokens=self.tokens, entropy=[round(e, 4) for e in self.entropy], think_tokens=self.think_tokens)
+        return dict(
+            text=self.text,
+            tokens=self.tokens,
+            entropy=[round(e, 4) for e in self.entropy],
+            think_tokens=self.think_tokens,
+        )
 
 # %% ../../nbs/rollouts/response.ipynb #dc7b5ab9
-def to_responses(policy: Policy, done: Completions) -> list[Response]: # one a row
+def to_responses(policy: Policy, done: Completions) -> list[Response]:  # one a row
     "Sampled token rows as responses."
     eos, lengths = policy.tokenizer.eos_token_id, done.mask.sum(1).tolist()
     ended = [n > 0 and ids[n - 1] == eos for ids, n in zip(done.ids.tolist(), lengths)]
-    rows = [ids[:n - end] for ids, n, end in zip(done.ids.tolist(), lengths, ended)]
+    rows = [ids[: n - end] for ids, n, end in zip(done.ids.tolist(), lengths, ended)]
     tokens = [[policy.decode_token(i) for i in row] for row in rows]
     texts = ["".join(t) for t in tokens]
-    counts = [len(ids) for ids in tokenize_texts(policy.tokenizer, [reasoning_text(t) for t in texts])]
+    counts = [
+        len(ids) for ids in tokenize_texts(policy.tokenizer, [reasoning_text(t) for t in texts])
+    ]
     entropy, margin = done.entropy.tolist(), done.margin.tolist()
-    return [Response(text, parse_response(text), toks, e[:len(toks)], m[:len(toks)], n, not end)
-            for text, toks, e, m, n, end in zip(texts, tokens, entropy, margin, counts, ended)]
+    return [
+        Response(text, parse_response(text), toks, e[: len(toks)], m[: len(toks)], n, not end)
+        for text, toks, e, m, n, end in zip(texts, tokens, entropy, margin, counts, ended)
+    ]
 
 # %% ../../nbs/rollouts/response.ipynb #8ee0a42d
 @dataclass(frozen=True)
 class Group:
     "One sample with its n first passes and, if asked for, their second passes."
+
     sample: Sample
-    first: list # n Response
-    second: list # n Response | None
+    first: list  # n Response
+    second: list  # n Response | None

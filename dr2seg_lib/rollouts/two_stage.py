@@ -24,45 +24,60 @@ from .response import Group, Response, to_responses
 @dataclass
 class Rollouts:
     "A step's groups with what the update needs: the prompts' texts, the encoded images and the sampled tokens."
-    groups: list # B Group
-    texts: list # B user texts
-    seen: list # B Seen
-    done: Completions # B*n rows
+
+    groups: list  # B Group
+    texts: list  # B user texts
+    seen: list  # B Seen
+    done: Completions  # B*n rows
 
 # %% ../../nbs/rollouts/two_stage.ipynb #8ab9dc87
-def second_pass(policy: Policy, seen: list[EncodedImage], # B images
-                     prefix: Prefix, # the first pass's prompts, whose images need not be read again
-                     first: list, # B lists of n Response
-                     prompt: Callable[[str], str], # second-pass prompt of a description
-                     max_new_tokens: int, temperature: float,
-                     seeds: list[int] | None, # one for each of the B*n answers
-                    ) -> list[list[Response | None]]: # B lists of n
+def second_pass(
+    policy: Policy,
+    seen: list[EncodedImage],  # B images
+    prefix: Prefix,  # the first pass's prompts, whose images need not be read again
+    first: list,  # B lists of n Response
+    prompt: Callable[[str], str],  # second-pass prompt of a description
+    max_new_tokens: int,
+    temperature: float,
+    seeds: list[int] | None,  # one for each of the B*n answers
+) -> list[list[Response | None]]:  # B lists of n
     "The second pass: the same model, asked again with the description alone (Eq. 1)."
-    asked = {} # (image, description) -> rollouts that gave it
+    asked = {}  # (image, description) -> rollouts that gave it
     for b, group in enumerate(first):
         for i, r in enumerate(group):
             d = r.parsed.description
-            if d is None or question_too_long(policy.tokenizer, d, policy.max_question_tokens): continue
+            if d is None or question_too_long(policy.tokenizer, d, policy.max_question_tokens):
+                continue
             asked.setdefault((b, d), []).append((b, i))
     second = [[None] * len(group) for group in first]
-    if not asked: return second
+    if not asked:
+        return second
     of = torch.tensor([b for b, _ in asked], device=prefix.start.device)
     prefix = policy.prefill([prompt(d) for _, d in asked], [seen[b] for b, _ in asked], prefix, of)
-    rows = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(v) for v in asked.values()]))
+    rows = torch.arange(len(asked)).repeat_interleave(
+        torch.tensor([len(v) for v in asked.values()])
+    )
     places = [at for v in asked.values() for at in v]
     seeds = seeds and [seeds[b * len(first[0]) + i] for b, i in places]
     done = policy.generate(prefix.rows(rows.to(of.device)), 1, max_new_tokens, temperature, seeds)
-    for (b, i), r in zip(places, to_responses(policy, done)): second[b][i] = r
+    for (b, i), r in zip(places, to_responses(policy, done)):
+        second[b][i] = r
     return second
 
-def generate_rollouts(policy: Policy, samples: list[Sample],
-             prompt: Callable[[str], str], # first-pass prompt of a query
-             second_prompt: Callable[[str], str] | None, # second-pass prompt of a description; None: one pass only
-             n: int = 8, # answers a sample
-             max_new_tokens: int = 256, temperature: float = 1.0,
-             seed: int | None = None, # of the sampling: answer r takes `seed + 2r`, its second pass `seed + 2r + 1`, whatever else is in the batch
-             clock=None, # a `Clock`: seconds by stage are added to it
-            ) -> Rollouts:
+
+def generate_rollouts(
+    policy: Policy,
+    samples: list[Sample],
+    prompt: Callable[[str], str],  # first-pass prompt of a query
+    second_prompt: Callable[[str], str]
+    | None,  # second-pass prompt of a description; None: one pass only
+    n: int = 8,  # answers a sample
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int
+    | None = None,  # of the sampling: answer r takes `seed + 2r`, its second pass `seed + 2r + 1`, whatever else is in the batch
+    clock=None,  # a `Clock`: seconds by stage are added to it
+) -> Rollouts:
     "Ask every sample n times and, if the recipe wants it, ask again about each description."
     clock = StageTimer() if clock is None else clock
     with torch.no_grad(), clock("first"):
@@ -71,18 +86,34 @@ def generate_rollouts(policy: Policy, samples: list[Sample],
         seeds = None if seed is None else [seed + 2 * r for r in range(len(samples) * n)]
         done = policy.generate(prefix, n, max_new_tokens, temperature, seeds)
         flat = to_responses(policy, done)
-        first = [flat[i:i + n] for i in range(0, len(flat), n)]
+        first = [flat[i : i + n] for i in range(0, len(flat), n)]
     with torch.no_grad(), clock("second"):
-        second = second_pass(policy, seen, prefix, first, second_prompt, max_new_tokens, temperature, seeds and [s + 1 for s in seeds]) if second_prompt else [[None] * n for _ in first]
+        second = (
+            second_pass(
+                policy,
+                seen,
+                prefix,
+                first,
+                second_prompt,
+                max_new_tokens,
+                temperature,
+                seeds and [s + 1 for s in seeds],
+            )
+            if second_prompt
+            else [[None] * n for _ in first]
+        )
     return Rollouts([Group(s, f, g) for s, f, g in zip(samples, first, second)], texts, seen, done)
 
 # %% ../../nbs/rollouts/two_stage.ipynb #796a640c
 class StageTimer(dict):
     "Seconds by stage: `with clock('first'): …` adds to `clock['first']`."
+
     @contextmanager
     def __call__(self, stage: str):
         began = time.perf_counter()
-        try: yield
+        try:
+            yield
         finally:
-            if torch.cuda.is_available(): torch.cuda.synchronize() # a GPU may still be at what Python has left behind
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a GPU may still be at what Python has left behind
             self[stage] = self.get(stage, 0.0) + time.perf_counter() - began

@@ -23,34 +23,46 @@ from .ledger import ROW_FILES, Ledger, find_row_problem
 
 # %% ../../nbs/runs/checkpoints.ipynb #ad698148
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
     "The checkpoints of a run, whole or not, the newest first; what only looks like one is left alone."
-    found = [p for p in (Path(folder)/"checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    found = [
+        p
+        for p in (Path(folder) / "checkpoints").glob("step-*")
+        if re.fullmatch(r"step-\d+", p.name) and p.is_dir()
+    ]
     return sorted(found, key=step_of, reverse=True)
+
 
 def step_of(checkpoint: Path) -> int:
     "The step that a checkpoint's folder is named after."
     return int(checkpoint.name.removeprefix("step-"))
 
+
 def _seal(part: Path, manifest: dict):
     "Writes the manifest of a folder's files, and forces all of it to the disk."
     permit(part)
     files = [p for p in part.rglob("*") if p.is_file()]
-    for path in part.rglob("*"): fsync_path(path) # folders too: a name can be lost like anything else
+    for path in part.rglob("*"):
+        fsync_path(path)  # folders too: a name can be lost like anything else
     names = {p.relative_to(part).as_posix(): file_sha256(p) for p in sorted(files)}
-    write_json(part/"manifest.json", manifest | dict(files=names))
+    write_json(part / "manifest.json", manifest | dict(files=names))
 
-def save_checkpoint(folder: Path,  # the run's
-                    step: int,
-                    writer: Callable[[Path], None],  # fills the folder it is given
-                    keep: int = 2,  # how many of the newest stay
-                    rows: dict | None = None) -> Path:  # `Run.marks()`; None: what the files of rows hold now
+
+def save_checkpoint(
+    folder: Path,  # the run's
+    step: int,
+    writer: Callable[[Path], None],  # fills the folder it is given
+    keep: int = 2,  # how many of the newest stay
+    rows: dict | None = None,
+) -> Path:  # `Run.marks()`; None: what the files of rows hold now
     "Saves a checkpoint that is whole or absent."
-    root, part = Path(folder)/"checkpoints", Path(folder)/"checkpoints"/".part"
-    path = root/f"step-{step:06d}"
-    rows = rows or {name: Ledger(Path(folder)/name).mark() for name in ROW_FILES}
+    root, part = Path(folder) / "checkpoints", Path(folder) / "checkpoints" / ".part"
+    path = root / f"step-{step:06d}"
+    rows = rows or {name: Ledger(Path(folder) / name).mark() for name in ROW_FILES}
     try:
         if not root.exists():
             root.mkdir()
@@ -59,15 +71,25 @@ def save_checkpoint(folder: Path,  # the run's
         part.mkdir()
         writer(part)
         _seal(part, dict(step=step, rows=rows))
-        if path.is_dir(): shutil.rmtree(path)     # there when a resumed run comes by again
+        if path.is_dir():
+            shutil.rmtree(path)  # there when a resumed run comes by again
         part.rename(path)
         fsync_path(root)
-    except (OSError, RuntimeError, SafetensorError) as e: # each library has words of its own for a full disk
-        raise OSError(f"the checkpoint of step {step} cannot be written to {root} ({e}); "
-                      "free space or grant permission, then resume the run") from e
-    before = [p for p in list_checkpoints(folder) if step_of(p) < step][:keep - 1]
-    for old in list_checkpoints(folder):     # the later ones could not be gone on from, or this step would not have been made again
-        if old != path and old not in before: shutil.rmtree(old, ignore_errors=True)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as e:  # each library has words of its own for a full disk
+        raise OSError(
+            f"the checkpoint of step {step} cannot be written to {root} ({e}); "
+            "free space or grant permission, then resume the run"
+        ) from e
+    before = [p for p in list_checkpoints(folder) if step_of(p) < step][: keep - 1]
+    for old in list_checkpoints(
+        folder
+    ):  # the later ones could not be gone on from, or this step would not have been made again
+        if old != path and old not in before:
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 # %% ../../nbs/runs/checkpoints.ipynb #4aac12ad
@@ -77,68 +99,107 @@ class _Mark(BaseModel):
     bytes: int = Field(ge=0)
     sha256: str
 
+
 class _Manifest(BaseModel):
     model_config = ConfigDict(strict=True)
     step: int = Field(ge=0)
     files: dict[str, str] = Field(min_length=1)
-    rows: dict[Literal[ROW_FILES], _Mark] | None = Field(None, min_length=len(ROW_FILES)) # None: an older version's
+    rows: dict[Literal[ROW_FILES], _Mark] | None = Field(
+        None, min_length=len(ROW_FILES)
+    )  # None: an older version's
+
 
 def read_manifest(checkpoint: Path) -> dict:
     "What a checkpoint says of itself; a ValueError says what is wrong with that, in words."
-    path = Path(checkpoint)/"manifest.json"
-    try: manifest = _Manifest.model_validate(read_json(path)).model_dump()
-    except FileNotFoundError: raise ValueError("manifest.json is missing") from None
+    path = Path(checkpoint) / "manifest.json"
+    try:
+        manifest = _Manifest.model_validate(read_json(path)).model_dump()
+    except FileNotFoundError:
+        raise ValueError("manifest.json is missing") from None
     except ValidationError as e:
         field = ".".join(map(str, e.errors()[0]["loc"])) or "object"
         raise ValueError(f"manifest.json has no valid {field}") from None
-    except ValueError: raise ValueError("manifest.json is not valid JSON") from None
+    except ValueError:
+        raise ValueError("manifest.json is not valid JSON") from None
     for name in manifest["files"]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"manifest.json names {name}, which is outside")
     return manifest
 
+
 def verify_checkpoint(path: Path) -> str | None:  # what is wrong, in words; None when whole
     "Compares a checkpoint with its manifest."
-    try: manifest = read_manifest(path)
-    except ValueError as e: return str(e)
-    if re.fullmatch(r"step-\d+", path.name) and manifest["step"] != step_of(path): return f"manifest.json is of step {manifest['step']}"
+    try:
+        manifest = read_manifest(path)
+    except ValueError as e:
+        return str(e)
+    if re.fullmatch(r"step-\d+", path.name) and manifest["step"] != step_of(path):
+        return f"manifest.json is of step {manifest['step']}"
     for name, digest in manifest["files"].items():
-        if not (path/name).is_file(): return f"{name} is missing"
-        if file_sha256(path/name) != digest: return f"{name} differs from its manifest"
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if file_sha256(path / name) != digest:
+            return f"{name} differs from its manifest"
+
 
 def latest_checkpoint(folder: Path) -> Path | None:  # `step-NNNNNN`; None when there is none
     "The newest whole checkpoint of a run; a damaged one is named and passed over."
     for path in list_checkpoints(folder):
         wrong = verify_checkpoint(path)
-        if wrong is None: return path
-        warnings.warn(f"checkpoint {path} is damaged ({wrong}); an older one is used, if there is one")
+        if wrong is None:
+            return path
+        warnings.warn(
+            f"checkpoint {path} is damaged ({wrong}); an older one is used, if there is one"
+        )
 
 # %% ../../nbs/runs/checkpoints.ipynb #02b6a5a5
-def _steps(path: Path,
-           until: int) -> list[int]:  # of the rows up to a step, in the file's order
+def _steps(path: Path, until: int) -> list[int]:  # of the rows up to a step, in the file's order
     "The steps of a file's rows; a ValueError says what is wrong with them, in words."
-    if not path.is_file(): raise ValueError(f"{path.name} is missing")
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
     steps = [row.get("step") for row in read_jsonl(path)]
-    if not all(type(step) is int for step in steps): raise ValueError(f"{path.name} has rows without a step")
-    if steps != sorted(steps): raise ValueError(f"{path.name} is not in the order of its steps")
+    if not all(type(step) is int for step in steps):
+        raise ValueError(f"{path.name} has rows without a step")
+    if steps != sorted(steps):
+        raise ValueError(f"{path.name} is not in the order of its steps")
     return [step for step in steps if step <= until]
 
-def find_lost_rows(folder: Path, checkpoint: Path) -> str | None:  # in words; None when all are there
+
+def find_lost_rows(
+    folder: Path, checkpoint: Path
+) -> str | None:  # in words; None when all are there
     "What is wrong with the rows that a run had when a checkpoint was saved."
     marks, every = read_manifest(checkpoint)["rows"], list(range(1, step_of(checkpoint) + 1))
-    if marks: return next(filter(None, (find_row_problem(Path(folder)/name, marks[name]) for name in ROW_FILES)), None)
-    try: metrics, rollouts = (_steps(Path(folder)/name, len(every)) for name in ROW_FILES)
-    except ValueError as e: return str(e)
-    if metrics != every: return f"metrics.jsonl has not every step from 1 to {len(every)} once"
-    if rollouts and sorted(set(rollouts)) != every: return f"rollouts.jsonl has not every step from 1 to {len(every)}"
+    if marks:
+        return next(
+            filter(
+                None, (find_row_problem(Path(folder) / name, marks[name]) for name in ROW_FILES)
+            ),
+            None,
+        )
+    try:
+        metrics, rollouts = (_steps(Path(folder) / name, len(every)) for name in ROW_FILES)
+    except ValueError as e:
+        return str(e)
+    if metrics != every:
+        return f"metrics.jsonl has not every step from 1 to {len(every)} once"
+    if rollouts and sorted(set(rollouts)) != every:
+        return f"rollouts.jsonl has not every step from 1 to {len(every)}"
+
 
 def find_resumable_checkpoint(folder: Path) -> Path | None:  # None when none was ever saved
     "The newest checkpoint that can be gone on from: it is whole, and so are the rows that the run had then."
     unfit = []
     for path in list_checkpoints(folder):
         wrong = verify_checkpoint(path) or find_lost_rows(folder, path)
-        if wrong is None: return path
+        if wrong is None:
+            return path
         unfit.append(f"{path.name}: {wrong}")
-        warnings.warn(f"{path} cannot be gone on from ({wrong}); an older one is used, if there is one")
-    if unfit: raise ValueError(f"{folder} has no checkpoint that can be gone on from ({'; '.join(unfit)}); "
-                               "restore the files, or start the run anew in another folder")
+        warnings.warn(
+            f"{path} cannot be gone on from ({wrong}); an older one is used, if there is one"
+        )
+    if unfit:
+        raise ValueError(
+            f"{folder} has no checkpoint that can be gone on from ({'; '.join(unfit)}); "
+            "restore the files, or start the run anew in another folder"
+        )

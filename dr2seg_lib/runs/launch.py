@@ -21,63 +21,122 @@ from .signals import die_with_parent
 # %% ../../nbs/runs/launch.ipynb #7ffa4de7
 class NonWriterRun(Run):
     "The run as the other processes see it: they read the folder and write nothing."
-    @classmethod
-    def create(cls, folder: Path, *args, **kwargs) -> "NonWriterRun": return cls(folder)
-    @classmethod
-    def resume(cls, folder: Path, *args, **kwargs) -> "NonWriterRun": return cls(folder)
-    def finish(self, status: str, error: str | None = None): pass
-    def log(self, row: dict): pass
-    def record(self, rollouts: list[dict]): pass
-    def truncate_after(self, step: int): pass
-    def marks(self) -> dict: return {}
-    def rewind(self) -> Path | None: return find_resumable_checkpoint(self.folder)
-    def results(self, values: dict): pass
-    def progress(self, stage: str, i: int, n: int, note: str = ""): pass
-    def stop_requested(self) -> bool: return False # the writer decides, and tells them
 
-def open_run(folder: Path,
-          parameters: ExperimentParameters | dict,  # those of a resumed run are held against its record, unless they are a dict
-          seed: int = 0, resume: bool = False) -> Run:
+    @classmethod
+    def create(cls, folder: Path, *args, **kwargs) -> "NonWriterRun":
+        return cls(folder)
+
+    @classmethod
+    def resume(cls, folder: Path, *args, **kwargs) -> "NonWriterRun":
+        return cls(folder)
+
+    def finish(self, status: str, error: str | None = None):
+        pass
+
+    def log(self, row: dict):
+        pass
+
+    def record(self, rollouts: list[dict]):
+        pass
+
+    def truncate_after(self, step: int):
+        pass
+
+    def marks(self) -> dict:
+        return {}
+
+    def rewind(self) -> Path | None:
+        return find_resumable_checkpoint(self.folder)
+
+    def results(self, values: dict):
+        pass
+
+    def progress(self, stage: str, i: int, n: int, note: str = ""):
+        pass
+
+    def stop_requested(self) -> bool:
+        return False  # the writer decides, and tells them
+
+
+def open_run(
+    folder: Path,
+    parameters: ExperimentParameters
+    | dict,  # those of a resumed run are held against its record, unless they are a dict
+    seed: int = 0,
+    resume: bool = False,
+) -> Run:
     "This process's part of a run that starts or goes on: that of the writer in the first process, or in the only one."
-    if "TORCHELASTIC_RUN_ID" in os.environ: die_with_parent(os.getppid())
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
     kind = Run if int(os.environ.get("RANK", 0)) == 0 else NonWriterRun
     asked = parameters if isinstance(parameters, ExperimentParameters) else None
-    if resume: return kind.resume(folder, asked=asked)
+    if resume:
+        return kind.resume(folder, asked=asked)
     return kind.create(folder, asked.model_dump() if asked else parameters, seed)
 
 # %% ../../nbs/runs/launch.ipynb #07394f81
 def destroy_process_group():
     "The processes of a run leave together: one that goes while others still speak may be aborted in the middle of its end."
-    from torch import distributed # here, since most of this room is asked without torch
+    from torch import distributed  # here, since most of this room is asked without torch
+
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
 
-def _interrupt(number, frame): raise KeyboardInterrupt
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
 
 def _wait(process: subprocess.Popen) -> int:  # its exit status, 0 when it was asked to end
     "Waits for the processes of a run: a first Ctrl-C or SIGTERM lets them end after the step, a second one kills them."
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if main else None
     try:
-        try: return process.wait()
-        except KeyboardInterrupt: process.send_signal(signal.SIGTERM)
-        try: return process.wait() and 0
+        try:
+            return process.wait()
         except KeyboardInterrupt:
-            process.kill() # those it has started end with it
+            process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait() and 0
+        except KeyboardInterrupt:
+            process.kill()  # those it has started end with it
             raise
     finally:
-        if main: signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
-def launch_processes(module: str,  # called as MODULE CONFIG FOLDER [resume], CONFIG in JSON
-           config,  # a pydantic model with `processes`
-           folder: Path, resume: bool = False) -> Run:
+
+def launch_processes(
+    module: str,  # called as MODULE CONFIG FOLDER [resume], CONFIG in JSON
+    config,  # a pydantic model with `processes`
+    folder: Path,
+    resume: bool = False,
+) -> Run:
     "A run in several processes of this machine, as `torchrun --nproc_per_node N -m MODULE CONFIG FOLDER` would start them."
-    if not resume: check_free(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}",
-               "-m", module, config.model_dump_json(), str(folder), *(["resume"] if resume else [])]
-    with subprocess.Popen(command) as process: code = _wait(process)
+    if not resume:
+        check_free(folder)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={config.processes}",
+        "-m",
+        module,
+        config.model_dump_json(),
+        str(folder),
+        *(["resume"] if resume else []),
+    ]
+    with subprocess.Popen(command) as process:
+        code = _wait(process)
     run = Run.open(folder)
-    if not code and run.status in ("done", "interrupted"): return run
-    kind, _, text = (run.info["error"] or f"RuntimeError: one of {config.processes} processes ended with {code}; see above").partition(": ")
-    raise {e.__name__: e for e in (ValueError, FileNotFoundError, FloatingPointError, OSError)}.get(kind, RuntimeError)(text)
+    if not code and run.status in ("done", "interrupted"):
+        return run
+    kind, _, text = (
+        run.info["error"]
+        or f"RuntimeError: one of {config.processes} processes ended with {code}; see above"
+    ).partition(": ")
+    raise {e.__name__: e for e in (ValueError, FileNotFoundError, FloatingPointError, OSError)}.get(
+        kind, RuntimeError
+    )(text)

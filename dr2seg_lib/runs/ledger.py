@@ -15,27 +15,38 @@ from ..core.files import append_jsonl
 # %% ../../nbs/runs/ledger.ipynb #c23b2c84
 ROW_FILES = "metrics.jsonl", "rollouts.jsonl"
 
-def _measure(path: Path,
-             length: int | None = None) -> dict:  # rows, bytes, sha256 of the first `length` bytes; None: of all
+
+def _measure(
+    path: Path, length: int | None = None
+) -> dict:  # rows, bytes, sha256 of the first `length` bytes; None: of all
     left, rows, size, digest = length, 0, 0, hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(2**20 if left is None else min(left, 2**20)):
             digest.update(block)
             rows, size = rows + block.count(b"\n"), size + len(block)
-            if left is not None: left -= len(block)
+            if left is not None:
+                left -= len(block)
     return dict(rows=rows, bytes=size, sha256=digest)
 
-def find_row_problem(path: Path, mark: dict) -> str | None:  # in words; None when they are as they were
+
+def find_row_problem(
+    path: Path, mark: dict
+) -> str | None:  # in words; None when they are as they were
     "What has become of the first rows of a file since `mark` was taken of them."
-    if not mark["bytes"]: return None
-    if not path.is_file(): return f"{path.name} is missing"
+    if not mark["bytes"]:
+        return None
+    if not path.is_file():
+        return f"{path.name} is missing"
     found = _measure(path, mark["bytes"])
     if found["bytes"] < mark["bytes"]:
         return f"{path.name} has {found['rows']} of {mark['rows']} rows, {found['bytes']} of {mark['bytes']} bytes"
-    if found["sha256"].hexdigest() != mark["sha256"]: return f"{path.name} was altered"
+    if found["sha256"].hexdigest() != mark["sha256"]:
+        return f"{path.name} was altered"
+
 
 class Ledger:
     "A file of rows as this process knows it: how many rows and bytes it has written there, and their hash."
+
     def __init__(self, path: Path):
         self.path = Path(path)
         self.read()
@@ -44,16 +55,23 @@ class Ledger:
         "Takes what is in the file as right."
         nothing = dict(rows=0, bytes=0, sha256=hashlib.sha256())
         found = _measure(self.path) if self.path.is_file() else nothing
-        self.rows, self.bytes, self.sha256, self._last = found["rows"], found["bytes"], found["sha256"], None
+        self.rows, self.bytes, self.sha256, self._last = (
+            found["rows"],
+            found["bytes"],
+            found["sha256"],
+            None,
+        )
 
     def append(self, rows: list[dict]):
         "Appends rows, unless someone else has changed the file meanwhile."
         size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self.bytes: raise ValueError(self._sentence(f"it has {size} bytes, not {self.bytes}"))
+        if size != self.bytes:
+            raise ValueError(self._sentence(f"it has {size} bytes, not {self.bytes}"))
         added = append_jsonl(self.path, rows)
         self.sha256.update(added)
         self.rows, self.bytes = self.rows + len(rows), self.bytes + len(added)
-        if rows: self._last = rows[-1].get("step")
+        if rows:
+            self._last = rows[-1].get("step")
 
     def mark(self) -> dict:  # rows, bytes, sha256
         "What a checkpoint remembers of the file."
@@ -62,7 +80,8 @@ class Ledger:
     def changed(self) -> str | None:  # a sentence; None when it is as it was written
         "Whether someone else has changed the file."
         wrong = find_row_problem(self.path, self.mark())
-        if not wrong and self.bytes and self.path.stat().st_size > self.bytes: wrong = "rows of others were added"
+        if not wrong and self.bytes and self.path.stat().st_size > self.bytes:
+            wrong = "rows of others were added"
         return self._sentence(wrong) if wrong else None
 
     def _sentence(self, wrong: str) -> str:
@@ -72,6 +91,10 @@ class Ledger:
     def last_step(self) -> int | None:
         "The step of the last row."
         if self._last is None and self.bytes:
-            try: self._last = json.loads(self.path.read_bytes().splitlines()[-1])["step"]
-            except (ValueError, TypeError, KeyError): raise ValueError(f"{self.path}: its last row has no step; remove that line") from None
+            try:
+                self._last = json.loads(self.path.read_bytes().splitlines()[-1])["step"]
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(
+                    f"{self.path}: its last row has no step; remove that line"
+                ) from None
         return self._last

@@ -18,15 +18,39 @@ def _listed(folder: Path) -> dict:
     record, steps = read_record(folder), Run.open(folder).metrics()
     last = steps[-1] if steps else dict(step=None)
     if not isinstance(last, dict) or not isinstance(last.get("step"), int | None):
-        raise ValueError(f"{folder/'metrics.jsonl'}: its last row is none of a step; restore the file or remove the run")
-    return record | dict(folder=folder, status=run_status(folder), progress=read_progress(folder), step=last.get("step"))
+        raise ValueError(
+            f"{folder / 'metrics.jsonl'}: its last row is none of a step; restore the file or remove the run"
+        )
+    return record | dict(
+        folder=folder,
+        status=run_status(folder),
+        progress=read_progress(folder),
+        step=last.get("step"),
+    )
 
-def list_runs(root: Path) -> list[dict]:  # the records, with `folder`, the effective `status`, `step` and `progress`
+
+def list_runs(
+    root: Path,
+) -> list[dict]:  # the records, with `folder`, the effective `status`, `step` and `progress`
     "Every run below a folder, the oldest first; one that cannot be read has the status `unreadable` and the reason as its error."
     found = []
-    for folder in (Path(parent) for parent, folders, files in os.walk(root) if "run.json" in folders + files):
-        try: found.append(_listed(folder))
+    for folder in (
+        Path(parent) for parent, folders, files in os.walk(root) if "run.json" in folders + files
+    ):
+        try:
+            found.append(_listed(folder))
         except (OSError, ValueError) as e:
-            if not os.path.lexists(folder/"run.json"): continue     # it went while we looked
-            found.append(dict(folder=folder, status="unreadable", error=str(e), step=None, progress=None, started="", parameters={}))
+            if not os.path.lexists(folder / "run.json"):
+                continue  # it went while we looked
+            found.append(
+                dict(
+                    folder=folder,
+                    status="unreadable",
+                    error=str(e),
+                    step=None,
+                    progress=None,
+                    started="",
+                    parameters={},
+                )
+            )
     return sorted(found, key=lambda r: r["started"])

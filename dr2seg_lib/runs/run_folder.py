@@ -44,41 +44,65 @@ from dr2seg_lib.runs.status import (
 )
 
 # %% ../../nbs/runs/run_folder.ipynb #8d22436f
-RECORDS = ("run.json", "metrics.jsonl", "rollouts.jsonl", "predictions.jsonl", "checkpoints", "results.json", "notebook.ipynb",
-           "report.html")
+RECORDS = (
+    "run.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "predictions.jsonl",
+    "checkpoints",
+    "results.json",
+    "notebook.ipynb",
+    "report.html",
+)
+
 
 def check_free(folder: Path):
     "Raises ValueError when a folder holds a run, or any file that a run would overwrite."
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is a file; choose another folder for the run")
-    if (folder/"run.json").exists():
-        raise ValueError(f"{folder} already holds a run ({run_status(folder)}); choose another folder, or resume that run")
-    taken = [n for n in RECORDS if (folder/n).exists()]
-    if taken: raise ValueError(f"{folder} already holds {taken[0]}; choose another folder for the run")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another folder for the run")
+    if (folder / "run.json").exists():
+        raise ValueError(
+            f"{folder} already holds a run ({run_status(folder)}); choose another folder, or resume that run"
+        )
+    taken = [n for n in RECORDS if (folder / n).exists()]
+    if taken:
+        raise ValueError(f"{folder} already holds {taken[0]}; choose another folder for the run")
 
-def new_folder(root: Path,  # made when missing
-               name: str) -> Path:
+
+def new_folder(
+    root: Path,  # made when missing
+    name: str,
+) -> Path:
     "Makes the first free one of `root/name-1`, `root/name-2`, …"
-    root, name = Path(root), re.sub(r"[^\w.]+", "-", name)     # a recipe's name may be a path
+    root, name = Path(root), re.sub(r"[^\w.]+", "-", name)  # a recipe's name may be a path
     if root.is_symlink() and not root.exists():
-        raise FileNotFoundError(f"{root} is a link to {os.readlink(root)}, which does not exist; make that folder or remove the link")
-    if root.exists() and not root.is_dir(): raise ValueError(f"{root} is a file; choose another folder for the runs")
+        raise FileNotFoundError(
+            f"{root} is a link to {os.readlink(root)}, which does not exist; make that folder or remove the link"
+        )
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file; choose another folder for the runs")
     make_folder(root)
     for number in count(1):
-        folder = root/f"{name}-{number}"
+        folder = root / f"{name}-{number}"
         with suppress(FileExistsError):
             folder.mkdir()
             fsync_path(root)
             return folder
 
+
 def resume_record(folder: Path, asked: ExperimentParameters | None) -> dict:  # fields of the record
     "What a resume says in the record: when, with what, and what it has changed."
     record = read_record(folder)
     recorded = {n: v for n, v in record["parameters"].items() if n not in ("out", "resume")}
-    try: changed = changed_parameters(recorded, asked) if asked else {}
-    except ValueError as e: raise ValueError(f"{folder}: {e}") from None
+    try:
+        changed = changed_parameters(recorded, asked) if asked else {}
+    except ValueError as e:
+        raise ValueError(f"{folder}: {e}") from None
     parameters = record["parameters"] | (asked.model_dump() if asked else {})
-    entry = dict(time=current_time(), git=git_revision(), versions=package_versions(), changed=changed)
+    entry = dict(
+        time=current_time(), git=git_revision(), versions=package_versions(), changed=changed
+    )
     return dict(parameters=parameters, resumed=[*record["resumed"], entry])
 
 # %% ../../nbs/runs/run_folder.ipynb #ea0ed78f
@@ -88,36 +112,60 @@ class Run:
     def __init__(self, folder: Path, fd: int | None = None, bar: bool = False):
         self.folder, self.fd = Path(folder), fd
         self.bar = ProgressBar() if bar and "DR2SEG_WATCHED" not in os.environ else None
-        self.asked = self.stopped = False     # asked to stop; and the loop has seen it
-        self.told, self.stage = 0.0, None     # the last progress written
-        self.ledgers = {} if fd is None else {n: Ledger(self.folder/n) for n in ROW_FILES}
+        self.asked = self.stopped = False  # asked to stop; and the loop has seen it
+        self.told, self.stage = 0.0, None  # the last progress written
+        self.ledgers = {} if fd is None else {n: Ledger(self.folder / n) for n in ROW_FILES}
 
     @classmethod
-    def create(cls, folder: Path, parameters: dict,
-               seed: int = 0, bar: bool = True,
-               free: bool = True) -> "Run":  # whether the folder must hold no files of a run
+    def create(
+        cls, folder: Path, parameters: dict, seed: int = 0, bar: bool = True, free: bool = True
+    ) -> "Run":  # whether the folder must hold no files of a run
         "Starts a run in a folder that holds none."
         folder = Path(folder)
-        if free: check_free(folder)
+        if free:
+            check_free(folder)
         make_folder(folder)
         run = cls(folder, cls._hold(folder), bar)
-        write_json(folder/"run.json", dict(
-            status="running", parameters=parameters, seed=seed, versions=package_versions(), git=git_revision(), started=current_time(),
-            ended=None, resumed=[], host=socket.gethostname(), pid=os.getpid(), error=None))
+        write_json(
+            folder / "run.json",
+            dict(
+                status="running",
+                parameters=parameters,
+                seed=seed,
+                versions=package_versions(),
+                git=git_revision(),
+                started=current_time(),
+                ended=None,
+                resumed=[],
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                error=None,
+            ),
+        )
         return run
 
     @classmethod
-    def resume(cls, folder: Path, bar: bool = True,
-               asked: ExperimentParameters | None = None) -> "Run":  # with which it goes on; None: as it was
+    def resume(
+        cls, folder: Path, bar: bool = True, asked: ExperimentParameters | None = None
+    ) -> "Run":  # with which it goes on; None: as it was
         "Goes on with a run that ended early; a line that was cut short is removed."
         read_record(folder)
         fd = cls._hold(folder)
         try:
             changes = resume_record(folder, asked)
-            (Path(folder)/"stop").unlink(missing_ok=True)
+            (Path(folder) / "stop").unlink(missing_ok=True)
             for name in ROW_FILES:
-                if (Path(folder)/name).is_file(): cut_unfinished(Path(folder)/name)
-            update_record(folder, status="running", host=socket.gethostname(), pid=os.getpid(), ended=None, error=None, **changes)
+                if (Path(folder) / name).is_file():
+                    cut_unfinished(Path(folder) / name)
+            update_record(
+                folder,
+                status="running",
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                ended=None,
+                error=None,
+                **changes,
+            )
             return cls(folder, fd, bar)
         except (OSError, ValueError):
             os.close(fd)
@@ -132,129 +180,181 @@ class Run:
     @staticmethod
     def _hold(folder: Path) -> int:
         fd = lock_folder(folder)
-        if fd is None: raise ValueError(f"{folder} is being written by another process; choose another folder, or wait")
+        if fd is None:
+            raise ValueError(
+                f"{folder} is being written by another process; choose another folder, or wait"
+            )
         return fd
 
-    def __repr__(self): return f"Run({str(self.folder)!r}, {self.status})"
+    def __repr__(self):
+        return f"Run({str(self.folder)!r}, {self.status})"
 
 # %% ../../nbs/runs/run_folder.ipynb #e421c216
 @patch
-def __enter__(self:Run):
+def __enter__(self: Run):
     self.asked = any(r.asked for r in active_runs)
     if not active_runs and threading.current_thread() is threading.main_thread():
         self.handlers = listen_for_signals()
     active_runs.append(self)
     return self
 
+
 @patch
-def __exit__(self:Run, kind, error, traceback):
+def __exit__(self: Run, kind, error, traceback):
     active_runs.remove(self)
-    for s, handler in self.__dict__.pop("handlers", {}).items(): signal.signal(s, handler)
-    if kind is None: self.end()
-    elif issubclass(kind, KeyboardInterrupt): self.finish("interrupted")
+    for s, handler in self.__dict__.pop("handlers", {}).items():
+        signal.signal(s, handler)
+    if kind is None:
+        self.end()
+    elif issubclass(kind, KeyboardInterrupt):
+        self.finish("interrupted")
     else:
-        with suppress(OSError, ValueError): # a full disk: the record stays as it was, and reads failed once the lock is gone
+        with suppress(
+            OSError, ValueError
+        ):  # a full disk: the record stays as it was, and reads failed once the lock is gone
             self.finish("failed", " ".join(f"{kind.__name__}: {error}".split()))
 
-@patch
-def end(self:Run):
-    "Ends a run whose block was left in the ordinary way; rows that someone else has changed are no result."
-    if self.stopped: return self.finish("interrupted")
-    changed = next(filter(None, (ledger.changed() for ledger in self.ledgers.values())), None)
-    self.finish("failed" if changed else "done", changed)
-    if changed: raise ValueError(changed)
 
 @patch
-def finish(self:Run, status: str,  # done, interrupted or failed
-           error: str | None = None):  # one line
+def end(self: Run):
+    "Ends a run whose block was left in the ordinary way; rows that someone else has changed are no result."
+    if self.stopped:
+        return self.finish("interrupted")
+    changed = next(filter(None, (ledger.changed() for ledger in self.ledgers.values())), None)
+    self.finish("failed" if changed else "done", changed)
+    if changed:
+        raise ValueError(changed)
+
+
+@patch
+def finish(
+    self: Run,
+    status: str,  # done, interrupted or failed
+    error: str | None = None,
+):  # one line
     "Writes how the run ended and lets go of its folder."
     try:
-        if not (self.folder/"run.json").exists():
-            raise FileNotFoundError(f"{self.folder}/run.json was deleted or moved while the run was at work; "
-                                    "restore it, or start the run anew in another folder")
+        if not (self.folder / "run.json").exists():
+            raise FileNotFoundError(
+                f"{self.folder}/run.json was deleted or moved while the run was at work; "
+                "restore it, or start the run anew in another folder"
+            )
         update_record(self.folder, status=status, ended=current_time(), error=error)
-        (self.folder/"stop").unlink(missing_ok=True)
+        (self.folder / "stop").unlink(missing_ok=True)
     finally:
-        if self.bar: self.bar.close()
+        if self.bar:
+            self.bar.close()
         os.close(self.fd)
         self.fd = None
 
+
 @patch
-def stop_requested(self:Run) -> bool:
+def stop_requested(self: Run) -> bool:
     "True once Ctrl-C, SIGTERM or a file `stop`, here or in an enclosing run, asks for an end; the loop then leaves."
-    if self.asked or any((r.folder/"stop").exists() for r in [self, *active_runs]): self.stopped = True
+    if self.asked or any((r.folder / "stop").exists() for r in [self, *active_runs]):
+        self.stopped = True
     return self.stopped
 
 # %% ../../nbs/runs/run_folder.ipynb #ab25671f
 @patch
-def log(self:Run, row: dict):
+def log(self: Run, row: dict):
     "Appends the metrics of one step."
     ledger = self.ledgers["metrics.jsonl"]
     if ledger.last_step is not None and row["step"] <= ledger.last_step:
-        raise ValueError(f"step {row['step']} is already in {ledger.path}; call truncate_after first")
+        raise ValueError(
+            f"step {row['step']} is already in {ledger.path}; call truncate_after first"
+        )
     ledger.append([row])
 
+
 @patch
-def record(self:Run, rollouts: list[dict]):
+def record(self: Run, rollouts: list[dict]):
     "Appends the rollouts of one step."
     self.ledgers["rollouts.jsonl"].append(rollouts)
 
+
 @patch
-def truncate_after(self:Run, step: int):
+def truncate_after(self: Run, step: int):
     "Drops the rows of later steps."
     for ledger in self.ledgers.values():
-        if not ledger.path.exists(): continue
+        if not ledger.path.exists():
+            continue
         write_jsonl(ledger.path, [r for r in read_jsonl(ledger.path) if r["step"] <= step])
         ledger.read()
 
+
 @patch
-def marks(self:Run) -> dict:  # {file: what `Ledger.mark` gives}
+def marks(self: Run) -> dict:  # {file: what `Ledger.mark` gives}
     "What the files of rows hold now, for a checkpoint to remember."
     return {name: ledger.mark() for name, ledger in self.ledgers.items()}
 
+
 @patch
-def rewind(self:Run) -> Path | None:  # the checkpoint's folder; None: from the start
+def rewind(self: Run) -> Path | None:  # the checkpoint's folder; None: from the start
     "Goes back to the newest checkpoint that can be gone on from; rows that were logged after it are dropped."
     checkpoint = find_resumable_checkpoint(self.folder)
-    marks = read_manifest(checkpoint).get("rows") if checkpoint else dict.fromkeys(ROW_FILES, dict(bytes=0))
-    if not marks: self.truncate_after(step_of(checkpoint)) # an older version's
+    marks = (
+        read_manifest(checkpoint).get("rows")
+        if checkpoint
+        else dict.fromkeys(ROW_FILES, dict(bytes=0))
+    )
+    if not marks:
+        self.truncate_after(step_of(checkpoint))  # an older version's
     for name, ledger in self.ledgers.items():
         if marks and ledger.bytes > marks[name]["bytes"]:
             truncate(ledger.path, marks[name]["bytes"])
             ledger.read()
     return checkpoint
 
-@patch
-def results(self:Run, values: dict):
-    "Writes what came out."
-    write_json(self.folder/"results.json", values)
 
 @patch
-def progress(self:Run, stage: str, i: int, n: int,
-             note: str = ""):  # a few words beside the bar
+def results(self: Run, values: dict):
+    "Writes what came out."
+    write_json(self.folder / "results.json", values)
+
+
+@patch
+def progress(self: Run, stage: str, i: int, n: int, note: str = ""):  # a few words beside the bar
     "Says how far a stage is; written at most five times a second."
-    if stage == self.stage and i < n and time.monotonic() - self.told < 0.2: return
+    if stage == self.stage and i < n and time.monotonic() - self.told < 0.2:
+        return
     self.stage, self.told = stage, time.monotonic()
-    write_json(self.folder/"progress.json", dict(stage=stage, i=i, n=n, note=note, time=current_time()), safe=False)
-    if self.bar: self.bar.show(stage, i, n, note)
+    write_json(
+        self.folder / "progress.json",
+        dict(stage=stage, i=i, n=n, note=note, time=current_time()),
+        safe=False,
+    )
+    if self.bar:
+        self.bar.show(stage, i, n, note)
 
 # %% ../../nbs/runs/run_folder.ipynb #961002fc
 @patch
-def metrics(self:Run) -> list[dict]:
+def metrics(self: Run) -> list[dict]:
     "The rows so far."
-    return read_jsonl(self.folder/"metrics.jsonl") if (self.folder/"metrics.jsonl").exists() else []
+    return (
+        read_jsonl(self.folder / "metrics.jsonl")
+        if (self.folder / "metrics.jsonl").exists()
+        else []
+    )
+
 
 @patch
-def rollouts(self:Run) -> list[dict]:
+def rollouts(self: Run) -> list[dict]:
     "The rollouts so far."
-    return read_jsonl(self.folder/"rollouts.jsonl") if (self.folder/"rollouts.jsonl").exists() else []
+    return (
+        read_jsonl(self.folder / "rollouts.jsonl")
+        if (self.folder / "rollouts.jsonl").exists()
+        else []
+    )
+
 
 @patch(as_prop=True)
-def info(self:Run) -> dict:
+def info(self: Run) -> dict:
     "The record, `run.json`."
-    return read_json(self.folder/"run.json")
+    return read_json(self.folder / "run.json")
+
 
 @patch(as_prop=True)
-def status(self:Run) -> str:
+def status(self: Run) -> str:
     "running, done, interrupted or failed"
     return run_status(self.folder)

@@ -14,35 +14,47 @@ import sys
 # %% ../../nbs/runs/signals.ipynb #acc2a11e
 active_runs = []
 
+
 def on_signal(number, frame):
     "Asks all active runs to stop; asked again, Ctrl-C interrupts and SIGTERM ends the process."
     again = all(r.asked for r in active_runs)
-    for r in active_runs: r.asked = True
-    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ: return # torchrun hands each on, and kills in the end
+    for r in active_runs:
+        r.asked = True
+    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+        return  # torchrun hands each on, and kills in the end
     if again and number == signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    if again: raise KeyboardInterrupt
+    if again:
+        raise KeyboardInterrupt
+
 
 def answer_once(number: int):
     "Leaves the next signal of this kind to Python, and those after it to the operating system, which ends the process."
     libc = ctypes.CDLL(None)
-    try: install_once = libc.sysv_signal # glibc's: the handler is taken out as it is called
-    except AttributeError: return # elsewhere a second one is heard as soon as Python's own code runs
+    try:
+        install_once = libc.sysv_signal  # glibc's: the handler is taken out as it is called
+    except AttributeError:
+        return  # elsewhere a second one is heard as soon as Python's own code runs
     libc.signal.restype = ctypes.c_void_p
     install_once.restype = ctypes.c_void_p
     install_once.argtypes = libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     python_handler = libc.signal(number, None)
     install_once(number, python_handler)
 
+
 def listen_for_signals() -> dict:  # {signal: its handler before}
     "Hears Ctrl-C and SIGTERM from now on."
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    if "TORCHELASTIC_RUN_ID" not in os.environ: answer_once(signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        answer_once(signal.SIGTERM)
     return before
+
 
 def die_with_parent(parent: int):  # process number of who started this one
     "From now on the operating system kills this process when its parent ends, however that ends (Linux)."
-    if not sys.platform.startswith("linux"): return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
-    if os.getppid() != parent: os.kill(os.getpid(), signal.SIGKILL) # it had ended already
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)  # it had ended already

@@ -40,83 +40,124 @@ class _Record(BaseModel):
     resumed: list[dict] = []
     error: str | None = None
 
+
 def read_record(folder: Path) -> dict:
     "What `run.json` says; a ValueError names the field that cannot be right."
-    path = Path(folder)/"run.json"
-    try: return _Record.model_validate(read_json(path)).model_dump()
+    path = Path(folder) / "run.json"
+    try:
+        return _Record.model_validate(read_json(path)).model_dump()
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, first["loc"]))
         what = f'field "{field}": {first["msg"]}' if field else "it is no JSON object"
-        raise ValueError(f"{path} is no record of a run ({what}); restore it or remove the run") from None
+        raise ValueError(
+            f"{path} is no record of a run ({what}); restore it or remove the run"
+        ) from None
+
 
 def read_results(folder: Path) -> dict:  # empty when there are none yet
     "What `results.json` says."
-    path = Path(folder)/"results.json"
+    path = Path(folder) / "results.json"
     results = read_json(path) if path.exists() else {}
-    if isinstance(results, dict): return results
-    raise ValueError(f"{path} is no JSON object; remove it, it is written again when the run is resumed")
+    if isinstance(results, dict):
+        return results
+    raise ValueError(
+        f"{path} is no JSON object; remove it, it is written again when the run is resumed"
+    )
 
 # %% ../../nbs/runs/status.ipynb #67056d7a
-def lock_folder(folder: Path,
-         name: str = ".lock",  # a folder may have several locks
-         tries: int = 5) -> int | None:  # → an open file that holds the lock until closed; None when another holds it
+def lock_folder(
+    folder: Path,
+    name: str = ".lock",  # a folder may have several locks
+    tries: int = 5,
+) -> int | None:  # → an open file that holds the lock until closed; None when another holds it
     "Takes a folder's lock."
-    fd = os.open(Path(folder)/name, os.O_RDONLY | os.O_CREAT, 0o666)
-    for _ in range(tries):      # someone asking for the status holds it for an instant
+    fd = os.open(Path(folder) / name, os.O_RDONLY | os.O_CREAT, 0o666)
+    for _ in range(tries):  # someone asking for the status holds it for an instant
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return fd
-        except BlockingIOError: time.sleep(0.05)
+        except BlockingIOError:
+            time.sleep(0.05)
     os.close(fd)
 
 # %% ../../nbs/runs/status.ipynb #6b18d7f9
-STALE_SECONDS = 600     # seconds without a sign of life after which a run on another machine counts as dead
+STALE_SECONDS = (
+    600  # seconds without a sign of life after which a run on another machine counts as dead
+)
+
 
 def last_heartbeat(folder: Path) -> float:  # seconds since 1970
     "The last time the run wrote anything: its heartbeat."
     found = [0.0]
     for name in "run.json", "progress.json", "metrics.jsonl":
-        with suppress(FileNotFoundError): found.append((Path(folder)/name).stat().st_mtime)
+        with suppress(FileNotFoundError):
+            found.append((Path(folder) / name).stat().st_mtime)
     return max(found)
+
 
 def run_status(folder: Path) -> str:  # running, done, interrupted or failed
     "What has become of a run: a record that says running while its process is gone reads failed."
     info = read_record(folder)
-    if info["status"] != "running": return info["status"]
-    if info["host"] != socket.gethostname(): return "running" if time.time() - last_heartbeat(folder) < STALE_SECONDS else "failed"
+    if info["status"] != "running":
+        return info["status"]
+    if info["host"] != socket.gethostname():
+        return "running" if time.time() - last_heartbeat(folder) < STALE_SECONDS else "failed"
     fd = lock_folder(folder, tries=1)
-    if fd is None: return "running"
+    if fd is None:
+        return "running"
     os.close(fd)
-    now = read_record(folder)["status"]     # it may have ended between the look at its record and at its lock
+    now = read_record(folder)[
+        "status"
+    ]  # it may have ended between the look at its record and at its lock
     return "failed" if now == "running" else now
 
 # %% ../../nbs/runs/status.ipynb #b31280dd
 PACKAGES = "dr2seg_lib", "torch", "transformers", "peft", "accelerate", "sam2", "numpy", "papermill"
 
+
 def package_versions() -> dict[str, str]:
     "Python's version and those of the packages a result depends on."
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass     # sam2, say, is optional
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass  # sam2, say, is optional
     return found
 
-def git_revision() -> str | None:  # hash, with `-dirty` when files differ from it; None outside a checkout
+
+def git_revision() -> (
+    str | None
+):  # hash, with `-dirty` when files differ from it; None outside a checkout
     "The revision of the code that is running."
-    def git(*args): return subprocess.run(["git", *args], cwd=Path(dr2seg_lib.__file__).parent, capture_output=True, text=True)
-    try: head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError: return None     # no git on this machine
-    if head.returncode: return None
+
+    def git(*args):
+        return subprocess.run(
+            ["git", *args], cwd=Path(dr2seg_lib.__file__).parent, capture_output=True, text=True
+        )
+
+    try:
+        head, changes = (
+            git("rev-parse", "HEAD"),
+            git("status", "--porcelain", "--untracked-files=no"),
+        )
+    except FileNotFoundError:
+        return None  # no git on this machine
+    if head.returncode:
+        return None
     return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 # %% ../../nbs/runs/status.ipynb #e95fffa7
 class ProgressBar:
     "One progress bar, redrawn in place, for all stages of a run."
+
     format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
     def __init__(self):
-        width, height = shutil.get_terminal_size() if sys.stderr.isatty() else (None, None)   # never 0, as a pty may say
+        width, height = (
+            shutil.get_terminal_size() if sys.stderr.isatty() else (None, None)
+        )  # never 0, as a pty may say
         self.bar = tqdm(desc="starting", total=1, bar_format=self.format, ncols=width, nrows=height)
 
     def show(self, stage: str, i: int, n: int, note: str = "", **_):
@@ -125,12 +166,13 @@ class ProgressBar:
         if (stage, n) != (bar.desc.removesuffix(": "), bar.total):
             bar.set_description(stage, refresh=False)
             bar.reset(total=n)
-            bar.initial = bar.n = i     # so that the time left is right after a resume
+            bar.initial = bar.n = i  # so that the time left is right after a resume
         bar.n = i
         bar.set_postfix_str(note, refresh=False)
         bar.refresh()
 
-    def close(self): self.bar.close()
+    def close(self):
+        self.bar.close()
 
 # %% ../../nbs/runs/status.ipynb #715e3f33
 class _Progress(BaseModel):
@@ -141,27 +183,40 @@ class _Progress(BaseModel):
     note: str = ""
     time: str = ""
 
-def _progress(path: Path) -> dict | None:  # None when it cannot be read: this file is not forced to the disk
-    try: return _Progress.model_validate(read_json(path)).model_dump()
-    except (OSError, ValueError): return None
+
+def _progress(
+    path: Path,
+) -> dict | None:  # None when it cannot be read: this file is not forced to the disk
+    try:
+        return _Progress.model_validate(read_json(path)).model_dump()
+    except (OSError, ValueError):
+        return None
+
 
 def _is_running(folder: Path) -> bool:
-    try: return read_record(folder)["status"] == "running"
-    except (OSError, ValueError): return False
+    try:
+        return read_record(folder)["status"] == "running"
+    except (OSError, ValueError):
+        return False
+
 
 def read_progress(folder: Path) -> dict | None:  # stage, i, n, note, time
     "How far a run is. The note of a run that holds others tells which of them are busy, and with what."
-    own = _progress(Path(folder)/"progress.json")
-    if own is None: return None
+    own = _progress(Path(folder) / "progress.json")
+    if own is None:
+        return None
     busy = []
     for path in sorted(Path(folder).glob("*/progress.json")):
         inner = _progress(path) if _is_running(path.parent) else None
-        if inner: busy.append("{} {stage} {i}/{n}".format(path.parent.name, **inner))
+        if inner:
+            busy.append("{} {stage} {i}/{n}".format(path.parent.name, **inner))
     return own | ({"note": " · ".join(busy)} if busy else {})
 
 # %% ../../nbs/runs/status.ipynb #b0c3ad05
-def current_time() -> str: return datetime.now().astimezone().isoformat(timespec="seconds")
+def current_time() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
 
 def update_record(folder: Path, **changes):
     "Changes fields of a run's record."
-    write_json(Path(folder)/"run.json", read_record(folder) | changes)
+    write_json(Path(folder) / "run.json", read_record(folder) | changes)

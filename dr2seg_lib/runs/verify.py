@@ -18,7 +18,9 @@ from .checkpoints import verify_checkpoint
 from .status import read_record
 
 # %% ../../nbs/runs/verify.ipynb #184c0643
-def validate_model(name: str, field: str = "model") -> str: # field: the parameter that a complaint names
+def validate_model(
+    name: str, field: str = "model"
+) -> str:  # field: the parameter that a complaint names
     "A model that can be there: the embedded one, a whole folder, or a name of the hub."
     if name == "embedded":
         return name
@@ -26,31 +28,42 @@ def validate_model(name: str, field: str = "model") -> str: # field: the paramet
         raise ValueError(f"{field} {name} is not whole ({wrong}); fetch it again")
     if os.path.isdir(name) or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name
-    raise ValueError(f"{field} '{brief_text(name)}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
+    raise ValueError(
+        f"{field} '{brief_text(name)}' is unknown; use embedded, a local folder or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
+    )
+
 
 PEFT = "adapter_config.json", "adapter_model.safetensors"
 
-def validate_adapter(name: str) -> str: # "" for none
+
+def validate_adapter(name: str) -> str:  # "" for none
     "A checkpoint folder of `train`, or any adapter that peft has saved."
     if not name:
         return name
     if not os.path.exists(name):
-        raise ValueError(f"adapter {brief_text(name)} does not exist; name a checkpoint such as runs/x/checkpoints/step-000060")
+        raise ValueError(
+            f"adapter {brief_text(name)} does not exist; name a checkpoint such as runs/x/checkpoints/step-000060"
+        )
     folder = Path(name)
-    if not (folder / "weights.safetensors").is_file() and not all((folder / f).is_file() for f in PEFT):
-        newest = max((folder / "checkpoints").glob("step-*"), default="runs/x/checkpoints/step-000060")
+    if not (folder / "weights.safetensors").is_file() and not all(
+        (folder / f).is_file() for f in PEFT
+    ):
+        newest = max(
+            (folder / "checkpoints").glob("step-*"), default="runs/x/checkpoints/step-000060"
+        )
         raise ValueError(f"adapter {name} holds no adapter; name a checkpoint such as {newest}")
     if wrong := _damage(folder):
         raise ValueError(f"adapter {name} is damaged ({wrong}); name another checkpoint")
     return name
 
-def _damage(folder: Path) -> str | None: # in words
+
+def _damage(folder: Path) -> str | None:  # in words
     if (folder / "manifest.json").is_file():
         return verify_checkpoint(folder)
     return next(filter(None, map(find_truncation, folder.glob("*.safetensors"))), None)
 
 # %% ../../nbs/runs/verify.ipynb #d4341417
-def find_run_of(adapter: str) -> Path | None: # None: it lies in no run
+def find_run_of(adapter: str) -> Path | None:  # None: it lies in no run
     "The folder of the run that a checkpoint belongs to, by where it lies."
     checkpoints = Path(os.path.abspath(adapter)).parent
     if checkpoints.name != "checkpoints":
@@ -58,7 +71,8 @@ def find_run_of(adapter: str) -> Path | None: # None: it lies in no run
     parts = Path(adapter).parts
     return Path(adapter).parents[1] if len(parts) > 2 and ".." not in parts else checkpoints.parent
 
-def recorded_parameters(run: Path) -> dict: # those of INHERITED that it records
+
+def recorded_parameters(run: Path) -> dict:  # those of INHERITED that it records
     "What a run was trained with, checked as if it were typed."
     recorded = read_record(run)["parameters"]
     found = without_unsaid({n: recorded[n] for n in INHERITED if n in recorded})
@@ -67,10 +81,17 @@ def recorded_parameters(run: Path) -> dict: # those of INHERITED that it records
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{run / 'run.json'}: {field} cannot be {brief_text(repr(first['input']))}") from None
+        raise ValueError(
+            f"{run / 'run.json'}: {field} cannot be {brief_text(repr(first['input']))}"
+        ) from None
     return found
 
-def inherit(given: dict) -> tuple[dict, str]: # parameters without what is left out; a sentence, "" where nothing is to say
+
+def inherit(
+    given: dict,
+) -> tuple[
+    dict, str
+]:  # parameters without what is left out; a sentence, "" where nothing is to say
     "The given parameters with those of the adapter's run, and where they are from."
     given = without_unsaid(given)
     left, adapter = [n for n in INHERITED if n not in given], given.get("adapter")
@@ -79,12 +100,17 @@ def inherit(given: dict) -> tuple[dict, str]: # parameters without what is left 
     validate_adapter(adapter)
     run = find_run_of(adapter)
     if run is None:
-        return given, f"adapter {adapter} lies in no run; the defaults hold where nothing is given ({', '.join(left)})"
+        return (
+            given,
+            f"adapter {adapter} lies in no run; the defaults hold where nothing is given ({', '.join(left)})",
+        )
     try:
         found = recorded_parameters(run)
     except (OSError, ValueError) as e:
         return given, f"{e}; the defaults hold where nothing is given ({', '.join(left)})"
     taken = {n: found[n] for n in left if n in found}
     if taken.get("recipe", "").rpartition(":")[0].endswith(".py"):
-        raise ValueError(f"{run} was trained by code of a file, recipe {brief_text(taken['recipe'])}; look at it, then name it by recipe to run it")
+        raise ValueError(
+            f"{run} was trained by code of a file, recipe {brief_text(taken['recipe'])}; look at it, then name it by recipe to run it"
+        )
     return given | taken, f"from {run}: " + ", ".join(f"{n} {v}" for n, v in taken.items())

@@ -25,29 +25,53 @@ from ..segmenters.base import clip_prompt
 # %% ../../nbs/scorers/clip.ipynb #8fc05f8d
 class Scorer:
     "CLIP: unit vectors of pictures and texts, whose dot product is their similarity."
-    def __init__(self,
-        model:nn.Module, # a model of open_clip
-        preprocess:Callable, # PIL image -> [3,S,S]
-        tokenizer:Callable, # texts -> [N,context] int; one of open_clip's
-        batch:int=64, # at most so many are encoded at once
-        keep:int=8192, # so many vectors are remembered
-    ):
-        self.model, self.preprocess, self.tokenizer, self.batch, self.keep = model.float().eval(), preprocess, tokenizer, batch, keep
-        self.context, self.device, self._kept = tokenizer.context_length, next(model.parameters()).device, {}
 
-    def images(self,
-        images:list, # of [H,W,3] uint8, any sizes
-    )->Tensor: # [N,D] float32 on the CPU
+    def __init__(
+        self,
+        model: nn.Module,  # a model of open_clip
+        preprocess: Callable,  # PIL image -> [3,S,S]
+        tokenizer: Callable,  # texts -> [N,context] int; one of open_clip's
+        batch: int = 64,  # at most so many are encoded at once
+        keep: int = 8192,  # so many vectors are remembered
+    ):
+        self.model, self.preprocess, self.tokenizer, self.batch, self.keep = (
+            model.float().eval(),
+            preprocess,
+            tokenizer,
+            batch,
+            keep,
+        )
+        self.context, self.device, self._kept = (
+            tokenizer.context_length,
+            next(model.parameters()).device,
+            {},
+        )
+
+    def images(
+        self,
+        images: list,  # of [H,W,3] uint8, any sizes
+    ) -> Tensor:  # [N,D] float32 on the CPU
         "Unit vectors of pictures."
         key = lambda a: (a.shape, hashlib.blake2b(np.ascontiguousarray(a), digest_size=16).digest())
-        pixels = lambda some: torch.stack([self.preprocess(Image.fromarray(a)) for a in some]).to(self.device)
-        return self._encoded(images, key, lambda some: self.model.encode_image(pixels(some), normalize=True))
+        pixels = lambda some: torch.stack([self.preprocess(Image.fromarray(a)) for a in some]).to(
+            self.device
+        )
+        return self._encoded(
+            images, key, lambda some: self.model.encode_image(pixels(some), normalize=True)
+        )
 
-    def texts(self,
-        texts:list, # of str; what is beyond the context is cut off
-    )->Tensor: # [N,D] float32 on the CPU
+    def texts(
+        self,
+        texts: list,  # of str; what is beyond the context is cut off
+    ) -> Tensor:  # [N,D] float32 on the CPU
         "Unit vectors of texts."
-        return self._encoded(texts, str, lambda some: self.model.encode_text(self.tokenizer(list(some)).to(self.device), normalize=True))
+        return self._encoded(
+            texts,
+            str,
+            lambda some: self.model.encode_text(
+                self.tokenizer(list(some)).to(self.device), normalize=True
+            ),
+        )
 
     @torch.no_grad()
     def _encoded(self, items, key, encode):
@@ -55,88 +79,142 @@ class Scorer:
         found = {k: self._kept[k] for k in keys if k in self._kept}
         new = list({k: x for k, x in zip(keys, items) if k not in found}.items())
         for i in range(0, len(new), self.batch):
-            some, things = zip(*new[i:i+self.batch])
+            some, things = zip(*new[i : i + self.batch])
             found |= zip(some, encode(things).float().cpu())
         self._kept |= found
-        for k in list(self._kept)[:-self.keep]: del self._kept[k] # the oldest
+        for k in list(self._kept)[: -self.keep]:
+            del self._kept[k]  # the oldest
         return torch.stack([found[k] for k in keys]) if keys else torch.empty(0, 0)
 
-    def _ids(self, text): # without start and end
+    def _ids(self, text):  # without start and end
         t = self.tokenizer
-        return t.encode(text) if isinstance(t, SimpleTokenizer) else t.tokenizer(t.clean_fn(text), add_special_tokens=False)['input_ids']
+        return (
+            t.encode(text)
+            if isinstance(t, SimpleTokenizer)
+            else t.tokenizer(t.clean_fn(text), add_special_tokens=False)["input_ids"]
+        )
 
-    def tokens(self, text:str)->int:
+    def tokens(self, text: str) -> int:
         "The tokens of a text with its start and end, however many."
         return len(self._ids(text)) + 2
 
-    def windows(self, text:str)->list: # of str
+    def windows(self, text: str) -> list:  # of str
         "The text in pieces that fit the context; a text that fits is its only piece."
         ids, room = self._ids(text), self.context - 2
-        if len(ids) <= room: return [text]
-        decode = getattr(self.tokenizer, 'tokenizer', self.tokenizer).decode
-        return [decode(ids[i:i+room]) for i in range(0, len(ids), room)]
+        if len(ids) <= room:
+            return [text]
+        decode = getattr(self.tokenizer, "tokenizer", self.tokenizer).decode
+        return [decode(ids[i : i + room]) for i in range(0, len(ids), room)]
 
 # %% ../../nbs/scorers/clip.ipynb #84e03275
 def target_crop(
-    image:np.ndarray, # [H,W,3] uint8
-    targets:list, # of Target, in pixels of that image
-)->np.ndarray: # [h,w,3] uint8, at least one pixel
+    image: np.ndarray,  # [H,W,3] uint8
+    targets: list,  # of Target, in pixels of that image
+) -> np.ndarray:  # [h,w,3] uint8, at least one pixel
     "The crop at the box around all targets (DPAD's ROI)."
-    if not targets: return image
+    if not targets:
+        return image
     boxes = np.array([clip_prompt(t, image.shape[1::-1])[0] for t in targets])
     (x1, y1), (x2, y2) = boxes[:, :2].min(0).astype(int), boxes[:, 2:].max(0).astype(int)
-    return image[y1:y2 + 1, x1:x2 + 1]
+    return image[y1 : y2 + 1, x1 : x2 + 1]
 
 # %% ../../nbs/scorers/clip.ipynb #7d6d48eb
 class Similarity(NamedTuple):
     "Cosine of texts with their sample's region and whole picture, and the texts' length."
-    s1: Tensor # [B,n], with the region
-    s2: Tensor # [B,n], with the whole picture
-    tokens: Tensor # [B,n] int, start and end included; 0 for a missing text
+
+    s1: Tensor  # [B,n], with the region
+    s2: Tensor  # [B,n], with the whole picture
+    tokens: Tensor  # [B,n] int, start and end included; 0 for a missing text
+
 
 def similarities(
-    scorer:Scorer,
-    samples:list, # B Sample
-    texts:list, # B lists of n texts; None or '' where there is none
-)->Similarity: # each [B,n]
+    scorer: Scorer,
+    samples: list,  # B Sample
+    texts: list,  # B lists of n texts; None or '' where there is none
+) -> Similarity:  # each [B,n]
     "s1 and s2 of DPAD for every text of every sample; never raises on any text or box."
-    whole, roi = scorer.images([s.image for s in samples] + [target_crop(s.image, s.targets) for s in samples]).chunk(2) # [B,D] each
+    whole, roi = scorer.images(
+        [s.image for s in samples] + [target_crop(s.image, s.targets) for s in samples]
+    ).chunk(2)  # [B,D] each
     pieces = {t: scorer.windows(t) for row in texts for t in row if t}
-    vectors = dict(zip(pieces, scorer.texts([p for ps in pieces.values() for p in ps]).split([len(ps) for ps in pieces.values()]))) if pieces else {}
+    vectors = (
+        dict(
+            zip(
+                pieces,
+                scorer.texts([p for ps in pieces.values() for p in ps]).split(
+                    [len(ps) for ps in pieces.values()]
+                ),
+            )
+        )
+        if pieces
+        else {}
+    )
     none = torch.zeros(1, whole.shape[1])
-    said = torch.stack([torch.stack([vectors.get(t, none).mean(0) for t in row]) for row in texts]) # [B,n,D]
+    said = torch.stack(
+        [torch.stack([vectors.get(t, none).mean(0) for t in row]) for row in texts]
+    )  # [B,n,D]
     cosine = lambda pictures: (said * pictures[:, None]).sum(-1)
-    return Similarity(cosine(roi), cosine(whole), torch.tensor([[scorer.tokens(t) if t else 0 for t in row] for row in texts]))
+    return Similarity(
+        cosine(roi),
+        cosine(whole),
+        torch.tensor([[scorer.tokens(t) if t else 0 for t in row] for row in texts]),
+    )
 
 # %% ../../nbs/scorers/clip.ipynb #142d822e
-EMBEDDED_CLIP = Path(dr2seg_lib.__file__).parent/'weights'/'scorer'
-SCORER_FILES = 'open_clip_config.json', 'open_clip_model.safetensors' # open_clip's names for a model in a folder
-MERGES = 'merges.txt.gz' # of the folder's own tokenizer, in the format of CLIP's
+EMBEDDED_CLIP = Path(dr2seg_lib.__file__).parent / "weights" / "scorer"
+SCORER_FILES = (
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+)  # open_clip's names for a model in a folder
+MERGES = "merges.txt.gz"  # of the folder's own tokenizer, in the format of CLIP's
 
-def _checked(name): # open_clip's model name, its `pretrained`
-    model, _, weights = name.partition(':')
-    if name == 'embedded' or name and Path(name).is_dir():
-        folder = EMBEDDED_CLIP if name == 'embedded' else Path(name)
+
+def _checked(name):  # open_clip's model name, its `pretrained`
+    model, _, weights = name.partition(":")
+    if name == "embedded" or name and Path(name).is_dir():
+        folder = EMBEDDED_CLIP if name == "embedded" else Path(name)
         for file in SCORER_FILES:
-            if not (folder/file).is_file(): raise FileNotFoundError(f"{folder/file} is missing: make the scorer's weights with nbs/experiments/warmstart_scorer.ipynb, or install the package again.")
-        return f'local-dir:{folder}', None
-    if name.startswith('hf-hub:') and weights: return name, None
+            if not (folder / file).is_file():
+                raise FileNotFoundError(
+                    f"{folder / file} is missing: make the scorer's weights with nbs/experiments/warmstart_scorer.ipynb, or install the package again."
+                )
+        return f"local-dir:{folder}", None
+    if name.startswith("hf-hub:") and weights:
+        return name, None
     if model not in open_clip.list_models() or not weights:
-        raise ValueError(f"scorer: '{name}' is not known; use embedded, a model and weights of open_clip such as ViT-B-32:openai, MODEL:PATH for a checkpoint, or a folder with {' and '.join(SCORER_FILES)}.")
+        raise ValueError(
+            f"scorer: '{name}' is not known; use embedded, a model and weights of open_clip such as ViT-B-32:openai, MODEL:PATH for a checkpoint, or a folder with {' and '.join(SCORER_FILES)}."
+        )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not open_clip.get_pretrained_cfg(model, weights) and not Path(weights).is_file():
-        raise FileNotFoundError(f"scorer: '{name}' names neither a checkpoint that exists nor weights that open_clip knows of {model}" + (f": {', '.join(tags[:4])}{' …'*(len(tags) > 4)}." if tags else '.'))
+        raise FileNotFoundError(
+            f"scorer: '{name}' names neither a checkpoint that exists nor weights that open_clip knows of {model}"
+            + (f": {', '.join(tags[:4])}{' …' * (len(tags) > 4)}." if tags else ".")
+        )
     return model, weights
 
+
 def load_scorer(
-    name:str='embedded', # "embedded", "MODEL:TAG", "MODEL:PATH", "hf-hub:…" or a folder
-    device:str|None=None, # "cpu" or "cuda"; the GPU where there is one
-)->Scorer:
+    name: str = "embedded",  # "embedded", "MODEL:TAG", "MODEL:PATH", "hf-hub:…" or a folder
+    device: str | None = None,  # "cpu" or "cuda"; the GPU where there is one
+) -> Scorer:
     "The scorer of a name."
-    device, (model, weights) = device or ('cuda' if torch.cuda.is_available() else 'cpu'), _checked(name)
-    folder = Path(model.removeprefix('local-dir:'))
-    own = dict(bpe_path=str(folder/MERGES)) if (folder/MERGES).is_file() else {}
-    quick = dict(force_quick_gelu=True) if weights and open_clip.get_pretrained_cfg(model, weights).get('quick_gelu') else {}
-    with naming_load_errors(f"scorer: the weights of '{name}'", 'use a whole checkpoint of that very model, or embedded.'):
-        clip, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=weights, device=device, require_pretrained=True, **quick)
+    device, (model, weights) = (
+        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        _checked(name),
+    )
+    folder = Path(model.removeprefix("local-dir:"))
+    own = dict(bpe_path=str(folder / MERGES)) if (folder / MERGES).is_file() else {}
+    quick = (
+        dict(force_quick_gelu=True)
+        if weights and open_clip.get_pretrained_cfg(model, weights).get("quick_gelu")
+        else {}
+    )
+    with naming_load_errors(
+        f"scorer: the weights of '{name}'",
+        "use a whole checkpoint of that very model, or embedded.",
+    ):
+        clip, _, preprocess = open_clip.create_model_and_transforms(
+            model, pretrained=weights, device=device, require_pretrained=True, **quick
+        )
         return Scorer(clip, preprocess, open_clip.get_tokenizer(model, **own))

@@ -14,29 +14,35 @@ import numpy as np
 from ..data.samples import Target
 
 # %% ../../nbs/segmenters/base.ipynb #f9eaeb31
-warnings.filterwarnings('ignore', message='.*torch.jit.script. is deprecated', category=FutureWarning) # sam2's transforms
+warnings.filterwarnings(
+    "ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning
+)  # sam2's transforms
 
 # %% ../../nbs/segmenters/base.ipynb #c3c1a96f
 class Segmenter(ABC):
     "Turns boxes and points, or words, into masks."
-    by_phrase = False # whether an answer prompts it with its words, rather than with its boxes and points
+
+    by_phrase = (
+        False  # whether an answer prompts it with its words, rather than with its boxes and points
+    )
 
     @abstractmethod
-    def masks(self,
-        image:np.ndarray, # [H,W,3] uint8, the original image
-        prompts:list, # of Target, in pixels of that image; or, by phrase, of str
-    )->list: # of [H,W] bool, one per prompt
+    def masks(
+        self,
+        image: np.ndarray,  # [H,W,3] uint8, the original image
+        prompts: list,  # of Target, in pixels of that image; or, by phrase, of str
+    ) -> list:  # of [H,W] bool, one per prompt
         "One mask per prompt."
 
-    def segment(self, image:np.ndarray, prompts:list)->np.ndarray: # [H,W] bool
+    def segment(self, image: np.ndarray, prompts: list) -> np.ndarray:  # [H,W] bool
         "The union of the prompts' masks; empty without prompts."
         return np.any([np.zeros(image.shape[:2], dtype=bool), *self.masks(image, prompts)], axis=0)
 
 # %% ../../nbs/segmenters/base.ipynb #49385325
 def clip_prompt(
-    target:Target, # coordinates of any kind
-    size:tuple, # (W,H), pixels
-)->tuple: # (x1,y1,x2,y2), (x,y)
+    target: Target,  # coordinates of any kind
+    size: tuple,  # (W,H), pixels
+) -> tuple:  # (x1,y1,x2,y2), (x,y)
     "Box and point of a target, corners in order, cut to the image."
     cut = lambda v, n: min(max(0, v), n - 1)
     (w, h), (a, b, c, d), (x, y) = size, target.box, target.point

@@ -14,7 +14,8 @@ from .base import Segmenter, clip_prompt
 # %% ../../nbs/segmenters/grabcut.ipynb #7ca570b7
 class GrabCutSegmenter(Segmenter):
     "OpenCV's GrabCut, started from box and point; needs no weights."
-    def masks(self, image:np.ndarray, targets:list)->list: # of [H,W] bool
+
+    def masks(self, image: np.ndarray, targets: list) -> list:  # of [H,W] bool
         "The foreground of each object's box, or the box itself where the cut finds nothing."
         return [self._cut(image, *clip_prompt(t, image.shape[1::-1])) for t in targets]
 
@@ -22,14 +23,25 @@ class GrabCutSegmenter(Segmenter):
         h, w = image.shape[:2]
         x1, y1, x2, y2 = (int(v) for v in box)
         dx, dy = (x2 - x1) // 2 + 8, (y2 - y1) // 2 + 8
-        near = np.s_[max(0, y1-dy):y2+dy+1, max(0, x1-dx):x2+dx+1]
+        near = np.s_[max(0, y1 - dy) : y2 + dy + 1, max(0, x1 - dx) : x2 + dx + 1]
         inside, seed = np.zeros((2, h, w), dtype=np.uint8)
-        inside[y1:y2+1, x1:x2+1] = 1
+        inside[y1 : y2 + 1, x1 : x2 + 1] = 1
         seed = cv2.circle(seed, (int(point[0]), int(point[1])), 2, 1, -1) & inside
-        labels = np.where(seed, cv2.GC_FGD, np.where(inside, cv2.GC_PR_FGD, cv2.GC_BGD)).astype(np.uint8)[near]
-        if inside[near].all(): return inside > 0
-        cv2.setRNGSeed(0) # its clustering starts at random
-        cv2.grabCut(np.ascontiguousarray(image[near][..., ::-1]), labels, None, None, None, 5, cv2.GC_INIT_WITH_MASK)
+        labels = np.where(seed, cv2.GC_FGD, np.where(inside, cv2.GC_PR_FGD, cv2.GC_BGD)).astype(
+            np.uint8
+        )[near]
+        if inside[near].all():
+            return inside > 0
+        cv2.setRNGSeed(0)  # its clustering starts at random
+        cv2.grabCut(
+            np.ascontiguousarray(image[near][..., ::-1]),
+            labels,
+            None,
+            None,
+            None,
+            5,
+            cv2.GC_INIT_WITH_MASK,
+        )
         cut = np.zeros((h, w), dtype=bool)
         cut[near] = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
         return cut if cut.sum() > seed.sum() else inside > 0

@@ -19,24 +19,39 @@ from .sam2 import Sam2Segmenter, load_sam2
 from .sam3 import is_sam3, load_sam3
 
 # %% ../../nbs/segmenters/loading.ipynb #bae9d7cb
-EMBEDDED_SEGMENTER = Path(dr2seg_lib.__file__).parent/'weights'/'segmenter'
+EMBEDDED_SEGMENTER = Path(dr2seg_lib.__file__).parent / "weights" / "segmenter"
+
 
 def load_segmenter(
-    name:str='embedded', # "embedded", "grabcut", a hub id, the path of a checkpoint or of a folder
-    device:str|None=None, # "cpu" or "cuda"; the GPU where there is one
-)->Segmenter:
+    name: str = "embedded",  # "embedded", "grabcut", a hub id, the path of a checkpoint or of a folder
+    device: str | None = None,  # "cpu" or "cuda"; the GPU where there is one
+) -> Segmenter:
     "The segmenter of a name."
-    device, path = device or ('cuda' if torch.cuda.is_available() else 'cpu'), Path(name)
+    device, path = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(name)
     configs = {file: config for config, file in HF_MODEL_ID_TO_FILENAMES.values()}
-    if name == 'grabcut': return GrabCutSegmenter()
-    if is_sam3(name): return load_sam3(name, device)
-    if name == 'embedded': model = load_sam2(EMBEDDED_SEGMENTER)
+    if name == "grabcut":
+        return GrabCutSegmenter()
+    if is_sam3(name):
+        return load_sam3(name, device)
+    if name == "embedded":
+        model = load_sam2(EMBEDDED_SEGMENTER)
     elif name in HF_MODEL_ID_TO_FILENAMES:
-        with naming_load_errors(f'segmenter {name}', "give the path of Meta's checkpoint, or connect to the hub"): model = build_sam2_hf(name, device=device)
-    elif name and path.is_dir(): model = load_sam2(path)
+        with naming_load_errors(
+            f"segmenter {name}", "give the path of Meta's checkpoint, or connect to the hub"
+        ):
+            model = build_sam2_hf(name, device=device)
+    elif name and path.is_dir():
+        model = load_sam2(path)
     elif path.name in configs:
-        if not path.is_file(): raise FileNotFoundError(f"{path} is missing: give the path of a SAM2 checkpoint, or the hub id facebook/{path.stem.replace('_', '-')}.")
-        with naming_load_errors(f'segmenter {path}', "fetch Meta's checkpoint of that name again"): model = build_sam2(configs[path.name], str(path), device=device)
-    else: raise ValueError(f"segmenter: '{name}' is not known; use embedded, grabcut, a hub id such as facebook/sam2.1-hiera-large or facebook/sam3, "
-                           "the path of a Meta checkpoint under its own name, or a folder with config.json and model.safetensors.")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: give the path of a SAM2 checkpoint, or the hub id facebook/{path.stem.replace('_', '-')}."
+            )
+        with naming_load_errors(f"segmenter {path}", "fetch Meta's checkpoint of that name again"):
+            model = build_sam2(configs[path.name], str(path), device=device)
+    else:
+        raise ValueError(
+            f"segmenter: '{name}' is not known; use embedded, grabcut, a hub id such as facebook/sam2.1-hiera-large or facebook/sam3, "
+            "the path of a Meta checkpoint under its own name, or a folder with config.json and model.safetensors."
+        )
     return Sam2Segmenter(model.to(device).eval())

@@ -22,81 +22,135 @@ from .base import Segmenter, clip_prompt
 # %% ../../nbs/segmenters/sam2.ipynb #d678e163
 class Sam2Segmenter(Segmenter):
     "Meta's SAM 2, prompted by box and point."
-    def __init__(self,
-        model:nn.Module, # a `SAM2Base` of any size, ready for inference
+
+    def __init__(
+        self,
+        model: nn.Module,  # a `SAM2Base` of any size, ready for inference
     ):
         self.predictor = SAM2ImagePredictor(model)
         self.predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
 
-    def masks(self, image:np.ndarray, targets:list)->list: # of [H,W] bool
+    def masks(self, image: np.ndarray, targets: list) -> list:  # of [H,W] bool
         "The best-scored of three masks, per object (METHODS §5)."
-        if not targets: return []
+        if not targets:
+            return []
         self.predictor.set_image(image)
         prompts = [clip_prompt(t, image.shape[1::-1]) for t in targets]
-        return [m for i in range(0, len(prompts), 16) for m in self._predict(prompts[i:i+16], image.shape[:2])]
+        return [
+            m
+            for i in range(0, len(prompts), 16)
+            for m in self._predict(prompts[i : i + 16], image.shape[:2])
+        ]
 
     def _predict(self, prompts, hw):
-        boxes, points = (np.array(v, dtype=np.float32) for v in zip(*prompts))      # [N,4] [N,2]
-        masks, scores, _ = self.predictor.predict(points[:, None], np.ones((len(points), 1)), box=boxes, multimask_output=True)
-        return masks.reshape(-1, 3, *hw)[np.arange(len(points)), scores.reshape(-1, 3).argmax(1)] > 0
+        boxes, points = (np.array(v, dtype=np.float32) for v in zip(*prompts))  # [N,4] [N,2]
+        masks, scores, _ = self.predictor.predict(
+            points[:, None], np.ones((len(points), 1)), box=boxes, multimask_output=True
+        )
+        return (
+            masks.reshape(-1, 3, *hw)[np.arange(len(points)), scores.reshape(-1, 3).argmax(1)] > 0
+        )
 
 # %% ../../nbs/segmenters/sam2.ipynb #373261b0
-SAM2_BASE = 'configs/sam2.1/sam2.1_hiera_t.yaml'
-NO_MEMORY = dict(memory_attention='null', memory_encoder='null', num_maskmem=0, use_obj_ptrs_in_encoder=False, add_tpos_enc_to_obj_ptrs=False,
-                 proj_tpos_enc_in_obj_ptrs=False, fixed_no_obj_ptr=False, pred_obj_scores=False, no_obj_embed_spatial=False)
+SAM2_BASE = "configs/sam2.1/sam2.1_hiera_t.yaml"
+NO_MEMORY = dict(
+    memory_attention="null",
+    memory_encoder="null",
+    num_maskmem=0,
+    use_obj_ptrs_in_encoder=False,
+    add_tpos_enc_to_obj_ptrs=False,
+    proj_tpos_enc_in_obj_ptrs=False,
+    fixed_no_obj_ptr=False,
+    pred_obj_scores=False,
+    no_obj_embed_spatial=False,
+)
+
 
 @dataclass(frozen=True)
 class Sam2Size:
     "The sizes by which the small SAM2 differs from `sam2.1_hiera_t`."
-    image_size: int = 224 # side of the model's input, pixels; masks come at a quarter of it
-    embed_dim: int = 32 # channels of Hiera's first stage; doubled by each of the next
-    stages: tuple = (1, 1, 2, 1) # blocks per stage
+
+    image_size: int = 224  # side of the model's input, pixels; masks come at a quarter of it
+    embed_dim: int = 32  # channels of Hiera's first stage; doubled by each of the next
+    stages: tuple = (1, 1, 2, 1)  # blocks per stage
     global_att_blocks: tuple = (3,)
     window_spec: tuple = (8, 4, 14, 7)
-    d_model: int = 128 # channels of neck, prompt encoder and mask decoder
+    d_model: int = 128  # channels of neck, prompt encoder and mask decoder
 
-    def build(self)->nn.Module:
+    def build(self) -> nn.Module:
         "A `SAM2Base` of this size on the CPU, its weights random."
-        trunk, neck = 'image_encoder.trunk.', 'image_encoder.neck.'
-        sizes = NO_MEMORY | {'image_size': self.image_size, trunk+'embed_dim': self.embed_dim, trunk+'stages': list(self.stages),
-            trunk+'global_att_blocks': list(self.global_att_blocks), '+'+trunk+'window_spec': list(self.window_spec), neck+'d_model': self.d_model,
-            neck+'position_encoding.num_pos_feats': self.d_model, neck+'backbone_channel_list': [self.embed_dim*k for k in (8, 4, 2, 1)]}
-        overrides = [f"{'+' * k.startswith('+')}model.{k.lstrip('+')}={v}" for k, v in sizes.items()]
-        return build_sam2(SAM2_BASE, device='cpu', hydra_overrides_extra=overrides, apply_postprocessing=False)
+        trunk, neck = "image_encoder.trunk.", "image_encoder.neck."
+        sizes = NO_MEMORY | {
+            "image_size": self.image_size,
+            trunk + "embed_dim": self.embed_dim,
+            trunk + "stages": list(self.stages),
+            trunk + "global_att_blocks": list(self.global_att_blocks),
+            "+" + trunk + "window_spec": list(self.window_spec),
+            neck + "d_model": self.d_model,
+            neck + "position_encoding.num_pos_feats": self.d_model,
+            neck + "backbone_channel_list": [self.embed_dim * k for k in (8, 4, 2, 1)],
+        }
+        overrides = [
+            f"{'+' * k.startswith('+')}model.{k.lstrip('+')}={v}" for k, v in sizes.items()
+        ]
+        return build_sam2(
+            SAM2_BASE, device="cpu", hydra_overrides_extra=overrides, apply_postprocessing=False
+        )
 
 # %% ../../nbs/segmenters/sam2.ipynb #da6a98e8
 def save_sam2(
-    model:nn.Module, # made by `size.build()`
-    size:Sam2Size,
-    folder:Path, # made if missing; files in it are replaced
-    **training, # what else to write into config.json: steps, seed, …
-)->None:
+    model: nn.Module,  # made by `size.build()`
+    size: Sam2Size,
+    folder: Path,  # made if missing; files in it are replaced
+    **training,  # what else to write into config.json: steps, seed, …
+) -> None:
     "Write a small SAM2: `config.json` and half-precision `model.safetensors`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder/'model.safetensors')
-    (folder/'config.json').write_text(json.dumps(dict(base=SAM2_BASE, size=asdict(size), training=training), indent=1) + '\n')
+    save_file(
+        {k: v.half().contiguous() for k, v in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(
+        json.dumps(dict(base=SAM2_BASE, size=asdict(size), training=training), indent=1) + "\n"
+    )
+
 
 def read_config(
-    folder:Path, # of a model
-)->dict:
+    folder: Path,  # of a model
+) -> dict:
     "What the `config.json` of a folder says."
-    path = Path(folder)/'config.json'
-    try: config = json.loads(path.read_text())
-    except ValueError: config = None
-    if not isinstance(config, dict): raise ValueError(f"segmenter: {path} is no JSON object; restore it from where the model came from.")
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"segmenter: {path} is no JSON object; restore it from where the model came from."
+        )
     return config
 
+
 def load_sam2(
-    folder:Path, # holds config.json and model.safetensors
-)->nn.Module: # `SAM2Base` in float32 on the CPU
+    folder: Path,  # holds config.json and model.safetensors
+) -> nn.Module:  # `SAM2Base` in float32 on the CPU
     "The small SAM2 of a folder."
-    for name in ('config.json', 'model.safetensors'):
-        if not (Path(folder)/name).is_file():
-            raise FileNotFoundError(f"{Path(folder)/name} is missing: make the segmenter's weights with nbs/experiments/warmstart_segmenter.ipynb, or install the package again.")
+    for name in ("config.json", "model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(
+                f"{Path(folder) / name} is missing: make the segmenter's weights with nbs/experiments/warmstart_segmenter.ipynb, or install the package again."
+            )
     config = read_config(folder)
-    if 'size' not in config: raise ValueError(f"segmenter: {Path(folder)/'config.json'} describes {config.get('model_type', 'no model')}; give a folder that `save_sam2` wrote, or one of SAM 3.")
-    with naming_load_errors(f'segmenter {folder}', 'take config.json and model.safetensors of one training'):
-        model = Sam2Size(**config['size']).build()
-        model.load_state_dict({k: v.float() for k, v in load_file(Path(folder)/'model.safetensors').items()})
+    if "size" not in config:
+        raise ValueError(
+            f"segmenter: {Path(folder) / 'config.json'} describes {config.get('model_type', 'no model')}; give a folder that `save_sam2` wrote, or one of SAM 3."
+        )
+    with naming_load_errors(
+        f"segmenter {folder}", "take config.json and model.safetensors of one training"
+    ):
+        model = Sam2Size(**config["size"]).build()
+        model.load_state_dict(
+            {k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()}
+        )
     return model

@@ -24,106 +24,211 @@ from .sam2 import read_config
 
 # %% ../../nbs/segmenters/sam3.ipynb #361dd416
 def repeat_features(
-    seen, # Sam3VisionEncoderOutput of one image
-    n:int, # prompts
-): # Sam3VisionEncoderOutput of n, in the memory of one
+    seen,  # Sam3VisionEncoderOutput of one image
+    n: int,  # prompts
+):  # Sam3VisionEncoderOutput of n, in the memory of one
     "An image's features, for n prompts."
     each = lambda maps: tuple(m.expand(n, -1, -1, -1) for m in maps)
-    return type(seen)(fpn_hidden_states=each(seen.fpn_hidden_states), fpn_position_encoding=each(seen.fpn_position_encoding))
+    return type(seen)(
+        fpn_hidden_states=each(seen.fpn_hidden_states),
+        fpn_position_encoding=each(seen.fpn_position_encoding),
+    )
+
 
 class Sam3Segmenter(Segmenter):
     "Meta's SAM 3, prompted by phrase, or by box."
+
     by_phrase = True
 
-    def __init__(self,
-        model:Sam3Model,
-        processor:Sam3Processor,
-        threshold:float=.3, # score that an instance must exceed
-        batch:int=8, # prompts at once: memory, not mathematics
+    def __init__(
+        self,
+        model: Sam3Model,
+        processor: Sam3Processor,
+        threshold: float = 0.3,  # score that an instance must exceed
+        batch: int = 8,  # prompts at once: memory, not mathematics
     ):
-        self.model, self.processor, self.threshold, self.batch = model.eval(), processor, threshold, batch
+        self.model, self.processor, self.threshold, self.batch = (
+            model.eval(),
+            processor,
+            threshold,
+            batch,
+        )
 
     @torch.no_grad()
-    def masks(self,
-        image:np.ndarray, # [H,W,3] uint8, the original image
-        prompts:list, # of str, or of Target
-    )->list: # of [H,W] bool, one per prompt
+    def masks(
+        self,
+        image: np.ndarray,  # [H,W,3] uint8, the original image
+        prompts: list,  # of str, or of Target
+    ) -> list:  # of [H,W] bool, one per prompt
         "All that a phrase names, as one mask; the one object in a box. The image is encoded once."
-        hw, asked, drawn = image.shape[:2], [p for p in dict.fromkeys(prompts) if not isinstance(p, str) or p.strip()], {}
-        if asked: seen = self.model.get_vision_features(self.processor.image_processor(image, input_data_format='channels_last', return_tensors='pt').pixel_values.to(self.model.device))
+        hw, asked, drawn = (
+            image.shape[:2],
+            [p for p in dict.fromkeys(prompts) if not isinstance(p, str) or p.strip()],
+            {},
+        )
+        if asked:
+            seen = self.model.get_vision_features(
+                self.processor.image_processor(
+                    image, input_data_format="channels_last", return_tensors="pt"
+                ).pixel_values.to(self.model.device)
+            )
         for i in range(0, len(asked), self.batch):
-            some = asked[i:i+self.batch]
-            out = self.model(vision_embeds=repeat_features(seen, len(some)), **self._inputs(some, hw))
+            some = asked[i : i + self.batch]
+            out = self.model(
+                vision_embeds=repeat_features(seen, len(some)), **self._inputs(some, hw)
+            )
             scores = out.pred_logits.sigmoid() * out.presence_logits.sigmoid()
-            drawn |= {p: self._union(p, *found, hw) for p, *found in zip(some, scores, out.pred_masks, out.pred_boxes)}
+            drawn |= {
+                p: self._union(p, *found, hw)
+                for p, *found in zip(some, scores, out.pred_masks, out.pred_boxes)
+            }
         return [drawn[p].copy() if p in drawn else np.zeros(hw, dtype=bool) for p in prompts]
 
-    def _inputs(self, some, hw): # what the model reads of phrases, or of boxes
-        if isinstance(some[0], str): # words that spell a special token are words
+    def _inputs(self, some, hw):  # what the model reads of phrases, or of boxes
+        if isinstance(some[0], str):  # words that spell a special token are words
             longest = self.model.config.text_config.max_position_embeddings
-            found = self.processor.tokenizer(some, padding='max_length', truncation=True, max_length=longest, return_tensors='pt', split_special_tokens=True)
+            found = self.processor.tokenizer(
+                some,
+                padding="max_length",
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+                split_special_tokens=True,
+            )
         else:
-            corners = [np.array(clip_prompt(t, hw[::-1])[0], dtype=float) + (0, 0, 1, 1) for t in some]
-            found = self.processor(text=['visual'] * len(some), input_boxes=[[c.tolist()] for c in corners], original_sizes=[list(hw)] * len(some), return_tensors='pt')
-        return {k: v.to(self.model.device) for k, v in found.items() if k != 'original_sizes'}
+            corners = [
+                np.array(clip_prompt(t, hw[::-1])[0], dtype=float) + (0, 0, 1, 1) for t in some
+            ]
+            found = self.processor(
+                text=["visual"] * len(some),
+                input_boxes=[[c.tolist()] for c in corners],
+                original_sizes=[list(hw)] * len(some),
+                return_tensors="pt",
+            )
+        return {k: v.to(self.model.device) for k, v in found.items() if k != "original_sizes"}
 
-    def _union(self, prompt, scores, masks, boxes, hw): # [Q] [Q,h,w] [Q,4] of one prompt
+    def _union(self, prompt, scores, masks, boxes, hw):  # [Q] [Q,h,w] [Q,4] of one prompt
         kept = (scores > self.threshold).nonzero()[:, 0].cpu().numpy()
-        if isinstance(prompt, Target) and len(kept): # the best box alone
-            kept = kept[[box_iou(boxes[kept].cpu().numpy() * (hw[::-1] * 2), [clip_prompt(prompt, hw[::-1])[0]])[:, 0].argmax()]]
+        if isinstance(prompt, Target) and len(kept):  # the best box alone
+            kept = kept[
+                [
+                    box_iou(
+                        boxes[kept].cpu().numpy() * (hw[::-1] * 2),
+                        [clip_prompt(prompt, hw[::-1])[0]],
+                    )[:, 0].argmax()
+                ]
+            ]
         union = np.zeros(hw, dtype=bool)
-        for m in masks[kept].sigmoid(): union |= (F.interpolate(m[None, None], hw, mode='bilinear')[0, 0] > .5).cpu().numpy()
+        for m in masks[kept].sigmoid():
+            union |= (F.interpolate(m[None, None], hw, mode="bilinear")[0, 0] > 0.5).cpu().numpy()
         return union
 
-    def save(self,
-        folder:Path, # made if missing
-    )->None:
+    def save(
+        self,
+        folder: Path,  # made if missing
+    ) -> None:
         "Write model and processor in the layout of transformers."
-        self.model.save_pretrained(folder); self.processor.save_pretrained(folder)
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 # %% ../../nbs/segmenters/sam3.ipynb #cbf91b7b
-SAM3_TYPES = 'sam3', 'sam3_video'
+SAM3_TYPES = "sam3", "sam3_video"
+
 
 def is_sam3(
-    name:str, # of a segmenter, as `load_segmenter` takes it
-)->bool:
+    name: str,  # of a segmenter, as `load_segmenter` takes it
+) -> bool:
     "Whether the segmenter of a name is SAM 3: a folder that says so, or a hub id that has it in its name."
-    if name and Path(name).exists(): return (Path(name)/'config.json').is_file() and read_config(name).get('model_type') in SAM3_TYPES
-    return bool(re.fullmatch(r'\w[\w.-]*/[\w.-]*sam3[\w.-]*', name, re.IGNORECASE))
+    if name and Path(name).exists():
+        return (Path(name) / "config.json").is_file() and read_config(name).get(
+            "model_type"
+        ) in SAM3_TYPES
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]*sam3[\w.-]*", name, re.IGNORECASE))
+
 
 def load_sam3(
-    name:str, # a folder in the layout of transformers, or a hub id
-    device:str='cpu',
-)->Sam3Segmenter:
+    name: str,  # a folder in the layout of transformers, or a hub id
+    device: str = "cpu",
+) -> Sam3Segmenter:
     "SAM 3 in float32."
-    mend = 'give facebook/sam3, whose terms your hub account must have accepted, or a whole folder of it in the layout of transformers.'
+    mend = "give facebook/sam3, whose terms your hub account must have accepted, or a whole folder of it in the layout of transformers."
     with naming_load_errors(f"segmenter: '{name}'", mend):
         model, told = Sam3Model.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         processor = Sam3Processor.from_pretrained(name)
-    if missing := sorted(told['missing_keys']): raise ValueError(f"segmenter: '{name}' lacks {len(missing)} of SAM 3's weights, {missing[0]} among them; {mend}")
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(
+            f"segmenter: '{name}' lacks {len(missing)} of SAM 3's weights, {missing[0]} among them; {mend}"
+        )
     words, known = len(processor.tokenizer), model.config.text_config.vocab_size
-    if words != known: raise ValueError(f"segmenter: the tokenizer of '{name}' has {words} tokens and its text encoder {known}; {mend}")
+    if words != known:
+        raise ValueError(
+            f"segmenter: the tokenizer of '{name}' has {words} tokens and its text encoder {known}; {mend}"
+        )
     return Sam3Segmenter(model.to(device), processor)
 
 # %% ../../nbs/segmenters/sam3.ipynb #76953dd0
 @dataclass(frozen=True)
 class Sam3Size:
     "The sizes by which a small SAM 3 differs from `facebook/sam3`."
-    image_size: int = 112 # side of the model's input, pixels, a multiple of 28; masks come at 4/14 of it
-    width: int = 32 # channels of every part, a multiple of 16
-    layers: int = 1 # of every part but the vision tower, which has a windowed layer and a global one
-    queries: int = 8 # instances at most
 
-    def build(self)->Sam3Segmenter:
+    image_size: int = (
+        112  # side of the model's input, pixels, a multiple of 28; masks come at 4/14 of it
+    )
+    width: int = 32  # channels of every part, a multiple of 16
+    layers: int = (
+        1  # of every part but the vision tower, which has a windowed layer and a global one
+    )
+    queries: int = 8  # instances at most
+
+    def build(self) -> Sam3Segmenter:
         "A SAM 3 of this size on the CPU, its weights random."
-        part, grid = dict(hidden_size=self.width, num_attention_heads=self.width//16, intermediate_size=2*self.width, initializer_range=.2), self.image_size//14
-        words = [f'{c}{end}' for end in ('', '</w>') for c in sorted(ByteLevel.alphabet())] + ['<|startoftext|>', '<|endoftext|>']
+        part, grid = (
+            dict(
+                hidden_size=self.width,
+                num_attention_heads=self.width // 16,
+                intermediate_size=2 * self.width,
+                initializer_range=0.2,
+            ),
+            self.image_size // 14,
+        )
+        words = [f"{c}{end}" for end in ("", "</w>") for c in sorted(ByteLevel.alphabet())] + [
+            "<|startoftext|>",
+            "<|endoftext|>",
+        ]
         start, end = len(words) - 2, len(words) - 1
-        config = Sam3Config(geometry_encoder_config=part | dict(num_layers=self.layers), detr_encoder_config=part | dict(num_layers=self.layers),
-            detr_decoder_config=part | dict(num_layers=self.layers, num_queries=self.queries), mask_decoder_config={k: v for k, v in part.items() if k != 'intermediate_size'},
-            text_config=part | dict(model_type='clip_text_model', vocab_size=len(words), max_position_embeddings=32, projection_dim=self.width,
-                num_hidden_layers=self.layers, bos_token_id=start, eos_token_id=end, pad_token_id=end),
-            vision_config=dict(model_type='sam3_vision_model', fpn_hidden_size=self.width, backbone_feature_sizes=[[grid*k]*2 for k in (4, 2, 1)],
-                backbone_config=part | dict(model_type='sam3_vit_model', num_hidden_layers=2, global_attn_indexes=[1], window_size=grid//2, image_size=self.image_size, pretrain_image_size=self.image_size)))
-        processor = Sam3Processor(Sam3ImageProcessor(size=dict(height=self.image_size, width=self.image_size)), CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]))
+        config = Sam3Config(
+            geometry_encoder_config=part | dict(num_layers=self.layers),
+            detr_encoder_config=part | dict(num_layers=self.layers),
+            detr_decoder_config=part | dict(num_layers=self.layers, num_queries=self.queries),
+            mask_decoder_config={k: v for k, v in part.items() if k != "intermediate_size"},
+            text_config=part
+            | dict(
+                model_type="clip_text_model",
+                vocab_size=len(words),
+                max_position_embeddings=32,
+                projection_dim=self.width,
+                num_hidden_layers=self.layers,
+                bos_token_id=start,
+                eos_token_id=end,
+                pad_token_id=end,
+            ),
+            vision_config=dict(
+                model_type="sam3_vision_model",
+                fpn_hidden_size=self.width,
+                backbone_feature_sizes=[[grid * k] * 2 for k in (4, 2, 1)],
+                backbone_config=part
+                | dict(
+                    model_type="sam3_vit_model",
+                    num_hidden_layers=2,
+                    global_attn_indexes=[1],
+                    window_size=grid // 2,
+                    image_size=self.image_size,
+                    pretrain_image_size=self.image_size,
+                ),
+            ),
+        )
+        processor = Sam3Processor(
+            Sam3ImageProcessor(size=dict(height=self.image_size, width=self.image_size)),
+            CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]),
+        )
         return Sam3Segmenter(Sam3Model(config), processor)

@@ -17,23 +17,36 @@ from ..models.policy import Policy
 from .config import TrainConfig
 
 # %% ../../nbs/training/batches.ipynb #484509c0
-def epoch_stream(data, config: TrainConfig, at: int) -> Iterator[tuple]: # (data, index of a sample), without end
+def epoch_stream(
+    data, config: TrainConfig, at: int
+) -> Iterator[tuple]:  # (data, index of a sample), without end
     "A shuffled pass over the data after another, decided by the seed, from its `at`-th question on."
     a_pass = lambda epoch: data.drawn([config.seed, epoch]) if config.texts == "one" else data
     n = len(a_pass(0))
     for epoch in count(at // n):
         passed, order = a_pass(epoch), np.random.default_rng([config.seed, epoch]).permutation(n)
-        yield from ((passed, int(i)) for i in order[max(0, at - epoch * n):])
+        yield from ((passed, int(i)) for i in order[max(0, at - epoch * n) :])
 
-def sample_batch(data, config: TrainConfig, step: int,
-              policy: Policy | None = None, # who is asked, and takes questions up to a limit; None: without limit
-             ) -> tuple[list, list]: # config.prompts Sample; a sentence for each broken record
+
+def sample_batch(
+    data,
+    config: TrainConfig,
+    step: int,
+    policy: Policy
+    | None = None,  # who is asked, and takes questions up to a limit; None: without limit
+) -> tuple[list, list]:  # config.prompts Sample; a sentence for each broken record
     "The samples of a step (counted from 1), and what was passed over to get them."
     samples, skipped = [], []
     for passed, i in epoch_stream(data, config, (step - 1) * config.prompts):
-        try: samples.append(require_askable(policy, passed[i]) if policy else passed[i])
+        try:
+            samples.append(require_askable(policy, passed[i]) if policy else passed[i])
         except BrokenRecord as e:
-            if config.strict: raise
+            if config.strict:
+                raise
             skipped.append(str(e))
-        if len(samples) == config.prompts: return samples, skipped
-        if not samples and len(skipped) > 2 * len(data): raise ValueError(f"data: {config.data} has no record that can be read, the first: {skipped[0]}")
+        if len(samples) == config.prompts:
+            return samples, skipped
+        if not samples and len(skipped) > 2 * len(data):
+            raise ValueError(
+                f"data: {config.data} has no record that can be read, the first: {skipped[0]}"
+            )

@@ -20,6 +20,7 @@ from ..segmenters.sam3 import is_sam3
 # %% ../../nbs/training/config.ipynb #3f99b319
 class TrainConfig(TrainFields):
     "Parameters of a training run, checked against what is on this machine."
+
     _known_recipe = field_validator("recipe")(validate_method)
     _known_model = field_validator("model")(validate_model)
     _enough_gpus = field_validator("processes")(validate_processes)
@@ -31,33 +32,58 @@ class TrainConfig(TrainFields):
 
     @model_validator(mode="after")
     def _served(self):
-        if self.server: served_name(self.server, self.model)
+        if self.server:
+            served_name(self.server, self.model)
         return self
 
     @model_validator(mode="after")
     def _drawn(self):
-        if METHODS[self.recipe].segmenter and not is_sam3(self.segmenter): raise ValueError(f"segmenter: {self.recipe} rewards what SAM 3 draws from a description, and {self.segmenter} is not SAM 3; use facebook/sam3 or a folder of it")
+        if METHODS[self.recipe].segmenter and not is_sam3(self.segmenter):
+            raise ValueError(
+                f"segmenter: {self.recipe} rewards what SAM 3 draws from a description, and {self.segmenter} is not SAM 3; use facebook/sam3 or a folder of it"
+            )
         return self
 
     @model_validator(mode="after")
     def _readable(self):
         data = validate_data(self.data, "train", "data")
-        if METHODS[self.recipe].segmenter and not getattr(data, "masked", True): raise ValueError(f"data: {self.data} has boxes and points without masks, and {self.recipe} compares masks; use a data set that has them")
-        if self.texts == "one" and not isinstance(data, ReasonSegDataset): raise ValueError(f"texts: {self.data} has one text a question; leave texts out")
-        if self.eval_samples and self.eval_data: validate_data(self.eval_data, "val", "eval_data")
-        elif self.eval_samples: validate_data(self.data, "val", "data", " Name a set for the evaluation by eval_data, or set eval_samples to 0.")
+        if METHODS[self.recipe].segmenter and not getattr(data, "masked", True):
+            raise ValueError(
+                f"data: {self.data} has boxes and points without masks, and {self.recipe} compares masks; use a data set that has them"
+            )
+        if self.texts == "one" and not isinstance(data, ReasonSegDataset):
+            raise ValueError(f"texts: {self.data} has one text a question; leave texts out")
+        if self.eval_samples and self.eval_data:
+            validate_data(self.eval_data, "val", "eval_data")
+        elif self.eval_samples:
+            validate_data(
+                self.data,
+                "val",
+                "data",
+                " Name a set for the evaluation by eval_data, or set eval_samples to 0.",
+            )
         return self
 
 # %% ../../nbs/training/config.ipynb #aacc3c70
-def load_preset(name: str, # of PRESETS
-           **given) -> dict: # for TrainConfig
+def load_preset(
+    name: str,  # of PRESETS
+    **given,
+) -> dict:  # for TrainConfig
     "The parameters of a published training; those given take the place of its own."
-    if name not in PRESETS: raise ValueError(f"preset {name} is unknown; use one of {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise ValueError(f"preset {name} is unknown; use one of {', '.join(PRESETS)}")
     parameters = PRESETS[name] | given
     epochs, prompts = parameters.pop("epochs"), parameters["prompts"]
-    if "data" not in parameters: raise ValueError(f"preset {name} needs ReasonSeg's folder; name it by data")
-    if "steps" not in given and type(prompts) is int and prompts > 0: # what is no number, TrainConfig will refuse
+    if "data" not in parameters:
+        raise ValueError(f"preset {name} needs ReasonSeg's folder; name it by data")
+    if (
+        "steps" not in given and type(prompts) is int and prompts > 0
+    ):  # what is no number, TrainConfig will refuse
         data = validate_data(parameters["data"], "train", "data")
-        n = len(data.drawn(0)) if parameters.get("texts") == "one" and isinstance(data, ReasonSegDataset) else len(data)
+        n = (
+            len(data.drawn(0))
+            if parameters.get("texts") == "one" and isinstance(data, ReasonSegDataset)
+            else len(data)
+        )
         parameters["steps"] = epochs * max(1, n // prompts)
     return parameters

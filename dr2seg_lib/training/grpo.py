@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/training/grpo.ipynb #ca0ce4d3
-def advantages(rewards: Tensor, # [...,G], last axis = group
-               scale: str = "group", # "group": divide by the group's std; "none": do not
-              ) -> Tensor: # [...,G]
+def advantages(
+    rewards: Tensor,  # [...,G], last axis = group
+    scale: str = "group",  # "group": divide by the group's std; "none": do not
+) -> Tensor:  # [...,G]
     "Group-relative advantages of GRPO (METHODS §4)."
     centred = rewards - rewards.mean(-1, keepdim=True)
-    if scale == "none": return centred
-    if scale != "group": raise ValueError(f"advantage_scale: '{scale}' is unknown; use group or none.")
+    if scale == "none":
+        return centred
+    if scale != "group":
+        raise ValueError(f"advantage_scale: '{scale}' is unknown; use group or none.")
     return centred / (rewards.std(-1, keepdim=True) + 1e-6)
 
 # %% ../../nbs/training/grpo.ipynb #176ea414
@@ -24,20 +27,24 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     "Mean of x where the mask is true; 0 of nothing."
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
-def policy_loss(logp: Tensor, # [R,T] log-probability of each answer token
-                old_logp: Tensor, # [R,T] the same when the answers were sampled
-                advantages: Tensor, # [R] one an answer, or anything that broadcasts to [R,T]
-                mask: Tensor, # [R,T] true on answer tokens
-                clip: float = 0.2) -> Tensor: # scalar
+
+def policy_loss(
+    logp: Tensor,  # [R,T] log-probability of each answer token
+    old_logp: Tensor,  # [R,T] the same when the answers were sampled
+    advantages: Tensor,  # [R] one an answer, or anything that broadcasts to [R,T]
+    mask: Tensor,  # [R,T] true on answer tokens
+    clip: float = 0.2,
+) -> Tensor:  # scalar
     "The clipped surrogate, averaged over all answer tokens."
     ratio = (logp - old_logp).exp()
     A = advantages[:, None] if advantages.ndim == 1 else advantages
     return -masked_mean(torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A), mask)
 
 # %% ../../nbs/training/grpo.ipynb #d8ca9a3f
-def kl_k3(logp: Tensor, # [R,T]
-          ref_logp: Tensor, # [R,T]
-         ) -> Tensor: # [R,T], each at least 0
+def kl_k3(
+    logp: Tensor,  # [R,T]
+    ref_logp: Tensor,  # [R,T]
+) -> Tensor:  # [R,T], each at least 0
     "The k3 estimate of KL(policy || reference) at each token."
     delta = ref_logp - logp
     return delta.exp() - delta - 1

@@ -47,159 +47,314 @@ from .config import TrainConfig
 from .grpo import advantages, kl_k3, masked_mean, policy_loss
 
 # %% ../../nbs/training/trainer.ipynb #2715ba31
-def compute_rewards(rolled: Rollouts, recipe: Method, frame: int) -> tuple[dict, Tensor]: # terms, each [B,n]; reward [B,n]
+def compute_rewards(
+    rolled: Rollouts, recipe: Method, frame: int
+) -> tuple[dict, Tensor]:  # terms, each [B,n]; reward [B,n]
     "Every group's reward terms and reward."
     pairs = [recipe.reward(g, frame) for g in rolled.groups]
-    return {k: torch.stack([t[k].float() for t, _ in pairs]) for k in pairs[0][0]}, torch.stack([r.float() for _, r in pairs])
+    return {k: torch.stack([t[k].float() for t, _ in pairs]) for k in pairs[0][0]}, torch.stack(
+        [r.float() for _, r in pairs]
+    )
 
 # %% ../../nbs/training/trainer.ipynb #f2729e72
-def microbatches(rolled: Rollouts, n: int, size: int) -> list: # of (group indices, row indices, longest answer)
+def microbatches(
+    rolled: Rollouts, n: int, size: int
+) -> list:  # of (group indices, row indices, longest answer)
     "Groups with answers of like length together, so that little is padded."
     length = rolled.done.mask.sum(1).view(-1, n).amax(1)
-    return [(c.tolist(), (c[:, None] * n + torch.arange(n, device=c.device)).flatten(), int(length[c].max())) for c in length.argsort().split(size)]
+    return [
+        (
+            c.tolist(),
+            (c[:, None] * n + torch.arange(n, device=c.device)).flatten(),
+            int(length[c].max()),
+        )
+        for c in length.argsort().split(size)
+    ]
+
 
 def sum_gradients(policy: Policy, accelerator: Accelerator):
     "Add up what the processes found, each from its own groups."
-    if accelerator.num_processes == 1: return
-    for _, p in policy.trainable(): p.grad = accelerator.reduce(p.grad, "sum")
+    if accelerator.num_processes == 1:
+        return
+    for _, p in policy.trainable():
+        p.grad = accelerator.reduce(p.grad, "sum")
 
-def update_policy(policy: Policy, optimizer, accelerator: Accelerator, rolled: Rollouts,
-           advantage: Tensor, # [B,n]
-           config: TrainConfig, clock: StageTimer) -> dict: # loss, kl, grad_norm
+
+def update_policy(
+    policy: Policy,
+    optimizer,
+    accelerator: Accelerator,
+    rolled: Rollouts,
+    advantage: Tensor,  # [B,n]
+    config: TrainConfig,
+    clock: StageTimer,
+) -> dict:  # loss, kl, grad_norm
     "One GRPO update, or `config.updates` of them, on a step's rollouts."
     done, parts = rolled.done, microbatches(rolled, advantage.shape[1], config.chunk)
-    total, A, stats, old = accelerator.reduce(done.mask.sum(), "sum"), advantage.flatten().to(done.ids.device), dict(loss=0.0, kl=0.0), {}
-    def score(groups, rows, T): return policy.logprobs(policy.prefill([rolled.texts[g] for g in groups], [rolled.seen[g] for g in groups]), done.ids[rows, :T], done.mask[rows, :T])
+    total, A, stats, old = (
+        accelerator.reduce(done.mask.sum(), "sum"),
+        advantage.flatten().to(done.ids.device),
+        dict(loss=0.0, kl=0.0),
+        {},
+    )
+
+    def score(groups, rows, T):
+        return policy.logprobs(
+            policy.prefill([rolled.texts[g] for g in groups], [rolled.seen[g] for g in groups]),
+            done.ids[rows, :T],
+            done.mask[rows, :T],
+        )
+
     with clock("reference"), policy.reference():
         reference = [score(*p) for p in parts] if config.kl else [None] * len(parts)
     with clock("update"):
         for epoch in range(config.updates):
             for k, (part, ref) in enumerate(zip(parts, reference)):
-                rows, mask = part[1], done.mask[part[1], :part[2]]
+                rows, mask = part[1], done.mask[part[1], : part[2]]
                 logp = score(*part)
-                old_logp = old.setdefault(k, logp.detach()) # those of sampling: nothing was updated since
-                loss, share = policy_loss(logp, old_logp, A[rows], mask, config.clip), mask.sum() / total
+                old_logp = old.setdefault(
+                    k, logp.detach()
+                )  # those of sampling: nothing was updated since
+                loss, share = (
+                    policy_loss(logp, old_logp, A[rows], mask, config.clip),
+                    mask.sum() / total,
+                )
                 if config.kl:
                     kl = masked_mean(kl_k3(logp, ref), mask)
                     loss = loss + config.kl * kl
-                    if epoch == 0: stats["kl"] += (kl * share).item()
+                    if epoch == 0:
+                        stats["kl"] += (kl * share).item()
                 accelerator.backward(loss * share)
                 stats["loss"] += (loss * share).item() / config.updates
             sum_gradients(policy, accelerator)
-            stats["grad_norm"] = float(accelerator.clip_grad_norm_([p for _, p in policy.trainable()], config.grad_norm))
-            if not math.isfinite(stats["loss"] + stats["grad_norm"]): raise FloatingPointError("the loss or its gradient is not a number; lower lr, then resume from the last checkpoint")
+            stats["grad_norm"] = float(
+                accelerator.clip_grad_norm_([p for _, p in policy.trainable()], config.grad_norm)
+            )
+            if not math.isfinite(stats["loss"] + stats["grad_norm"]):
+                raise FloatingPointError(
+                    "the loss or its gradient is not a number; lower lr, then resume from the last checkpoint"
+                )
             optimizer.step()
             optimizer.zero_grad()
-            if wrong := find_nonfinite(policy, optimizer): raise FloatingPointError(f"the update made {wrong} infinite or no number; lower lr, then resume from the last checkpoint")
-    shared = accelerator.reduce(torch.tensor([stats["loss"], stats["kl"]], dtype=torch.float64), "sum").tolist()
+            if wrong := find_nonfinite(policy, optimizer):
+                raise FloatingPointError(
+                    f"the update made {wrong} infinite or no number; lower lr, then resume from the last checkpoint"
+                )
+    shared = accelerator.reduce(
+        torch.tensor([stats["loss"], stats["kl"]], dtype=torch.float64), "sum"
+    ).tolist()
     return stats | dict(zip(("loss", "kl"), shared))
 
 # %% ../../nbs/training/trainer.ipynb #7db81fc1
-def all_gather_groups(accelerator: Accelerator, groups: list, terms: dict, reward: Tensor, advantage: Tensor) -> tuple[list, dict, Tensor, Tensor]:
+def all_gather_groups(
+    accelerator: Accelerator, groups: list, terms: dict, reward: Tensor, advantage: Tensor
+) -> tuple[list, dict, Tensor, Tensor]:
     "The groups of all processes, in the order of the step's questions, with their terms, rewards and advantages."
-    if accelerator.num_processes == 1: return groups, terms, reward, advantage
+    if accelerator.num_processes == 1:
+        return groups, terms, reward, advantage
     parts = gather_object([(groups, terms, reward, advantage)])
     groups, terms, reward, advantage = zip(*parts)
-    return sum(groups, []), {k: torch.cat([t[k] for t in terms]) for k in terms[0]}, torch.cat(reward), torch.cat(advantage)
+    return (
+        sum(groups, []),
+        {k: torch.cat([t[k] for t in terms]) for k in terms[0]},
+        torch.cat(reward),
+        torch.cat(advantage),
+    )
 
-def step_metrics(step: int, groups: list, terms: dict, reward: Tensor, stats: dict, lr: float, clock: StageTimer) -> dict:
+
+def step_metrics(
+    step: int, groups: list, terms: dict, reward: Tensor, stats: dict, lr: float, clock: StageTimer
+) -> dict:
     "The row of a step."
     first, second = [r for g in groups for r in g.first], [r for g in groups for r in g.second if r]
     mean = lambda values: float(np.mean(values)) if len(values) else None
     spoken = sum(len(r.tokens) for r in first + second)
-    right = [v.mean().item() / 3 for k, v in terms.items() if k in ("accuracy", "iou", "box", "points")] # VisionReasoner's one term of 3, or Seg-Zero's three of 1
-    return dict(step=step, reward=reward.mean().item(), terms={k: v.mean().item() for k, v in terms.items()},
-                accuracy=sum(right) if right else None,
-                tokens=mean([r.think_tokens for r in first]), tokens_second=mean([r.think_tokens for r in second]),
-                cut=mean([r.cut for r in first + second]), answer_entropy=mean([r.answer_entropy for r in first]), entropy=mean([e for r in first for e in r.entropy]),
-                lr=lr, seconds=dict(clock, total=sum(clock.values())), tokens_per_second=spoken / max(clock["first"] + clock["second"], 1e-9), **stats)
+    right = [
+        v.mean().item() / 3 for k, v in terms.items() if k in ("accuracy", "iou", "box", "points")
+    ]  # VisionReasoner's one term of 3, or Seg-Zero's three of 1
+    return dict(
+        step=step,
+        reward=reward.mean().item(),
+        terms={k: v.mean().item() for k, v in terms.items()},
+        accuracy=sum(right) if right else None,
+        tokens=mean([r.think_tokens for r in first]),
+        tokens_second=mean([r.think_tokens for r in second]),
+        cut=mean([r.cut for r in first + second]),
+        answer_entropy=mean([r.answer_entropy for r in first]),
+        entropy=mean([e for r in first for e in r.entropy]),
+        lr=lr,
+        seconds=dict(clock, total=sum(clock.values())),
+        tokens_per_second=spoken / max(clock["first"] + clock["second"], 1e-9),
+        **stats,
+    )
 
-def rollout_records(step: int, groups: list, terms: dict, reward: Tensor, advantage: Tensor) -> list[dict]:
+
+def rollout_records(
+    step: int, groups: list, terms: dict, reward: Tensor, advantage: Tensor
+) -> list[dict]:
     "The rollout records of a step's first groups; the other arguments may have more."
-    return [dict(step=step, sample=g.sample.id, query=g.sample.query, tags=g.sample.tags, rollout=i, first=one.record(),
-                 second=two.record() if two else None, description=one.parsed.description, terms={k: v[b, i].item() for k, v in terms.items()},
-                 reward=reward[b, i].item(), advantage=advantage[b, i].item())
-            for b, g in enumerate(groups) for i, (one, two) in enumerate(zip(g.first, g.second))]
+    return [
+        dict(
+            step=step,
+            sample=g.sample.id,
+            query=g.sample.query,
+            tags=g.sample.tags,
+            rollout=i,
+            first=one.record(),
+            second=two.record() if two else None,
+            description=one.parsed.description,
+            terms={k: v[b, i].item() for k, v in terms.items()},
+            reward=reward[b, i].item(),
+            advantage=advantage[b, i].item(),
+        )
+        for b, g in enumerate(groups)
+        for i, (one, two) in enumerate(zip(g.first, g.second))
+    ]
 
 # %% ../../nbs/training/trainer.ipynb #e555f081
-def find_nonfinite(policy: Policy, optimizer) -> str | None: # its name; None when all are numbers
+def find_nonfinite(policy: Policy, optimizer) -> str | None:  # its name; None when all are numbers
     "The first trained weight, or moment of the optimizer, that is infinite or no number."
     values = {f"a weight of {name}": p for name, p in policy.trainable()}
     for name, p in policy.trainable():
         state = optimizer.state[p] if p in optimizer.state else {}
-        values |= {f"{k} of {name}": v for k, v in state.items() if torch.is_tensor(v) and k != "step"}
-    finite = torch.stack([v.isfinite().all() for v in values.values()]) # looked at once, not tensor by tensor
+        values |= {
+            f"{k} of {name}": v for k, v in state.items() if torch.is_tensor(v) and k != "step"
+        }
+    finite = torch.stack(
+        [v.isfinite().all() for v in values.values()]
+    )  # looked at once, not tensor by tensor
     return None if finite.all() else list(values)[int(finite.logical_not().nonzero()[0])]
+
 
 def save_state(policy: Policy, optimizer, folder: Path):
     "Adapter as a peft folder, or tuned weights; optimizer state beside it. What is no number is never saved."
     if wrong := find_nonfinite(policy, optimizer):
-        raise FloatingPointError(f"{wrong} is not a number, so nothing is saved; lower lr, then resume from the last checkpoint")
-    if policy.adapter is not None: policy.adapter.save_pretrained(str(folder))
-    else: save_file({n: p.detach().contiguous() for n, p in policy.trainable()}, str(folder / "weights.safetensors"))
+        raise FloatingPointError(
+            f"{wrong} is not a number, so nothing is saved; lower lr, then resume from the last checkpoint"
+        )
+    if policy.adapter is not None:
+        policy.adapter.save_pretrained(str(folder))
+    else:
+        save_file(
+            {n: p.detach().contiguous() for n, p in policy.trainable()},
+            str(folder / "weights.safetensors"),
+        )
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
 
 def load_state(policy: Policy, optimizer, folder: Path):
     "The inverse of `save_state`, into a policy prepared the same way; rates and decay are those of the optimizer given."
     name = "adapter_model.safetensors" if policy.adapter is not None else "weights.safetensors"
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    with naming_load_errors(f"checkpoint {folder}", "remove that folder to go on from an older one"):
+    settings = [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ]
+    with naming_load_errors(
+        f"checkpoint {folder}", "remove that folder to go on from an older one"
+    ):
         saved = load_file(str(folder / name))
         with torch.no_grad():
-            for n, p in policy.trainable(): p.copy_(saved[n.replace(".default", "").replace("modules_to_save.", "")])
+            for n, p in policy.trainable():
+                p.copy_(saved[n.replace(".default", "").replace("modules_to_save.", "")])
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    for group, own in zip(optimizer.param_groups, settings): group.update(own)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
     if wrong := find_nonfinite(policy, optimizer):
-        raise ValueError(f"checkpoint {folder} is of no use ({wrong} is not a number); remove that folder to go on from an older one")
+        raise ValueError(
+            f"checkpoint {folder} is of no use ({wrong} is not a number); remove that folder to go on from an older one"
+        )
 
 # %% ../../nbs/training/trainer.ipynb #cf4470d2
-def build_training_state(config: TrainConfig) -> tuple[Policy, Method, torch.optim.Optimizer, Accelerator]:
+def build_training_state(
+    config: TrainConfig,
+) -> tuple[Policy, Method, torch.optim.Optimizer, Accelerator]:
     "The policy with what is trained, the recipe with its parameters, the optimizer."
     torch.manual_seed(config.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available()) # said, or several processes on CPUs would not know of each other
-    policy = load_policy(config.model, dtype=config.dtype, attention=config.attention, device=accelerator.device)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available()
+    )  # said, or several processes on CPUs would not know of each other
+    policy = load_policy(
+        config.model, dtype=config.dtype, attention=config.attention, device=accelerator.device
+    )
     policy.max_question_tokens = config.max_question_tokens
-    policy.add_lora(config.rank, config.alpha, config.norm_lr > 0, config.targets) if config.tune == "lora" else policy.unfreeze()
-    if config.checkpointing: policy.enable_gradient_checkpointing()
-    if config.shard and accelerator.num_processes > 1: policy.shard()
+    policy.add_lora(
+        config.rank, config.alpha, config.norm_lr > 0, config.targets
+    ) if config.tune == "lora" else policy.unfreeze()
+    if config.checkpointing:
+        policy.enable_gradient_checkpointing()
+    if config.shard and accelerator.num_processes > 1:
+        policy.shard()
     norm = [p for n, p in policy.trainable() if "language_model.norm" in n]
     rest = [p for n, p in policy.trainable() if "language_model.norm" not in n]
-    groups = [dict(params=rest, lr=config.lr, base=config.lr)] + ([dict(params=norm, lr=config.norm_lr or config.lr, base=config.norm_lr or config.lr)] if norm else [])
+    groups = [dict(params=rest, lr=config.lr, base=config.lr)] + (
+        [dict(params=norm, lr=config.norm_lr or config.lr, base=config.norm_lr or config.lr)]
+        if norm
+        else []
+    )
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, weight_decay=config.weight_decay))
-    recipe = replace(load_method(config.recipe), anchor=config.anchor, gamma=config.gamma, scorer=config.scorer)
-    if recipe.form: cached_scorer(recipe.scorer) # a wrong name is told before anything is asked
+    recipe = replace(
+        load_method(config.recipe), anchor=config.anchor, gamma=config.gamma, scorer=config.scorer
+    )
+    if recipe.form:
+        cached_scorer(recipe.scorer)  # a wrong name is told before anything is asked
     if recipe.segmenter:
         recipe = replace(recipe, segmenter=config.segmenter)
         cached_segmenter(recipe.segmenter)
     return policy, recipe, optimizer, accelerator
 
+
 def step_seed(config: TrainConfig, step: int) -> int:
     "Where a step's seeds begin; the next step's are 2^20 on."
     return (config.seed * 2**24 + step) * 2**20 % 2**63
 
+
 def set_lr(optimizer, config: TrainConfig, step: int) -> float:
     "The learning rate of a step (counted from 1)."
     factor = 1.0 if config.schedule == "constant" else 1 - (step - 1) / config.steps
-    for group in optimizer.param_groups: group["lr"] = group["base"] * factor
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
     return config.lr * factor
 
-def train_step(policy: Policy, recipe: Method, optimizer, accelerator: Accelerator, samples: list, config: TrainConfig, step: int) -> tuple[dict, list[dict]]: # metrics row, rollout records
+
+def train_step(
+    policy: Policy,
+    recipe: Method,
+    optimizer,
+    accelerator: Accelerator,
+    samples: list,
+    config: TrainConfig,
+    step: int,
+) -> tuple[dict, list[dict]]:  # metrics row, rollout records
     "Roll out, reward, compare, update; of several processes each takes whole groups."
     clock, lr = StageTimer(), set_lr(optimizer, config, step)
     share = len(samples) // accelerator.num_processes
     own = accelerator.process_index * share
     if config.server:
-        with clock("adapter"): policy.load_lora_adapter()
+        with clock("adapter"):
+            policy.load_lora_adapter()
     with policy.unsharded():
-        rolled = generate_rollouts(policy, samples[own:own + share], recipe.prompt, recipe.second_prompt, config.samples, config.max_new_tokens, config.temperature,
-                          seed=step_seed(config, step) + 2 * own * config.samples, clock=clock)
+        rolled = generate_rollouts(
+            policy,
+            samples[own : own + share],
+            recipe.prompt,
+            recipe.second_prompt,
+            config.samples,
+            config.max_new_tokens,
+            config.temperature,
+            seed=step_seed(config, step) + 2 * own * config.samples,
+            clock=clock,
+        )
     with clock("reward"):
         terms, reward = compute_rewards(rolled, recipe, policy.frame)
         advantage = advantages(reward, config.advantage_scale)
     stats = update_policy(policy, optimizer, accelerator, rolled, advantage, config, clock)
-    if config.server: stats["mismatch"] = float(accelerator.reduce(logprob_gap(rolled.done), "mean"))
-    groups, terms, reward, advantage = all_gather_groups(accelerator, rolled.groups, terms, reward, advantage)
-    return step_metrics(step, groups, terms, reward, stats, lr, clock), rollout_records(step, groups[:config.record], terms, reward, advantage)
+    if config.server:
+        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rolled.done), "mean"))
+    groups, terms, reward, advantage = all_gather_groups(
+        accelerator, rolled.groups, terms, reward, advantage
+    )
+    return step_metrics(step, groups, terms, reward, stats, lr, clock), rollout_records(
+        step, groups[: config.record], terms, reward, advantage
+    )
 
 # %% ../../nbs/training/trainer.ipynb #61b12339
 def evaluation_data(config: TrainConfig):
@@ -209,58 +364,107 @@ def evaluation_data(config: TrainConfig):
     whole = name != config.data and getattr(data, "split_note", None)
     return load_data(name, "all", config.eval_samples) if whole else data
 
-def stored_predictions(run: Run, when: str, asked: dict, n: int) -> list[dict] | None: # None: they are to be made
+
+def stored_predictions(
+    run: Run, when: str, asked: dict, n: int
+) -> list[dict] | None:  # None: they are to be made
     "The predictions of an evaluation that is behind us, when they are whole and of the same questions."
     results, path = read_results(run.folder), run.folder / f"predictions_{when}.jsonl"
-    if when not in results or results.get("evaluation", asked) != asked: return None
-    mark = (results.get("predictions") or {}).get(when) # results of older versions did not tell
-    try: rows = read_jsonl(path)
-    except (FileNotFoundError, ValueError): return None
+    if when not in results or results.get("evaluation", asked) != asked:
+        return None
+    mark = (results.get("predictions") or {}).get(when)  # results of older versions did not tell
+    try:
+        rows = read_jsonl(path)
+    except (FileNotFoundError, ValueError):
+        return None
     return None if len(rows) != n or mark and find_row_problem(path, mark) else rows
+
 
 def write_evaluation(run: Run, when: str, asked: dict, rows: list[dict]):
     "What is known of an evaluation, from its rows. Results of other questions are dropped: both ends are to be alike."
     results, summary = read_results(run.folder), to_jsonable(summarize(rows))
-    if results.get("evaluation", asked) != asked: results = {}
-    predictions = (results.get("predictions") or {}) | {when: Ledger(run.folder / f"predictions_{when}.jsonl").mark()}
+    if results.get("evaluation", asked) != asked:
+        results = {}
+    predictions = (results.get("predictions") or {}) | {
+        when: Ledger(run.folder / f"predictions_{when}.jsonl").mark()
+    }
     now = results | {"evaluation": asked, "predictions": predictions, when: summary}
-    if now != results: run.results(now)
+    if now != results:
+        run.results(now)
 
-def evaluate_and_save(run: Run, policy: Policy, recipe: Method, accelerator: Accelerator, config: TrainConfig, when: str): # when: "before" or "after"
+
+def evaluate_and_save(
+    run: Run,
+    policy: Policy,
+    recipe: Method,
+    accelerator: Accelerator,
+    config: TrainConfig,
+    when: str,
+):  # when: "before" or "after"
     "Evaluate on held-out samples and write predictions and results into the run; whole predictions are kept."
-    if not config.eval_samples: return
+    if not config.eval_samples:
+        return
     name, first = config.eval_data or config.data, accelerator.is_main_process
     data = evaluation_data(config)
     asked = dataset_info(data, name, "val")
     rows = stored_predictions(run, when, asked, len(data)) if first else None
-    kept, = broadcast_object_list([rows is not None])
+    (kept,) = broadcast_object_list([rows is not None])
     if not kept:
-        if config.server: policy.load_lora_adapter()
-        segmenter = cached_segmenter(config.segmenter) if recipe.segmenter else load_segmenter(config.segmenter) # one that rewards is there already
+        if config.server:
+            policy.load_lora_adapter()
+        segmenter = (
+            cached_segmenter(config.segmenter)
+            if recipe.segmenter
+            else load_segmenter(config.segmenter)
+        )  # one that rewards is there already
         with policy.unsharded():
-            _, rows = evaluate(policy, segmenter, data, recipe.prompt, min(64, math.ceil(len(data) / accelerator.num_processes)), config.max_new_tokens,
-                               progress=lambda i, n: run.progress(f"evaluating {when}", i, n), crew=accelerator)
-        if first: write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)
-    if first: write_evaluation(run, when, asked, rows)
+            _, rows = evaluate(
+                policy,
+                segmenter,
+                data,
+                recipe.prompt,
+                min(64, math.ceil(len(data) / accelerator.num_processes)),
+                config.max_new_tokens,
+                progress=lambda i, n: run.progress(f"evaluating {when}", i, n),
+                crew=accelerator,
+            )
+        if first:
+            write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)
+    if first:
+        write_evaluation(run, when, asked, rows)
+
 
 def record_skipped(run: Run):
     "What training could not read, with how often it was met, into the results."
     times = Counter(s for row in run.metrics() for s in row.get("skipped", []))
-    if times: run.results(read_results(run.folder) | dict(skipped=dict(times)))
+    if times:
+        run.results(read_results(run.folder) | dict(skipped=dict(times)))
 
-def take_step(run: Run, trainer: tuple, data, config: TrainConfig, step: int) -> bool: # whether to stop after it
+
+def take_step(
+    run: Run, trainer: tuple, data, config: TrainConfig, step: int
+) -> bool:  # whether to stop after it
     "One step with all that is written about it: rows first, then the checkpoint that counts them."
     policy, recipe, optimizer, accelerator = trainer
     samples, skipped = sample_batch(data, config, step, policy)
     row, rollouts = train_step(policy, recipe, optimizer, accelerator, samples, config, step)
     run.log(row | (dict(skipped=skipped) if skipped else {}))
     run.record(rollouts)
-    run.progress("training", step, config.steps, f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}")
-    asked = torch.tensor(float(step < config.steps and run.stop_requested()), device=accelerator.device)
-    stop = bool(accelerator.reduce(asked, "sum")) # the writing process decides for all
-    if accelerator.is_main_process and (step % config.checkpoint_every == 0 or step == config.steps or stop):
-        save_checkpoint(run.folder, step, lambda folder: save_state(policy, optimizer, folder), rows=run.marks())
+    run.progress(
+        "training", step, config.steps, f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}"
+    )
+    asked = torch.tensor(
+        float(step < config.steps and run.stop_requested()), device=accelerator.device
+    )
+    stop = bool(accelerator.reduce(asked, "sum"))  # the writing process decides for all
+    if accelerator.is_main_process and (
+        step % config.checkpoint_every == 0 or step == config.steps or stop
+    ):
+        save_checkpoint(
+            run.folder, step, lambda folder: save_state(policy, optimizer, folder), rows=run.marks()
+        )
     return stop
+
 
 def training_data(config: TrainConfig):
     "What is trained on; unless it is allowed, no question of it may be among those of the evaluation."
@@ -269,22 +473,44 @@ def training_data(config: TrainConfig):
         check_disjoint(data, evaluation_data(config))
     return data
 
-def train(config: TrainConfig, out, # the run's folder
-          resume: bool = False) -> Run:
+
+def train(
+    config: TrainConfig,
+    out,  # the run's folder
+    resume: bool = False,
+) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ: return launch_processes("dr2seg_lib.training.trainer", config, out, resume)
+    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+        return launch_processes("dr2seg_lib.training.trainer", config, out, resume)
     with open_run(out, config, config.seed, resume) as run, ExitStack() as stack:
-        read_results(run.folder) # what is wrong with it, or with the rows, is told before anything is loaded
+        read_results(
+            run.folder
+        )  # what is wrong with it, or with the rows, is told before anything is loaded
         checkpoint = run.rewind()
         data = training_data(config)
         policy, recipe, optimizer, accelerator = build_training_state(config)
-        if config.server: policy = stack.enter_context(ServedPolicy(policy, config.server, config.model, run.folder / f"served-{accelerator.process_index}"))
-        if accelerator.is_main_process: update_record(run.folder, frame=policy.frame) # what the coordinates in its answers mean
-        run.results(read_results(run.folder) | dict(trained_on=dataset_info(data, config.data, "train")))
+        if config.server:
+            policy = stack.enter_context(
+                ServedPolicy(
+                    policy,
+                    config.server,
+                    config.model,
+                    run.folder / f"served-{accelerator.process_index}",
+                )
+            )
+        if accelerator.is_main_process:
+            update_record(
+                run.folder, frame=policy.frame
+            )  # what the coordinates in its answers mean
+        run.results(
+            read_results(run.folder) | dict(trained_on=dataset_info(data, config.data, "train"))
+        )
         evaluate_and_save(run, policy, recipe, accelerator, config, "before")
-        if checkpoint: load_state(policy, optimizer, checkpoint)
+        if checkpoint:
+            load_state(policy, optimizer, checkpoint)
         for step in range(step_of(checkpoint) + 1 if checkpoint else 1, config.steps + 1):
-            if take_step(run, (policy, recipe, optimizer, accelerator), data, config, step): return run
+            if take_step(run, (policy, recipe, optimizer, accelerator), data, config, step):
+                return run
         record_skipped(run)
         evaluate_and_save(run, policy, recipe, accelerator, config, "after")
     return run

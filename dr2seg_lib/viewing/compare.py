@@ -42,151 +42,291 @@ from .view import View, notice_figure
 
 # %% ../../nbs/viewing/compare.ipynb #4d20835f
 def load_arms(
-    runs:Iterable, # of run folders or `Opened`; or {name: run or list of runs}
-)->dict: # {arm: [Opened, ...]}
+    runs: Iterable,  # of run folders or `Opened`; or {name: run or list of runs}
+) -> dict:  # {arm: [Opened, ...]}
     "Runs by what they are compared as."
     listed = lambda v: v if isinstance(v, (list, tuple)) else [v]
     opened = lambda v: v if isinstance(v, RunReader) else RunReader(v)
-    if isinstance(runs, dict): return {name: [opened(r) for r in listed(v)] for name, v in runs.items()}
+    if isinstance(runs, dict):
+        return {name: [opened(r) for r in listed(v)] for name, v in runs.items()}
     each = [opened(r) for r in runs]
-    recipes = [r.asked('recipe') or r.name for r in each]
+    recipes = [r.asked("recipe") or r.name for r in each]
     names = recipes if len(set(recipes)) > 1 else [r.name for r in each]
     return {n: [r for r, m in zip(each, names) if m == n] for n in dict.fromkeys(names)}
 
-def final_predictions(opened:RunReader)->list:
+
+def final_predictions(opened: RunReader) -> list:
     "The predictions after training."
-    return [r for pair in opened.groups['evaluation'] for r in pair if r['when'] == 'after']
+    return [r for pair in opened.groups["evaluation"] for r in pair if r["when"] == "after"]
+
 
 def measure_differences(
-    arms:dict, # {arm: rows of `plots.averaged`}
-)->Table:
+    arms: dict,  # {arm: rows of `plots.averaged`}
+) -> Table:
     "Each measure of each arm, and its paired difference to the first one with the bootstrap interval over samples."
     (first, a), *others = arms.items()
     rows = []
     for name, (title, spec) in MEASURES.items():
         keys = _PER_SAMPLE[name]
-        level = lambda rs: (lambda v: _level(v[np.isfinite(v).all(1)]) if np.isfinite(v).all(1).any() else None)(_columns(rs, keys))
+        level = lambda rs: (
+            lambda v: _level(v[np.isfinite(v).all(1)]) if np.isfinite(v).all(1).any() else None
+        )(_columns(rs, keys))
         row = dict(measure=title, a=format_cell(level(a), spec))
-        for i, (_, b) in enumerate(others): row |= {f'b{i}': format_cell(level(b), spec), f'd{i}': format_cell(paired_change(name, a, b), '+' + spec)}
+        for i, (_, b) in enumerate(others):
+            row |= {
+                f"b{i}": format_cell(level(b), spec),
+                f"d{i}": format_cell(paired_change(name, a, b), "+" + spec),
+            }
         rows.append(row)
-    heads = {'measure': ('', ''), 'a': (first, 's')}
-    for i, (arm, _) in enumerate(others): heads |= {f'b{i}': (arm, 's'), f'd{i}': ('difference' if len(others) == 1 else f'{arm} − {first}', 's')}
+    heads = {"measure": ("", ""), "a": (first, "s")}
+    for i, (arm, _) in enumerate(others):
+        heads |= {
+            f"b{i}": (arm, "s"),
+            f"d{i}": ("difference" if len(others) == 1 else f"{arm} − {first}", "s"),
+        }
     return rows_table(rows, heads)
 
 # %% ../../nbs/viewing/compare.ipynb #daf781d0
-BETTER, WORSE = '#149a80', '#d0503f'
+BETTER, WORSE = "#149a80", "#d0503f"
+
 
 def token_comparison_plot(
-    arms:dict, # {arm: rows with sample, tokens, iou}
-)->Figure:
+    arms: dict,  # {arm: rows with sample, tokens, iou}
+) -> Figure:
     "Reasoning tokens of every sample, each further arm against the first."
     (first, a), *others = arms.items()
-    a, panels = {r['sample']: r for r in a}, len(others)
+    a, panels = {r["sample"]: r for r in a}, len(others)
     with rc_context(FIGURE_STYLE):
-        fig, axes = panels([f'{short(arm)}, tokens' for arm, _ in others], width=4.2*panels + .4, height=3.6)
+        fig, axes = panels(
+            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * panels + 0.4, height=3.6
+        )
         for ax, (arm, b) in zip(axes, others):
-            pairs = [(a[r['sample']], r) for r in b if r['sample'] in a]
-            pairs = [(p, q) for p, q in pairs if None not in (p.get('tokens'), q.get('tokens'))]
-            x, y, gain = (np.array([f(p, q) for p, q in pairs]) for f in (lambda p, q: p['tokens'], lambda p, q: q['tokens'], lambda p, q: q['iou'] - p['iou']))
-            top = max([1., *x, *y])*1.05
-            ax.plot([0, top], [0, top], color=MUTED, lw=.8, ls=(0, (4, 3)))
-            for some, colour, label in (abs(gain) <= .1, MUTED, 'alike'), (gain > .1, BETTER, f'{short(arm)} better'), (gain < -.1, WORSE, f'{short(first)} better'):
-                ax.plot(x[some], y[some], 'o', color=colour, ms=4.5, alpha=.7, mew=0, label=f'{label}: {some.sum()}')
-            ax.set(xlim=(0, top), ylim=(0, top), xlabel=f'{short(first)}, tokens', aspect='equal')
-            ax.grid(axis='x')
-            ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.16), ncols=3, labelcolor='linecolor', handletextpad=.1, columnspacing=1)
+            pairs = [(a[r["sample"]], r) for r in b if r["sample"] in a]
+            pairs = [(p, q) for p, q in pairs if None not in (p.get("tokens"), q.get("tokens"))]
+            x, y, gain = (
+                np.array([f(p, q) for p, q in pairs])
+                for f in (
+                    lambda p, q: p["tokens"],
+                    lambda p, q: q["tokens"],
+                    lambda p, q: q["iou"] - p["iou"],
+                )
+            )
+            top = max([1.0, *x, *y]) * 1.05
+            ax.plot([0, top], [0, top], color=MUTED, lw=0.8, ls=(0, (4, 3)))
+            for some, colour, label in (
+                (abs(gain) <= 0.1, MUTED, "alike"),
+                (gain > 0.1, BETTER, f"{short(arm)} better"),
+                (gain < -0.1, WORSE, f"{short(first)} better"),
+            ):
+                ax.plot(
+                    x[some],
+                    y[some],
+                    "o",
+                    color=colour,
+                    ms=4.5,
+                    alpha=0.7,
+                    mew=0,
+                    label=f"{label}: {some.sum()}",
+                )
+            ax.set(xlim=(0, top), ylim=(0, top), xlabel=f"{short(first)}, tokens", aspect="equal")
+            ax.grid(axis="x")
+            ax.legend(
+                fontsize=8,
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.16),
+                ncols=3,
+                labelcolor="linecolor",
+                handletextpad=0.1,
+                columnspacing=1,
+            )
     return fig
 
+
 def disagreements(
-    a:list, # rows of one arm
-    b:list, # of another
-    right:float=.5, # IoU from which a mask is right
-)->tuple: # pairs (row of a, row of b): a right and b wrong; the reverse; those that differ most first
+    a: list,  # rows of one arm
+    b: list,  # of another
+    right: float = 0.5,  # IoU from which a mask is right
+) -> (
+    tuple
+):  # pairs (row of a, row of b): a right and b wrong; the reverse; those that differ most first
     "Where one is right and the other wrong."
-    other = {r['sample']: r for r in b}
-    pairs = [(r, other[r['sample']]) for r in a if r['sample'] in other]
-    won = sorted((p for p in pairs if p[0]['iou'] >= right > p[1]['iou']), key=lambda p: p[1]['iou'] - p[0]['iou'])
-    lost = sorted((p for p in pairs if p[1]['iou'] >= right > p[0]['iou']), key=lambda p: p[0]['iou'] - p[1]['iou'])
+    other = {r["sample"]: r for r in b}
+    pairs = [(r, other[r["sample"]]) for r in a if r["sample"] in other]
+    won = sorted(
+        (p for p in pairs if p[0]["iou"] >= right > p[1]["iou"]),
+        key=lambda p: p[1]["iou"] - p[0]["iou"],
+    )
+    lost = sorted(
+        (p for p in pairs if p[1]["iou"] >= right > p[0]["iou"]),
+        key=lambda p: p[0]["iou"] - p[1]["iou"],
+    )
     return won, lost
 
 # %% ../../nbs/viewing/compare.ipynb #01d7679a
-def _told(name, row, sample): # an arm's answer to a sample
+def _told(name, row, sample):  # an arm's answer to a sample
     mask, targets, wrong = drawn_answer(sample, row, stored_mask)
-    caption = fill_html('<b>{}</b> IoU {:.2f} · {} tokens{}', name, row['iou'], format_cell(row.get('tokens'), '.0f'), wrong)
-    return fill_html('<div>{}<div class=d2-said>{}</div></div>', picture_html(sample, mask, targets, caption), response_html(row['text']))
+    caption = fill_html(
+        "<b>{}</b> IoU {:.2f} · {} tokens{}",
+        name,
+        row["iou"],
+        format_cell(row.get("tokens"), ".0f"),
+        wrong,
+    )
+    return fill_html(
+        "<div>{}<div class=d2-said>{}</div></div>",
+        picture_html(sample, mask, targets, caption),
+        response_html(row["text"]),
+    )
+
 
 def qualitative_pairs(
-    pairs:list, # of `disagreements`
-    names:tuple, # of the two arms
-    sample_of, # row -> Sample | None
-)->Markup:
+    pairs: list,  # of `disagreements`
+    names: tuple,  # of the two arms
+    sample_of,  # row -> Sample | None
+) -> Markup:
     "Both answers to each sample, with their masks and chains."
+
     def card(a, b):
         sample = sample_of(a)
-        asked = fill_html('<div><h4>{}</h4><p class=d2-meta>{}</p>{}</div>', a['query'], a['sample'], picture_html(sample) if sample else '')
-        return fill_html('<article class="d2-card d2-trio">{}{}{}</article>', asked, _told(names[0], a, sample), _told(names[1], b, sample))
+        asked = fill_html(
+            "<div><h4>{}</h4><p class=d2-meta>{}</p>{}</div>",
+            a["query"],
+            a["sample"],
+            picture_html(sample) if sample else "",
+        )
+        return fill_html(
+            '<article class="d2-card d2-trio">{}{}{}</article>',
+            asked,
+            _told(names[0], a, sample),
+            _told(names[1], b, sample),
+        )
+
     return join_html(card(a, b) for a, b in pairs)
 
-def _part(title, body, note=''):
-    said = fill_html('<p class=d2-meta>{}</p>', note) if note else ''
-    return fill_html('<section><h3>{}</h3>{}{}</section>', title, said, body) if body else Markup('')
 
-def _chart(fig, label): return fill_html('<div class=d2-chart>{}</div>', figure_svg(fig, label))
+def _part(title, body, note=""):
+    said = fill_html("<p class=d2-meta>{}</p>", note) if note else ""
+    return (
+        fill_html("<section><h3>{}</h3>{}{}</section>", title, said, body) if body else Markup("")
+    )
+
+
+def _chart(fig, label):
+    return fill_html("<div class=d2-chart>{}</div>", figure_svg(fig, label))
+
 
 class Comparison(View):
     "Runs side by side."
-    kind = t.Unicode('compare').tag(sync=True)
+
+    kind = t.Unicode("compare").tag(sync=True)
     html = t.Unicode().tag(sync=True)
 
-    def __init__(self, runs, cards:int=3):
+    def __init__(self, runs, cards: int = 3):
         self.arms, self.cards = load_arms(runs), cards
-        if len(self.arms) < 2: raise ValueError('compare needs two runs or more; give their folders in a list')
-        self.metrics, self.missing = {}, [f'{r.name}: {r.missing}' for each in self.arms.values() for r in each if r.missing]
+        if len(self.arms) < 2:
+            raise ValueError("compare needs two runs or more; give their folders in a list")
+        self.metrics, self.missing = (
+            {},
+            [f"{r.name}: {r.missing}" for each in self.arms.values() for r in each if r.missing],
+        )
         for arm, r in ((arm, r) for arm, each in self.arms.items() for r in each):
-            rows, wrong = open_rows(r.folder/'metrics.jsonl', MetricsRecord)
-            if rows: self.metrics.setdefault(arm, []).append(rows)
-            if rows and wrong: self.missing.append(f'{r.name}: {wrong}')
-        self.seeds = {arm: rows for arm, each in self.arms.items() if (rows := [p for r in each if (p := final_predictions(r))])}
+            rows, wrong = open_rows(r.folder / "metrics.jsonl", MetricsRecord)
+            if rows:
+                self.metrics.setdefault(arm, []).append(rows)
+            if rows and wrong:
+                self.missing.append(f"{r.name}: {wrong}")
+        self.seeds = {
+            arm: rows
+            for arm, each in self.arms.items()
+            if (rows := [p for r in each if (p := final_predictions(r))])
+        }
         self.rows = {arm: average_predictions(each) for arm, each in self.seeds.items()}
         super().__init__(html=self.page())
 
-    def sample_of(self, row:dict)->Sample|None:
+    def sample_of(self, row: dict) -> Sample | None:
         "The sample behind a prediction, from any of the runs that has it."
-        return next((found for each in self.arms.values() for r in each if (found := r.named(row['sample']))), None)
+        return next(
+            (
+                found
+                for each in self.arms.values()
+                for r in each
+                if (found := r.named(row["sample"]))
+            ),
+            None,
+        )
 
-    def page(self)->Markup:
+    def page(self) -> Markup:
         "All of it as HTML."
-        count = f'{sum(map(len, self.arms.values()))} runs'
-        out = fill_html('<div class=d2-top><b class=d2-name>{}</b><span class=d2-lead>{}</span></div>', ' against '.join(self.arms), count)
-        out += join_html(fill_html('<p class=d2-notice>{}</p>', m) for m in self.missing)
-        if self.metrics: out += _part('Training', _chart(training_curves(self.metrics), 'answer entropy, reasoning tokens and accuracy over training'),
-                                      'A line is the mean over an arm’s seeds, the band their range.' if any(len(v) > 1 for v in self.metrics.values()) else '')
-        if len(self.rows) < 2: return out + _part('Held-out samples', Markup('<p>Fewer than two of these have been evaluated after training.</p>'))
+        count = f"{sum(map(len, self.arms.values()))} runs"
+        out = fill_html(
+            "<div class=d2-top><b class=d2-name>{}</b><span class=d2-lead>{}</span></div>",
+            " against ".join(self.arms),
+            count,
+        )
+        out += join_html(fill_html("<p class=d2-notice>{}</p>", m) for m in self.missing)
+        if self.metrics:
+            out += _part(
+                "Training",
+                _chart(
+                    training_curves(self.metrics),
+                    "answer entropy, reasoning tokens and accuracy over training",
+                ),
+                "A line is the mean over an arm’s seeds, the band their range."
+                if any(len(v) > 1 for v in self.metrics.values())
+                else "",
+            )
+        if len(self.rows) < 2:
+            return out + _part(
+                "Held-out samples",
+                Markup("<p>Fewer than two of these have been evaluated after training.</p>"),
+            )
         return out + self.with_statistics() + self.answers()
 
-    def measured(self)->Markup:
+    def measured(self) -> Markup:
         "Differences, and tokens sample by sample."
-        table = _part('Held-out samples', fill_html('<div class=d2-scroll>{}</div>', measure_differences(self.rows).html),
-                      'After training; the differences are paired, ± half of the 95 % bootstrap interval over samples.')
-        scatter = _part('Tokens, sample by sample', _chart(token_comparison_plot(self.rows), 'reasoning tokens of each sample in both runs'))
-        return fill_html('<div class="d2-split{}">{}{}</div>', ' d2-wide' if len(self.rows) > 2 else '', table, scatter)
+        table = _part(
+            "Held-out samples",
+            fill_html("<div class=d2-scroll>{}</div>", measure_differences(self.rows).html),
+            "After training; the differences are paired, ± half of the 95 % bootstrap interval over samples.",
+        )
+        scatter = _part(
+            "Tokens, sample by sample",
+            _chart(
+                token_comparison_plot(self.rows), "reasoning tokens of each sample in both runs"
+            ),
+        )
+        return fill_html(
+            '<div class="d2-split{}">{}{}</div>',
+            " d2-wide" if len(self.rows) > 2 else "",
+            table,
+            scatter,
+        )
 
-    def answers(self)->Markup:
+    def answers(self) -> Markup:
         "Where the first two arms disagree."
-        (first, second), out = list(self.rows)[:2], Markup('')
-        one, two = self.seeds[first][0], self.seeds[second][0] # a chain is one seed's
-        of = f'{len(one)} samples{", of each the first seed" if len(self.seeds[first]) > 1 else ""}; right is an IoU of 0.5 or more.'
+        (first, second), out = list(self.rows)[:2], Markup("")
+        one, two = self.seeds[first][0], self.seeds[second][0]  # a chain is one seed's
+        of = f"{len(one)} samples{', of each the first seed' if len(self.seeds[first]) > 1 else ''}; right is an IoU of 0.5 or more."
         for (x, y), pairs in zip(((first, second), (second, first)), disagreements(one, two)):
-            cards = qualitative_pairs(pairs[:self.cards], (first, second), self.sample_of) or Markup('<p>No sample.</p>')
-            out += _part(f'{x} right, {y} wrong', cards, f'{len(pairs)} of {of}')
+            cards = qualitative_pairs(
+                pairs[: self.cards], (first, second), self.sample_of
+            ) or Markup("<p>No sample.</p>")
+            out += _part(f"{x} right, {y} wrong", cards, f"{len(pairs)} of {of}")
         return out
 
-    def still(self)->Figure:
-        return training_curves(self.metrics) if self.metrics else token_comparison_plot(self.rows) if len(self.rows) > 1 else notice_figure('nothing to compare yet')
+    def still(self) -> Figure:
+        return (
+            training_curves(self.metrics)
+            if self.metrics
+            else token_comparison_plot(self.rows)
+            if len(self.rows) > 1
+            else notice_figure("nothing to compare yet")
+        )
+
 
 def compare(
-    runs, # run folders in a list; or {name: folder or list of folders, one a seed}
-    cards:int=3, # samples shown of each kind
-)->Comparison:
+    runs,  # run folders in a list; or {name: folder or list of folders, one a seed}
+    cards: int = 3,  # samples shown of each kind
+) -> Comparison:
     "Two runs or more, side by side."
     return Comparison(runs, cards)

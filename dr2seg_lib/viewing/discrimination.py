@@ -27,85 +27,149 @@ from dr2seg_lib.viewing.figures import (
 from .tables import order_values
 
 # %% ../../nbs/viewing/discrimination.ipynb #ef96d7a1
-DISCRIMINATION = dict(S1=('s1', 100), S2=('s2', 100), SNR=('snr', 1), TS1=('ts1', 100), TS2=('ts2', 100), TSNR=('tsnr', 1)) # metric: key of a row, factor
+DISCRIMINATION = dict(
+    S1=("s1", 100),
+    S2=("s2", 100),
+    SNR=("snr", 1),
+    TS1=("ts1", 100),
+    TS2=("ts2", 100),
+    TSNR=("tsnr", 1),
+)  # metric: key of a row, factor
+
 
 def discrimination_table(
-    rows:list, # as `discriminated` gives them
-)->dict: # {"S1", "S1_ci", …, "captions", "prefers", "n"}
+    rows: list,  # as `discriminated` gives them
+) -> dict:  # {"S1", "S1_ci", …, "captions", "prefers", "n"}
     "DPAD's S1, S2, SNR, TS1, TS2 and TSNR with 95 % bootstrap intervals over samples."
-    out = dict(n=len(rows), captions=float(np.mean([0 < r['caption_tokens'] <= 77 for r in rows])), prefers=float(np.mean([r['s1'] > r['s2'] for r in rows])))
+    out = dict(
+        n=len(rows),
+        captions=float(np.mean([0 < r["caption_tokens"] <= 77 for r in rows])),
+        prefers=float(np.mean([r["s1"] > r["s2"] for r in rows])),
+    )
     for name, (key, factor) in DISCRIMINATION.items():
-        values = factor*np.array([r[key] for r in rows])
-        out |= {name: float(values.mean()), f'{name}_ci': percentile_interval(values)}
+        values = factor * np.array([r[key] for r in rows])
+        out |= {name: float(values.mean()), f"{name}_ci": percentile_interval(values)}
     return out
 
 # %% ../../nbs/viewing/discrimination.ipynb #6ff2c30d
-STRATIFIED = dict(tokens=('tokens', '.1f'), iou=('gIoU', '.3f'), s1=('S1', '.1f'), s2=('S2', '.1f'), snr=('SNR', '.2f'), tsnr=('TSNR', '.2f')) # key of a row: header, format
+STRATIFIED = dict(
+    tokens=("tokens", ".1f"),
+    iou=("gIoU", ".3f"),
+    s1=("S1", ".1f"),
+    s2=("S2", ".1f"),
+    snr=("SNR", ".2f"),
+    tsnr=("TSNR", ".2f"),
+)  # key of a row: header, format
+
 
 def split_strata(
-    rows:list, # of evaluation
-    by:Sequence=('query_type', 'difficulty'), # tags
-)->dict: # {values of the tags: rows}
+    rows: list,  # of evaluation
+    by: Sequence = ("query_type", "difficulty"),  # tags
+) -> dict:  # {values of the tags: rows}
     "Rows by the values of some tags, in the papers' order."
-    of = lambda row: tuple(row['tags'].get(tag) for tag in by)
-    kinds = product(*(order_values({r['tags'].get(tag) for r in rows}) for tag in by))
+    of = lambda row: tuple(row["tags"].get(tag) for tag in by)
+    kinds = product(*(order_values({r["tags"].get(tag) for r in rows}) for tag in by))
     return {values: found for values in kinds if (found := [r for r in rows if of(r) == values])}
 
+
 def stratified_table(
-    arms:dict, # {method: rows}; what a row lacks is a dash
-    by:Sequence=('query_type', 'difficulty'), # tags
-)->Table:
+    arms: dict,  # {method: rows}; what a row lacks is a dash
+    by: Sequence = ("query_type", "difficulty"),  # tags
+) -> Table:
     "Tokens, gIoU and the discrimination of every method in every stratum (DPAD's Tables 3–6), with 95 % bootstrap intervals."
+
     def cell(rows, key):
-        if not all(key in r for r in rows): return None
-        values = (100 if key in ('s1', 's2') else 1)*np.array([r[key] for r in rows], dtype=float)
+        if not all(key in r for r in rows):
+            return None
+        values = (100 if key in ("s1", "s2") else 1) * np.array([r[key] for r in rows], dtype=float)
         return Interval(float(values.mean()), *percentile_interval(values))
+
     groups = {arm: split_strata(rows, by) for arm, rows in arms.items()}
     strata = dict.fromkeys(k for g in groups.values() for k in g)
-    lines = [dict(zip(by, map(str, values))) | dict(method=arm, n=len(g[values])) | {key: cell(g[values], key) for key in STRATIFIED}
-             for values in strata for arm, g in groups.items() if values in g]
-    return rows_table(lines, {tag: (tag.replace('_', ' '), '') for tag in by} | dict(method='', n='d') | STRATIFIED)
+    lines = [
+        dict(zip(by, map(str, values)))
+        | dict(method=arm, n=len(g[values]))
+        | {key: cell(g[values], key) for key in STRATIFIED}
+        for values in strata
+        for arm, g in groups.items()
+        if values in g
+    ]
+    return rows_table(
+        lines,
+        {tag: (tag.replace("_", " "), "") for tag in by} | dict(method="", n="d") | STRATIFIED,
+    )
 
 # %% ../../nbs/viewing/discrimination.ipynb #9680f17c
 def token_strata_plot(
-    arms:dict, # {method: rows of evaluation}
-    by:Sequence=('query_type', 'difficulty'), # tags, a panel each
-)->Figure:
+    arms: dict,  # {method: rows of evaluation}
+    by: Sequence = ("query_type", "difficulty"),  # tags, a panel each
+) -> Figure:
     "Reasoning tokens of every sample, with mean and ± 1 standard deviation of each stratum (DPAD's Figs. 4–5)."
     with rc_context(FIGURE_STYLE):
-        fig, axes = panels([f'reasoning tokens by {tag.replace("_", " ")}' for tag in by], height=2.9)
+        fig, axes = panels(
+            [f"reasoning tokens by {tag.replace('_', ' ')}" for tag in by], height=2.9
+        )
         for ax, tag in zip(axes, by):
-            groups = {arm: {v: [r['tokens'] for r in g] for (v,), g in split_strata(rows, [tag]).items()} for arm, rows in arms.items()}
+            groups = {
+                arm: {v: [r["tokens"] for r in g] for (v,), g in split_strata(rows, [tag]).items()}
+                for arm, rows in arms.items()
+            }
             names = list(dict.fromkeys(v for g in groups.values() for v in g))
             for (arm, g), colour in zip(groups.items(), arm_colours(arms).values()):
                 for k, name in enumerate(names):
                     y = np.array(g.get(name, []), dtype=float)
-                    if not y.size: continue
-                    left, right = k + .04, k + .96
-                    ax.scatter(np.linspace(left, right, len(y)) if len(y) > 1 else [k + .5], y, s=5, color=colour, alpha=.4, lw=0, rasterized=True)
-                    ax.fill_between([left, right], y.mean() - y.std(), y.mean() + y.std(), color=colour, alpha=.16, lw=0)
+                    if not y.size:
+                        continue
+                    left, right = k + 0.04, k + 0.96
+                    ax.scatter(
+                        np.linspace(left, right, len(y)) if len(y) > 1 else [k + 0.5],
+                        y,
+                        s=5,
+                        color=colour,
+                        alpha=0.4,
+                        lw=0,
+                        rasterized=True,
+                    )
+                    ax.fill_between(
+                        [left, right],
+                        y.mean() - y.std(),
+                        y.mean() + y.std(),
+                        color=colour,
+                        alpha=0.16,
+                        lw=0,
+                    )
                     ax.hlines(y.mean(), left, right, color=colour, lw=1.8)
-            ax.set_xticks(np.arange(len(names)) + .5, [short(n) for n in names])
-            ax.tick_params(axis='x', length=0)
+            ax.set_xticks(np.arange(len(names)) + 0.5, [short(n) for n in names])
+            ax.tick_params(axis="x", length=0)
             ax.set_ylim(0)
         _legend(fig, arms)
     return fig
 
 # %% ../../nbs/viewing/discrimination.ipynb #ce9f02cb
 def similarity_scatter(
-    arms:dict, # {method: rows as `discriminated` gives them}
-)->Figure:
+    arms: dict,  # {method: rows as `discriminated` gives them}
+) -> Figure:
     "S1 against S2 of every sample, for captions and for reasoning."
     with rc_context(FIGURE_STYLE):
-        fig, axes = panels(['caption: S1 over S2', 'reasoning: TS1 over TS2'], height=3.1, width=6.2)
-        for ax, (a, b) in zip(axes, (('s1', 's2'), ('ts1', 'ts2'))):
+        fig, axes = panels(
+            ["caption: S1 over S2", "reasoning: TS1 over TS2"], height=3.1, width=6.2
+        )
+        for ax, (a, b) in zip(axes, (("s1", "s2"), ("ts1", "ts2"))):
             for rows, colour in zip(arms.values(), arm_colours(arms).values()):
-                ax.scatter([100*r[b] for r in rows], [100*r[a] for r in rows], s=9, color=colour, alpha=.45, lw=0, rasterized=True)
+                ax.scatter(
+                    [100 * r[b] for r in rows],
+                    [100 * r[a] for r in rows],
+                    s=9,
+                    color=colour,
+                    alpha=0.45,
+                    lw=0,
+                    rasterized=True,
+                )
             (a0, a1), (b0, b1) = ax.get_xlim(), ax.get_ylim()
             ends = [min(a0, b0), max(a1, b1)]
-            ax.plot(ends, ends, color=MUTED, lw=.8, ls=(0, (3, 3)), zorder=0)
-            ax.set(xlim=ends, ylim=ends, aspect='equal', xlabel='similarity with the whole picture')
-            ax.grid(True, axis='both')
+            ax.plot(ends, ends, color=MUTED, lw=0.8, ls=(0, (3, 3)), zorder=0)
+            ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="similarity with the whole picture")
+            ax.grid(True, axis="both")
         axes[0].set_ylabel("similarity with the object's crop")
         _legend(fig, arms)
     return fig

@@ -20,282 +20,485 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure as MplFigure
 
 # %% ../../nbs/viewing/figures.ipynb #8335198d
-MUTED = '#808893'
-METHOD_COLOURS = dict(visionreasoner='#c8780a', dr2seg_desc='#149a80', dr2seg='#5470ee', dpad='#c2488f', seg_zero='#7f8c2d', pixelthink='#9a62d8')
-OTHER_COLOURS = '#d0503f', '#1f93b8', '#a07a4a', '#6b8f5e' # for recipes made in a notebook
-FIGURE_STYLE = {'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor': 'none', 'svg.fonttype': 'none', 'svg.hashsalt': 'dr2seg',
-         'text.parse_math': False, # a name may hold a $
-         'text.color': MUTED, 'axes.labelcolor': MUTED, 'axes.titlecolor': MUTED, 'xtick.color': MUTED, 'ytick.color': MUTED, 'axes.edgecolor': MUTED,
-         'font.size': 8.5, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'axes.titlepad': 9,
-         'axes.spines.top': False, 'axes.spines.right': False, 'axes.spines.left': False, 'axes.linewidth': .8,
-         'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True, 'grid.color': MUTED, 'grid.alpha': .22, 'grid.linewidth': .7,
-         'xtick.major.size': 3, 'ytick.major.size': 0, 'lines.linewidth': 1.8, 'lines.solid_capstyle': 'round', 'legend.frameon': False}
+MUTED = "#808893"
+METHOD_COLOURS = dict(
+    visionreasoner="#c8780a",
+    dr2seg_desc="#149a80",
+    dr2seg="#5470ee",
+    dpad="#c2488f",
+    seg_zero="#7f8c2d",
+    pixelthink="#9a62d8",
+)
+OTHER_COLOURS = "#d0503f", "#1f93b8", "#a07a4a", "#6b8f5e"  # for recipes made in a notebook
+FIGURE_STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dr2seg",
+    "text.parse_math": False,  # a name may hold a $
+    "text.color": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.edgecolor": MUTED,
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": MUTED,
+    "grid.alpha": 0.22,
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+}
+
 
 def arm_colours(
-    arms, # names
-)->dict: # name: colour
+    arms,  # names
+) -> dict:  # name: colour
     "A colour for every arm: the recipe's own, or the next free one; a run without a name has the colour of dr2seg."
     spare = cycle(OTHER_COLOURS)
-    return {arm: METHOD_COLOURS.get(arm or 'dr2seg') or next(spare) for arm in arms}
+    return {arm: METHOD_COLOURS.get(arm or "dr2seg") or next(spare) for arm in arms}
+
 
 class Figure(MplFigure):
     "A figure that shows itself in a notebook, once, in sharp pixels, whatever the matplotlib backend is."
+
     def _repr_mimebundle_(self, include=None, exclude=None):
         out = io.BytesIO()
-        with rc_context(FIGURE_STYLE): self.savefig(out, format='png', dpi=160)
-        width, height = (round(s*80) for s in self.get_size_inches())
-        return {'image/png': out.getvalue()}, {'image/png': dict(width=width, height=height)}
+        with rc_context(FIGURE_STYLE):
+            self.savefig(out, format="png", dpi=160)
+        width, height = (round(s * 80) for s in self.get_size_inches())
+        return {"image/png": out.getvalue()}, {"image/png": dict(width=width, height=height)}
 
-LONGEST, MOST = 48, 32 # characters of a name in a figure; names
 
-def drawable(text:str)->str:
+LONGEST, MOST = 48, 32  # characters of a name in a figure; names
+
+
+def drawable(text: str) -> str:
     "Text without what no font draws."
-    return ''.join(c if c.isprintable() else ' ' for c in text)
+    return "".join(c if c.isprintable() else " " for c in text)
+
 
 def short(
-    name, # of an arm, a term, a stage, a tag's value
-)->str:
+    name,  # of an arm, a term, a stage, a tag's value
+) -> str:
     "A name as a figure shows it: one line, no longer than fits."
-    shown = drawable(str(name)[:LONGEST + 1]).lstrip('_') # what begins with _ is in no legend
-    return shown if len(shown) <= LONGEST else shown[:LONGEST - 1] + '…'
+    shown = drawable(str(name)[: LONGEST + 1]).lstrip("_")  # what begins with _ is in no legend
+    return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
+
 
 def panels(
-    titles:list, # one a panel
-    cols:int=0, # panels in a row; 0: all
-    height:float=2.5, # of a row, inches
-    width:float=10., # of the figure, inches
-)->tuple: # Figure, list of Axes
+    titles: list,  # one a panel
+    cols: int = 0,  # panels in a row; 0: all
+    height: float = 2.5,  # of a row, inches
+    width: float = 10.0,  # of the figure, inches
+) -> tuple:  # Figure, list of Axes
     "A figure of small panels."
     cols = cols or len(titles)
-    rows = -(-len(titles)//cols)
+    rows = -(-len(titles) // cols)
     with rc_context(FIGURE_STYLE):
-        fig = Figure(figsize=(width, height*rows), layout='constrained')
+        fig = Figure(figsize=(width, height * rows), layout="constrained")
         axes = fig.subplots(rows, cols, squeeze=False).ravel()
-        for ax, title in zip(axes, titles): ax.set_title(title)
-        for ax in axes[len(titles):]: ax.remove()
-        fig.get_layout_engine().set(w_pad=.12, h_pad=.08, wspace=.02)
-    return fig, list(axes[:len(titles)])
+        for ax, title in zip(axes, titles):
+            ax.set_title(title)
+        for ax in axes[len(titles) :]:
+            ax.remove()
+        fig.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.02)
+    return fig, list(axes[: len(titles)])
+
 
 def figure_svg(
-    fig, # a matplotlib Figure
-    label:str='', # what it shows, for those who cannot see it
-)->Markup: # an <svg> element; matplotlib has escaped the texts in it
+    fig,  # a matplotlib Figure
+    label: str = "",  # what it shows, for those who cannot see it
+) -> Markup:  # an <svg> element; matplotlib has escaped the texts in it
     "A figure as a fragment of HTML that takes its font and its grey, `--muted`, from the page."
     out = io.StringIO()
-    with rc_context(FIGURE_STYLE): fig.savefig(out, format='svg', metadata=dict(Date=None))
-    text = out.getvalue()[out.getvalue().index('<svg'):]
-    text = re.sub(r'<metadata>.*?</metadata>| font-family: [^;"]*;?| id="(?:figure|axes|patch|text|line2d|xtick|ytick|matplotlib\.axis|legend|FillBetween\w*|LineCollection)_\d+"', '', text, flags=re.S)
-    text = re.sub(r'font: (?:(bold|700) )?([\d.]+px) [^;"]*', lambda m: f'font-size: {m[2]}' + ('; font-weight: 600' if m[1] else ''), text)
-    text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', lambda m: f'{m[1]}role="img" aria-label="{escape(label)}"', text, count=1)
-    text = re.sub(r'(?:<!--.*?-->|\s*\n\s*)', ' ', text, flags=re.S).replace(MUTED, f'var(--muted, {MUTED})').strip()
+    with rc_context(FIGURE_STYLE):
+        fig.savefig(out, format="svg", metadata=dict(Date=None))
+    text = out.getvalue()[out.getvalue().index("<svg") :]
+    text = re.sub(
+        r'<metadata>.*?</metadata>| font-family: [^;"]*;?| id="(?:figure|axes|patch|text|line2d|xtick|ytick|matplotlib\.axis|legend|FillBetween\w*|LineCollection)_\d+"',
+        "",
+        text,
+        flags=re.S,
+    )
+    text = re.sub(
+        r'font: (?:(bold|700) )?([\d.]+px) [^;"]*',
+        lambda m: f"font-size: {m[2]}" + ("; font-weight: 600" if m[1] else ""),
+        text,
+    )
+    text = re.sub(
+        r'(<svg [^>]*?)width="[^"]*" height="[^"]*"',
+        lambda m: f'{m[1]}role="img" aria-label="{escape(label)}"',
+        text,
+        count=1,
+    )
+    text = (
+        re.sub(r"(?:<!--.*?-->|\s*\n\s*)", " ", text, flags=re.S)
+        .replace(MUTED, f"var(--muted, {MUTED})")
+        .strip()
+    )
     return Markup(text)
 
 # %% ../../nbs/viewing/figures.ipynb #9e54b843
 def metric_value(
-    row:dict, # a metrics row
-    name:str, # dotted, e.g. "terms.accuracy"
-)->float: # NaN where it is missing
+    row: dict,  # a metrics row
+    name: str,  # dotted, e.g. "terms.accuracy"
+) -> float:  # NaN where it is missing
     "A number of a metrics row, by its dotted name."
     value = row
-    for key in name.split('.'): value = value.get(key) if isinstance(value, dict) else None
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
     return float(value) if isinstance(value, (int, float)) else np.nan
 
+
 def metric_series(
-    rows:list, # metrics rows
-    name:str, # dotted
-)->tuple: # steps [T], values [T]
+    rows: list,  # metrics rows
+    name: str,  # dotted
+) -> tuple:  # steps [T], values [T]
     "One measure over steps; both empty where it was never recorded."
-    found = [(r['step'], metric_value(r, name)) for r in rows]
+    found = [(r["step"], metric_value(r, name)) for r in rows]
     found = np.array([f for f in found if np.isfinite(f[1])]).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 
+
 def moving_average(
-    values, # [T]
-    keep:float=.6, # share of the past; 0 changes nothing
-)->np.ndarray: # [T]
+    values,  # [T]
+    keep: float = 0.6,  # share of the past; 0 changes nothing
+) -> np.ndarray:  # [T]
     "Exponential moving average, unbiased from the first value on."
-    out, total, weight = [], 0., 0.
+    out, total, weight = [], 0.0, 0.0
     for v in values:
-        total, weight = keep*total + (1 - keep)*v, keep*weight + 1 - keep
-        out.append(total/weight)
+        total, weight = keep * total + (1 - keep) * v, keep * weight + 1 - keep
+        out.append(total / weight)
     return np.array(out)
 
+
 def curve_band(
-    runs:list, # of metrics rows, one list a seed
-    name:str, # dotted
-    keep:float=0, # smoothing
-)->tuple: # steps [T], mean, lowest, highest over the seeds that reached the step
+    runs: list,  # of metrics rows, one list a seed
+    name: str,  # dotted
+    keep: float = 0,  # smoothing
+) -> tuple:  # steps [T], mean, lowest, highest over the seeds that reached the step
     "Several runs of one arm as a line and its range."
-    lines = [dict(zip(steps, moving_average(values, keep))) for steps, values in (metric_series(rows, name) for rows in runs)]
+    lines = [
+        dict(zip(steps, moving_average(values, keep)))
+        for steps, values in (metric_series(rows, name) for rows in runs)
+    ]
     steps = sorted(set().union(*lines))
     at = [[line[s] for line in lines if s in line] for s in steps]
     return np.array(steps), *(np.array([f(v) for v in at]) for f in (np.mean, np.min, np.max))
 
 # %% ../../nbs/viewing/figures.ipynb #71b6bbe2
 def group_by_arm(
-    runs, # metrics rows; or {arm: rows}; or {arm: [rows, ...]}
-)->dict: # {arm: [rows, ...]}
+    runs,  # metrics rows; or {arm: rows}; or {arm: [rows, ...]}
+) -> dict:  # {arm: [rows, ...]}
     "One form for what the curve functions accept."
-    if not isinstance(runs, dict): runs = {'': runs}
+    if not isinstance(runs, dict):
+        runs = {"": runs}
     return {arm: list(r) if r and isinstance(r[0], list) else [r] for arm, r in runs.items()}
+
 
 def _curve(ax, runs, name, colour, keep, **style):
     steps, mean, lo, hi = curve_band(runs, name, keep)
-    if not steps.size: return
-    if len(runs) > 1: ax.fill_between(steps, lo, hi, color=colour, alpha=.16, lw=0)
-    elif keep: ax.plot(*metric_series(runs[0], name), color=colour, alpha=.28, lw=.9)
+    if not steps.size:
+        return
+    if len(runs) > 1:
+        ax.fill_between(steps, lo, hi, color=colour, alpha=0.16, lw=0)
+    elif keep:
+        ax.plot(*metric_series(runs[0], name), color=colour, alpha=0.28, lw=0.9)
     ax.plot(steps, mean, color=colour, **style)
 
-def _legend(fig, arms): # what the colours mean, above the panels
-    if len(arms) < 2: return
+
+def _legend(fig, arms):  # what the colours mean, above the panels
+    if len(arms) < 2:
+        return
     lines = [fig.axes[0].plot([], [], color=c, lw=3)[0] for c in arm_colours(arms).values()]
-    fig.legend(lines, map(short, arms), loc='outside upper left', ncols=len(arms), fontsize=9, labelcolor='linecolor', handlelength=1.2)
+    fig.legend(
+        lines,
+        map(short, arms),
+        loc="outside upper left",
+        ncols=len(arms),
+        fontsize=9,
+        labelcolor="linecolor",
+        handlelength=1.2,
+    )
+
 
 def training_curves(
-    runs, # metrics rows; or {arm: rows}; or {arm: [rows, ...]} with one list a seed
-    keep:float=.6, # smoothing; 0 for none
-)->Figure:
+    runs,  # metrics rows; or {arm: rows}; or {arm: [rows, ...]} with one list a seed
+    keep: float = 0.6,  # smoothing; 0 for none
+) -> Figure:
     "Fig. 4 of the paper: answer entropy, reasoning tokens and accuracy over training."
     arms = group_by_arm(runs)
     with rc_context(FIGURE_STYLE):
-        fig, (entropy, tokens, accuracy) = panels(['answer entropy, nats', 'reasoning tokens', 'accuracy'])
+        fig, (entropy, tokens, accuracy) = panels(
+            ["answer entropy, nats", "reasoning tokens", "accuracy"]
+        )
         for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
-            _curve(entropy, each, 'answer_entropy', colour, keep)
-            _curve(tokens, each, 'tokens', colour, keep)
-            _curve(tokens, each, 'tokens_second', colour, keep, ls=(0, (3, 2)), lw=1.3)
-            _curve(accuracy, each, 'accuracy', colour, keep)
+            _curve(entropy, each, "answer_entropy", colour, keep)
+            _curve(tokens, each, "tokens", colour, keep)
+            _curve(tokens, each, "tokens_second", colour, keep, ls=(0, (3, 2)), lw=1.3)
+            _curve(accuracy, each, "accuracy", colour, keep)
         tokens.set_ylim(0)
-        for ls, text in ('-', 'N¹'), ((0, (3, 2)), 'N²'): tokens.plot([], [], color=MUTED, ls=ls, lw=1.4, label=text)
-        tokens.legend(loc='upper right', ncols=2, handlelength=2, fontsize=8, borderaxespad=0)
-        for ax in fig.axes: ax.set_xlabel('step')
+        for ls, text in ("-", "N¹"), ((0, (3, 2)), "N²"):
+            tokens.plot([], [], color=MUTED, ls=ls, lw=1.4, label=text)
+        tokens.legend(loc="upper right", ncols=2, handlelength=2, fontsize=8, borderaxespad=0)
+        for ax in fig.axes:
+            ax.set_xlabel("step")
         _legend(fig, arms)
     return fig
 
 # %% ../../nbs/viewing/figures.ipynb #5f6c2b22
-GREATEST = dict(thinking_format=1, answer_format=2, non_repeat=1, accuracy=3, description=1, length=1, iou=1, box=1, points=1)
+GREATEST = dict(
+    thinking_format=1,
+    answer_format=2,
+    non_repeat=1,
+    accuracy=3,
+    description=1,
+    length=1,
+    iou=1,
+    box=1,
+    points=1,
+)
+
 
 def reward_terms_plot(
-    runs, # metrics rows; or {arm: rows}; or {arm: [rows, ...]}
-    keep:float=.6, # smoothing; 0 for none
-)->Figure:
+    runs,  # metrics rows; or {arm: rows}; or {arm: [rows, ...]}
+    keep: float = 0.6,  # smoothing; 0 for none
+) -> Figure:
     "Each reward term's mean, and their total, over training."
     arms = group_by_arm(runs)
     rows = [row for each in arms.values() for r in each for row in r]
-    found = dict.fromkeys(k for r in rows for k in r.get('terms') or {})
-    names = ['reward', *(f'terms.{k}' for k in sorted(found, key=[*GREATEST, *found].index)[:MOST])]
+    found = dict.fromkeys(k for r in rows for k in r.get("terms") or {})
+    names = ["reward", *(f"terms.{k}" for k in sorted(found, key=[*GREATEST, *found].index)[:MOST])]
     with rc_context(FIGURE_STYLE):
-        fig, axes = panels([short(n.removeprefix('terms.').replace('_', ' ')) for n in names], cols=4, height=1.75)
+        fig, axes = panels(
+            [short(n.removeprefix("terms.").replace("_", " ")) for n in names], cols=4, height=1.75
+        )
         for ax, name in zip(axes, names):
-            for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()): _curve(ax, each, name, colour, keep)
-            if top := GREATEST.get(name[6:]): ax.set_ylim(-.04*top, 1.04*top)
+            for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
+                _curve(ax, each, name, colour, keep)
+            if top := GREATEST.get(name[6:]):
+                ax.set_ylim(-0.04 * top, 1.04 * top)
         _legend(fig, arms)
     return fig
 
 # %% ../../nbs/viewing/figures.ipynb #6a51f936
-HEALTH = {'kl': 'KL to the reference', 'grad_norm': 'gradient norm', 'loss': 'loss', 'lr': 'learning rate'}
+HEALTH = {
+    "kl": "KL to the reference",
+    "grad_norm": "gradient norm",
+    "loss": "loss",
+    "lr": "learning rate",
+}
+
 
 def training_health(
-    runs, # metrics rows; or {arm: rows}; or {arm: [rows, ...]}
-    keep:float=.6, # smoothing; 0 for none
-)->Figure:
+    runs,  # metrics rows; or {arm: rows}; or {arm: [rows, ...]}
+    keep: float = 0.6,  # smoothing; 0 for none
+) -> Figure:
     "KL, gradient norm, loss and learning rate over training."
     arms = group_by_arm(runs)
     with rc_context(FIGURE_STYLE):
         fig, axes = panels(list(HEALTH.values()), height=1.9)
         for ax, name in zip(axes, HEALTH):
-            for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()): _curve(ax, each, name, colour, 0 if name == 'lr' else keep)
-            if name != 'loss': ax.set_ylim(0)
-            ax.yaxis.set_major_formatter(lambda v, _: f'{v:g}') # 5e-06 beside the axis, not 1e-6 above it
+            for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
+                _curve(ax, each, name, colour, 0 if name == "lr" else keep)
+            if name != "loss":
+                ax.set_ylim(0)
+            ax.yaxis.set_major_formatter(
+                lambda v, _: f"{v:g}"
+            )  # 5e-06 beside the axis, not 1e-6 above it
         _legend(fig, arms)
     return fig
 
 # %% ../../nbs/viewing/figures.ipynb #55f57876
-STAGE_COLOURS = dict(first='#5470ee', second='#35a5c9', reward='#d0503f', reference='#149a80', update='#c8780a')
+STAGE_COLOURS = dict(
+    first="#5470ee", second="#35a5c9", reward="#d0503f", reference="#149a80", update="#c8780a"
+)
+
 
 def stage_seconds_plot(
-    rows:list, # metrics rows of one run
-    bars:int=60, # at most so many
-)->Figure:
+    rows: list,  # metrics rows of one run
+    bars: int = 60,  # at most so many
+) -> Figure:
     "Seconds of each step by stage, stacked; the mean of a stage stands in the legend."
-    rows = [r for r in rows if isinstance(r.get('seconds'), dict)]
-    names = dict.fromkeys(k for r in rows for k in r['seconds'] if k != 'total')
+    rows = [r for r in rows if isinstance(r.get("seconds"), dict)]
+    names = dict.fromkeys(k for r in rows for k in r["seconds"] if k != "total")
     names = sorted(names, key=[*STAGE_COLOURS, *names].index)[:MOST]
     groups = np.array_split(np.arange(len(rows)), min(bars, len(rows))) if rows else []
-    seconds = np.nan_to_num([[metric_value(r['seconds'], n) for n in names] for r in rows]).reshape(len(rows), len(names))
-    x = np.array([rows[g[len(g)//2]]['step'] for g in groups])
+    seconds = np.nan_to_num([[metric_value(r["seconds"], n) for n in names] for r in rows]).reshape(
+        len(rows), len(names)
+    )
+    x = np.array([rows[g[len(g) // 2]]["step"] for g in groups])
     y = np.array([seconds[g].mean(0) for g in groups]).reshape(len(groups), len(names))
     with rc_context(FIGURE_STYLE):
-        fig, (ax,) = panels(['seconds a step'], height=2.3)
+        fig, (ax,) = panels(["seconds a step"], height=2.3)
         low, spare = np.zeros(len(x)), cycle(OTHER_COLOURS)
         for name, part, mean in zip(names, y.T, seconds.mean(0) if rows else []):
-            ax.bar(x, part, bottom=low, width=.78*(x[1] - x[0] if len(x) > 1 else 1), color=STAGE_COLOURS.get(name) or next(spare), label=f'{short(name)}  {mean:.2f} s')
+            ax.bar(
+                x,
+                part,
+                bottom=low,
+                width=0.78 * (x[1] - x[0] if len(x) > 1 else 1),
+                color=STAGE_COLOURS.get(name) or next(spare),
+                label=f"{short(name)}  {mean:.2f} s",
+            )
             low = low + part
-        if names: fig.legend(loc='outside right center', reverse=True, handlelength=.8, handleheight=.8, fontsize=8.5, labelspacing=.7)
-        ax.margins(x=.01)
-        ax.set_xlabel('step')
+        if names:
+            fig.legend(
+                loc="outside right center",
+                reverse=True,
+                handlelength=0.8,
+                handleheight=0.8,
+                fontsize=8.5,
+                labelspacing=0.7,
+            )
+        ax.margins(x=0.01)
+        ax.set_xlabel("step")
     return fig
 
 # %% ../../nbs/viewing/figures.ipynb #b025f6b0
 def _whiskers(ax, r, colour):
-    for name, draw in ('tokens', ax.hlines), ('gIoU', ax.vlines):
-        if ci := r.get(f'{name}_ci'): draw(r['gIoU' if name == 'tokens' else 'tokens'], *ci, color=colour, lw=1.2, alpha=.55)
+    for name, draw in ("tokens", ax.hlines), ("gIoU", ax.vlines):
+        if ci := r.get(f"{name}_ci"):
+            draw(r["gIoU" if name == "tokens" else "tokens"], *ci, color=colour, lw=1.2, alpha=0.55)
+
 
 def before_after_plot(
-    results:dict, # results.json; or {arm: results}
-)->Figure:
+    results: dict,  # results.json; or {arm: results}
+) -> Figure:
     "Tokens against gIoU: an arrow from the start to the end of training."
-    arms = {'': results} if {'before', 'after'} & set(results) else results
+    arms = {"": results} if {"before", "after"} & set(results) else results
     with rc_context(FIGURE_STYLE):
-        crowd = len(arms) > 3 # their names stand beside the figure
-        fig, (ax,) = panels(['gIoU'], width=7.4 if crowd else 4.6, height=3.4 if crowd else 3.)
+        crowd = len(arms) > 3  # their names stand beside the figure
+        fig, (ax,) = panels(["gIoU"], width=7.4 if crowd else 4.6, height=3.4 if crowd else 3.0)
         for (arm, r), colour in zip(arms.items(), arm_colours(arms).values()):
-            both = ((r.get(when) or {}) for when in ('before', 'after'))
-            ends = [e for e in both if e.get('tokens') is not None and e.get('gIoU') is not None]
-            for end in ends: _whiskers(ax, end, colour)
-            if len(ends) < 2: continue
-            at = [(e['tokens'], e['gIoU']) for e in ends]
-            ax.annotate('', at[1], at[0], arrowprops=dict(arrowstyle='-|>', color=colour, lw=1.6, shrinkA=5, shrinkB=6))
-            ax.plot(*at[0], 'o', mfc='none', color=colour, ms=7, mew=1.6)
-            ax.plot(*at[1], 'o', color=colour, ms=9, label=f'{short(arm)}  {at[1][0]:.0f} tokens, {at[1][1]:.3f}')
-            up = 1 if at[1][1] >= at[0][1] else -1 # the numbers stand where the arrow is not
-            for (x, y), right, tint in ((*at[:1], False, MUTED), (*at[1:], True, colour)) if len(arms) == 1 else ():
-                ax.annotate(f'{x:.0f} tokens\n{y:.3f}', (x, y), (9, 8*up) if right else (-8, -8*up), textcoords='offset points', color=tint, linespacing=1.35,
-                            ha='left' if right else 'right', va='bottom' if right == (up > 0) else 'top')
-        if len(ax.get_legend_handles_labels()[0]) > 1: ax.legend(labelcolor='linecolor', handletextpad=.2, **(dict(loc='center left', bbox_to_anchor=(1.02, .5), labelspacing=.9) if crowd else dict(loc='lower left')))
+            both = ((r.get(when) or {}) for when in ("before", "after"))
+            ends = [e for e in both if e.get("tokens") is not None and e.get("gIoU") is not None]
+            for end in ends:
+                _whiskers(ax, end, colour)
+            if len(ends) < 2:
+                continue
+            at = [(e["tokens"], e["gIoU"]) for e in ends]
+            ax.annotate(
+                "",
+                at[1],
+                at[0],
+                arrowprops=dict(arrowstyle="-|>", color=colour, lw=1.6, shrinkA=5, shrinkB=6),
+            )
+            ax.plot(*at[0], "o", mfc="none", color=colour, ms=7, mew=1.6)
+            ax.plot(
+                *at[1],
+                "o",
+                color=colour,
+                ms=9,
+                label=f"{short(arm)}  {at[1][0]:.0f} tokens, {at[1][1]:.3f}",
+            )
+            up = 1 if at[1][1] >= at[0][1] else -1  # the numbers stand where the arrow is not
+            for (x, y), right, tint in (
+                ((*at[:1], False, MUTED), (*at[1:], True, colour)) if len(arms) == 1 else ()
+            ):
+                ax.annotate(
+                    f"{x:.0f} tokens\n{y:.3f}",
+                    (x, y),
+                    (9, 8 * up) if right else (-8, -8 * up),
+                    textcoords="offset points",
+                    color=tint,
+                    linespacing=1.35,
+                    ha="left" if right else "right",
+                    va="bottom" if right == (up > 0) else "top",
+                )
+        if len(ax.get_legend_handles_labels()[0]) > 1:
+            ax.legend(
+                labelcolor="linecolor",
+                handletextpad=0.2,
+                **(
+                    dict(loc="center left", bbox_to_anchor=(1.02, 0.5), labelspacing=0.9)
+                    if crowd
+                    else dict(loc="lower left")
+                ),
+            )
         ax.set_xlim(0)
-        ax.margins(x=.12, y=.3)
-        ax.set_xlabel('reasoning tokens')
+        ax.margins(x=0.12, y=0.3)
+        ax.set_xlabel("reasoning tokens")
     return fig
 
 # %% ../../nbs/viewing/figures.ipynb #1bfa5bfb
-TRUTH, PREDICTION = (0, 214, 255), (255, 32, 206) # RGB
+TRUTH, PREDICTION = (0, 214, 255), (255, 32, 206)  # RGB
 
-def _paint(canvas, mask, colour, scale, fill, contour): # canvas [H,W,3] uint8, changed in place
+
+def _paint(canvas, mask, colour, scale, fill, contour):  # canvas [H,W,3] uint8, changed in place
     soft = cv2.resize(mask.astype(np.float32), canvas.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    if scale > 1: soft = cv2.GaussianBlur(soft, (0, 0), .5*scale)
-    inside = soft > .5
-    canvas[inside] = (canvas[inside]*(1 - fill) + np.array(colour)*fill).astype(np.uint8)
-    if contour: cv2.drawContours(canvas, cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0], -1, colour, 2, cv2.LINE_AA)
+    if scale > 1:
+        soft = cv2.GaussianBlur(soft, (0, 0), 0.5 * scale)
+    inside = soft > 0.5
+    canvas[inside] = (canvas[inside] * (1 - fill) + np.array(colour) * fill).astype(np.uint8)
+    if contour:
+        cv2.drawContours(
+            canvas,
+            cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0],
+            -1,
+            colour,
+            2,
+            cv2.LINE_AA,
+        )
+
 
 def overlay(
-    image:np.ndarray, # [H,W,3] uint8
-    truth:np.ndarray|None=None, # [H,W] bool, cyan
-    prediction:np.ndarray|None=None, # [H,W] bool, magenta
-    box:tuple|None=None, # (x1,y1,x2,y2), image pixels
-    point:tuple|None=None, # (x,y), image pixels
-    given:tuple=(), # of Target: the truth of a sample without masks, boxes and points in cyan
-    contour:bool=True, # outlines beside the translucent fill
-    scale:float|None=None, # of the result; None: small images grow to 448 pixels
-)->np.ndarray: # [h,w,3] uint8
+    image: np.ndarray,  # [H,W,3] uint8
+    truth: np.ndarray | None = None,  # [H,W] bool, cyan
+    prediction: np.ndarray | None = None,  # [H,W] bool, magenta
+    box: tuple | None = None,  # (x1,y1,x2,y2), image pixels
+    point: tuple | None = None,  # (x,y), image pixels
+    given: tuple = (),  # of Target: the truth of a sample without masks, boxes and points in cyan
+    contour: bool = True,  # outlines beside the translucent fill
+    scale: float | None = None,  # of the result; None: small images grow to 448 pixels
+) -> np.ndarray:  # [h,w,3] uint8
     "A picture with its masks, box and point drawn on it."
-    scale = scale or max(1., 448/max(image.shape[:2]))
-    canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-    for mask, colour, fill in (truth, TRUTH, .12 if contour else .4), (prediction, PREDICTION, .3 if contour else .4):
-        if mask is not None and mask.any(): _paint(canvas, mask, colour, scale, fill, contour)
-    place = lambda x, y: (round((x + .5)*scale), round((y + .5)*scale))
+    scale = scale or max(1.0, 448 / max(image.shape[:2]))
+    canvas = cv2.resize(
+        image,
+        None,
+        fx=scale,
+        fy=scale,
+        interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA,
+    )
+    for mask, colour, fill in (
+        (truth, TRUTH, 0.12 if contour else 0.4),
+        (prediction, PREDICTION, 0.3 if contour else 0.4),
+    ):
+        if mask is not None and mask.any():
+            _paint(canvas, mask, colour, scale, fill, contour)
+    place = lambda x, y: (round((x + 0.5) * scale), round((y + 0.5) * scale))
     marks = [(box, point, (255, 255, 255)), *((t.box, t.point, TRUTH) for t in given)]
-    for thickness, rim in (4, (20, 20, 24)), (2, None): # a dark rim keeps white visible
+    for thickness, rim in (4, (20, 20, 24)), (2, None):  # a dark rim keeps white visible
         for b, p, colour in marks:
-            if b is not None: cv2.rectangle(canvas, place(*b[:2]), place(*b[2:]), rim or colour, thickness, cv2.LINE_AA)
-            if p is not None: cv2.drawMarker(canvas, place(*p[:2]), rim or colour, cv2.MARKER_CROSS, 14, thickness, cv2.LINE_AA)
+            if b is not None:
+                cv2.rectangle(
+                    canvas, place(*b[:2]), place(*b[2:]), rim or colour, thickness, cv2.LINE_AA
+                )
+            if p is not None:
+                cv2.drawMarker(
+                    canvas,
+                    place(*p[:2]),
+                    rim or colour,
+                    cv2.MARKER_CROSS,
+                    14,
+                    thickness,
+                    cv2.LINE_AA,
+                )
     return canvas

@@ -26,106 +26,160 @@ from .view import View, field_columns, notice_figure
 # %% ../../nbs/viewing/inspector.ipynb #0b46e2aa
 class Inspector(View):
     "A run to look into. `at` and `rollout` choose what is shown; set them here, or by hand."
-    kind = t.Unicode('inspect').tag(sync=True)
-    about = t.Dict().tag(sync=True) # what does not change: names, colours, what is missing
-    index = t.Dict().tag(sync=True) # source: columns
-    source = t.Unicode('rollouts').tag(sync=True) # or "evaluation"
-    at = t.Int(0).tag(sync=True) # number of the group in its source
-    rollout = t.Int(0).tag(sync=True) # number in its group
-    shown = t.Dict().tag(sync=True) # the group
+
+    kind = t.Unicode("inspect").tag(sync=True)
+    about = t.Dict().tag(sync=True)  # what does not change: names, colours, what is missing
+    index = t.Dict().tag(sync=True)  # source: columns
+    source = t.Unicode("rollouts").tag(sync=True)  # or "evaluation"
+    at = t.Int(0).tag(sync=True)  # number of the group in its source
+    rollout = t.Int(0).tag(sync=True)  # number in its group
+    shown = t.Dict().tag(sync=True)  # the group
 
     def __init__(self, run, policy=None):
-        self.run, self.policy, self.grids = run if isinstance(run, RunReader) else RunReader(run), policy, {}
+        self.run, self.policy, self.grids = (
+            run if isinstance(run, RunReader) else RunReader(run),
+            policy,
+            {},
+        )
         have = {name: field_columns(groups) for name, groups in self.run.groups.items() if groups}
-        about = dict(name=self.run.name, lead=self.run.lead, missing=self.run.missing, factor=self.run.factor, terms=term_colours(self.run.terms), quick=self.run.quick('rollouts'), empty='Nothing has been recorded in this folder.')
-        super().__init__(about=about, index=have, source=next(iter(have), 'rollouts'))
+        about = dict(
+            name=self.run.name,
+            lead=self.run.lead,
+            missing=self.run.missing,
+            factor=self.run.factor,
+            terms=term_colours(self.run.terms),
+            quick=self.run.quick("rollouts"),
+            empty="Nothing has been recorded in this folder.",
+        )
+        super().__init__(about=about, index=have, source=next(iter(have), "rollouts"))
         self.on_msg(self._asked)
         self._show()
 
-    @t.validate('at')
-    def _there(self, proposal): return min(max(proposal['value'], 0), max(0, len(self.run.groups[self.source]) - 1))
+    @t.validate("at")
+    def _there(self, proposal):
+        return min(max(proposal["value"], 0), max(0, len(self.run.groups[self.source]) - 1))
 
-    @t.observe('at', 'source')
+    @t.observe("at", "source")
     def _show(self, change=None):
-        if change and change['name'] == 'source': self.at, self.rollout = 0, 0
+        if change and change["name"] == "source":
+            self.at, self.rollout = 0, 0
         groups = self.run.groups[self.source]
         self.shown = self.run.shown(self.source, self.at) if groups else {}
-        self.rollout = min(self.rollout, max(0, len(self.shown.get('entries', ())) - 1))
+        self.rollout = min(self.rollout, max(0, len(self.shown.get("entries", ())) - 1))
 
     def _asked(self, _, content, buffers):
-        if content.get('ask') not in ('mask', 'look'): return
-        where = content['source'], content['at'], content['rollout']
-        if content['ask'] == 'mask': self.send(dict(mask='{}/{}/{}'.format(*where)) | self.run.answer(*where))
-        else: threading.Thread(target=self._looked, args=(*where, content['pass']), daemon=True).start() # a policy that is loaded keeps no picture waiting
+        if content.get("ask") not in ("mask", "look"):
+            return
+        where = content["source"], content["at"], content["rollout"]
+        if content["ask"] == "mask":
+            self.send(dict(mask="{}/{}/{}".format(*where)) | self.run.answer(*where))
+        else:
+            threading.Thread(
+                target=self._looked, args=(*where, content["pass"]), daemon=True
+            ).start()  # a policy that is loaded keeps no picture waiting
 
 # %% ../../nbs/viewing/inspector.ipynb #5126ab6b
 @patch
-def still(self:Inspector)->Figure:
+def still(self: Inspector) -> Figure:
     "A picture of what is shown."
-    if self.shown: return self.run.still(self.source, self.at, self.rollout)
-    return notice_figure(self.about['missing'] or self.about['empty'])
+    if self.shown:
+        return self.run.still(self.source, self.at, self.rollout)
+    return notice_figure(self.about["missing"] or self.about["empty"])
+
 
 def inspect(
-    run, # a run's folder, or a `Run`
-    policy=None, # whose attention is shown, see `policy_of`; None: the run's own, where that is the embedded one
-)->Inspector:
+    run,  # a run's folder, or a `Run`
+    policy=None,  # whose attention is shown, see `policy_of`; None: the run's own, where that is the embedded one
+) -> Inspector:
     "Look into a run, whatever state it is in."
     return Inspector(run, policy)
 
 # %% ../../nbs/viewing/inspector.ipynb #475c826e
 cached_speaker = lru_cache(maxsize=1)(cached_policy)
-LOOKING_LOCK = threading.Lock() # one forward at a time
+LOOKING_LOCK = threading.Lock()  # one forward at a time
+
 
 @patch
-def speaker(self:RunReader, step:int)->tuple: # what `policy_of` takes; its name
+def speaker(self: RunReader, step: int) -> tuple:  # what `policy_of` takes; its name
     "The weights nearest to those that spoke at a step, which had step − 1 updates behind them."
-    model = self.asked('model', 'embedded')
-    if model != 'embedded': raise ValueError(f'{model} is not loaded for a glance; give it to see where it looks: inspect(run, policy=…)')
-    kept = {int(p.name[5:]): p for p in (self.folder/'checkpoints').glob('step-*') if p.name[5:].isdigit()}
+    model = self.asked("model", "embedded")
+    if model != "embedded":
+        raise ValueError(
+            f"{model} is not loaded for a glance; give it to see where it looks: inspect(run, policy=…)"
+        )
+    kept = {
+        int(p.name[5:]): p
+        for p in (self.folder / "checkpoints").glob("step-*")
+        if p.name[5:].isdigit()
+    }
     for s in sorted([0, *kept], key=lambda s: abs(s - (step - 1))):
-        if not s: return model, 'the start\'s weights'
-        if not verify_checkpoint(kept[s]): return kept[s], f'step {s}\'s weights'
+        if not s:
+            return model, "the start's weights"
+        if not verify_checkpoint(kept[s]):
+            return kept[s], f"step {s}'s weights"
+
 
 @patch
-def asked_of(self:RunReader, row:dict, part:str)->str: # part: "first" or "second"
+def asked_of(self: RunReader, row: dict, part: str) -> str:  # part: "first" or "second"
     "The prompt that a pass has answered."
-    name = self.parameters.get('recipe')
-    if name not in METHODS: raise ValueError(f'the recipe {name} is not known here; register it to see where the model looks')
-    if not (row.get(part) or {}).get('tokens'): raise ValueError(f'the tokens of the {part} pass were not recorded')
-    if part == 'first': return METHODS[name].prompt(row['query'])
-    if METHODS[name].second_prompt is None or not row.get('description'): raise ValueError(f'the recipe {name} asks no second time')
-    return METHODS[name].second_prompt(row['description'])
+    name = self.parameters.get("recipe")
+    if name not in METHODS:
+        raise ValueError(
+            f"the recipe {name} is not known here; register it to see where the model looks"
+        )
+    if not (row.get(part) or {}).get("tokens"):
+        raise ValueError(f"the tokens of the {part} pass were not recorded")
+    if part == "first":
+        return METHODS[name].prompt(row["query"])
+    if METHODS[name].second_prompt is None or not row.get("description"):
+        raise ValueError(f"the recipe {name} asks no second time")
+    return METHODS[name].second_prompt(row["description"])
 
 # %% ../../nbs/viewing/inspector.ipynb #f6f37a3f
 def attention_grids(
-    policy:Policy,
-    image:np.ndarray, # [H,W,3] uint8
-    prompt:str, # user text
-    tokens:list, # of the response, strings
-)->np.ndarray: # [len(tokens),h,w], one cell an image token
+    policy: Policy,
+    image: np.ndarray,  # [H,W,3] uint8
+    prompt: str,  # user text
+    tokens: list,  # of the response, strings
+) -> np.ndarray:  # [len(tokens),h,w], one cell an image token
     "Attention to the image with which each token was written."
     seen = policy.encode([image])
-    with torch.no_grad(): return token_attention(policy, prompt, seen[0], policy.prefill([prompt], seen), tokens)
+    with torch.no_grad():
+        return token_attention(policy, prompt, seen[0], policy.prefill([prompt], seen), tokens)
+
 
 @patch
-def look(self:Inspector, source:str, at:int, rollout:int, part:str)->tuple: # what the view is told; [T,h,w] uint8, each token's greatest is 255
+def look(
+    self: Inspector, source: str, at: int, rollout: int, part: str
+) -> tuple:  # what the view is told; [T,h,w] uint8, each token's greatest is 255
     "The attention of every token of a pass, and why there is none."
     key = source, at, rollout, part
     try:
         if key not in self.grids:
             row, image = self.run.groups[source][at][rollout], self.run.sample(source, at).image
             with LOOKING_LOCK:
-                whose, name = (self.policy, '') if self.policy is not None else self.run.speaker(row['step'])
+                whose, name = (
+                    (self.policy, "") if self.policy is not None else self.run.speaker(row["step"])
+                )
                 prompt = self.run.asked_of(row, part)
-                self.grids[key] = name, attention_grids(cached_speaker(whose), image, prompt, row[part]['tokens'])
-    except (ValueError, OSError, RuntimeError) as e: return dict(look='/'.join(map(str, key)), note=f'{e}'), b''
+                self.grids[key] = (
+                    name,
+                    attention_grids(cached_speaker(whose), image, prompt, row[part]["tokens"]),
+                )
+    except (ValueError, OSError, RuntimeError) as e:
+        return dict(look="/".join(map(str, key)), note=f"{e}"), b""
     name, grids = self.grids[key]
     top = grids.max((1, 2), initial=0)
-    shown = (grids/np.maximum(top, 1e-12)[:, None, None]*255).round().astype(np.uint8)
-    told = dict(size=grids.shape[:0:-1], share=grids.sum((1, 2)).round(4).tolist(), peak=(top/max(top.max(initial=0), 1e-12)).round(4).tolist())
-    return dict(look='/'.join(map(str, key)), note='', by=name) | told, shown.tobytes()
+    shown = (grids / np.maximum(top, 1e-12)[:, None, None] * 255).round().astype(np.uint8)
+    told = dict(
+        size=grids.shape[:0:-1],
+        share=grids.sum((1, 2)).round(4).tolist(),
+        peak=(top / max(top.max(initial=0), 1e-12)).round(4).tolist(),
+    )
+    return dict(look="/".join(map(str, key)), note="", by=name) | told, shown.tobytes()
+
 
 @patch
-def _looked(self:Inspector, *where): # on a thread of its own
+def _looked(self: Inspector, *where):  # on a thread of its own
     told, grids = self.look(*where)
     self.send(told, [grids])

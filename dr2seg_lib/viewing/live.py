@@ -34,100 +34,164 @@ from .view import View, notice_figure
 # %% ../../nbs/viewing/live.ipynb #2d60a4b5
 class JsonlTail:
     "A file of metrics that grows; `wrong` is a sentence on the first line that does not fit."
-    def __init__(self, path:Path): self.path, self.rows, self.at, self.file, self.wrong = path, [], 0, None, ''
 
-    def news(self)->bool:
+    def __init__(self, path: Path):
+        self.path, self.rows, self.at, self.file, self.wrong = path, [], 0, None, ""
+
+    def news(self) -> bool:
         "Reads what was added; whether there was anything. A file that was replaced or cut is read anew."
-        if not self.path.is_file(): return False
+        if not self.path.is_file():
+            return False
         about = self.path.stat()
-        if about.st_ino != self.file or about.st_size < self.at: self.rows, self.at, self.file, self.wrong = [], 0, about.st_ino, ''
-        with open(self.path, 'rb') as f:
+        if about.st_ino != self.file or about.st_size < self.at:
+            self.rows, self.at, self.file, self.wrong = [], 0, about.st_ino, ""
+        with open(self.path, "rb") as f:
             f.seek(self.at)
             new = f.read()
-        new = new[:new.rfind(b'\n') + 1] # the last line may still be on its way
+        new = new[: new.rfind(b"\n") + 1]  # the last line may still be on its way
         self.at += len(new)
-        for line in new.split(b'\n')[:-1]:
-            try: self.rows.append(check_record(parse_strict_json(line), MetricsRecord))
-            except ValueError as e: self.wrong = self.wrong or f'{self.path.name}, a line {e}'
+        for line in new.split(b"\n")[:-1]:
+            try:
+                self.rows.append(check_record(parse_strict_json(line), MetricsRecord))
+            except ValueError as e:
+                self.wrong = self.wrong or f"{self.path.name}, a line {e}"
         return bool(new)
 
 # %% ../../nbs/viewing/live.ipynb #3f54a6ec
-CURVES = 'reward', 'accuracy', 'tokens', 'tokens_second', 'answer_entropy', 'kl'
+CURVES = "reward", "accuracy", "tokens", "tokens_second", "answer_entropy", "kl"
+
 
 def training_columns(
-    rows:list, # of metrics.jsonl
-    points:int=400, # at most so many a curve
-)->dict: # name, dotted: list; "step": the last step of each point
+    rows: list,  # of metrics.jsonl
+    points: int = 400,  # at most so many a curve
+) -> dict:  # name, dotted: list; "step": the last step of each point
     "The measures of a run as columns."
-    names = dict.fromkeys([*CURVES, *(f'{of}.{k}' for r in rows for of in ('terms', 'seconds') for k in r.get(of) or {} if k != 'total')])
-    names = list(names)[:4*MOST]
+    names = dict.fromkeys(
+        [
+            *CURVES,
+            *(
+                f"{of}.{k}"
+                for r in rows
+                for of in ("terms", "seconds")
+                for k in r.get(of) or {}
+                if k != "total"
+            ),
+        ]
+    )
+    names = list(names)[: 4 * MOST]
     parts = np.array_split(np.arange(len(rows)), min(points, len(rows))) if rows else []
+
     def averaged(name):
         v = np.array([metric_value(r, name) for r in rows])
-        return [float(f'{v[p][np.isfinite(v[p])].mean():.5g}') if np.isfinite(v[p]).any() else None for p in parts]
+        return [
+            float(f"{v[p][np.isfinite(v[p])].mean():.5g}") if np.isfinite(v[p]).any() else None
+            for p in parts
+        ]
+
     found = {n: averaged(n) for n in names}
-    return dict(step=[rows[p[-1]]['step'] for p in parts]) | {n: v for n, v in found.items() if any(x is not None for x in v)}
+    return dict(step=[rows[p[-1]]["step"] for p in parts]) | {
+        n: v for n, v in found.items() if any(x is not None for x in v)
+    }
 
 # %% ../../nbs/viewing/live.ipynb #680dce2c
 class Live(View):
     "A run as it goes. `stop` ends it after the current step."
-    kind = t.Unicode('live').tag(sync=True)
-    about = t.Dict().tag(sync=True) # names and colours
-    columns = t.Dict().tag(sync=True) # of `curves`
-    state = t.Dict().tag(sync=True) # status, stage, i, n, note, stopping, error
 
-    def __init__(self,
-        run, # a run's folder, or a `Run`; it need not be there yet
-        every:float=1., # seconds between two looks
+    kind = t.Unicode("live").tag(sync=True)
+    about = t.Dict().tag(sync=True)  # names and colours
+    columns = t.Dict().tag(sync=True)  # of `curves`
+    state = t.Dict().tag(sync=True)  # status, stage, i, n, note, stopping, error
+
+    def __init__(
+        self,
+        run,  # a run's folder, or a `Run`; it need not be there yet
+        every: float = 1.0,  # seconds between two looks
     ):
-        self.folder = Path(getattr(run, 'folder', run))
-        if self.folder.exists() and not self.folder.is_dir(): raise ValueError(f"{self.folder} is a file; give a run's folder")
-        self.tail, self.every, self.closed, self.lock = JsonlTail(self.folder/'metrics.jsonl'), every, threading.Event(), threading.Lock()
+        self.folder = Path(getattr(run, "folder", run))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file; give a run's folder")
+        self.tail, self.every, self.closed, self.lock = (
+            JsonlTail(self.folder / "metrics.jsonl"),
+            every,
+            threading.Event(),
+            threading.Lock(),
+        )
         super().__init__()
-        self.on_msg(lambda _, content, buffers: self.stop() if content.get('ask') == 'stop' else None)
-        if self.look(): self.thread = threading.Thread(target=self._follow, daemon=True); self.thread.start()
+        self.on_msg(
+            lambda _, content, buffers: self.stop() if content.get("ask") == "stop" else None
+        )
+        if self.look():
+            self.thread = threading.Thread(target=self._follow, daemon=True)
+            self.thread.start()
 
-    def look(self)->bool: # whether there is more to come
+    def look(self) -> bool:  # whether there is more to come
         "Reads what is new."
-        with self.lock: return self._look()
+        with self.lock:
+            return self._look()
 
-    def _record(self)->tuple: # run.json, status, a sentence on what is wrong
-        path = self.folder/'run.json'
-        if not path.exists(): return {}, 'waiting', ''
+    def _record(self) -> tuple:  # run.json, status, a sentence on what is wrong
+        path = self.folder / "run.json"
+        if not path.exists():
+            return {}, "waiting", ""
         info, wrong = open_json(path, RunRecord)
-        try: return info, run_status(self.folder), wrong
-        except (OSError, ValueError, KeyError, TypeError, RecursionError): return info, 'unreadable', wrong or 'run.json is no record of a run'
+        try:
+            return info, run_status(self.folder), wrong
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return info, "unreadable", wrong or "run.json is no record of a run"
 
     def _look(self):
         info, status, wrong = self._record()
-        if self.tail.news() or not self.columns: self.columns = training_columns(self.tail.rows)
-        terms = [k.removeprefix('terms.') for k in self.columns if k.startswith('terms.')]
-        p, at = info.get('parameters') or {}, open_json(self.folder/'progress.json', ProgressRecord)[0]
-        seed = None if p.get('seed') is None else f'seed {p["seed"]}'
-        lead = ' · '.join(x for x in (p.get('recipe'), p.get('data') and f'on {p["data"]}', seed) if x)
-        self.about = dict(name=path_text(self.folder.resolve()), lead=lead, terms=term_colours(terms), stages=STAGE_COLOURS, steps=p.get('steps'), greatest=GREATEST)
+        if self.tail.news() or not self.columns:
+            self.columns = training_columns(self.tail.rows)
+        terms = [k.removeprefix("terms.") for k in self.columns if k.startswith("terms.")]
+        p, at = (
+            info.get("parameters") or {},
+            open_json(self.folder / "progress.json", ProgressRecord)[0],
+        )
+        seed = None if p.get("seed") is None else f"seed {p['seed']}"
+        lead = " · ".join(
+            x for x in (p.get("recipe"), p.get("data") and f"on {p['data']}", seed) if x
+        )
+        self.about = dict(
+            name=path_text(self.folder.resolve()),
+            lead=lead,
+            terms=term_colours(terms),
+            stages=STAGE_COLOURS,
+            steps=p.get("steps"),
+            greatest=GREATEST,
+        )
         now = read_progress(self.folder) if at else None
-        error = ' '.join(x for x in (info.get('error'), wrong, self.tail.wrong) if x)
-        self.state = dict(status=status, stopping=(self.folder/'stop').exists(), error=error) | ({k: now.get(k) for k in ('stage', 'i', 'n', 'note')} if now else {})
-        return status in ('running', 'waiting', 'unreadable')
+        error = " ".join(x for x in (info.get("error"), wrong, self.tail.wrong) if x)
+        self.state = dict(status=status, stopping=(self.folder / "stop").exists(), error=error) | (
+            {k: now.get(k) for k in ("stage", "i", "n", "note")} if now else {}
+        )
+        return status in ("running", "waiting", "unreadable")
 
     def _follow(self):
-        while not self.closed.wait(self.every) and self.look(): pass
+        while not self.closed.wait(self.every) and self.look():
+            pass
 
     def stop(self):
         "Asks the run to end after the current step."
         self.look()
-        if self.state['status'] == 'running': (self.folder/'stop').touch()
+        if self.state["status"] == "running":
+            (self.folder / "stop").touch()
         self.look()
 
     def close(self):
         self.closed.set()
         super().close()
 
-    def still(self)->Figure: return training_curves(self.tail.rows) if self.tail.rows else notice_figure(f'{path_text(self.folder)} has no step yet')
+    def still(self) -> Figure:
+        return (
+            training_curves(self.tail.rows)
+            if self.tail.rows
+            else notice_figure(f"{path_text(self.folder)} has no step yet")
+        )
+
 
 def live(
-    run, # a run's folder, or a `Run`; it need not be there yet
-)->Live:
+    run,  # a run's folder, or a `Run`; it need not be there yet
+) -> Live:
     "Watch a run train, and stop it if it need be."
     return Live(run)

@@ -14,109 +14,145 @@ from pydantic import ValidationError
 from .record_types import parse_strict_json
 
 # %% ../../nbs/viewing/open_records.ipynb #af3ecab4
-_MEND = dict(float_type='make it a number', int_type='make it a whole number', missing='add it',
-             string_type='make it a text', list_type='make it a list',
-             dict_type='make it an object', model_type='make it an object')
+_MEND = dict(
+    float_type="make it a number",
+    int_type="make it a whole number",
+    missing="add it",
+    string_type="make it a text",
+    list_type="make it a list",
+    dict_type="make it an object",
+    model_type="make it an object",
+)
 
-def _field(loc:tuple)->str: # ("strata", "easy", 0) -> strata.easy[0]; of a long name its start
-    named = [f'[{p}]' if isinstance(p, int) else f'.{p[:60]}' for p in loc]
-    return ''.join(named).removeprefix('.')
+
+def _field(loc: tuple) -> str:  # ("strata", "easy", 0) -> strata.easy[0]; of a long name its start
+    named = [f"[{p}]" if isinstance(p, int) else f".{p[:60]}" for p in loc]
+    return "".join(named).removeprefix(".")
+
 
 def record_problem(
-    error:ValidationError, # of a Record
-)->str: # such as: field "reward" is 'much'; make it a number
+    error: ValidationError,  # of a Record
+) -> str:  # such as: field "reward" is 'much'; make it a number
     "The first thing that is wrong with a record, and its mend."
     first = error.errors(include_url=False, include_context=False)[0]
-    mend = _MEND.get(first['type']) or first['msg'].replace('Input should be', 'make it')
-    if not first['loc']: return f'is {brief(first["input"])}; {mend}'
-    said = 'is missing' if first['type'] == 'missing' else f'is {brief(first["input"])}'
+    mend = _MEND.get(first["type"]) or first["msg"].replace("Input should be", "make it")
+    if not first["loc"]:
+        return f"is {brief(first['input'])}; {mend}"
+    said = "is missing" if first["type"] == "missing" else f"is {brief(first['input'])}"
     return f'field "{_field(first["loc"])}" {said}; {mend}'
 
+
 def check_record(
-    value, # parsed JSON, anything
-    schema:type, # of Record
-)->dict:
+    value,  # parsed JSON, anything
+    schema: type,  # of Record
+) -> dict:
     "The value itself, if it fits; else a ValueError."
-    try: schema.model_validate(value)
-    except ValidationError as e: raise ValueError(record_problem(e)) from None
+    try:
+        schema.model_validate(value)
+    except ValidationError as e:
+        raise ValueError(record_problem(e)) from None
     return value
 
 # %% ../../nbs/viewing/open_records.ipynb #bea9203b
-def _bytes(path:Path)->bytes: # of a file that may be anything; else an error in words
-    if not path.exists(): raise FileNotFoundError('is not there')
-    if not path.is_file(): raise ValueError('is not a file') # a pipe would be waited for
-    try: return path.read_bytes()
-    except OSError as e: raise ValueError(f'cannot be read ({e.strerror})') from None
+def _bytes(path: Path) -> bytes:  # of a file that may be anything; else an error in words
+    if not path.exists():
+        raise FileNotFoundError("is not there")
+    if not path.is_file():
+        raise ValueError("is not a file")  # a pipe would be waited for
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise ValueError(f"cannot be read ({e.strerror})") from None
 
-def path_text(path:Path)->str:
+
+def path_text(path: Path) -> str:
     "A file's or folder's name as text, whatever bytes it is of."
-    return path.name.encode('utf-8', 'replace').decode()
+    return path.name.encode("utf-8", "replace").decode()
 
-def _told(where:str, error)->str: # "run.json is not there", "run.json: field …"
-    return f'{where}{": " if str(error).startswith("field") else " "}{error}'
+
+def _told(where: str, error) -> str:  # "run.json is not there", "run.json: field …"
+    return f"{where}{': ' if str(error).startswith('field') else ' '}{error}"
+
 
 def open_rows(
-    path:Path, # of JSON lines
-    schema:type, # of Record
-)->tuple: # rows; a sentence on what is left out, or ''
+    path: Path,  # of JSON lines
+    schema: type,  # of Record
+) -> tuple:  # rows; a sentence on what is left out, or ''
     "The rows of a file that fit."
-    try: lines = _bytes(path).split(b'\n')
-    except (ValueError, FileNotFoundError) as e: return [], _told(path.name, e)
+    try:
+        lines = _bytes(path).split(b"\n")
+    except (ValueError, FileNotFoundError) as e:
+        return [], _told(path.name, e)
     rows, wrong = [], []
     for number, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: rows.append(check_record(parse_strict_json(line), schema))
+        if not line.strip():
+            continue
+        try:
+            rows.append(check_record(parse_strict_json(line), schema))
         except ValueError as e:
-            last = number == len(lines) # no newline follows
-            wrong.append(_told(f'{path.name}, line {number}', 'is cut short' if last else e))
-    more = f' ({len(wrong)} lines are left out)' if len(wrong) > 1 else ''
-    return rows, f'{wrong[0]}{more}' if wrong else ''
+            last = number == len(lines)  # no newline follows
+            wrong.append(_told(f"{path.name}, line {number}", "is cut short" if last else e))
+    more = f" ({len(wrong)} lines are left out)" if len(wrong) > 1 else ""
+    return rows, f"{wrong[0]}{more}" if wrong else ""
 
 # %% ../../nbs/viewing/open_records.ipynb #c144187f
-def _without(value:dict, loc:tuple)->dict: # loc: of an error
+def _without(value: dict, loc: tuple) -> dict:  # loc: of an error
     "An object without the field that does not fit, or without that field of a field."
     inner = value.get(loc[0])
     if len(loc) > 1 and isinstance(inner, dict) and loc[1] in inner:
         return value | {loc[0]: {k: v for k, v in inner.items() if k != loc[1]}}
     return {k: v for k, v in value.items() if k != loc[0]}
 
+
 def fit_record(
-    value:dict, # parsed JSON
-    schema:type, # of Record
-)->tuple: # the object as far as it fits; a complaint, or ''
+    value: dict,  # parsed JSON
+    schema: type,  # of Record
+) -> tuple:  # the object as far as it fits; a complaint, or ''
     "What is left of an object when all that does not fit is left out."
-    wrong = ''
-    for _ in range(3): # what is left out may be what its holder needs
-        try: return check_record(value, schema), wrong
-        except ValueError as e: wrong = wrong or str(e)
+    wrong = ""
+    for _ in range(3):  # what is left out may be what its holder needs
+        try:
+            return check_record(value, schema), wrong
+        except ValueError as e:
+            wrong = wrong or str(e)
         value = _fitting(value, schema)
     return {}, wrong
 
-def _fitting(value:dict, schema:type)->dict:
-    try: schema.model_validate(value)
+
+def _fitting(value: dict, schema: type) -> dict:
+    try:
+        schema.model_validate(value)
     except ValidationError as e:
-        for error in e.errors(include_url=False): value = _without(value, error['loc'])
+        for error in e.errors(include_url=False):
+            value = _without(value, error["loc"])
     return value
 
+
 def open_json(
-    path:Path,
-    schema:type, # of Record
-)->tuple: # the object as far as it fits, or {}; a sentence on what is left out, or ''
+    path: Path,
+    schema: type,  # of Record
+) -> tuple:  # the object as far as it fits, or {}; a sentence on what is left out, or ''
     "What a file of one object holds."
-    try: value = parse_strict_json(_bytes(path))
-    except (ValueError, FileNotFoundError) as e: return {}, _told(path.name, e)
-    if not isinstance(value, dict): return {}, f'{path.name} is {brief(value)}; make it an object'
+    try:
+        value = parse_strict_json(_bytes(path))
+    except (ValueError, FileNotFoundError) as e:
+        return {}, _told(path.name, e)
+    if not isinstance(value, dict):
+        return {}, f"{path.name} is {brief(value)}; make it an object"
     value, wrong = fit_record(value, schema)
-    return value, _told(path.name, wrong) if wrong else ''
+    return value, _told(path.name, wrong) if wrong else ""
+
 
 def read_strictly(
-    path:Path,
-    schema:type, # of Record
-)->dict:
+    path: Path,
+    schema: type,  # of Record
+) -> dict:
     "What a file of one object holds; where anything does not fit, a sentence."
-    try: return check_record(parse_strict_json(_bytes(path)), schema)
-    except FileNotFoundError: wrong = f"{path} does not exist; check the run folder's name"
+    try:
+        return check_record(parse_strict_json(_bytes(path)), schema)
+    except FileNotFoundError:
+        wrong = f"{path} does not exist; check the run folder's name"
     except ValueError as e:
-        mend = ', or' if ';' in str(e) else '; correct it, or'
-        raise ValueError(f'{_told(str(path), e)}{mend} leave the run out.') from None
+        mend = ", or" if ";" in str(e) else "; correct it, or"
+        raise ValueError(f"{_told(str(path), e)}{mend} leave the run out.") from None
     raise FileNotFoundError(wrong)

@@ -28,136 +28,273 @@ from .open_records import path_text, read_strictly
 from .record_types import ResultsRecord, RunRecord
 
 # %% ../../nbs/viewing/paper_tables.ipynb #dd2e7646
-SET_TITLES = dict(reasonseg='ReasonSeg', reason_seg='ReasonSeg', refcoco='RefCOCO', refcocoplus='RefCOCO+', refcocog='RefCOCOg') | {'refcoco+': 'RefCOCO+'}
-SPLIT_TITLES = dict(val='val', test='test', testa='testA', testb='testB')
+SET_TITLES = dict(
+    reasonseg="ReasonSeg",
+    reason_seg="ReasonSeg",
+    refcoco="RefCOCO",
+    refcocoplus="RefCOCO+",
+    refcocog="RefCOCOg",
+) | {"refcoco+": "RefCOCO+"}
+SPLIT_TITLES = dict(val="val", test="test", testa="testA", testb="testB")
+
 
 def set_name(
-    about:dict, # `evaluation` of results.json: data, format, split
-)->str: # "ReasonSeg val"
+    about: dict,  # `evaluation` of results.json: data, format, split
+) -> str:  # "ReasonSeg val"
     "What a data set is called in the tables."
-    parts = [p.lower() for p in Path(about['data']).parts[::-1]] or ['']
-    hub = re.fullmatch(r'(\w+?)_(val|test[ab]?)', parts[0]) # one split a set
-    if hub and hub[1] in SET_TITLES: return f'{SET_TITLES[hub[1]]} {SPLIT_TITLES[hub[2]]}'
+    parts = [p.lower() for p in Path(about["data"]).parts[::-1]] or [""]
+    hub = re.fullmatch(r"(\w+?)_(val|test[ab]?)", parts[0])  # one split a set
+    if hub and hub[1] in SET_TITLES:
+        return f"{SET_TITLES[hub[1]]} {SPLIT_TITLES[hub[2]]}"
     known = next((SET_TITLES[p] for p in parts if p in SET_TITLES), None)
-    return f'{known if known and about["format"] in ("ReasonSeg", "RefCOCO") else Path(about["data"]).name} {about["split"]}'
+    return f"{known if known and about['format'] in ('ReasonSeg', 'RefCOCO') else Path(about['data']).name} {about['split']}"
+
 
 def format_figure(
-    name:str, # tokens, gIoU or cIoU
-    found:list, # summaries, one a seed
-)->Interval|None:
+    name: str,  # tokens, gIoU or cIoU
+    found: list,  # summaries, one a seed
+) -> Interval | None:
     "One measure: of one summary with its interval over samples, of several with theirs over seeds."
     known = [f for f in found if f.get(name) is not None]
-    if not known: return None
-    if len(known) > 1: return mean_interval([f[name] for f in known])
-    return Interval(known[0][name], *known[0].get(f'{name}_ci') or ())
+    if not known:
+        return None
+    if len(known) > 1:
+        return mean_interval([f[name] for f in known])
+    return Interval(known[0][name], *known[0].get(f"{name}_ci") or ())
+
 
 def format_figures(
-    found:list, # summaries, one a seed
-)->dict: # tokens, gIoU, cIoU
+    found: list,  # summaries, one a seed
+) -> dict:  # tokens, gIoU, cIoU
     "Our numbers as the papers print them, shares in per cent."
-    each = {name: (format_figure(name, found), unit) for name, unit in dict(tokens=1, gIoU=100, cIoU=100).items()}
-    return {name: value and Interval(*(unit*v for v in value)) for name, (value, unit) in each.items()}
+    each = {
+        name: (format_figure(name, found), unit)
+        for name, unit in dict(tokens=1, gIoU=100, cIoU=100).items()
+    }
+    return {
+        name: value and Interval(*(unit * v for v in value)) for name, (value, unit) in each.items()
+    }
 
 # %% ../../nbs/viewing/paper_tables.ipynb #7ff8b1aa
-ARM_TITLES = dict(visionreasoner='none', dr2seg_desc='+ R_desc', dr2seg='+ R_len')
+ARM_TITLES = dict(visionreasoner="none", dr2seg_desc="+ R_desc", dr2seg="+ R_len")
 
-def our_row(about:dict|None, name:str, found:list)->dict:
+
+def our_row(about: dict | None, name: str, found: list) -> dict:
     "A row of our own."
-    n, seeds = found[0].get('n'), f' × {len(found)} seeds' if len(found) > 1 else ''
-    return dict(method=f'ours: {name}', on=set_name(about) if about else 'not recorded', protocol=about['protocol'] if about else 'not recorded',
-                n=f'{"–" if n is None else n}{seeds}', **format_figures(found))
+    n, seeds = found[0].get("n"), f" × {len(found)} seeds" if len(found) > 1 else ""
+    return dict(
+        method=f"ours: {name}",
+        on=set_name(about) if about else "not recorded",
+        protocol=about["protocol"] if about else "not recorded",
+        n=f"{'–' if n is None else n}{seeds}",
+        **format_figures(found),
+    )
+
 
 def row_parameter(
-    folder:Path,
-    p:dict, # the run's parameters
-    name:str,
-)->str: # '' where it is None
+    folder: Path,
+    p: dict,  # the run's parameters
+    name: str,
+) -> str:  # '' where it is None
     "A parameter that a row names."
-    if name not in p: raise ValueError(f'{folder/"run.json"}: field "parameters.{name}" is missing; add it, or leave the run out.')
-    return p[name] or ''
+    if name not in p:
+        raise ValueError(
+            f'{folder / "run.json"}: field "parameters.{name}" is missing; add it, or leave the run out.'
+        )
+    return p[name] or ""
 
-def evaluation_rows(folder:Path, p:dict, results:dict)->list: # p: the run's parameters; of (title, row)
+
+def evaluation_rows(
+    folder: Path, p: dict, results: dict
+) -> list:  # p: the run's parameters; of (title, row)
     "What an evaluation run adds to the tables."
-    recipe, model, adapter, segmenter = (row_parameter(folder, p, k) for k in ('recipe', 'model', 'adapter', 'segmenter'))
-    about, weights = results['evaluation'], f' + {"/".join(Path(adapter).parts[-3:])}' if adapter else ''
-    who = f'{path_text(folder)}, {recipe}, {Path(model).name}{weights}'
+    recipe, model, adapter, segmenter = (
+        row_parameter(folder, p, k) for k in ("recipe", "model", "adapter", "segmenter")
+    )
+    about, weights = (
+        results["evaluation"],
+        f" + {'/'.join(Path(adapter).parts[-3:])}" if adapter else "",
+    )
+    who = f"{path_text(folder)}, {recipe}, {Path(model).name}{weights}"
     row = our_row(about, who, [results])
-    titles = [row['on'] if row['on'].startswith('ReasonSeg') else 'Referring expressions' if row['on'] in REFERRING else 'Other data']
-    titles += ['Models of 3B']*('3b' in model.lower()) + ['SAM 3 as segmenter']*('sam3' in segmenter.lower())
-    strata = (results.get('strata') or {}).get('difficulty', {})
-    return [(t, row) for t in titles] + [('Strata', our_row(about, f'{who}, {value}', [found])) for value, found in strata.items()]
+    titles = [
+        row["on"]
+        if row["on"].startswith("ReasonSeg")
+        else "Referring expressions"
+        if row["on"] in REFERRING
+        else "Other data"
+    ]
+    titles += ["Models of 3B"] * ("3b" in model.lower()) + ["SAM 3 as segmenter"] * (
+        "sam3" in segmenter.lower()
+    )
+    strata = (results.get("strata") or {}).get("difficulty", {})
+    return [(t, row) for t in titles] + [
+        ("Strata", our_row(about, f"{who}, {value}", [found])) for value, found in strata.items()
+    ]
 
-def arm_title(arm:str)->str: return f'{ARM_TITLES[arm]} ({arm})' if arm in ARM_TITLES else arm
 
-def ablation_rows(folder:Path, p:dict, results:dict)->list:
+def arm_title(arm: str) -> str:
+    return f"{ARM_TITLES[arm]} ({arm})" if arm in ARM_TITLES else arm
+
+
+def ablation_rows(folder: Path, p: dict, results: dict) -> list:
     "What an ablation adds."
-    inner = (read_strictly(f, ResultsRecord).get('evaluation') for f in sorted(folder.glob('*/results.json')))
-    about, found = next((a for a in inner if a), None), {arm: f for arm, f in results['arms'].items() if f}
-    rows = [('What the reward terms do', our_row(about, f'{path_text(folder)}, {arm_title(arm)}', f)) for arm, f in found.items()]
-    given, swept = p.get('settings') or {}, [('The anchor N0', 'anchor', 'N0'), ('The slope γ', 'gamma', 'γ')]
-    number = lambda v: f'{v:g}' if type(v) in (int, float) else str(v)
-    return rows + [(title, our_row(about, f'{path_text(folder)}, {sign} = {number(given[key])}', found['dr2seg'])) for title, key, sign in swept if key in given and 'dr2seg' in found]
+    inner = (
+        read_strictly(f, ResultsRecord).get("evaluation")
+        for f in sorted(folder.glob("*/results.json"))
+    )
+    about, found = (
+        next((a for a in inner if a), None),
+        {arm: f for arm, f in results["arms"].items() if f},
+    )
+    rows = [
+        ("What the reward terms do", our_row(about, f"{path_text(folder)}, {arm_title(arm)}", f))
+        for arm, f in found.items()
+    ]
+    given, swept = (
+        p.get("settings") or {},
+        [("The anchor N0", "anchor", "N0"), ("The slope γ", "gamma", "γ")],
+    )
+    number = lambda v: f"{v:g}" if type(v) in (int, float) else str(v)
+    return rows + [
+        (
+            title,
+            our_row(about, f"{path_text(folder)}, {sign} = {number(given[key])}", found["dr2seg"]),
+        )
+        for title, key, sign in swept
+        if key in given and "dr2seg" in found
+    ]
 
-def training_rows(folder:Path, p:dict, results:dict)->list:
+
+def training_rows(folder: Path, p: dict, results: dict) -> list:
     "What a training run adds."
-    about, who = results.get('evaluation'), f'{path_text(folder)}, {p.get("recipe") or ""}'
-    return [('Other data', our_row(about, f'{who}, {when} training', [results[when]])) for when in ('before', 'after') if results.get(when)]
+    about, who = results.get("evaluation"), f"{path_text(folder)}, {p.get('recipe') or ''}"
+    return [
+        ("Other data", our_row(about, f"{who}, {when} training", [results[when]]))
+        for when in ("before", "after")
+        if results.get(when)
+    ]
+
 
 def run_rows(
-    folder, # of a run
-)->list: # of (title, row)
+    folder,  # of a run
+) -> list:  # of (title, row)
     "What a run adds to the tables."
     folder = Path(folder)
-    info = read_strictly(folder/'run.json', RunRecord)
-    p, state = info.get('parameters') or {}, info.get('status') or 'of no known status'
-    if state == 'running' and info.get('host'): state = run_status(folder) # its process may be gone
-    if not (folder/'results.json').exists(): raise ValueError(f'{folder} is {state} and has no results yet; resume the run or leave it out.')
-    results = read_strictly(folder/'results.json', ResultsRecord)
-    if results.get('arms'): return ablation_rows(folder, p, results)
-    if results.get('gIoU') is not None and results.get('evaluation'): return evaluation_rows(folder, p, results)
-    if rows := training_rows(folder, p, results): return rows
-    raise ValueError(f'{folder} has no figures for the tables; give runs of evaluate, ablate or train.')
+    info = read_strictly(folder / "run.json", RunRecord)
+    p, state = info.get("parameters") or {}, info.get("status") or "of no known status"
+    if state == "running" and info.get("host"):
+        state = run_status(folder)  # its process may be gone
+    if not (folder / "results.json").exists():
+        raise ValueError(
+            f"{folder} is {state} and has no results yet; resume the run or leave it out."
+        )
+    results = read_strictly(folder / "results.json", ResultsRecord)
+    if results.get("arms"):
+        return ablation_rows(folder, p, results)
+    if results.get("gIoU") is not None and results.get("evaluation"):
+        return evaluation_rows(folder, p, results)
+    if rows := training_rows(folder, p, results):
+        return rows
+    raise ValueError(
+        f"{folder} has no figures for the tables; give runs of evaluate, ablate or train."
+    )
 
 # %% ../../nbs/viewing/paper_tables.ipynb #4d05a483
 def caveats(
-    rows:list, # of one table
-)->str:
+    rows: list,  # of one table
+) -> str:
     "What must be said beside these rows; empty where they compare as they are."
-    mine, said = [r for r in rows if r['protocol'] != AS_PUBLISHED], []
-    if not mine: return ''
-    protocols, data = dict.fromkeys(r['protocol'] for r in rows), dict.fromkeys(r['on'] for r in rows)
+    mine, said = [r for r in rows if r["protocol"] != AS_PUBLISHED], []
+    if not mine:
+        return ""
+    protocols, data = (
+        dict.fromkeys(r["protocol"] for r in rows),
+        dict.fromkeys(r["on"] for r in rows),
+    )
     if len(protocols) > 1:
-        said.append(f'Protocols differ ({", ".join(protocols)}): lisa leaves ignored pixels out, visionreasoner counts them as foreground. Rows of different protocols do not compare; which one is behind the papers\' figures is not recorded here.')
-    if len(data) > 1: said.append(f'Data differ ({", ".join(data)}): compare within one set only.')
-    if any(isinstance(r[k], Interval) and r[k].hi == r[k].hi for r in mine for k in ('tokens', 'gIoU', 'cIoU')):
-        said.append('± is half of the 95 % interval, over samples, or over seeds where there are several.')
-    return ' '.join(said)
+        said.append(
+            f"Protocols differ ({', '.join(protocols)}): lisa leaves ignored pixels out, visionreasoner counts them as foreground. Rows of different protocols do not compare; which one is behind the papers' figures is not recorded here."
+        )
+    if len(data) > 1:
+        said.append(f"Data differ ({', '.join(data)}): compare within one set only.")
+    if any(
+        isinstance(r[k], Interval) and r[k].hi == r[k].hi
+        for r in mine
+        for k in ("tokens", "gIoU", "cIoU")
+    ):
+        said.append(
+            "± is half of the 95 % interval, over samples, or over seeds where there are several."
+        )
+    return " ".join(said)
+
 
 def side_by_side(
-    folders, # of runs
-)->dict: # {title: (Table, caveats)}
+    folders,  # of runs
+) -> dict:  # {title: (Table, caveats)}
     "The papers' tables with our rows."
-    found = published_tables() | {'Other data': []}
-    for title, row in (pair for f in folders for pair in run_rows(f)): found.setdefault(title, []).append(row)
-    return {title: (rows_table(rows, COLUMN_TITLES), caveats(rows)) for title, rows in found.items() if rows}
+    found = published_tables() | {"Other data": []}
+    for title, row in (pair for f in folders for pair in run_rows(f)):
+        found.setdefault(title, []).append(row)
+    return {
+        title: (rows_table(rows, COLUMN_TITLES), caveats(rows))
+        for title, rows in found.items()
+        if rows
+    }
 
 # %% ../../nbs/viewing/paper_tables.ipynb #e8397d48
-def latex_table(title:str, t:Table, note:str)->str:
+def latex_table(title: str, t: Table, note: str) -> str:
     "A table environment that needs no package."
-    row = lambda cells: ' & '.join(map(latex_text, cells)) + r' \\'
-    return '\n'.join([r'\begin{table}', r'\centering', rf'\caption{{{latex_text(f"{title}. {note}".strip())}}}', rf'\begin{{tabular}}{{{"".join("r" if r else "l" for r in t.right)}}}', r'\hline',
-                      row(t.head), r'\hline', *map(row, t.rows), r'\hline', r'\end{tabular}', r'\end{table}'])
+    row = lambda cells: " & ".join(map(latex_text, cells)) + r" \\"
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{latex_text(f'{title}. {note}'.strip())}}}",
+            rf"\begin{{tabular}}{{{''.join('r' if r else 'l' for r in t.right)}}}",
+            r"\hline",
+            row(t.head),
+            r"\hline",
+            *map(row, t.rows),
+            r"\hline",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
 
-TABLE_STYLE = Markup('body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}th,td{padding:.25em .8em;text-align:left;border-bottom:1px solid #8884}.num{text-align:right;font-variant-numeric:tabular-nums}p{max-width:48em;opacity:.75}')
+
+TABLE_STYLE = Markup(
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}th,td{padding:.25em .8em;text-align:left;border-bottom:1px solid #8884}.num{text-align:right;font-variant-numeric:tabular-nums}p{max-width:48em;opacity:.75}"
+)
+
 
 def format_tables(
-    tables:dict, # what `side_by_side` gives
-    format:str='markdown', # latex or html
-)->str:
+    tables: dict,  # what `side_by_side` gives
+    format: str = "markdown",  # latex or html
+) -> str:
     "All tables as one text."
-    if format == 'markdown': return '\n\n'.join('\n\n'.join(filter(None, [f'## {title}', t.markdown, markdown_text(note)])) for title, (t, note) in tables.items())
-    if format == 'latex': return '\n\n'.join(latex_table(title, t, note) for title, (t, note) in tables.items())
-    if format != 'html': raise ValueError(f'format: "{format}" is unknown; use markdown, latex or html.')
-    def part(title, t, note): return fill_html('<h2>{}</h2>\n{}\n{}', title, t.html, fill_html('<p>{}</p>\n', note) if note else '')
-    head = fill_html('<meta charset="utf-8">{}<title>DR²Seg: tables</title><style>{}</style>', CONTENT_POLICY_TAG, TABLE_STYLE)
-    return fill_html('<!doctype html>\n<html lang="en">{}\n{}</html>', head, join_html(part(title, t, note) for title, (t, note) in tables.items()))
+    if format == "markdown":
+        return "\n\n".join(
+            "\n\n".join(filter(None, [f"## {title}", t.markdown, markdown_text(note)]))
+            for title, (t, note) in tables.items()
+        )
+    if format == "latex":
+        return "\n\n".join(latex_table(title, t, note) for title, (t, note) in tables.items())
+    if format != "html":
+        raise ValueError(f'format: "{format}" is unknown; use markdown, latex or html.')
+
+    def part(title, t, note):
+        return fill_html(
+            "<h2>{}</h2>\n{}\n{}", title, t.html, fill_html("<p>{}</p>\n", note) if note else ""
+        )
+
+    head = fill_html(
+        '<meta charset="utf-8">{}<title>DR²Seg: tables</title><style>{}</style>',
+        CONTENT_POLICY_TAG,
+        TABLE_STYLE,
+    )
+    return fill_html(
+        '<!doctype html>\n<html lang="en">{}\n{}</html>',
+        head,
+        join_html(part(title, t, note) for title, (t, note) in tables.items()),
+    )

@@ -37,202 +37,359 @@ from ..segmenters.loading import load_segmenter
 
 # %% ../../nbs/viewing/photo.ipynb #352b7f3f
 def parse_coordinates(
-    given, # "40,30,200,180", or numbers
-    names:str, # e.g. "x1,y1,x2,y2"
-    field:str, # what a complaint names
-)->tuple: # of float
+    given,  # "40,30,200,180", or numbers
+    names: str,  # e.g. "x1,y1,x2,y2"
+    field: str,  # what a complaint names
+) -> tuple:  # of float
     "Pixels as they are typed."
-    parts = given.split(',') if isinstance(given, str) else list(given)
-    try: values = tuple(float(p) for p in parts)
-    except (TypeError, ValueError): values = ()
-    if len(values) == len(names.split(',')) and all(map(math.isfinite, values)): return values
-    raise ValueError(f'{field} "{given}" is not {names}; give {len(names.split(","))} numbers, in pixels of the image.')
+    parts = given.split(",") if isinstance(given, str) else list(given)
+    try:
+        values = tuple(float(p) for p in parts)
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) == len(names.split(",")) and all(map(math.isfinite, values)):
+        return values
+    raise ValueError(
+        f'{field} "{given}" is not {names}; give {len(names.split(","))} numbers, in pixels of the image.'
+    )
+
 
 def manual_prompt(
-    size:tuple, # (W,H) of the image
-    box, # x1,y1,x2,y2
-    point=None, # x,y; None: the middle of the box
-)->Target:
+    size: tuple,  # (W,H) of the image
+    box,  # x1,y1,x2,y2
+    point=None,  # x,y; None: the middle of the box
+) -> Target:
     "A box and a point given by hand, if they can be meant."
-    x1, y1, x2, y2 = box = parse_coordinates(box, 'x1,y1,x2,y2', 'box')
-    x, y = point = parse_coordinates(point, 'x,y', 'point') if point is not None else ((x1 + x2)/2, (y1 + y2)/2)
-    shown = ','.join(f'{v:g}' for v in box)
-    if not (x1 < x2 and y1 < y2): raise ValueError(f'box {shown} has no area; give its left, top, right and bottom edge.')
+    x1, y1, x2, y2 = box = parse_coordinates(box, "x1,y1,x2,y2", "box")
+    x, y = point = (
+        parse_coordinates(point, "x,y", "point")
+        if point is not None
+        else ((x1 + x2) / 2, (y1 + y2) / 2)
+    )
+    shown = ",".join(f"{v:g}" for v in box)
+    if not (x1 < x2 and y1 < y2):
+        raise ValueError(f"box {shown} has no area; give its left, top, right and bottom edge.")
     if not (0 <= x1 and x2 <= size[0] - 1 and 0 <= y1 and y2 <= size[1] - 1):
-        raise ValueError(f'box {shown} leaves the image of {size[0]}×{size[1]} pixels; keep x within 0 to {size[0] - 1} and y within 0 to {size[1] - 1}.')
-    if not (x1 <= x <= x2 and y1 <= y <= y2): raise ValueError(f'point {x:g},{y:g} is not in the box {shown}; put it on the object.')
+        raise ValueError(
+            f"box {shown} leaves the image of {size[0]}×{size[1]} pixels; keep x within 0 to {size[0] - 1} and y within 0 to {size[1] - 1}."
+        )
+    if not (x1 <= x <= x2 and y1 <= y <= y2):
+        raise ValueError(f"point {x:g},{y:g} is not in the box {shown}; put it on the object.")
     return Target(box, point)
 
 # %% ../../nbs/viewing/photo.ipynb #5ff0f664
-PHOTO_COLOURS = (255, 122, 64), (72, 168, 255), (126, 216, 92), (208, 132, 255) # one an object, RGB
+PHOTO_COLOURS = (
+    (255, 122, 64),
+    (72, 168, 255),
+    (126, 216, 92),
+    (208, 132, 255),
+)  # one an object, RGB
 INK, PAPER = (238, 238, 242), (20, 21, 26)
 
+
 def spotlight(
-    image:np.ndarray, # [H,W,3] uint8
-    mask:np.ndarray, # [H,W] bool
-)->np.ndarray: # [H,W,3] uint8
+    image: np.ndarray,  # [H,W,3] uint8
+    mask: np.ndarray,  # [H,W] bool
+) -> np.ndarray:  # [H,W,3] uint8
     "The image with all but the mask dimmed; the same image where the mask is empty."
-    if not mask.any(): return image
-    light = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), max(.8, max(image.shape)/900))[..., None]
-    away = .26*image + .34*image.mean(2, keepdims=True)
-    return (image*light + away*(1 - light)).astype(np.uint8)
+    if not mask.any():
+        return image
+    light = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), max(0.8, max(image.shape) / 900))[
+        ..., None
+    ]
+    away = 0.26 * image + 0.34 * image.mean(2, keepdims=True)
+    return (image * light + away * (1 - light)).astype(np.uint8)
+
 
 def draw_outline(
-    canvas:np.ndarray, # [H,W,3] uint8, changed in place
-    target:Target, # with its mask; pixels of the canvas
-    colour:tuple, # RGB
-    width:int, # of the line, pixels
-)->None:
+    canvas: np.ndarray,  # [H,W,3] uint8, changed in place
+    target: Target,  # with its mask; pixels of the canvas
+    colour: tuple,  # RGB
+    width: int,  # of the line, pixels
+) -> None:
     "Contour, corners of the box, and point of an object."
     found, _ = cv2.findContours(target.mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    contours = [c for c in found if cv2.contourArea(c) > (4*width)**2] or found # no line about a speck
+    contours = [
+        c for c in found if cv2.contourArea(c) > (4 * width) ** 2
+    ] or found  # no line about a speck
     (x1, y1, x2, y2), point = (round(v) for v in target.box), tuple(round(v) for v in target.point)
-    reach = max(4*width, min(x2 - x1, y2 - y1)//7)
-    corners = [np.array([(x + dx, y), (x, y), (x, y + dy)], np.int32) for x, dx in ((x1, reach), (x2, -reach)) for y, dy in ((y1, reach), (y2, -reach))]
-    for tint, more in (PAPER, 2), (colour, 0): # a dark rim keeps the line visible on anything
+    reach = max(4 * width, min(x2 - x1, y2 - y1) // 7)
+    corners = [
+        np.array([(x + dx, y), (x, y), (x, y + dy)], np.int32)
+        for x, dx in ((x1, reach), (x2, -reach))
+        for y, dy in ((y1, reach), (y2, -reach))
+    ]
+    for tint, more in (PAPER, 2), (colour, 0):  # a dark rim keeps the line visible on anything
         cv2.drawContours(canvas, contours, -1, tint, width + more, cv2.LINE_AA)
         cv2.polylines(canvas, corners, False, tint, width + more, cv2.LINE_AA)
-    for radius, tint in (3*width + 2, PAPER), (3*width, INK), (2*width, colour): cv2.circle(canvas, point, radius, tint, -1, cv2.LINE_AA)
+    for radius, tint in (3 * width + 2, PAPER), (3 * width, INK), (2 * width, colour):
+        cv2.circle(canvas, point, radius, tint, -1, cv2.LINE_AA)
 
 # %% ../../nbs/viewing/photo.ipynb #8a675e42
 def draw_caption(
-    width:int, # pixels
-    title:str, # what was asked; may be empty
-    note:str, # what was found
-)->np.ndarray: # [h,width,3] uint8
+    width: int,  # pixels
+    title: str,  # what was asked; may be empty
+    note: str,  # what was found
+) -> np.ndarray:  # [h,width,3] uint8
     "The strip under the picture."
-    size, folder = max(13, width//42), Path(matplotlib.get_data_path())/'fonts'/'ttf'
-    bold, plain = (ImageFont.truetype(folder/name, s) for name, s in (('DejaVuSans-Bold.ttf', size), ('DejaVuSans.ttf', round(.82*size))))
-    lines = [(line, bold, INK) for line in wrap(brief_text(title, 1000), max(12, int(1.5*width/size)))[:4]]
-    lines += [(line, plain, (160, 162, 172)) for line in wrap(brief_text(note, 1000), max(12, int(1.9*width/size)))[:3]]
-    strip = Image.new('RGB', (width, int((1.5*len(lines) + 1.2)*size)), PAPER)
-    for k, (line, font, tint) in enumerate(lines): ImageDraw.Draw(strip).text((size, (.7 + 1.5*k)*size), line, tint, font)
+    size, folder = max(13, width // 42), Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    bold, plain = (
+        ImageFont.truetype(folder / name, s)
+        for name, s in (("DejaVuSans-Bold.ttf", size), ("DejaVuSans.ttf", round(0.82 * size)))
+    )
+    lines = [
+        (line, bold, INK)
+        for line in wrap(brief_text(title, 1000), max(12, int(1.5 * width / size)))[:4]
+    ]
+    lines += [
+        (line, plain, (160, 162, 172))
+        for line in wrap(brief_text(note, 1000), max(12, int(1.9 * width / size)))[:3]
+    ]
+    strip = Image.new("RGB", (width, int((1.5 * len(lines) + 1.2) * size)), PAPER)
+    for k, (line, font, tint) in enumerate(lines):
+        ImageDraw.Draw(strip).text((size, (0.7 + 1.5 * k) * size), line, tint, font)
     return np.array(strip)
 
+
 def draw_segmented(
-    image:np.ndarray, # [H,W,3] uint8
-    targets:list, # with masks
-    title:str='', note:str='',
-    longest:int=1280, # side of the result, at most; small images grow to half of it
-)->np.ndarray: # [h,w,3] uint8
+    image: np.ndarray,  # [H,W,3] uint8
+    targets: list,  # with masks
+    title: str = "",
+    note: str = "",
+    longest: int = 1280,  # side of the result, at most; small images grow to half of it
+) -> np.ndarray:  # [h,w,3] uint8
     "A photo, what was found in it, and a caption."
     h, w = image.shape[:2]
-    scale = min(longest, max(longest/2, h, w))/max(h, w)
-    resize = lambda a, how: cv2.resize(a, (max(1, round(w*scale)), max(1, round(h*scale))), interpolation=how)
-    grown = lambda mask: cv2.GaussianBlur(resize(mask.astype(np.float32), cv2.INTER_LINEAR), (0, 0), max(.6, .5*scale)) > .5
-    placed = [replace(t, box=tuple((v + .5)*scale - .5 for v in t.box), point=tuple((v + .5)*scale - .5 for v in t.point), mask=grown(t.mask)) for t in targets]
+    scale = min(longest, max(longest / 2, h, w)) / max(h, w)
+    resize = lambda a, how: cv2.resize(
+        a, (max(1, round(w * scale)), max(1, round(h * scale))), interpolation=how
+    )
+    grown = lambda mask: (
+        cv2.GaussianBlur(
+            resize(mask.astype(np.float32), cv2.INTER_LINEAR), (0, 0), max(0.6, 0.5 * scale)
+        )
+        > 0.5
+    )
+    placed = [
+        replace(
+            t,
+            box=tuple((v + 0.5) * scale - 0.5 for v in t.box),
+            point=tuple((v + 0.5) * scale - 0.5 for v in t.point),
+            mask=grown(t.mask),
+        )
+        for t in targets
+    ]
     canvas = resize(image, cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    canvas = spotlight(canvas, np.any([np.zeros(canvas.shape[:2], bool), *(t.mask for t in placed)], axis=0))
-    for k, t in enumerate(placed): draw_outline(canvas, t, PHOTO_COLOURS[k % len(PHOTO_COLOURS)], max(2, round(max(canvas.shape)/480)))
+    canvas = spotlight(
+        canvas, np.any([np.zeros(canvas.shape[:2], bool), *(t.mask for t in placed)], axis=0)
+    )
+    for k, t in enumerate(placed):
+        draw_outline(
+            canvas, t, PHOTO_COLOURS[k % len(PHOTO_COLOURS)], max(2, round(max(canvas.shape) / 480))
+        )
     return np.concatenate([canvas, draw_caption(canvas.shape[1], title, note)])
 
 # %% ../../nbs/viewing/photo.ipynb #898ca841
 def check_photo_folder(
-    folder, # there, or to be made
-)->Path:
+    folder,  # there, or to be made
+) -> Path:
     "Refuses a folder that cannot hold the results."
     folder = Path(folder)
     there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
-    if not os.path.isdir(there): raise ValueError(f'{brief_text(str(there))} is a file; name a folder for the results.')
-    if not os.access(there, os.W_OK | os.X_OK): raise ValueError(f'{brief_text(str(there))} cannot be written; grant permission, or name another folder.')
+    if not os.path.isdir(there):
+        raise ValueError(f"{brief_text(str(there))} is a file; name a folder for the results.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{brief_text(str(there))} cannot be written; grant permission, or name another folder."
+        )
     return folder
 
+
 def free_photo_names(
-    folder:Path, name:str, # of the photo
-    overwrite:bool, # an earlier result is replaced
-)->tuple: # two paths: picture, record
+    folder: Path,
+    name: str,  # of the photo
+    overwrite: bool,  # an earlier result is replaced
+) -> tuple:  # two paths: picture, record
     "Where the results of a photo go: to its name, or to the next number that is free."
-    name = os.fsdecode(os.fsencode(name)[:200]) # a disk takes 255 bytes
-    pair = lambda end: tuple(folder/f'{name}.segment{end}.{kind}' for kind in ('png', 'json'))
+    name = os.fsdecode(os.fsencode(name)[:200])  # a disk takes 255 bytes
+    pair = lambda end: tuple(folder / f"{name}.segment{end}.{kind}" for kind in ("png", "json"))
     number = 1
-    while not overwrite and any(map(os.path.lexists, pair(f'-{number}' if number > 1 else ''))): number += 1
-    return pair(f'-{number}' if number > 1 else '')
+    while not overwrite and any(map(os.path.lexists, pair(f"-{number}" if number > 1 else ""))):
+        number += 1
+    return pair(f"-{number}" if number > 1 else "")
+
 
 @dataclass(frozen=True, eq=False)
 class SegmentedPhoto:
     "What was found in a photo."
-    name: str # of the photo, without its ending
-    image: np.ndarray # [H,W,3] uint8
+
+    name: str  # of the photo, without its ending
+    image: np.ndarray  # [H,W,3] uint8
     query: str
-    targets: list # with masks, in pixels of the photo; empty: nothing was found
-    asked: dict # who was asked: model, adapter, recipe, segmenter
-    response: Response|None = None # None: the box was given
+    targets: list  # with masks, in pixels of the photo; empty: nothing was found
+    asked: dict  # who was asked: model, adapter, recipe, segmenter
+    response: Response | None = None  # None: the box was given
 
     @property
-    def mask(self)->np.ndarray: # [H,W] bool
+    def mask(self) -> np.ndarray:  # [H,W] bool
         "The union of what was found."
-        return np.any([np.zeros(self.image.shape[:2], bool), *(t.mask for t in self.targets)], axis=0)
+        return np.any(
+            [np.zeros(self.image.shape[:2], bool), *(t.mask for t in self.targets)], axis=0
+        )
 
     @property
-    def note(self)->str:
+    def note(self) -> str:
         "What was found, in words."
-        n, parts = len(self.targets), [f'{self.mask.mean():.1%} of the image', ' · '.join(f'{k} {v}' for k, v in self.asked.items() if k in ('model', 'segmenter'))]
-        parts.insert(0, 'nothing found' if not n else '1 object' if n == 1 else f'{n} objects')
-        if self.response: parts.insert(2, f'{self.response.think_tokens} tokens of reasoning')
-        return ' · '.join(parts)
+        n, parts = (
+            len(self.targets),
+            [
+                f"{self.mask.mean():.1%} of the image",
+                " · ".join(
+                    f"{k} {v}" for k, v in self.asked.items() if k in ("model", "segmenter")
+                ),
+            ],
+        )
+        parts.insert(0, "nothing found" if not n else "1 object" if n == 1 else f"{n} objects")
+        if self.response:
+            parts.insert(2, f"{self.response.think_tokens} tokens of reasoning")
+        return " · ".join(parts)
 
-    def picture(self)->np.ndarray: # [h,w,3] uint8
+    def picture(self) -> np.ndarray:  # [h,w,3] uint8
         "The photo with what was found."
         said = self.response and self.response.parsed.description
-        return draw_segmented(self.image, self.targets, self.query or 'box given by hand', f'“{" ".join(said.split())}”   {self.note}' if said else self.note)
+        return draw_segmented(
+            self.image,
+            self.targets,
+            self.query or "box given by hand",
+            f"“{' '.join(said.split())}”   {self.note}" if said else self.note,
+        )
 
-    def record(self)->dict:
+    def record(self) -> dict:
         "All of it but the pixels, ready for JSON; masks are COCO's run lengths."
-        said = self.response and dict(text=self.response.text, description=self.response.parsed.description, tokens=self.response.think_tokens)
-        found = [dict(box=[round(v, 2) for v in t.box], point=[round(v, 2) for v in t.point], area=int(t.mask.sum()), mask=encode_rle(t.mask)) for t in self.targets]
-        return dict(photo=self.name, size=list(self.image.shape[1::-1]), query=self.query, **self.asked, response=said, objects=found, mask=encode_rle(self.mask))
+        said = self.response and dict(
+            text=self.response.text,
+            description=self.response.parsed.description,
+            tokens=self.response.think_tokens,
+        )
+        found = [
+            dict(
+                box=[round(v, 2) for v in t.box],
+                point=[round(v, 2) for v in t.point],
+                area=int(t.mask.sum()),
+                mask=encode_rle(t.mask),
+            )
+            for t in self.targets
+        ]
+        return dict(
+            photo=self.name,
+            size=list(self.image.shape[1::-1]),
+            query=self.query,
+            **self.asked,
+            response=said,
+            objects=found,
+            mask=encode_rle(self.mask),
+        )
 
-    def save(self,
-        folder='.', # made when missing
-        overwrite:bool=False, # replace an earlier result; else the next one gets a number
-    )->tuple: # the two paths
+    def save(
+        self,
+        folder=".",  # made when missing
+        overwrite: bool = False,  # replace an earlier result; else the next one gets a number
+    ) -> tuple:  # the two paths
         "Writes picture and record."
-        folder, text = check_photo_folder(folder), json.dumps(self.record(), indent=1, ensure_ascii=False) + '\n'
-        with naming_write_errors(folder): folder.mkdir(parents=True, exist_ok=True)
+        folder, text = (
+            check_photo_folder(folder),
+            json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n",
+        )
+        with naming_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         png, record = free_photo_names(folder, self.name, overwrite)
-        for path, data in (png, self._repr_png_()), (record, text.encode('utf-8', 'backslashreplace')):
-            with naming_write_errors(path): path.write_bytes(data)
+        for path, data in (
+            (png, self._repr_png_()),
+            (record, text.encode("utf-8", "backslashreplace")),
+        ):
+            with naming_write_errors(path):
+                path.write_bytes(data)
         return png, record
 
-    def _repr_png_(self)->bytes:
+    def _repr_png_(self) -> bytes:
         out = io.BytesIO()
-        Image.fromarray(self.picture()).save(out, 'PNG', optimize=True)
+        Image.fromarray(self.picture()).save(out, "PNG", optimize=True)
         return out.getvalue()
 
 # %% ../../nbs/viewing/photo.ipynb #da3e3ac0
 def photo_policy(
-    given:dict, # model, adapter, segmenter, recipe, max_new_tokens, dtype; what is empty follows from the adapter's run
-    attention:str,
-)->EvaluateFields:
+    given: dict,  # model, adapter, segmenter, recipe, max_new_tokens, dtype; what is empty follows from the adapter's run
+    attention: str,
+) -> EvaluateFields:
     "Who is asked, and how: all of it known to be there."
     who = EvaluateFields(**without_unsaid(inherit(given)[0]))
-    validate_model(who.model), validate_adapter(who.adapter), validate_method(who.recipe), validate_attention(attention, who.dtype)
+    (
+        validate_model(who.model),
+        validate_adapter(who.adapter),
+        validate_method(who.recipe),
+        validate_attention(attention, who.dtype),
+    )
     return who
 
+
 def segment_photo(
-    photo, # a file, or pixels [H,W,3] uint8
-    query:str='', # the question; may be empty where a box is given
-    box=None, # x1,y1,x2,y2: no policy is asked
-    point=None, # x,y in the box
-    model:str='', # as in `train`; empty: that of the adapter's run, else embedded
-    adapter:str='', # a checkpoint
-    segmenter:str='', # as in `train`; empty: grabcut for a box, else that of the adapter's run, else embedded
-    recipe:str='', # whose prompt is asked; empty: that of the adapter's run, else dr2seg
-    max_new_tokens:int=0, # empty: that of the adapter's run, else 192 for embedded, 1,024 for any other
-    dtype:str='', # of the policy's weights: float32 or bfloat16; empty: that of the adapter's run, else float32
-    attention:str='sdpa', # eager, or flash for the vision tower
-)->SegmentedPhoto:
+    photo,  # a file, or pixels [H,W,3] uint8
+    query: str = "",  # the question; may be empty where a box is given
+    box=None,  # x1,y1,x2,y2: no policy is asked
+    point=None,  # x,y in the box
+    model: str = "",  # as in `train`; empty: that of the adapter's run, else embedded
+    adapter: str = "",  # a checkpoint
+    segmenter: str = "",  # as in `train`; empty: grabcut for a box, else that of the adapter's run, else embedded
+    recipe: str = "",  # whose prompt is asked; empty: that of the adapter's run, else dr2seg
+    max_new_tokens: int = 0,  # empty: that of the adapter's run, else 192 for embedded, 1,024 for any other
+    dtype: str = "",  # of the policy's weights: float32 or bfloat16; empty: that of the adapter's run, else float32
+    attention: str = "sdpa",  # eager, or flash for the vision tower
+) -> SegmentedPhoto:
     "What answers a question in a photo, or what is in a box of it."
-    if box is None and not query.strip(): raise ValueError('nothing is asked; give a question, or a box as x1,y1,x2,y2.')
-    if box is None and point is not None: raise ValueError('a point needs its box; give it as x1,y1,x2,y2.')
-    who = box is None and photo_policy(dict(model=model, adapter=adapter, segmenter=segmenter, recipe=recipe, max_new_tokens=max_new_tokens, dtype=dtype), attention)
-    image, name = (photo, 'photo') if isinstance(photo, np.ndarray) else (read_pixels(Path(photo), photo), Path(photo).stem)
-    size, response, asked = image.shape[1::-1], None, dict(segmenter=who.segmenter if box is None else segmenter or 'grabcut')
-    prompts, drawer = [manual_prompt(size, box, point)] if box is not None else [], load_segmenter(asked['segmenter'])
+    if box is None and not query.strip():
+        raise ValueError("nothing is asked; give a question, or a box as x1,y1,x2,y2.")
+    if box is None and point is not None:
+        raise ValueError("a point needs its box; give it as x1,y1,x2,y2.")
+    who = box is None and photo_policy(
+        dict(
+            model=model,
+            adapter=adapter,
+            segmenter=segmenter,
+            recipe=recipe,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+        ),
+        attention,
+    )
+    image, name = (
+        (photo, "photo")
+        if isinstance(photo, np.ndarray)
+        else (read_pixels(Path(photo), photo), Path(photo).stem)
+    )
+    size, response, asked = (
+        image.shape[1::-1],
+        None,
+        dict(segmenter=who.segmenter if box is None else segmenter or "grabcut"),
+    )
+    prompts, drawer = (
+        [manual_prompt(size, box, point)] if box is not None else [],
+        load_segmenter(asked["segmenter"]),
+    )
     if box is None:
-        policy, asked = load_policy(who.model, who.adapter, who.dtype, attention), dict(model=who.model, adapter=who.adapter, recipe=who.recipe) | asked
-        response, = answer_greedily(policy, [Sample(name, image, query, ())], METHODS[who.recipe].prompt, who.max_new_tokens)
+        policy, asked = (
+            load_policy(who.model, who.adapter, who.dtype, attention),
+            dict(model=who.model, adapter=who.adapter, recipe=who.recipe) | asked,
+        )
+        (response,) = answer_greedily(
+            policy, [Sample(name, image, query, ())], METHODS[who.recipe].prompt, who.max_new_tokens
+        )
         prompts = segmenter_prompts(drawer, response.text, query, policy.frame, size)
-    placed = lambda prompt, mask: Target.of(mask) if isinstance(prompt, str) else Target(*clip_prompt(prompt, size), mask)
-    found = [placed(p, m) for p, m in zip(prompts, drawer.masks(image, prompts)) if m.any() or not isinstance(p, str)]
+    placed = lambda prompt, mask: (
+        Target.of(mask) if isinstance(prompt, str) else Target(*clip_prompt(prompt, size), mask)
+    )
+    found = [
+        placed(p, m)
+        for p, m in zip(prompts, drawer.masks(image, prompts))
+        if m.any() or not isinstance(p, str)
+    ]
     return SegmentedPhoto(name, image, query, found, asked, response)

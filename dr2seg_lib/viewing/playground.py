@@ -42,158 +42,263 @@ from dr2seg_lib.viewing.view import (
 )
 
 # %% ../../nbs/viewing/playground.ipynb #f0d41dc2
-from ..data.samples import Target
 from ..data.mini import draw_sample
+from ..data.samples import Target
+
 
 def cached_policy(
-    source, # a `Policy`; "embedded", a model's folder or hub id; a run or its folder (its newest checkpoint); a checkpoint's folder
-)->Policy:
+    source,  # a `Policy`; "embedded", a model's folder or hub id; a run or its folder (its newest checkpoint); a checkpoint's folder
+) -> Policy:
     "The policy behind a name."
-    if isinstance(source, Policy): return source
-    path = Path(getattr(source, 'folder', source))
-    if (path/'run.json').exists():
+    if isinstance(source, Policy):
+        return source
+    path = Path(getattr(source, "folder", source))
+    if (path / "run.json").exists():
         path = latest_checkpoint(path) or path
-        if not (path/'manifest.json').exists(): raise ValueError(f'{path} has no whole checkpoint yet; wait for one, or name a model')
-    if not (path/'manifest.json').exists() and not (path/'adapter_config.json').exists(): return Policy.load(str(source))
-    record = path.parents[1]/'run.json'
-    policy = Policy.load((read_json(record).get('parameters') or {}).get('model', 'embedded') if record.exists() else 'embedded')
-    if (path/'adapter_config.json').exists(): return policy.load_adapter(path)
-    return full_weights(policy, path/'weights.safetensors')
+        if not (path / "manifest.json").exists():
+            raise ValueError(f"{path} has no whole checkpoint yet; wait for one, or name a model")
+    if not (path / "manifest.json").exists() and not (path / "adapter_config.json").exists():
+        return Policy.load(str(source))
+    record = path.parents[1] / "run.json"
+    policy = Policy.load(
+        (read_json(record).get("parameters") or {}).get("model", "embedded")
+        if record.exists()
+        else "embedded"
+    )
+    if (path / "adapter_config.json").exists():
+        return policy.load_adapter(path)
+    return full_weights(policy, path / "weights.safetensors")
 
-def full_weights(policy:Policy, path:Path)->Policy:
+
+def full_weights(policy: Policy, path: Path) -> Policy:
     "The weights of a run that tuned the whole language model."
     from safetensors.torch import load_file
+
     state = policy.model.state_dict()
-    for name, value in load_file(str(path)).items(): state[name].copy_(value)
+    for name, value in load_file(str(path)).items():
+        state[name].copy_(value)
     return policy
 
+
 def askable_sample(
-    source, # a `Sample`; a seed of MiniReasonSeg, or "mini-SEED"; an image [H,W,3] uint8; a file
-)->Sample: # without targets where none are known
+    source,  # a `Sample`; a seed of MiniReasonSeg, or "mini-SEED"; an image [H,W,3] uint8; a file
+) -> Sample:  # without targets where none are known
     "A sample of anything that can be asked about."
-    if isinstance(source, Sample): return source
-    if isinstance(source, (int, np.integer)): return draw_sample(int(source))
-    if isinstance(source, np.ndarray): return Sample('your picture', source, '', ())
-    if found := sample_by_id(str(source)): return found
+    if isinstance(source, Sample):
+        return source
+    if isinstance(source, (int, np.integer)):
+        return draw_sample(int(source))
+    if isinstance(source, np.ndarray):
+        return Sample("your picture", source, "", ())
+    if found := sample_by_id(str(source)):
+        return found
     image = cv2.imread(str(source)) if Path(source).is_file() else None
-    if image is None: raise FileNotFoundError(f'{source} is no picture that can be read; give a file such as photo.jpg, an array, or a seed')
-    return Sample(Path(source).name, image[..., ::-1].copy(), '', ())
+    if image is None:
+        raise FileNotFoundError(
+            f"{source} is no picture that can be read; give a file such as photo.jpg, an array, or a seed"
+        )
+    return Sample(Path(source).name, image[..., ::-1].copy(), "", ())
 
 # %% ../../nbs/viewing/playground.ipynb #b3d64583
 def one_at_a_time(method):
     "Two threads do not use one policy at once."
+
     @wraps(method)
     def alone(self, *args, **kwargs):
-        with self.lock: return method(self, *args, **kwargs)
+        with self.lock:
+            return method(self, *args, **kwargs)
+
     return alone
+
 
 class Playground(View):
     "A picture to ask about, to describe and to point at."
-    kind = t.Unicode('ask').tag(sync=True)
-    picture = t.Dict().tag(sync=True) # image, size, truth
-    query = t.Unicode().tag(sync=True)
-    description = t.Unicode().tag(sync=True) # what the second pass is asked about
-    first = t.Dict().tag(sync=True) # html, text, tokens, seconds
-    second = t.Dict().tag(sync=True) # likewise
-    drawn = t.Dict().tag(sync=True) # runs, iou, prompts, seconds, by
-    busy = t.Unicode().tag(sync=True) # what is under way
 
-    def __init__(self,
-        model='embedded', # see `policy_of`
-        about=2_000_000, # see `picture_of`
-        query:str='', # empty: the sample's own
-        recipe:str|Method='dr2seg', # whose prompts are used
-        segmenter:str='embedded', # see `load_segmenter`
-        max_new_tokens:int=256,
+    kind = t.Unicode("ask").tag(sync=True)
+    picture = t.Dict().tag(sync=True)  # image, size, truth
+    query = t.Unicode().tag(sync=True)
+    description = t.Unicode().tag(sync=True)  # what the second pass is asked about
+    first = t.Dict().tag(sync=True)  # html, text, tokens, seconds
+    second = t.Dict().tag(sync=True)  # likewise
+    drawn = t.Dict().tag(sync=True)  # runs, iou, prompts, seconds, by
+    busy = t.Unicode().tag(sync=True)  # what is under way
+
+    def __init__(
+        self,
+        model="embedded",  # see `policy_of`
+        about=2_000_000,  # see `picture_of`
+        query: str = "",  # empty: the sample's own
+        recipe: str | Method = "dr2seg",  # whose prompts are used
+        segmenter: str = "embedded",  # see `load_segmenter`
+        max_new_tokens: int = 256,
     ):
-        self.sample, self.policy, self.segmenter, self.longest = askable_sample(about), cached_policy(model), segmenter_of(segmenter), max_new_tokens
+        self.sample, self.policy, self.segmenter, self.longest = (
+            askable_sample(about),
+            cached_policy(model),
+            segmenter_of(segmenter),
+            max_new_tokens,
+        )
         self.recipe = METHODS[recipe] if isinstance(recipe, str) else recipe
-        self.lock, self.aside = threading.RLock(), not isinstance(model, Policy) # a policy that was given may be at work in the cell that runs
-        self.seen, self.prefix, image = self.policy.encode([self.sample.image]), None, fit_picture(self.sample.image)
+        self.lock, self.aside = (
+            threading.RLock(),
+            not isinstance(model, Policy),
+        )  # a policy that was given may be at work in the cell that runs
+        self.seen, self.prefix, image = (
+            self.policy.encode([self.sample.image]),
+            None,
+            fit_picture(self.sample.image),
+        )
         size = image.shape[1], image.shape[0]
         truth = truth_view(self.sample, size) if self.sample.targets else dict(truth=None, given=[])
-        super().__init__(query=query or self.sample.query, picture=dict(image=data_uri(image, 92), size=size, name=self.sample.id) | truth)
+        super().__init__(
+            query=query or self.sample.query,
+            picture=dict(image=data_uri(image, 92), size=size, name=self.sample.id) | truth,
+        )
         self.on_msg(self._asked)
 
     @one_at_a_time
-    def ask(self, query:str|None=None)->Response:
+    def ask(self, query: str | None = None) -> Response:
         "The first pass, its mask, and the second pass with its description."
-        self.query, self.first, self.second, self.description = query or self.query, {}, {}, ''
+        self.query, self.first, self.second, self.description = query or self.query, {}, {}, ""
         began = time.perf_counter()
-        self.busy = 'thinking'
+        self.busy = "thinking"
         self.prefix = self.policy.prefill([self.recipe.prompt(self.query, eval=True)], self.seen)
-        said = to_responses(self.policy, self.policy.generate(self.prefix, 1, self.longest, temperature=0))[0]
+        said = to_responses(
+            self.policy, self.policy.generate(self.prefix, 1, self.longest, temperature=0)
+        )[0]
         self.first = self._told(said, began)
-        self.segment(to_image_coordinates(said.text, self.policy.frame, self.sample.size), 'first pass')
-        self.describe(said.parsed.description or '')
+        self.segment(
+            to_image_coordinates(said.text, self.policy.frame, self.sample.size), "first pass"
+        )
+        self.describe(said.parsed.description or "")
         return said
 
     @one_at_a_time
-    def describe(self, description:str)->Response|None: # None: nothing to ask about
+    def describe(self, description: str) -> Response | None:  # None: nothing to ask about
         "The second pass on a description."
         self.description, self.second, began = description, {}, time.perf_counter()
-        if not description.strip() or self.recipe.second_prompt is None: self.busy = ''; return
-        self.busy = 'asking again'
-        if self.prefix is None: self.prefix = self.policy.prefill([self.recipe.prompt(self.query, eval=True)], self.seen)
+        if not description.strip() or self.recipe.second_prompt is None:
+            self.busy = ""
+            return
+        self.busy = "asking again"
+        if self.prefix is None:
+            self.prefix = self.policy.prefill(
+                [self.recipe.prompt(self.query, eval=True)], self.seen
+            )
         given = SimpleNamespace(parsed=SimpleNamespace(description=description))
-        said = second_pass(self.policy, self.seen, self.prefix, [[given]], self.recipe.second_prompt, self.longest, 0, None)[0][0]
-        self.second, self.busy = self._told(said, began), ''
+        said = second_pass(
+            self.policy,
+            self.seen,
+            self.prefix,
+            [[given]],
+            self.recipe.second_prompt,
+            self.longest,
+            0,
+            None,
+        )[0][0]
+        self.second, self.busy = self._told(said, began), ""
         return said
 
     @one_at_a_time
-    def segment(self, targets:list, by:str)->np.ndarray: # [H,W] bool
+    def segment(self, targets: list, by: str) -> np.ndarray:  # [H,W] bool
         "The mask of some boxes and points, in pixels of the image."
         began = time.perf_counter()
-        with DRAWING_LOCK: mask = self.segmenter.segment(self.sample.image, targets)
+        with DRAWING_LOCK:
+            mask = self.segmenter.segment(self.sample.image, targets)
         score = truth_iou(self.sample, mask) if self.sample.targets else None
-        self.drawn = dict(runs=row_run_lengths(fit_picture(mask)), iou=score, by=by, prompts=prompt_shapes(targets, self.sample.size, self.picture['size']), seconds=time.perf_counter() - began)
+        self.drawn = dict(
+            runs=row_run_lengths(fit_picture(mask)),
+            iou=score,
+            by=by,
+            prompts=prompt_shapes(targets, self.sample.size, self.picture["size"]),
+            seconds=time.perf_counter() - began,
+        )
         return mask
 
-    def _told(self, said, began): return dict(html=pass_html(said.record()), tokens=said.think_tokens, seconds=time.perf_counter() - began, text=said.text)
+    def _told(self, said, began):
+        return dict(
+            html=pass_html(said.record()),
+            tokens=said.think_tokens,
+            seconds=time.perf_counter() - began,
+            text=said.text,
+        )
 
 # %% ../../nbs/viewing/playground.ipynb #abf40e75
 def target_from_click(
-    box, # (x1,y1,x2,y2) or None
-    point, # (x,y) or None
-    size:tuple, # (W,H) of the image
-    last=None, # the box that is there
-)->Target:
+    box,  # (x1,y1,x2,y2) or None
+    point,  # (x,y) or None
+    size: tuple,  # (W,H) of the image
+    last=None,  # the box that is there
+) -> Target:
     "Box and point of a touch."
-    if box: return Target(tuple(box), ((box[0] + box[2])/2, (box[1] + box[3])/2))
+    if box:
+        return Target(tuple(box), ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
     (x, y), (w, h) = point, size
-    if last and last[0] <= x <= last[2] and last[1] <= y <= last[3]: return Target(tuple(last), (x, y))
-    return Target((max(0, x - w/10), max(0, y - h/10), min(w - 1, x + w/10), min(h - 1, y + h/10)), (x, y))
+    if last and last[0] <= x <= last[2] and last[1] <= y <= last[3]:
+        return Target(tuple(last), (x, y))
+    return Target(
+        (max(0, x - w / 10), max(0, y - h / 10), min(w - 1, x + w / 10), min(h - 1, y + h / 10)),
+        (x, y),
+    )
+
 
 @patch
-def _asked(self:Playground, _, content, buffers):
-    what, wrong = content.get('ask'), ''
+def _asked(self: Playground, _, content, buffers):
+    what, wrong = content.get("ask"), ""
     try:
-        if what == 'first': self.ask(content['query'])
-        elif what == 'second': self.describe(content['description'])
-        elif what == 'segment':
-            scale = self.sample.size[0]/self.picture['size'][0]
-            box, point = ([v*scale for v in content[k]] if content.get(k) else None for k in ('box', 'point'))
-            last = [v*scale for v in self.drawn['prompts'][0]['box']] if self.drawn.get('prompts') else None
-            self.segment([target_from_click(box, point, self.sample.size, last)], 'your box' if box else 'your point')
-        elif what == 'again' and self.first: self.segment(to_image_coordinates(self.second['text'] if content.get('pass') == 'second' else self.first['text'], self.policy.frame, self.sample.size), content['pass'] + ' pass')
-    except (ValueError, OSError, RuntimeError) as e: self.busy, wrong = '', f'{type(e).__name__}: {e}'
+        if what == "first":
+            self.ask(content["query"])
+        elif what == "second":
+            self.describe(content["description"])
+        elif what == "segment":
+            scale = self.sample.size[0] / self.picture["size"][0]
+            box, point = (
+                [v * scale for v in content[k]] if content.get(k) else None
+                for k in ("box", "point")
+            )
+            last = (
+                [v * scale for v in self.drawn["prompts"][0]["box"]]
+                if self.drawn.get("prompts")
+                else None
+            )
+            self.segment(
+                [target_from_click(box, point, self.sample.size, last)],
+                "your box" if box else "your point",
+            )
+        elif what == "again" and self.first:
+            self.segment(
+                to_image_coordinates(
+                    self.second["text"] if content.get("pass") == "second" else self.first["text"],
+                    self.policy.frame,
+                    self.sample.size,
+                ),
+                content["pass"] + " pass",
+            )
+    except (ValueError, OSError, RuntimeError) as e:
+        self.busy, wrong = "", f"{type(e).__name__}: {e}"
     self.send(dict(done=what, error=wrong))
 
+
 @patch
-def still(self:Playground)->Figure:
+def still(self: Playground) -> Figure:
     "The picture with what was drawn last."
     with rc_context(FIGURE_STYLE):
         fig, (ax,) = panels([fill_lines(self.query, 44)], width=3.6, height=3.6)
-        mask = mask_from_runs(self.drawn['runs'], self.picture['size']) if self.drawn else None
-        truth, given = self.picture['truth'], self.picture['given']
-        known = mask_from_runs(truth, self.picture['size']) if truth else None
-        ax.imshow(overlay(fit_picture(self.sample.image), known, mask, given=tuple(Target(**g) for g in given)))
-        ax.axis('off')
+        mask = mask_from_runs(self.drawn["runs"], self.picture["size"]) if self.drawn else None
+        truth, given = self.picture["truth"], self.picture["given"]
+        known = mask_from_runs(truth, self.picture["size"]) if truth else None
+        ax.imshow(
+            overlay(
+                fit_picture(self.sample.image), known, mask, given=tuple(Target(**g) for g in given)
+            )
+        )
+        ax.axis("off")
     return fig
 
+
 def mask_from_runs(
-    lengths:list, # of `run_lengths`
-    size:tuple, # (W,H)
-)->np.ndarray: # [H,W] bool
+    lengths: list,  # of `run_lengths`
+    size: tuple,  # (W,H)
+) -> np.ndarray:  # [H,W] bool
     "The inverse of `run_lengths`."
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(size[1], size[0])

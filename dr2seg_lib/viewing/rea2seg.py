@@ -20,25 +20,57 @@ def gallery_picks(rows: list[dict], least: int = 3) -> list[dict]:
     "For each dimension the first row with at least `least` candidates: chosen before anyone looks."
     picked = {}
     for r in rows:
-        if len(r["candidates"]) >= least: picked.setdefault(r["tags"].get("dimension"), r)
+        if len(r["candidates"]) >= least:
+            picked.setdefault(r["tags"].get("dimension"), r)
     return [picked[k] for k in sorted(picked, key=str)] or rows[:1]
 
-def gallery(rows: list[dict], pictures: dict, # sample id -> image [H,W,3] uint8
-            truths: dict, # sample id -> mask [H,W] bool
-            most: int = 5) -> Figure: # candidates shown of each
+
+def gallery(
+    rows: list[dict],
+    pictures: dict,  # sample id -> image [H,W,3] uint8
+    truths: dict,  # sample id -> mask [H,W] bool
+    most: int = 5,
+) -> Figure:  # candidates shown of each
     "Picture with truth, attention, and the marked candidates with score and IoU; the chosen one is framed."
     with rc_context(FIGURE_STYLE | {"axes.titlelocation": "center", "axes.titlepad": 4}):
         fig = Figure(figsize=(1.62 * (most + 2), 2.05 * len(rows)), layout="constrained")
         for part, r in zip(fig.subfigures(len(rows), squeeze=False)[:, 0], rows):
-            image, shown = pictures[r["sample"]], [c | dict(best=i == r["best"]) for i, c in enumerate(r["candidates"])]
+            image, shown = (
+                pictures[r["sample"]],
+                [c | dict(best=i == r["best"]) for i, c in enumerate(r["candidates"])],
+            )
             shown = sorted(shown, key=lambda c: not c["best"])[:most]
-            drawn = [overlay(image, truths[r["sample"]]), attention_overlay(image, heat_map(np.array(r["grid"]), image.shape[1::-1]))] + [highlight_candidate(image, decode_rle(c["rle"])) for c in shown]
-            titles = ["truth", "attention"] + [f"{c['source']}: {c['score']:g}/10, IoU {c['iou']:.2f}" for c in shown]
+            drawn = [
+                overlay(image, truths[r["sample"]]),
+                attention_overlay(image, heat_map(np.array(r["grid"]), image.shape[1::-1])),
+            ] + [highlight_candidate(image, decode_rle(c["rle"])) for c in shown]
+            titles = ["truth", "attention"] + [
+                f"{c['source']}: {c['score']:g}/10, IoU {c['iou']:.2f}" for c in shown
+            ]
             line = part.subplots(1, most + 2)
-            for ax in line: ax.axis("off")
-            for ax, picture, title in zip(line, drawn, titles): ax.imshow(picture); ax.set_title(title, fontsize=7, fontweight="normal")
-            part.suptitle(f"{r['tags'].get('dimension', '')}: {r['query']}".lstrip(": "), x=.008, ha="left", fontsize=9, fontweight="bold")
+            for ax in line:
+                ax.axis("off")
+            for ax, picture, title in zip(line, drawn, titles):
+                ax.imshow(picture)
+                ax.set_title(title, fontsize=7, fontweight="normal")
+            part.suptitle(
+                f"{r['tags'].get('dimension', '')}: {r['query']}".lstrip(": "),
+                x=0.008,
+                ha="left",
+                fontsize=9,
+                fontweight="bold",
+            )
             if r["best"] is not None:
                 line[2].title.set_fontweight("bold")
-                line[2].add_patch(Rectangle((0, 0), 1, 1, transform=line[2].transAxes, fill=False, lw=4, color=METHOD_COLOURS["dr2seg_desc"]))
+                line[2].add_patch(
+                    Rectangle(
+                        (0, 0),
+                        1,
+                        1,
+                        transform=line[2].transAxes,
+                        fill=False,
+                        lw=4,
+                        color=METHOD_COLOURS["dr2seg_desc"],
+                    )
+                )
     return fig

@@ -19,46 +19,64 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 # %% ../../nbs/viewing/record_types.ipynb #16fd8d16
-MAX_DEPTH = 64 # levels of nesting in a record; ours have five
+MAX_DEPTH = 64  # levels of nesting in a record; ours have five
 
-def _finite(digits:str)->float|None:
+
+def _finite(digits: str) -> float | None:
     value = float(digits)
     return value if math.isfinite(value) else None
 
-def _integer(digits:str)->int|float|None:
+
+def _integer(digits: str) -> int | float | None:
     return int(digits) if len(digits) < 20 else _finite(digits)
 
-def _nothing(word:str)->None: return None # NaN, Infinity
 
-def _depth(value)->int: # levels of a JSON value, as far as the bound
+def _nothing(word: str) -> None:
+    return None  # NaN, Infinity
+
+
+def _depth(value) -> int:  # levels of a JSON value, as far as the bound
     level, depth = [[value]], 0
     while level and depth <= MAX_DEPTH:
         inner = [v.values() if isinstance(v, dict) else v for v in level]
         level, depth = [x for v in inner for x in v if isinstance(x, (list, dict))], depth + 1
     return depth
 
-def _whole(value): # with a question mark for each half of a character pair
-    if isinstance(value, str): return value.encode('utf-8', 'replace').decode()
-    if isinstance(value, list): return [_whole(v) for v in value]
-    if isinstance(value, dict): return {_whole(k): _whole(v) for k, v in value.items()}
+
+def _whole(value):  # with a question mark for each half of a character pair
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    if isinstance(value, dict):
+        return {_whole(k): _whole(v) for k, v in value.items()}
     return value
 
+
 def parse_strict_json(
-    data:bytes, # of one JSON value
-): # that value; a ValueError in a few words where there is none
+    data: bytes,  # of one JSON value
+):  # that value; a ValueError in a few words where there is none
     "What a JSON text says."
-    try: text = data.decode('utf-8-sig')
-    except UnicodeDecodeError: raise ValueError('is not UTF-8') from None
-    try: value = json.loads(text, parse_float=_finite, parse_int=_integer, parse_constant=_nothing)
-    except RecursionError: raise ValueError('is nested too deeply') from None
-    except ValueError: raise ValueError('is not valid JSON') from None
-    if _depth(value) > MAX_DEPTH: raise ValueError('is nested too deeply')
-    return _whole(value) if '\\ud' in text.lower() else value
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    try:
+        value = json.loads(text, parse_float=_finite, parse_int=_integer, parse_constant=_nothing)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError:
+        raise ValueError("is not valid JSON") from None
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError("is nested too deeply")
+    return _whole(value) if "\\ud" in text.lower() else value
 
 # %% ../../nbs/viewing/record_types.ipynb #49dc0b13
 class LooseRecord(BaseModel):
     "Known fields have their types; others may be there."
-    model_config = ConfigDict(strict=True, extra='allow', protected_namespaces=())
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -66,225 +84,276 @@ Count = Annotated[int, Field(ge=0, le=10**12)]
 Numbers = list[Number | None]
 Named = Annotated[dict[str, Number | None], Field(max_length=64)]
 
-def _label(value): # a sample's id or a tag's value
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool): return value
-    raise PydanticCustomError('label', 'make it a text or a number')
 
-def _time(value:str):
-    try: datetime.fromisoformat(value)
-    except ValueError: raise PydanticCustomError('time', 'make it a time in ISO form') from None
+def _label(value):  # a sample's id or a tag's value
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return value
+    raise PydanticCustomError("label", "make it a text or a number")
+
+
+def _time(value: str):
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise PydanticCustomError("time", "make it a time in ISO form") from None
     return value
+
 
 Label = Annotated[Any, AfterValidator(_label)]
 Tags = Annotated[dict[str, Label], Field(max_length=64)]
 Time = Annotated[str, AfterValidator(_time)]
 IntervalRecord = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
-def _measure(value): # [mean, low, high], or how many samples
+
+def _measure(value):  # [mean, low, high], or how many samples
     number = lambda v: type(v) in (int, float) and abs(v) < 1e30
-    if type(value) is int and value >= 0: return value
-    if isinstance(value, list) and len(value) == 3 and all(map(number, value)): return value
-    raise PydanticCustomError('measure', 'make it [mean, low, high], or a count')
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, list) and len(value) == 3 and all(map(number, value)):
+        return value
+    raise PydanticCustomError("measure", "make it [mean, low, high], or a count")
+
 
 Measure = Annotated[Any, AfterValidator(_measure)]
 
+
 class RecordedParameters(LooseRecord):
     "What was asked, as far as looking at the run depends on it."
-    recipe:str|None = None
-    model:str|None = None
-    segmenter:str|None = None
-    adapter:str|None = None
-    data:str|None = None
-    eval_data:str|None = None
-    split:str|None = None
-    protocol:str|None = None
-    texts:str|None = None
-    seed:Count|None = None
-    steps:Count|None = None
-    prompts:Annotated[int, Field(ge=1, le=10**6)]|None = None
-    samples:Count|None = None
-    eval_samples:Count|None = None
-    max_new_tokens:Count|None = None
-    settings:dict[str, Any]|None = None
+
+    recipe: str | None = None
+    model: str | None = None
+    segmenter: str | None = None
+    adapter: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    split: str | None = None
+    protocol: str | None = None
+    texts: str | None = None
+    seed: Count | None = None
+    steps: Count | None = None
+    prompts: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    samples: Count | None = None
+    eval_samples: Count | None = None
+    max_new_tokens: Count | None = None
+    settings: dict[str, Any] | None = None
+
 
 class Resumed(LooseRecord):
     "One time that a run went on."
-    time:Time
+
+    time: Time
+
 
 class RunRecord(LooseRecord):
     "run.json."
-    status:str|None = None
-    parameters:RecordedParameters|None = None
-    seed:Count|None = None
-    versions:dict[str, str]|None = None
-    git:str|None = None
-    started:Time|None = None
-    ended:Time|None = None
-    resumed:list[Resumed]|None = None
-    host:str|None = None
-    machine:str|None = None
-    error:str|None = None
-    frame:Annotated[int, Field(ge=1, le=10**5)]|None = None
+
+    status: str | None = None
+    parameters: RecordedParameters | None = None
+    seed: Count | None = None
+    versions: dict[str, str] | None = None
+    git: str | None = None
+    started: Time | None = None
+    ended: Time | None = None
+    resumed: list[Resumed] | None = None
+    host: str | None = None
+    machine: str | None = None
+    error: str | None = None
+    frame: Annotated[int, Field(ge=1, le=10**5)] | None = None
+
 
 class ProgressRecord(LooseRecord):
     "progress.json."
-    stage:str
-    i:Count
-    n:Count
-    note:str|None = None
+
+    stage: str
+    i: Count
+    n: Count
+    note: str | None = None
 
 # %% ../../nbs/viewing/record_types.ipynb #09a97327
 class MetricsRecord(LooseRecord):
     "A line of metrics.jsonl."
-    step:Count
-    reward:Number|None = None
-    terms:Named|None = None
-    accuracy:Number|None = None
-    tokens:Number|None = None
-    tokens_second:Number|None = None
-    answer_entropy:Number|None = None
-    entropy:Number|None = None
-    kl:Number|None = None
-    loss:Number|None = None
-    lr:Number|None = None
-    grad_norm:Number|None = None
-    tokens_per_second:Number|None = None
-    seconds:Named|None = None
-    skipped:list[str]|None = None
+
+    step: Count
+    reward: Number | None = None
+    terms: Named | None = None
+    accuracy: Number | None = None
+    tokens: Number | None = None
+    tokens_second: Number | None = None
+    answer_entropy: Number | None = None
+    entropy: Number | None = None
+    kl: Number | None = None
+    loss: Number | None = None
+    lr: Number | None = None
+    grad_norm: Number | None = None
+    tokens_per_second: Number | None = None
+    seconds: Named | None = None
+    skipped: list[str] | None = None
+
 
 class ResponseRecord(LooseRecord):
     "One response of a rollout."
-    text:str
-    tokens:list[str]|None = None
-    entropy:Numbers|None = None
-    think_tokens:Count|None = None
+
+    text: str
+    tokens: list[str] | None = None
+    entropy: Numbers | None = None
+    think_tokens: Count | None = None
+
 
 class RolloutRecord(LooseRecord):
     "A line of rollouts.jsonl."
-    step:Count
-    sample:Label
-    query:str
-    rollout:Count
-    first:ResponseRecord
-    second:ResponseRecord|None = None
-    description:str|None = None
-    terms:Named
-    reward:Number
-    advantage:Number
-    tags:Tags|None = None
 
-MAX_AREA = 2**26 # pixels of a mask
+    step: Count
+    sample: Label
+    query: str
+    rollout: Count
+    first: ResponseRecord
+    second: ResponseRecord | None = None
+    description: str | None = None
+    terms: Named
+    reward: Number
+    advantage: Number
+    tags: Tags | None = None
 
-def _area(size:list):
-    if size[0]*size[1] <= MAX_AREA: return size
-    raise PydanticCustomError('area', f'make it no more than {MAX_AREA:,} pixels')
+
+MAX_AREA = 2**26  # pixels of a mask
+
+
+def _area(size: list):
+    if size[0] * size[1] <= MAX_AREA:
+        return size
+    raise PydanticCustomError("area", f"make it no more than {MAX_AREA:,} pixels")
+
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
 Size = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_area)]
 
+
 class RunLengths(LooseRecord):
     "A mask as run lengths; whether they add up is seen when it is drawn."
-    size:Size # [H,W]
-    counts:str
+
+    size: Size  # [H,W]
+    counts: str
+
 
 class PredictionRecord(LooseRecord):
     "A line of predictions_before.jsonl and predictions_after.jsonl, or of an evaluation's own."
-    sample:Label
-    query:str
-    text:str
-    iou:Share
-    i:Number|None = None
-    u:Number|None = None
-    tokens:Number|None = None
-    answer_entropy:Number|None = None
-    format:Number|None = None
-    targets:Count|None = None
-    tags:Tags|None = None
-    rle:RunLengths|None = None
-    error:str|None = None
+
+    sample: Label
+    query: str
+    text: str
+    iou: Share
+    i: Number | None = None
+    u: Number | None = None
+    tokens: Number | None = None
+    answer_entropy: Number | None = None
+    format: Number | None = None
+    targets: Count | None = None
+    tags: Tags | None = None
+    rle: RunLengths | None = None
+    error: str | None = None
 
 # %% ../../nbs/viewing/record_types.ipynb #25bed9ff
 class CandidateRecord(LooseRecord):
     "A candidate of Rea2Seg."
-    source:str
-    score:Number
-    iou:Share
-    text:str
-    rle:RunLengths
+
+    source: str
+    score: Number
+    iou: Share
+    text: str
+    rle: RunLengths
+
 
 Row = Annotated[list[Number], Field(max_length=512)]
 
-def _grid(rows:list):
-    if len({len(r) for r in rows}) == 1 and rows[0]: return rows
-    raise PydanticCustomError('grid', 'make its rows of one length')
+
+def _grid(rows: list):
+    if len({len(r) for r in rows}) == 1 and rows[0]:
+        return rows
+    raise PydanticCustomError("grid", "make its rows of one length")
+
 
 Grid = Annotated[list[Row], Field(min_length=1, max_length=512), AfterValidator(_grid)]
 
+
 class ChoiceRecord(LooseRecord):
     "A line of predictions.jsonl of a Rea2Seg run."
-    sample:Label
-    query:str
-    text:str
-    direct:Share
-    chosen:Share
-    oracle:Share
-    best:Count|None = None
-    candidates:list[CandidateRecord]
-    grid:Grid # of attention, [h,w]
-    tags:Tags|None = None
+
+    sample: Label
+    query: str
+    text: str
+    direct: Share
+    chosen: Share
+    oracle: Share
+    best: Count | None = None
+    candidates: list[CandidateRecord]
+    grid: Grid  # of attention, [h,w]
+    tags: Tags | None = None
+
 
 class MeasuresRecord(LooseRecord):
     "The measures of an evaluation, or of a part of it."
-    n:Count|None = None
-    gIoU:Share|None = None
-    cIoU:Share|None = None
-    tokens:Number|None = None
-    answer_entropy:Number|None = None
-    format:Number|None = None
-    N_acc:Number|None = None
-    SNR:Number|None = None
-    TSNR:Number|None = None
-    gIoU_ci:IntervalRecord|None = None
-    cIoU_ci:IntervalRecord|None = None
-    tokens_ci:IntervalRecord|None = None
-    answer_entropy_ci:IntervalRecord|None = None
-    format_ci:IntervalRecord|None = None
-    N_acc_ci:IntervalRecord|None = None
-    cut:Share|None = None # of the answers, at max_new_tokens
-    broken:Count|None = None
+
+    n: Count | None = None
+    gIoU: Share | None = None
+    cIoU: Share | None = None
+    tokens: Number | None = None
+    answer_entropy: Number | None = None
+    format: Number | None = None
+    N_acc: Number | None = None
+    SNR: Number | None = None
+    TSNR: Number | None = None
+    gIoU_ci: IntervalRecord | None = None
+    cIoU_ci: IntervalRecord | None = None
+    tokens_ci: IntervalRecord | None = None
+    answer_entropy_ci: IntervalRecord | None = None
+    format_ci: IntervalRecord | None = None
+    N_acc_ci: IntervalRecord | None = None
+    cut: Share | None = None  # of the answers, at max_new_tokens
+    broken: Count | None = None
+
 
 class StratumRecord(MeasuresRecord):
     "The measures of a stratum."
-    n:Count
+
+    n: Count
+
 
 class SummaryRecord(MeasuresRecord):
     "What an evaluation came to, and its strata."
-    strata:dict[str, dict[str, StratumRecord]]|None = None
+
+    strata: dict[str, dict[str, StratumRecord]] | None = None
+
 
 class EvaluatedRecord(LooseRecord):
     "What was evaluated."
-    data:str
-    format:str
-    split:str
-    protocol:str
-    split_note:str|None = None
+
+    data: str
+    format: str
+    split: str
+    protocol: str
+    split_note: str | None = None
+
 
 class ResultsRecord(SummaryRecord):
     "results.json."
-    before:SummaryRecord|None = None
-    after:SummaryRecord|None = None
-    evaluation:EvaluatedRecord|None = None
-    arms:dict[str, list[SummaryRecord]]|None = None
-    table:str|None = None
-    skipped:dict[str, Count]|None = None
-    summary:dict[str, dict[str, Measure]]|None = None # of Rea2Seg: each measure, and n
+
+    before: SummaryRecord | None = None
+    after: SummaryRecord | None = None
+    evaluation: EvaluatedRecord | None = None
+    arms: dict[str, list[SummaryRecord]] | None = None
+    table: str | None = None
+    skipped: dict[str, Count] | None = None
+    summary: dict[str, dict[str, Measure]] | None = None  # of Rea2Seg: each measure, and n
 
 # %% ../../nbs/viewing/record_types.ipynb #3c6b9055
-def _alike(conditions:dict):
-    if len({len(v) for v in conditions.values()}) <= 1: return conditions
-    raise PydanticCustomError('alike', 'make its lists of one length, a number a sample')
+def _alike(conditions: dict):
+    if len({len(v) for v in conditions.values()}) <= 1:
+        return conditions
+    raise PydanticCustomError("alike", "make its lists of one length, a number a sample")
+
 
 class EntropiesRecord(BaseModel):
     "results.json of `conditioning`: {policy: {condition: an entropy a sample}}."
-    model_config = ConfigDict(strict=True, extra='allow')
-    __pydantic_extra__:dict[str, Annotated[dict[str, Numbers], AfterValidator(_alike)]]
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, Annotated[dict[str, Numbers], AfterValidator(_alike)]]

@@ -79,64 +79,154 @@ figure{margin:0 0 .8rem}.truth figure{margin-top:.7rem}figure{max-width:264px}im
 
 # %% ../../nbs/viewing/report.ipynb #d8fa380c
 def report_html(
-    run:dict, # of `gather`
-    lookup=sample_by_id, # sample id -> Sample | None
-    cards:int=3, # samples of each kind
-    seed:int=0, # of the samples drawn by lot
-    drawn=stored_mask, # (sample, row) -> mask, targets
-)->Markup: # a whole HTML document
+    run: dict,  # of `gather`
+    lookup=sample_by_id,  # sample id -> Sample | None
+    cards: int = 3,  # samples of each kind
+    seed: int = 0,  # of the samples drawn by lot
+    drawn=stored_mask,  # (sample, row) -> mask, targets
+) -> Markup:  # a whole HTML document
     "A run as one page that needs nothing else."
-    recipe = (run['info'].get('parameters') or {}).get('recipe') or 'dr2seg'
-    parts = [p for p in (*results_parts(run), *training_parts(run, recipe), *card_parts(run, lookup, cards, seed, drawn), ('What was asked', parameters_html(run), '')) if p[1]]
-    nav = join_html(fill_html('<a href="#{}">{}</a>', anchor_link(title), title) for title, *_ in parts)
-    head = fill_html('<meta charset=utf-8>{}<meta name=viewport content="width=device-width,initial-scale=1"><title>{} · {}</title><style>{}</style>',
-                CONTENT_POLICY_TAG, path_text(run['folder']), recipe, REPORT_CSS)
-    body = fill_html('<main>{}<nav>{}</nav>{}</main>', heading_html(run), nav, join_html(section_html(*p) for p in parts))
-    return fill_html('<!doctype html><html lang=en><head>{}</head><body>{}</body></html>\n', head, body)
+    recipe = (run["info"].get("parameters") or {}).get("recipe") or "dr2seg"
+    parts = [
+        p
+        for p in (
+            *results_parts(run),
+            *training_parts(run, recipe),
+            *card_parts(run, lookup, cards, seed, drawn),
+            ("What was asked", parameters_html(run), ""),
+        )
+        if p[1]
+    ]
+    nav = join_html(
+        fill_html('<a href="#{}">{}</a>', anchor_link(title), title) for title, *_ in parts
+    )
+    head = fill_html(
+        '<meta charset=utf-8>{}<meta name=viewport content="width=device-width,initial-scale=1"><title>{} · {}</title><style>{}</style>',
+        CONTENT_POLICY_TAG,
+        path_text(run["folder"]),
+        recipe,
+        REPORT_CSS,
+    )
+    body = fill_html(
+        "<main>{}<nav>{}</nav>{}</main>",
+        heading_html(run),
+        nav,
+        join_html(section_html(*p) for p in parts),
+    )
+    return fill_html(
+        "<!doctype html><html lang=en><head>{}</head><body>{}</body></html>\n", head, body
+    )
 
-def results_parts(run:dict)->list: # of (title, body, note)
+
+def results_parts(run: dict) -> list:  # of (title, body, note)
     "What came out."
-    kind, results = run.get('kind'), run['results']
-    n = (results.get('after') or results.get('before') or {}).get('n') if kind not in ('evaluate', 'conditioning') else None
-    over = '95 % bootstrap intervals over samples'
-    return [('What came out', outcome_html(run), f'{over}.') if kind == 'evaluate' else
-            ('Before and after', outcome_html(run) if kind != 'conditioning' else '', f'{n:,} held-out samples, greedy answers; the change with its 95 % interval over samples.' if n else ''),
-            ('The choice', choice_html(results.get('summary') or {}) if kind == 'rea2seg' else '',
-             f'gIoU of the direct answer, of the best of the candidates and of the one that was chosen, with {over}; the change is paired.'),
-            ('Entropy of the answer', conditioning_html(results) if kind == 'conditioning' else '',
-             f'Given image and question, the description too, the description in the question’s place: nats, with {over}; differences are paired.'),
-            ('Arms', comparison_html(run), 'Mean ± 95 % t-interval over seeds; the bands are the range over seeds.'),
-            ('Arms by stratum', tag_table_html(run), 'gIoU, mean ± 95 % t-interval over seeds.')]
+    kind, results = run.get("kind"), run["results"]
+    n = (
+        (results.get("after") or results.get("before") or {}).get("n")
+        if kind not in ("evaluate", "conditioning")
+        else None
+    )
+    over = "95 % bootstrap intervals over samples"
+    return [
+        ("What came out", outcome_html(run), f"{over}.")
+        if kind == "evaluate"
+        else (
+            "Before and after",
+            outcome_html(run) if kind != "conditioning" else "",
+            f"{n:,} held-out samples, greedy answers; the change with its 95 % interval over samples."
+            if n
+            else "",
+        ),
+        (
+            "The choice",
+            choice_html(results.get("summary") or {}) if kind == "rea2seg" else "",
+            f"gIoU of the direct answer, of the best of the candidates and of the one that was chosen, with {over}; the change is paired.",
+        ),
+        (
+            "Entropy of the answer",
+            conditioning_html(results) if kind == "conditioning" else "",
+            f"Given image and question, the description too, the description in the question’s place: nats, with {over}; differences are paired.",
+        ),
+        (
+            "Arms",
+            comparison_html(run),
+            "Mean ± 95 % t-interval over seeds; the bands are the range over seeds.",
+        ),
+        ("Arms by stratum", tag_table_html(run), "gIoU, mean ± 95 % t-interval over seeds."),
+    ]
 
-def training_parts(run:dict, recipe:str)->list: # of (title, body, note)
+
+def training_parts(run: dict, recipe: str) -> list:  # of (title, body, note)
     "How training went."
-    metrics, results = run['metrics'], run['results']
-    draw = lambda f, label, data={recipe: metrics}: chart_html(f(data), label) if metrics else ''
-    after = (results.get('after') or {}) if run.get('kind') != 'conditioning' else {}
-    return [('Training', draw(training_curves, 'answer entropy, reasoning tokens and accuracy over training'),
-             'Entropy of the answer’s tokens, length of the reasoning, accuracy: smoothed, with each step’s value behind.'),
-            ('Reward terms', draw(reward_terms_plot, 'each reward term over training'), ''),
-            ('Health', draw(training_health, 'KL, gradient norm, loss and learning rate over training'), ''),
-            ('Time', draw(stage_seconds_plot, 'seconds a step by stage', metrics), ''),
-            ('Strata', strata_html(run) if run.get('kind') != 'conditioning' else '', 'The bar is gIoU after training, the tick gIoU before.' if after else '')]
+    metrics, results = run["metrics"], run["results"]
+    draw = lambda f, label, data={recipe: metrics}: chart_html(f(data), label) if metrics else ""
+    after = (results.get("after") or {}) if run.get("kind") != "conditioning" else {}
+    return [
+        (
+            "Training",
+            draw(training_curves, "answer entropy, reasoning tokens and accuracy over training"),
+            "Entropy of the answer’s tokens, length of the reasoning, accuracy: smoothed, with each step’s value behind.",
+        ),
+        ("Reward terms", draw(reward_terms_plot, "each reward term over training"), ""),
+        (
+            "Health",
+            draw(training_health, "KL, gradient norm, loss and learning rate over training"),
+            "",
+        ),
+        ("Time", draw(stage_seconds_plot, "seconds a step by stage", metrics), ""),
+        (
+            "Strata",
+            strata_html(run) if run.get("kind") != "conditioning" else "",
+            "The bar is gIoU after training, the tick gIoU before." if after else "",
+        ),
+    ]
 
-def card_parts(run:dict, lookup, cards:int, seed:int, drawn)->list: # of (title, body, note)
+
+def card_parts(run: dict, lookup, cards: int, seed: int, drawn) -> list:  # of (title, body, note)
     "Samples, rollouts, candidates: what was said, with its pictures."
-    scale = Markup('The ground of a word shows its entropy: <span class=keep>0<span class=scale></span>2 nats</span> or more.')
-    tried = candidates_html(run, lookup, max(1, cards - 1), seed, drawn) if run.get('kind') == 'rea2seg' else ''
-    return [('Candidates', tried, 'Each candidate was outlined, its surroundings dimmed, and scored from 0 to 10; the framed one was chosen.'),
-            ('Samples', samples_html(run, lookup, cards, seed, drawn), 'Of the held-out samples those that came out best, those that came out worst, and some drawn by lot.'),
-            ('Rollouts', rollouts_html(run, lookup, seed, drawn), fill_html('Of the recorded groups those with the greatest and the least mean reward, and two drawn by lot. {}', scale))]
+    scale = Markup(
+        "The ground of a word shows its entropy: <span class=keep>0<span class=scale></span>2 nats</span> or more."
+    )
+    tried = (
+        candidates_html(run, lookup, max(1, cards - 1), seed, drawn)
+        if run.get("kind") == "rea2seg"
+        else ""
+    )
+    return [
+        (
+            "Candidates",
+            tried,
+            "Each candidate was outlined, its surroundings dimmed, and scored from 0 to 10; the framed one was chosen.",
+        ),
+        (
+            "Samples",
+            samples_html(run, lookup, cards, seed, drawn),
+            "Of the held-out samples those that came out best, those that came out worst, and some drawn by lot.",
+        ),
+        (
+            "Rollouts",
+            rollouts_html(run, lookup, seed, drawn),
+            fill_html(
+                "Of the recorded groups those with the greatest and the least mean reward, and two drawn by lot. {}",
+                scale,
+            ),
+        ),
+    ]
+
 
 def write_report(
-    folder:Path, # the run's
-    out:Path='report.html', # a name in that folder, or a path of its own
-    lookup=None, # sample id -> Sample | None: where pictures come from; None: from the run's own data
-    cards:int=3, # samples of each kind
-    seed:int=0, # of the samples drawn by lot
-)->Path: # the report
+    folder: Path,  # the run's
+    out: Path = "report.html",  # a name in that folder, or a path of its own
+    lookup=None,  # sample id -> Sample | None: where pictures come from; None: from the run's own data
+    cards: int = 3,  # samples of each kind
+    seed: int = 0,  # of the samples drawn by lot
+) -> Path:  # the report
     "Writes the report of a run, whatever state the run is in."
     folder, opened = Path(folder), RunReader(folder)
-    html = report_html(gather_run(folder.resolve()), lookup or opened.named, cards, seed, opened.drawn)
-    write_text(folder/out, html.encode('utf-8', 'replace').decode()) # half a character pair, which a model may say, is not text
-    return folder/out
+    html = report_html(
+        gather_run(folder.resolve()), lookup or opened.named, cards, seed, opened.drawn
+    )
+    write_text(
+        folder / out, html.encode("utf-8", "replace").decode()
+    )  # half a character pair, which a model may say, is not text
+    return folder / out

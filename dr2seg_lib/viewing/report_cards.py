@@ -27,220 +27,405 @@ from dr2seg_lib.viewing.run_reader import (
 
 # %% ../../nbs/viewing/report_cards.ipynb #76d1347a
 def response_html(
-    said:str, # the raw text of a response
-    reasoning:Markup|None=None, # what to show in the place of the thinking
-    describe:bool=True, # with the description
-)->Markup:
+    said: str,  # the raw text of a response
+    reasoning: Markup | None = None,  # what to show in the place of the thinking
+    describe: bool = True,  # with the description
+) -> Markup:
     "Think, description and answer, one below the other; a text without its tags is shown as it is."
     parts = parse_response(said)
-    if parts.think is None and parts.answer is None: return fill_html('<p class=raw>{}</p>', said or '(nothing)')
-    return join_html([fill_html('<p class=think>{}</p>', reasoning or escape_text(parts.think)),
-                   fill_html('<p class=described>{}</p>', parts.description) if parts.description and describe else '',
-                   fill_html('<p class=answer>{}</p>', 'no answer' if parts.answer is None else parts.answer)])
+    if parts.think is None and parts.answer is None:
+        return fill_html("<p class=raw>{}</p>", said or "(nothing)")
+    return join_html(
+        [
+            fill_html("<p class=think>{}</p>", reasoning or escape_text(parts.think)),
+            fill_html("<p class=described>{}</p>", parts.description)
+            if parts.description and describe
+            else "",
+            fill_html(
+                "<p class=answer>{}</p>", "no answer" if parts.answer is None else parts.answer
+            ),
+        ]
+    )
+
 
 def entropy_html(
-    tokens:list, # strings, joined they are the response
-    entropy:list, # nats, one a token
-)->Markup:
+    tokens: list,  # strings, joined they are the response
+    entropy: list,  # nats, one a token
+) -> Markup:
     "The tokens of the reasoning, each on a ground as strong as its entropy; full at 2 nats."
-    joint = ''.join(tokens)
-    start, end = joint.find('<think>') + len('<think>'), joint.find('</think>')
-    if start < len('<think>') or end < start: start, end = 0, len(joint)
+    joint = "".join(tokens)
+    start, end = joint.find("<think>") + len("<think>"), joint.find("</think>")
+    if start < len("<think>") or end < start:
+        start, end = 0, len(joint)
     spans, at, first = [], 0, 0
     for i, (token, e) in enumerate(zip(tokens, entropy)):
-        if start <= at and at + len(token) <= end: spans.append(fill_html('<i style="--e:{:.2f}" title="{}">{}</i>', min((e or 0)/2, 1), format_cell(e, '.2f'), token))
-        elif not spans: first = i + 1
+        if start <= at and at + len(token) <= end:
+            spans.append(
+                fill_html(
+                    '<i style="--e:{:.2f}" title="{}">{}</i>',
+                    min((e or 0) / 2, 1),
+                    format_cell(e, ".2f"),
+                    token,
+                )
+            )
+        elif not spans:
+            first = i + 1
         at += len(token)
     return fill_html('<span class=heat data-from="{}">{}</span>', first, join_html(spans))
 
 # %% ../../nbs/viewing/report_cards.ipynb #1e712398
 def select_samples(
-    before:list, # per-sample rows
-    after:list, # likewise
-    n:int=3, # of each kind
-    seed:int=0, # of the lot
-)->dict: # "best", "worst", "drawn by lot": rows of `after`, no sample twice
+    before: list,  # per-sample rows
+    after: list,  # likewise
+    n: int = 3,  # of each kind
+    seed: int = 0,  # of the lot
+) -> dict:  # "best", "worst", "drawn by lot": rows of `after`, no sample twice
     "Which samples to show."
-    old = {r['sample']: r['iou'] for r in before}
-    ranked = sorted(after, key=lambda r: (r['iou'], r['iou'] - old.get(r['sample'], r['iou'])))
+    old = {r["sample"]: r["iou"] for r in before}
+    ranked = sorted(after, key=lambda r: (r["iou"], r["iou"] - old.get(r["sample"], r["iou"])))
     worst, rest = ranked[:n], ranked[n:]
-    best, rest = rest[::-1][:n], rest[:max(0, len(rest) - n)]
+    best, rest = rest[::-1][:n], rest[: max(0, len(rest) - n)]
     lot = np.random.default_rng(seed).permutation(len(rest))[:n]
-    return {'best': best, 'worst': worst, 'drawn by lot': [rest[i] for i in lot]}
+    return {"best": best, "worst": worst, "drawn by lot": [rest[i] for i in lot]}
+
 
 def stored_mask(
-    sample:Sample,
-    row:dict, # of predictions
-)->tuple: # mask [H,W] bool or None; list of Target
+    sample: Sample,
+    row: dict,  # of predictions
+) -> tuple:  # mask [H,W] bool or None; list of Target
     "What the row itself says of its mask; `Opened.drawn` can say more."
     return decode_stored_mask(row), []
 
+
 def drawn_answer(
-    sample:Sample|None, # None: no picture
-    row:dict,
-    drawn, # (sample, row) -> mask, targets
-)->tuple: # mask or None; list of Target; a sentence where the mask is none
+    sample: Sample | None,  # None: no picture
+    row: dict,
+    drawn,  # (sample, row) -> mask, targets
+) -> tuple:  # mask or None; list of Target; a sentence where the mask is none
     "What an answer drew, as far as it can be had."
-    if sample is None: return None, [], ''
-    try: return *drawn(sample, row), ''
-    except ValueError as e: return None, [], f' · no mask: {e}'
+    if sample is None:
+        return None, [], ""
+    try:
+        return *drawn(sample, row), ""
+    except ValueError as e:
+        return None, [], f" · no mask: {e}"
 
-def _told(when, row, sample, drawn): # one response to a sample with its picture
-    if row is None: return ''
+
+def _told(when, row, sample, drawn):  # one response to a sample with its picture
+    if row is None:
+        return ""
     mask, targets, wrong = drawn_answer(sample, row, drawn)
-    caption = fill_html('<b>{}</b> IoU {:.2f} · {:.0f} tokens{}', when, row['iou'], row.get('tokens') or 0, wrong)
-    return fill_html('<div>{}{}</div>', picture_html(sample, mask, targets, caption), response_html(row['text']))
+    caption = fill_html(
+        "<b>{}</b> IoU {:.2f} · {:.0f} tokens{}", when, row["iou"], row.get("tokens") or 0, wrong
+    )
+    return fill_html(
+        "<div>{}{}</div>", picture_html(sample, mask, targets, caption), response_html(row["text"])
+    )
 
-def tags_text(row:dict)->str:
+
+def tags_text(row: dict) -> str:
     "What kind of question a row is about, in words."
-    return ' · '.join(str(v) for k, v in (row.get('tags') or {}).items() if k not in ('targets', 'kind'))
+    return " · ".join(
+        str(v) for k, v in (row.get("tags") or {}).items() if k not in ("targets", "kind")
+    )
+
 
 def sample_card(
-    after:dict, # a row of predictions_after.jsonl
-    before:dict|None, # the same sample's row before training
-    sample:Sample|None, # None: no picture
-    drawn=stored_mask, # (sample, row) -> mask, targets
-)->Markup:
+    after: dict,  # a row of predictions_after.jsonl
+    before: dict | None,  # the same sample's row before training
+    sample: Sample | None,  # None: no picture
+    drawn=stored_mask,  # (sample, row) -> mask, targets
+) -> Markup:
     "A question with the responses before and after, side by side."
-    truth = fill_html('<div class=truth><h4>{}</h4><p class=meta>{}<br>{}</p>{}</div>', after['query'], after['sample'], tags_text(after), picture_html(sample) if sample else '')
-    return fill_html('<article class="panel trio">{}{}{}</article>', truth, _told('before', before, sample, drawn), _told('after', after, sample, drawn))
+    truth = fill_html(
+        "<div class=truth><h4>{}</h4><p class=meta>{}<br>{}</p>{}</div>",
+        after["query"],
+        after["sample"],
+        tags_text(after),
+        picture_html(sample) if sample else "",
+    )
+    return fill_html(
+        '<article class="panel trio">{}{}{}</article>',
+        truth,
+        _told("before", before, sample, drawn),
+        _told("after", after, sample, drawn),
+    )
+
 
 def groups_of_cards(
-    cards:dict, # {title: list of Markup}
-)->Markup:
+    cards: dict,  # {title: list of Markup}
+) -> Markup:
     "Cards under their titles, with the bar of layers; nothing where there is none."
-    body = join_html(fill_html('<h3>{}</h3>{}', title, join_html(some)) for title, some in cards.items() if some)
+    body = join_html(
+        fill_html("<h3>{}</h3>{}", title, join_html(some)) for title, some in cards.items() if some
+    )
     return layer_bar() + body if body else body
 
+
 def samples_html(
-    run:dict,
-    lookup=sample_by_id, # sample id -> Sample | None
-    n:int=3, # cards of each kind
-    seed:int=0, # of the lot
-    drawn=stored_mask, # (sample, row) -> mask, targets
-)->Markup:
+    run: dict,
+    lookup=sample_by_id,  # sample id -> Sample | None
+    n: int = 3,  # cards of each kind
+    seed: int = 0,  # of the lot
+    drawn=stored_mask,  # (sample, row) -> mask, targets
+) -> Markup:
     "The cards of the best, the worst and some other samples."
-    old, read = {r['sample']: r for r in run['before']}, [r for r in run['after'] if not r.get('error')]
-    def card(r): return sample_card(r, old.get(r['sample']), lookup(r['sample']), drawn)
-    return groups_of_cards({kind.capitalize(): [card(r) for r in rows] for kind, rows in select_samples(run['before'], read, n, seed).items()})
+    old, read = (
+        {r["sample"]: r for r in run["before"]},
+        [r for r in run["after"] if not r.get("error")],
+    )
+
+    def card(r):
+        return sample_card(r, old.get(r["sample"]), lookup(r["sample"]), drawn)
+
+    return groups_of_cards(
+        {
+            kind.capitalize(): [card(r) for r in rows]
+            for kind, rows in select_samples(run["before"], read, n, seed).items()
+        }
+    )
 
 # %% ../../nbs/viewing/report_cards.ipynb #c1e04bbe
-def _signed(value): return f'{value:+.2f}'.replace('-', '−')
+def _signed(value):
+    return f"{value:+.2f}".replace("-", "−")
 
-def _lean(value, top): # a table cell with a bar to the left or right of its middle
-    half = 50*min(abs(value)/top, 1)
-    left, side = (50, 'up') if value >= 0 else (50 - half, 'down')
-    return fill_html('<td class=lean><i class="{}" style="left:{:.0f}%;width:{:.0f}%"></i><span>{}</span></td>', side, left, half, _signed(value))
+
+def _lean(value, top):  # a table cell with a bar to the left or right of its middle
+    half = 50 * min(abs(value) / top, 1)
+    left, side = (50, "up") if value >= 0 else (50 - half, "down")
+    return fill_html(
+        '<td class=lean><i class="{}" style="left:{:.0f}%;width:{:.0f}%"></i><span>{}</span></td>',
+        side,
+        left,
+        half,
+        _signed(value),
+    )
+
 
 def split_terms(
-    terms:dict, # name: value
-    factor:str|None, # of `factor_of`
-)->tuple: # the terms that are summed; the factor's value
+    terms: dict,  # name: value
+    factor: str | None,  # of `factor_of`
+) -> tuple:  # the terms that are summed; the factor's value
     "How a rollout's terms make its reward."
-    return {k: v or 0 for k, v in terms.items() if k != factor}, terms[factor] if factor else 1.
+    return {k: v or 0 for k, v in terms.items() if k != factor}, terms[factor] if factor else 1.0
+
 
 def reward_bar(
-    terms:dict, # of one rollout
-    factor:str|None, # of `factor_of`
-    colours:dict, # of `term_colours`
-    span:tuple, # least and greatest value of the axis
-)->Markup:
+    terms: dict,  # of one rollout
+    factor: str | None,  # of `factor_of`
+    colours: dict,  # of `term_colours`
+    span: tuple,  # least and greatest value of the axis
+) -> Markup:
     "The terms one after the other, as long as what was paid for them; hatched is what the factor took."
     (lo, hi), (summed, share) = span, split_terms(terms, factor)
-    parts, up, down, unit = [], 0., 0., 100/(hi - lo)
-    for name, v in ((k, v*share) for k, v in summed.items() if v*share):
+    parts, up, down, unit = [], 0.0, 0.0, 100 / (hi - lo)
+    for name, v in ((k, v * share) for k, v in summed.items() if v * share):
         left = (up if v > 0 else down + v) - lo
-        parts.append(fill_html('<i style="left:{:.1f}%;width:{:.1f}%;background:{}" title="{} {:.2f}"></i>', left*unit, abs(v)*unit, colours[name], name.replace('_', ' '), v))
-        if v > 0: up += v
-        else: down += v
-    lost = sum(summed.values())*(1 - share)
-    if factor and lost > 0: parts.append(fill_html('<i class=lost style="left:{:.1f}%;width:{:.1f}%" title="not paid: {:.2f}"></i>', (up - lo)*unit, lost*unit, lost))
-    return fill_html('<div class=stack>{}</div>', join_html(parts))
+        parts.append(
+            fill_html(
+                '<i style="left:{:.1f}%;width:{:.1f}%;background:{}" title="{} {:.2f}"></i>',
+                left * unit,
+                abs(v) * unit,
+                colours[name],
+                name.replace("_", " "),
+                v,
+            )
+        )
+        if v > 0:
+            up += v
+        else:
+            down += v
+    lost = sum(summed.values()) * (1 - share)
+    if factor and lost > 0:
+        parts.append(
+            fill_html(
+                '<i class=lost style="left:{:.1f}%;width:{:.1f}%" title="not paid: {:.2f}"></i>',
+                (up - lo) * unit,
+                lost * unit,
+                lost,
+            )
+        )
+    return fill_html("<div class=stack>{}</div>", join_html(parts))
 
 # %% ../../nbs/viewing/report_cards.ipynb #e604c8fe
-def _key(name, colour, is_factor): # the head of a term's column
-    first, _, rest = name.partition('_')
-    dot = fill_html('<i class="dot{}" style="background:{}"></i>', ' lost' if is_factor else '', colour)
-    return fill_html('<th><span class=keep>{}{}{}</span> {}</th>', dot, '× ' if is_factor else '', first, rest.replace('_', ' '))
+def _key(name, colour, is_factor):  # the head of a term's column
+    first, _, rest = name.partition("_")
+    dot = fill_html(
+        '<i class="dot{}" style="background:{}"></i>', " lost" if is_factor else "", colour
+    )
+    return fill_html(
+        "<th><span class=keep>{}{}{}</span> {}</th>",
+        dot,
+        "× " if is_factor else "",
+        first,
+        rest.replace("_", " "),
+    )
 
-def _count(said): return '–' if not said else escape_text(said.get('think_tokens')) # of a pass
+
+def _count(said):
+    return "–" if not said else escape_text(said.get("think_tokens"))  # of a pass
+
 
 def group_table(
-    records:list, # the rollouts of one group
-    factor:str|None='', # of `factor_of`
-)->Markup:
+    records: list,  # the rollouts of one group
+    factor: str | None = "",  # of `factor_of`
+) -> Markup:
     "Lengths, reward terms, the reward as they add up to it, and advantage of a group's rollouts."
-    names = list(dict.fromkeys(k for r in records for k in r['terms']))
-    colours, sums = term_colours(names), [split_terms(r['terms'], factor) for r in records]
-    hi = max(1e-9, *(sum(v for v in s.values() if v > 0)*max(f, 1) for s, f in sums))
-    lo, top = min(0, *(sum(v for v in s.values() if v < 0)*f for s, f in sums)), max(1e-9, *(abs(r['advantage']) for r in records))
-    head = fill_html('<th></th><th>N¹</th><th>N²</th>{}<th class=left>reward</th><th></th><th>advantage</th>', join_html(_key(n, colours[n], n == factor) for n in names))
+    names = list(dict.fromkeys(k for r in records for k in r["terms"]))
+    colours, sums = term_colours(names), [split_terms(r["terms"], factor) for r in records]
+    hi = max(1e-9, *(sum(v for v in s.values() if v > 0) * max(f, 1) for s, f in sums))
+    lo, top = (
+        min(0, *(sum(v for v in s.values() if v < 0) * f for s, f in sums)),
+        max(1e-9, *(abs(r["advantage"]) for r in records)),
+    )
+    head = fill_html(
+        "<th></th><th>N¹</th><th>N²</th>{}<th class=left>reward</th><th></th><th>advantage</th>",
+        join_html(_key(n, colours[n], n == factor) for n in names),
+    )
+
     def row(r):
-        terms = join_html(fill_html('<td>{}</td>', format_cell(r['terms'].get(k), '.3g')) for k in names)
-        lengths = fill_html('<td>{}</td><td>{}</td>', _count(r['first']), _count(r.get('second')))
-        return fill_html('<tr><td>{}</td>{}{}<td class=wide>{}</td><td><b>{:.2f}</b></td>{}</tr>', r['rollout'] + 1, lengths, terms,
-                    reward_bar(r['terms'], factor, colours, (lo, hi)), r['reward'], _lean(r['advantage'], top))
-    return fill_html('<div class=scroll><table class=terms><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>', head, join_html(map(row, records)))
+        terms = join_html(
+            fill_html("<td>{}</td>", format_cell(r["terms"].get(k), ".3g")) for k in names
+        )
+        lengths = fill_html("<td>{}</td><td>{}</td>", _count(r["first"]), _count(r.get("second")))
+        return fill_html(
+            "<tr><td>{}</td>{}{}<td class=wide>{}</td><td><b>{:.2f}</b></td>{}</tr>",
+            r["rollout"] + 1,
+            lengths,
+            terms,
+            reward_bar(r["terms"], factor, colours, (lo, hi)),
+            r["reward"],
+            _lean(r["advantage"], top),
+        )
+
+    return fill_html(
+        "<div class=scroll><table class=terms><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>",
+        head,
+        join_html(map(row, records)),
+    )
 
 # %% ../../nbs/viewing/report_cards.ipynb #41af5db3
-def entropy_reasoning(said:dict)->Markup|None: # None: its entropies were not recorded
+def entropy_reasoning(said: dict) -> Markup | None:  # None: its entropies were not recorded
     "The reasoning of a response by its entropy."
-    return entropy_html(said['tokens'], said['entropy']) if said.get('entropy') and said.get('tokens') else None
+    return (
+        entropy_html(said["tokens"], said["entropy"])
+        if said.get("entropy") and said.get("tokens")
+        else None
+    )
 
-def _pass(title, said): # a response with its entropies, without its description; None: there was none
-    count = f'{_count(said)} tokens' if said else ''
-    body = response_html(said['text'], entropy_reasoning(said), describe=False) if said else Markup('<p class=raw>no second pass</p>')
-    return fill_html('<div><h5>{} <span class=meta>{}</span></h5>{}</div>', title, count, body)
 
-def _figure_of(record, sample, drawn): # what a rollout drew in its picture
+def _pass(
+    title, said
+):  # a response with its entropies, without its description; None: there was none
+    count = f"{_count(said)} tokens" if said else ""
+    body = (
+        response_html(said["text"], entropy_reasoning(said), describe=False)
+        if said
+        else Markup("<p class=raw>no second pass</p>")
+    )
+    return fill_html("<div><h5>{} <span class=meta>{}</span></h5>{}</div>", title, count, body)
+
+
+def _figure_of(record, sample, drawn):  # what a rollout drew in its picture
     mask, targets, wrong = drawn_answer(sample, record, drawn)
-    return picture_html(sample, mask, targets, f'IoU {format_cell(truth_iou(sample, mask), ".2f")}{wrong}' if mask is not None else wrong)
+    return picture_html(
+        sample,
+        mask,
+        targets,
+        f"IoU {format_cell(truth_iou(sample, mask), '.2f')}{wrong}" if mask is not None else wrong,
+    )
+
 
 def rollout_card(
-    record:dict, # of rollouts.jsonl
-    sample:Sample|None=None, # None: no picture
-    opened:bool=False, # unfolded
-    drawn=stored_mask, # (sample, row) -> mask, targets
-)->Markup:
+    record: dict,  # of rollouts.jsonl
+    sample: Sample | None = None,  # None: no picture
+    opened: bool = False,  # unfolded
+    drawn=stored_mask,  # (sample, row) -> mask, targets
+) -> Markup:
     "One rollout: its picture, first pass, description, second pass."
-    title = fill_html('<summary>Rollout {} <span class=meta>reward {:.2f}, advantage {}</span></summary>', record['rollout'] + 1, record['reward'], _signed(record['advantage']))
-    said = fill_html('<div><h5>description</h5><p class=described>{}</p></div>', record.get('description') or 'none')
-    shown = fill_html('<div class="passes{}">{}{}{}{}</div>', '' if sample else ' blind', _figure_of(record, sample, drawn) if sample else '',
-                 _pass('first pass', record['first']), said, _pass('second pass', record.get('second')))
-    return fill_html('<details open>{}{}</details>', title, shown) if opened else fill_html('<details>{}{}</details>', title, shown)
+    title = fill_html(
+        "<summary>Rollout {} <span class=meta>reward {:.2f}, advantage {}</span></summary>",
+        record["rollout"] + 1,
+        record["reward"],
+        _signed(record["advantage"]),
+    )
+    said = fill_html(
+        "<div><h5>description</h5><p class=described>{}</p></div>",
+        record.get("description") or "none",
+    )
+    shown = fill_html(
+        '<div class="passes{}">{}{}{}{}</div>',
+        "" if sample else " blind",
+        _figure_of(record, sample, drawn) if sample else "",
+        _pass("first pass", record["first"]),
+        said,
+        _pass("second pass", record.get("second")),
+    )
+    return (
+        fill_html("<details open>{}{}</details>", title, shown)
+        if opened
+        else fill_html("<details>{}{}</details>", title, shown)
+    )
+
 
 def group_card(
-    records:list, # the rollouts of one group
-    sample:Sample|None=None, # None: no picture
-    factor:str|None='', # of `factor_of`
-    drawn=stored_mask, # (sample, row) -> mask, targets
-)->Markup:
+    records: list,  # the rollouts of one group
+    sample: Sample | None = None,  # None: no picture
+    factor: str | None = "",  # of `factor_of`
+    drawn=stored_mask,  # (sample, row) -> mask, targets
+) -> Markup:
     "A group of rollouts; the one with the greatest and the one with the least advantage are unfolded."
-    ends, first = [f(records, key=lambda r: r['advantage'])['rollout'] for f in (max, min)], records[0]
-    meta = ' · '.join(x for x in (f'step {first["step"]}', str(first['sample']), tags_text(first)) if x)
-    cards = join_html(rollout_card(r, sample, r['rollout'] in ends, drawn) for r in records)
-    return fill_html('<article class=panel><h4>{}</h4><p class=meta>{}</p>{}{}</article>', first['query'], meta, group_table(records, factor), cards)
+    ends, first = (
+        [f(records, key=lambda r: r["advantage"])["rollout"] for f in (max, min)],
+        records[0],
+    )
+    meta = " · ".join(
+        x for x in (f"step {first['step']}", str(first["sample"]), tags_text(first)) if x
+    )
+    cards = join_html(rollout_card(r, sample, r["rollout"] in ends, drawn) for r in records)
+    return fill_html(
+        "<article class=panel><h4>{}</h4><p class=meta>{}</p>{}{}</article>",
+        first["query"],
+        meta,
+        group_table(records, factor),
+        cards,
+    )
 
 # %% ../../nbs/viewing/report_cards.ipynb #33b20a30
 def some_groups(
-    records:list, # of rollouts.jsonl
-    n:int=1, # best and worst; twice as many by lot
-    seed:int=0, # of the lot
-)->dict: # "best", "worst", "drawn by lot": lists of groups
+    records: list,  # of rollouts.jsonl
+    n: int = 1,  # best and worst; twice as many by lot
+    seed: int = 0,  # of the lot
+) -> dict:  # "best", "worst", "drawn by lot": lists of groups
     "The groups with the greatest and the least mean reward, and some others; of equals the latest is best, the first worst."
-    ranked = sorted(group_rollouts(records), key=lambda g: (np.mean([r['reward'] for r in g]), g[0]['step']))
+    ranked = sorted(
+        group_rollouts(records), key=lambda g: (np.mean([r["reward"] for r in g]), g[0]["step"])
+    )
     best, rest = ranked[::-1][:n], ranked[:-n]
     worst, rest = rest[:n], rest[n:]
-    lot = np.random.default_rng(seed).permutation(len(rest))[:2*n]
-    return {'best': best, 'worst': worst, 'drawn by lot': sorted((rest[i] for i in lot), key=lambda g: g[0]['step'])}
+    lot = np.random.default_rng(seed).permutation(len(rest))[: 2 * n]
+    return {
+        "best": best,
+        "worst": worst,
+        "drawn by lot": sorted((rest[i] for i in lot), key=lambda g: g[0]["step"]),
+    }
+
 
 def rollouts_html(
-    run:dict,
-    lookup=sample_by_id, # sample id -> Sample | None
-    seed:int=0, # of the lot
-    drawn=stored_mask, # (sample, row) -> mask, targets
-)->Markup:
+    run: dict,
+    lookup=sample_by_id,  # sample id -> Sample | None
+    seed: int = 0,  # of the lot
+    drawn=stored_mask,  # (sample, row) -> mask, targets
+) -> Markup:
     "The cards of some rollout groups."
-    factor = factor_of(run['rollouts'])
-    def card(g): return group_card(g, lookup(g[0]['sample']), factor, drawn)
-    return groups_of_cards({kind.capitalize(): [card(g) for g in groups] for kind, groups in some_groups(run['rollouts'], seed=seed).items()})
+    factor = factor_of(run["rollouts"])
+
+    def card(g):
+        return group_card(g, lookup(g[0]["sample"]), factor, drawn)
+
+    return groups_of_cards(
+        {
+            kind.capitalize(): [card(g) for g in groups]
+            for kind, groups in some_groups(run["rollouts"], seed=seed).items()
+        }
+    )

@@ -20,50 +20,107 @@ from dr2seg_lib.viewing.record_types import (
 )
 
 # %% ../../nbs/viewing/report_data.ipynb #e154403c
-RUN_FILES = dict(info='run.json', metrics='metrics.jsonl', results='results.json', before='predictions_before.jsonl',
-             after='predictions_after.jsonl', rollouts='rollouts.jsonl', predictions='predictions.jsonl')
-SHOWN_LATER = dict(training=('info', 'metrics', 'results', 'before', 'after', 'rollouts'), evaluate=('info', 'results', 'predictions'),
-            rea2seg=('info', 'results', 'predictions'), conditioning=('info', 'results')) # by each sort of run
-REPORT_SCHEMAS = dict(info=RunRecord, metrics=MetricsRecord, results=ResultsRecord, before=PredictionRecord, after=PredictionRecord, rollouts=RolloutRecord, predictions=PredictionRecord)
+RUN_FILES = dict(
+    info="run.json",
+    metrics="metrics.jsonl",
+    results="results.json",
+    before="predictions_before.jsonl",
+    after="predictions_after.jsonl",
+    rollouts="rollouts.jsonl",
+    predictions="predictions.jsonl",
+)
+SHOWN_LATER = dict(
+    training=("info", "metrics", "results", "before", "after", "rollouts"),
+    evaluate=("info", "results", "predictions"),
+    rea2seg=("info", "results", "predictions"),
+    conditioning=("info", "results"),
+)  # by each sort of run
+REPORT_SCHEMAS = dict(
+    info=RunRecord,
+    metrics=MetricsRecord,
+    results=ResultsRecord,
+    before=PredictionRecord,
+    after=PredictionRecord,
+    rollouts=RolloutRecord,
+    predictions=PredictionRecord,
+)
+
 
 def kind_of(
-    info:dict, # of run.json
-)->str: # of LEFT
+    info: dict,  # of run.json
+) -> str:  # of LEFT
     "What sort of run it is, by what was asked."
-    p = info.get('parameters') or {}
-    if 'steps' in p: return 'training'
-    return next((kind for kind, name in dict(rea2seg='candidates', conditioning='adapters', evaluate='protocol').items() if name in p), 'training')
+    p = info.get("parameters") or {}
+    if "steps" in p:
+        return "training"
+    return next(
+        (
+            kind
+            for kind, name in dict(
+                rea2seg="candidates", conditioning="adapters", evaluate="protocol"
+            ).items()
+            if name in p
+        ),
+        "training",
+    )
+
 
 def schemas_of(
-    kind:str, # of LEFT
-)->dict: # key of FILES: schema
+    kind: str,  # of LEFT
+) -> dict:  # key of FILES: schema
     "What the files of a sort of run must hold."
     own = dict(rea2seg=dict(predictions=ChoiceRecord), conditioning=dict(results=EntropiesRecord))
     return REPORT_SCHEMAS | own.get(kind, {})
 
+
 def read_files(
-    folder:Path, # the run's
-)->tuple: # kind; a value for each of FILES, empty where missing; {key: sentence} of what is left out
+    folder: Path,  # the run's
+) -> (
+    tuple
+):  # kind; a value for each of FILES, empty where missing; {key: sentence} of what is left out
     "The files of a run, as far as they fit their schemas."
-    info, why = open_json(folder/'run.json', RunRecord)
+    info, why = open_json(folder / "run.json", RunRecord)
     kind, found, wrong = kind_of(info), dict(info=info), dict(info=why)
     for key, schema in schemas_of(kind).items():
-        if key == 'info': continue
-        read = open_rows if RUN_FILES[key].endswith('l') else open_json
-        found[key], wrong[key] = read(folder/RUN_FILES[key], schema)
+        if key == "info":
+            continue
+        read = open_rows if RUN_FILES[key].endswith("l") else open_json
+        found[key], wrong[key] = read(folder / RUN_FILES[key], schema)
     return kind, found, {k: v for k, v in wrong.items() if v}
 
+
 def gather_run(
-    folder:Path, # the run's
-    deep:bool=True, # with the runs inside it
-)->dict: # a value for each of FILES, empty where missing; "kind"; "missing": sentences; "runs": those inside it
+    folder: Path,  # the run's
+    deep: bool = True,  # with the runs inside it
+) -> dict:  # a value for each of FILES, empty where missing; "kind"; "missing": sentences; "runs": those inside it
     "Everything a run's folder holds that the report shows."
     folder = Path(folder)
-    inside = [gather_run(p.parent, deep=False) for p in sorted(folder.glob('*/run.json'))] if deep else []
+    inside = (
+        [gather_run(p.parent, deep=False) for p in sorted(folder.glob("*/run.json"))]
+        if deep
+        else []
+    )
     kind, found, wrong = read_files(folder)
-    missing = [said for key, said in wrong.items() if key in SHOWN_LATER[kind] or (folder/RUN_FILES[key]).exists()]
-    if kind == 'training' and found['results']:
-        missing += [f'results.json has no "{k}" (that evaluation did not run)' for k in ('before', 'after') if not found['results'].get(k)]
-    if kind == 'evaluate': found['after'] = [r for r in found['predictions'] if 'error' not in r]
-    if inside and not found['metrics']: missing = [said for key, said in wrong.items() if (folder/RUN_FILES[key]).exists()] # an ablation has no steps of its own
-    return found | dict(folder=folder, kind=kind, missing=missing, runs=sorted(inside, key=lambda r: r['info'].get('started') or ''))
+    missing = [
+        said
+        for key, said in wrong.items()
+        if key in SHOWN_LATER[kind] or (folder / RUN_FILES[key]).exists()
+    ]
+    if kind == "training" and found["results"]:
+        missing += [
+            f'results.json has no "{k}" (that evaluation did not run)'
+            for k in ("before", "after")
+            if not found["results"].get(k)
+        ]
+    if kind == "evaluate":
+        found["after"] = [r for r in found["predictions"] if "error" not in r]
+    if inside and not found["metrics"]:
+        missing = [
+            said for key, said in wrong.items() if (folder / RUN_FILES[key]).exists()
+        ]  # an ablation has no steps of its own
+    return found | dict(
+        folder=folder,
+        kind=kind,
+        missing=missing,
+        runs=sorted(inside, key=lambda r: r["info"].get("started") or ""),
+    )

@@ -21,121 +21,193 @@ from .figures import figure_svg
 from .run_reader import truth_mask
 
 # %% ../../nbs/viewing/report_pictures.ipynb #339fae0d
-def escape_text(value)->Markup:
+def escape_text(value) -> Markup:
     "Anything as HTML text."
-    return escape('–' if value is None else str(value))
+    return escape("–" if value is None else str(value))
+
 
 def data_uri(
-    image:np.ndarray, # [H,W,3] uint8
-    quality:int=82, # of the WebP
-)->str:
+    image: np.ndarray,  # [H,W,3] uint8
+    quality: int = 82,  # of the WebP
+) -> str:
     "A picture as a URI that holds it."
-    return 'data:image/webp;base64,' + base64.b64encode(cv2.imencode('.webp', image[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])[1]).decode()
+    return (
+        "data:image/webp;base64,"
+        + base64.b64encode(
+            cv2.imencode(".webp", image[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])[1]
+        ).decode()
+    )
+
 
 def shrink_picture(
-    image:np.ndarray, # [H,W,3] uint8
-    side:int=448, # the longer one at most
-)->np.ndarray:
+    image: np.ndarray,  # [H,W,3] uint8
+    side: int = 448,  # the longer one at most
+) -> np.ndarray:
     "A picture, made smaller if it is larger."
-    scale = side/max(image.shape[:2])
-    return image if scale >= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    scale = side / max(image.shape[:2])
+    return (
+        image
+        if scale >= 1
+        else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    )
+
 
 def figure_html(
-    inner:Markup,
-    caption:Markup|str='',
-)->Markup:
+    inner: Markup,
+    caption: Markup | str = "",
+) -> Markup:
     "A figure with its caption."
-    return fill_html('<figure>{}<figcaption>{}</figcaption></figure>', inner, caption)
+    return fill_html("<figure>{}<figcaption>{}</figcaption></figure>", inner, caption)
 
-def anchor_link(title:str)->str:
+
+def anchor_link(title: str) -> str:
     "What a link to a part of the page says."
-    return re.sub(r'\W+', '-', title.lower())
+    return re.sub(r"\W+", "-", title.lower())
+
 
 def section_html(
-    title:str,
-    body:Markup|str, # empty: no section
-    note:Markup|str='', # a sentence under the title
-)->Markup:
+    title: str,
+    body: Markup | str,  # empty: no section
+    note: Markup | str = "",  # a sentence under the title
+) -> Markup:
     "A part of the page with its anchor."
-    if not body: return Markup('')
-    said = fill_html('<p class=note>{}</p>', note) if note else ''
-    return fill_html('<section id="{}"><h2>{}</h2>{}{}</section>', anchor_link(title), title, said, body)
+    if not body:
+        return Markup("")
+    said = fill_html("<p class=note>{}</p>", note) if note else ""
+    return fill_html(
+        '<section id="{}"><h2>{}</h2>{}{}</section>', anchor_link(title), title, said, body
+    )
+
 
 def chart_html(
-    fig, # a matplotlib Figure
-    label:str, # what it shows, in words
-    narrow:bool=False, # not wider than it needs to be
-)->Markup:
+    fig,  # a matplotlib Figure
+    label: str,  # what it shows, in words
+    narrow: bool = False,  # not wider than it needs to be
+) -> Markup:
     "A figure that scrolls on a narrow screen instead of shrinking."
-    return fill_html('<div class="chart panel{}">{}</div>', ' narrow' if narrow else '', figure_svg(fig, label))
+    return fill_html(
+        '<div class="chart panel{}">{}</div>', " narrow" if narrow else "", figure_svg(fig, label)
+    )
 
 # %% ../../nbs/viewing/report_pictures.ipynb #324c7328
 def outline_path(
-    mask:np.ndarray, # [H,W] bool
-)->str: # path data, pixels of the mask
+    mask: np.ndarray,  # [H,W] bool
+) -> str:  # path data, pixels of the mask
     "The edge of a mask as a smooth path; holes are paths of their own."
-    k = 448/max(mask.shape)
-    soft = cv2.resize(mask.astype(np.float32), None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR if k > 1 else cv2.INTER_AREA)
-    edges, _ = cv2.findContours((cv2.GaussianBlur(soft, (0, 0), max(.5*k, .5)) > .5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    lines = [(cv2.approxPolyDP(e, .7, True)[:, 0] + .5)/k for e in edges if len(e) > 4]
-    return ''.join('M' + 'L'.join(f'{x:.1f} {y:.1f}' for x, y in line) + 'Z' for line in lines)
+    k = 448 / max(mask.shape)
+    soft = cv2.resize(
+        mask.astype(np.float32),
+        None,
+        fx=k,
+        fy=k,
+        interpolation=cv2.INTER_LINEAR if k > 1 else cv2.INTER_AREA,
+    )
+    edges, _ = cv2.findContours(
+        (cv2.GaussianBlur(soft, (0, 0), max(0.5 * k, 0.5)) > 0.5).astype(np.uint8),
+        cv2.RETR_CCOMP,
+        cv2.CHAIN_APPROX_NONE,
+    )
+    lines = [(cv2.approxPolyDP(e, 0.7, True)[:, 0] + 0.5) / k for e in edges if len(e) > 4]
+    return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line) + "Z" for line in lines)
+
 
 def point_cross(
-    point:tuple, # (x,y), or two points one after the other
-    r:float, # half its width
-)->str: # path data
+    point: tuple,  # (x,y), or two points one after the other
+    r: float,  # half its width
+) -> str:  # path data
     "A point as a cross."
     xy = zip(point[::2], point[1::2])
-    return ''.join(f'M{x + .5 - r:.1f} {y + .5:.1f}h{2*r:.1f}m{-r:.1f} {-r:.1f}v{2*r:.1f}' for x, y in xy)
+    return "".join(
+        f"M{x + 0.5 - r:.1f} {y + 0.5:.1f}h{2 * r:.1f}m{-r:.1f} {-r:.1f}v{2 * r:.1f}" for x, y in xy
+    )
+
 
 def box_marks(
-    target, # a Target
-    size:tuple, # (W,H) of the picture
-)->str: # path data
+    target,  # a Target
+    size: tuple,  # (W,H) of the picture
+) -> str:  # path data
     "A box, and its points as crosses."
-    (x1, y1, x2, y2), r = target.box, .024*max(size)
-    points = point_cross(target.point, r) + (point_cross(target.second, r) if target.second else '')
-    return f'M{x1:.1f} {y1:.1f}H{x2 + 1:.1f}V{y2 + 1:.1f}H{x1:.1f}Z{points}'
+    (x1, y1, x2, y2), r = target.box, 0.024 * max(size)
+    points = point_cross(target.point, r) + (point_cross(target.second, r) if target.second else "")
+    return f"M{x1:.1f} {y1:.1f}H{x2 + 1:.1f}V{y2 + 1:.1f}H{x1:.1f}Z{points}"
+
 
 def prompt_marks(
-    targets:list, # of Target
-    size:tuple, # (W,H) of the picture
-)->Markup: # SVG
+    targets: list,  # of Target
+    size: tuple,  # (W,H) of the picture
+) -> Markup:  # SVG
     "Boxes, and points as crosses."
     return join_html(fill_html('<path d="{}"/>', box_marks(t, size)) for t in targets)
 
 # %% ../../nbs/viewing/report_pictures.ipynb #92034717
-LAYER_TITLES = dict(truth='ground truth', prediction='prediction', difference='difference', prompts='box and point')
+LAYER_TITLES = dict(
+    truth="ground truth", prediction="prediction", difference="difference", prompts="box and point"
+)
+
 
 def mask_layers(
-    sample:Sample,
-    mask:np.ndarray|None=None, # [H,W] bool, the prediction
-)->Markup: # SVG
+    sample: Sample,
+    mask: np.ndarray | None = None,  # [H,W] bool, the prediction
+) -> Markup:  # SVG
     "The outlines of truth and prediction, of what is missed and what is too much; a truth without masks is its boxes and points."
     truth = truth_mask(sample)
-    if mask is not None and mask.shape != sample.image.shape[:2]: mask = cv2.resize(mask.astype(np.uint8), sample.size, interpolation=cv2.INTER_NEAREST) > 0
-    given = fill_html('<path class="l-truth given" d="{}"/>', ''.join(box_marks(t, sample.size) for t in sample.targets)) if truth is None else ''
+    if mask is not None and mask.shape != sample.image.shape[:2]:
+        mask = cv2.resize(mask.astype(np.uint8), sample.size, interpolation=cv2.INTER_NEAREST) > 0
+    given = (
+        fill_html(
+            '<path class="l-truth given" d="{}"/>',
+            "".join(box_marks(t, sample.size) for t in sample.targets),
+        )
+        if truth is None
+        else ""
+    )
     masks = dict(truth=truth, prediction=mask)
-    if truth is not None and mask is not None: masks |= dict(missed=truth & ~mask, extra=mask & ~truth)
-    return given + join_html(fill_html('<path class="l-{}" d="{}"/>', name, outline_path(m)) for name, m in masks.items() if m is not None and m.any())
+    if truth is not None and mask is not None:
+        masks |= dict(missed=truth & ~mask, extra=mask & ~truth)
+    return given + join_html(
+        fill_html('<path class="l-{}" d="{}"/>', name, outline_path(m))
+        for name, m in masks.items()
+        if m is not None and m.any()
+    )
+
 
 def picture_html(
-    sample:Sample|None, # None: no picture
-    mask:np.ndarray|None=None, # [H,W] bool, the prediction
-    targets:list=(), # of Target: boxes and points that were said
-    caption:Markup|str='',
-)->Markup:
+    sample: Sample | None,  # None: no picture
+    mask: np.ndarray | None = None,  # [H,W] bool, the prediction
+    targets: list = (),  # of Target: boxes and points that were said
+    caption: Markup | str = "",
+) -> Markup:
     "A figure: the sample's picture with truth, prediction, what is missed and what is too much, box and point as layers."
-    if sample is None: return figure_html(Markup(''), caption)
-    marks = fill_html('<g class="l-prompts">{}</g>', prompt_marks(targets, sample.size)) if targets else ''
-    drawn = fill_html('<svg viewBox="0 0 {} {}">{}{}</svg>', *sample.size, mask_layers(sample, mask), marks)
-    image = fill_html('<img src="{}" alt="" loading="lazy">', data_uri(shrink_picture(sample.image)))
-    return figure_html(fill_html('<div class=layered>{}{}</div>', image, drawn), caption)
+    if sample is None:
+        return figure_html(Markup(""), caption)
+    marks = (
+        fill_html('<g class="l-prompts">{}</g>', prompt_marks(targets, sample.size))
+        if targets
+        else ""
+    )
+    drawn = fill_html(
+        '<svg viewBox="0 0 {} {}">{}{}</svg>', *sample.size, mask_layers(sample, mask), marks
+    )
+    image = fill_html(
+        '<img src="{}" alt="" loading="lazy">', data_uri(shrink_picture(sample.image))
+    )
+    return figure_html(fill_html("<div class=layered>{}{}</div>", image, drawn), caption)
+
 
 def layer_bar(
-    hidden:tuple=('difference',), # layers that are off at first
-)->Markup:
+    hidden: tuple = ("difference",),  # layers that are off at first
+) -> Markup:
     "The boxes that show and hide the layers of a section's pictures."
-    def box(k): return fill_html('<input type=checkbox class="k-{}">', k) if k in hidden else fill_html('<input type=checkbox class="k-{}" checked>', k)
-    labels = join_html(fill_html('<label>{}<i class="dot dot-{}"></i>{}</label>', box(k), k, v) for k, v in LAYER_TITLES.items())
-    return fill_html('<div class=bar-of-layers>{}</div>', labels)
+
+    def box(k):
+        return (
+            fill_html('<input type=checkbox class="k-{}">', k)
+            if k in hidden
+            else fill_html('<input type=checkbox class="k-{}" checked>', k)
+        )
+
+    labels = join_html(
+        fill_html('<label>{}<i class="dot dot-{}"></i>{}</label>', box(k), k, v)
+        for k, v in LAYER_TITLES.items()
+    )
+    return fill_html("<div class=bar-of-layers>{}</div>", labels)

@@ -19,95 +19,206 @@ from .report_pictures import chart_html, escape_text
 from .tables import before_after_table, evaluation_table
 
 # %% ../../nbs/viewing/report_results.ipynb #009019c5
-def _duration(info): # seconds as words
-    if not (info.get('started') and info.get('ended')): return None
-    started, ended = (datetime.fromisoformat(info[k]) for k in ('started', 'ended'))
-    if (started.tzinfo is None) != (ended.tzinfo is None): return None # of different clocks
+def _duration(info):  # seconds as words
+    if not (info.get("started") and info.get("ended")):
+        return None
+    started, ended = (datetime.fromisoformat(info[k]) for k in ("started", "ended"))
+    if (started.tzinfo is None) != (ended.tzinfo is None):
+        return None  # of different clocks
     s = (ended - started).total_seconds()
-    return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
+    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:.1f} h"
 
-def _pairs(values): # a dict as a definition list
+
+def _pairs(values):  # a dict as a definition list
     known = {k: v for k, v in values.items() if v is not None and v != []}
-    return fill_html('<dl>{}</dl>', join_html(fill_html('<div><dt>{}</dt><dd>{}</dd></div>', k, escape_text(v)) for k, v in known.items()))
+    return fill_html(
+        "<dl>{}</dl>",
+        join_html(
+            fill_html("<div><dt>{}</dt><dd>{}</dd></div>", k, escape_text(v))
+            for k, v in known.items()
+        ),
+    )
 
-def progress_text(run:dict)->str|None:
+
+def progress_text(run: dict) -> str | None:
     "How much of what was asked has been done, in words."
-    p, done, answered = run['info'].get('parameters') or {}, len(run['metrics']), len(run.get('predictions') or [])
-    if run['runs']: return f'{len(run["runs"])} runs'
-    if p.get('steps') is not None: return f'{done} of {p["steps"]} steps'
-    if answered: return f'{answered} of {p["samples"]} questions' if p.get('samples') else f'{answered} questions'
-    return f'{done} steps' if done else None
+    p, done, answered = (
+        run["info"].get("parameters") or {},
+        len(run["metrics"]),
+        len(run.get("predictions") or []),
+    )
+    if run["runs"]:
+        return f"{len(run['runs'])} runs"
+    if p.get("steps") is not None:
+        return f"{done} of {p['steps']} steps"
+    if answered:
+        return (
+            f"{answered} of {p['samples']} questions"
+            if p.get("samples")
+            else f"{answered} questions"
+        )
+    return f"{done} steps" if done else None
 
-def heading_html(run:dict)->Markup:
+
+def heading_html(run: dict) -> Markup:
     "Title, status and a line on what was run."
-    info, p = run['info'], run['info'].get('parameters') or {}
-    known = lambda form, d, *keys: form.format(*(d[k] for k in keys)) if all(d.get(k) is not None for k in keys) else None
-    each = known('{} questions × {} answers a step', p, 'prompts', 'samples') if not run['runs'] else None
-    line = [progress_text(run), each, known('split {}', p, 'split'), known('seed {}', info, 'seed'), _duration(info)]
-    name, status = path_text(run['folder']), info.get('status') or 'unknown'
-    title = dict(rea2seg='Rea2Seg', conditioning='What the description knows').get(run.get('kind')) or p.get('recipe') or name
-    data = fill_html(' <small>on {}</small>', p['data']) if p.get('data') else ''
-    wrong = [info['error']] if info.get('error') else []
-    if run['missing']: wrong.append(f'Not shown: {"; ".join(run["missing"])}.')
-    return fill_html('<header><p class=over>{} <span class="pill {}">{}</span></p><h1>{}{}</h1><p class=lead>{}</p>{}</header>', name, status, status,
-                title, data, ' · '.join(x for x in line if x), join_html(fill_html('<p class=notice>{}</p>', w) for w in wrong))
+    info, p = run["info"], run["info"].get("parameters") or {}
+    known = lambda form, d, *keys: (
+        form.format(*(d[k] for k in keys)) if all(d.get(k) is not None for k in keys) else None
+    )
+    each = (
+        known("{} questions × {} answers a step", p, "prompts", "samples")
+        if not run["runs"]
+        else None
+    )
+    line = [
+        progress_text(run),
+        each,
+        known("split {}", p, "split"),
+        known("seed {}", info, "seed"),
+        _duration(info),
+    ]
+    name, status = path_text(run["folder"]), info.get("status") or "unknown"
+    title = (
+        dict(rea2seg="Rea2Seg", conditioning="What the description knows").get(run.get("kind"))
+        or p.get("recipe")
+        or name
+    )
+    data = fill_html(" <small>on {}</small>", p["data"]) if p.get("data") else ""
+    wrong = [info["error"]] if info.get("error") else []
+    if run["missing"]:
+        wrong.append(f"Not shown: {'; '.join(run['missing'])}.")
+    return fill_html(
+        '<header><p class=over>{} <span class="pill {}">{}</span></p><h1>{}{}</h1><p class=lead>{}</p>{}</header>',
+        name,
+        status,
+        status,
+        title,
+        data,
+        " · ".join(x for x in line if x),
+        join_html(fill_html("<p class=notice>{}</p>", w) for w in wrong),
+    )
 
-def parameters_html(run:dict)->Markup|str:
+
+def parameters_html(run: dict) -> Markup | str:
     "Parameters, versions, revision, times, machine."
-    info = run['info']
-    if not info: return ''
-    resumed = ', '.join(r['time'] for r in info.get('resumed') or [])
-    facts = {k: info.get(k) for k in ('seed', 'started', 'ended')} | dict(resumed=resumed or None, revision=info.get('git'), machine=info.get('machine') or info.get('host'))
-    return fill_html('<div class=panel>{}<details><summary>Where and when</summary>{}</details><details><summary>Versions</summary>{}</details></div>',
-                _pairs(info.get('parameters') or {}), _pairs(facts), _pairs(info.get('versions') or {}))
+    info = run["info"]
+    if not info:
+        return ""
+    resumed = ", ".join(r["time"] for r in info.get("resumed") or [])
+    facts = {k: info.get(k) for k in ("seed", "started", "ended")} | dict(
+        resumed=resumed or None,
+        revision=info.get("git"),
+        machine=info.get("machine") or info.get("host"),
+    )
+    return fill_html(
+        "<div class=panel>{}<details><summary>Where and when</summary>{}</details><details><summary>Versions</summary>{}</details></div>",
+        _pairs(info.get("parameters") or {}),
+        _pairs(facts),
+        _pairs(info.get("versions") or {}),
+    )
+
 
 def cut_note_html(
-    summary:dict, # of an evaluation
-    limit:int|None, # max_new_tokens, where it is recorded
-    when:str='', # " before training"
-)->Markup|str: # '' where none was cut
+    summary: dict,  # of an evaluation
+    limit: int | None,  # max_new_tokens, where it is recorded
+    when: str = "",  # " before training"
+) -> Markup | str:  # '' where none was cut
     "How many answers ended at the limit, where an evaluation has counted them."
-    share = summary.get('cut')
-    if not share: return ''
-    said = f'{100*share:.1f} % of the answers{when} were cut' + (f' at {limit} tokens' if limit else '')
-    return fill_html('<p class=notice>{}; raise max_new_tokens</p>', said) if share > CUT_SHARE else fill_html('<p class=note>{}</p>', said)
+    share = summary.get("cut")
+    if not share:
+        return ""
+    said = f"{100 * share:.1f} % of the answers{when} were cut" + (
+        f" at {limit} tokens" if limit else ""
+    )
+    return (
+        fill_html("<p class=notice>{}; raise max_new_tokens</p>", said)
+        if share > CUT_SHARE
+        else fill_html("<p class=note>{}</p>", said)
+    )
 
-def remarks_html(run:dict)->Markup:
+
+def remarks_html(run: dict) -> Markup:
     "What must be said of the figures: how the split was made, and answers that were cut."
-    results, limit = run['results'], (run['info'].get('parameters') or {}).get('max_new_tokens')
-    cut = [cut_note_html(results, limit), *(cut_note_html(results.get(k) or {}, limit, f' {k} training') for k in ('before', 'after'))]
-    return join_html([*(fill_html('<p class=note>{}</p>', note) for note in split_notes(results)), *cut])
+    results, limit = run["results"], (run["info"].get("parameters") or {}).get("max_new_tokens")
+    cut = [
+        cut_note_html(results, limit),
+        *(
+            cut_note_html(results.get(k) or {}, limit, f" {k} training")
+            for k in ("before", "after")
+        ),
+    ]
+    return join_html(
+        [*(fill_html("<p class=note>{}</p>", note) for note in split_notes(results)), *cut]
+    )
 
-def outcome_html(run:dict)->Markup|str:
+
+def outcome_html(run: dict) -> Markup | str:
     "The before → after table and its picture; of an evaluation its own."
-    results = run['results']
-    if run.get('kind') == 'evaluate' and results.get('strata') is not None:
-        return remarks_html(run) + fill_html('<div class="panel big">{}</div>', evaluation_table(results).html)
-    t = before_after_table(results, run['before'], run['after'])
-    if not t.rows: return ''
-    both = all((results.get(k) or {}).get('gIoU') is not None for k in ('before', 'after'))
-    drawn = chart_html(before_after_plot(results), 'reasoning tokens against gIoU, before and after training') if both else ''
-    return remarks_html(run) + fill_html('<div class=split><div class="panel big outcome">{}</div>{}</div>', t.html, drawn)
+    results = run["results"]
+    if run.get("kind") == "evaluate" and results.get("strata") is not None:
+        return remarks_html(run) + fill_html(
+            '<div class="panel big">{}</div>', evaluation_table(results).html
+        )
+    t = before_after_table(results, run["before"], run["after"])
+    if not t.rows:
+        return ""
+    both = all((results.get(k) or {}).get("gIoU") is not None for k in ("before", "after"))
+    drawn = (
+        chart_html(
+            before_after_plot(results), "reasoning tokens against gIoU, before and after training"
+        )
+        if both
+        else ""
+    )
+    return remarks_html(run) + fill_html(
+        '<div class=split><div class="panel big outcome">{}</div>{}</div>', t.html, drawn
+    )
 
 # %% ../../nbs/viewing/report_results.ipynb #9ac1a272
 def _stratum(value, old, new):
     now = new or old
-    def bar(name, r): return '' if r is None or r.get('gIoU') is None else fill_html('<i class="{}" style="{}:{:.1f}%"></i>', *name, 100*r['gIoU'])
-    def arrow(name, spec): return ' → '.join(format_cell(r.get(name), spec) for r in (old, new) if r)
-    bars = bar(('fill', 'width'), now) + (bar(('tick', 'left'), old) if old and new else '')
-    return fill_html('<tr><td>{}</td><td class=num>{}</td><td class=track><div>{}</div></td><td class=num>{}</td><td class=num>{}</td></tr>',
-                value.replace('_', ' '), now['n'], bars, arrow('gIoU', '.3f'), arrow('tokens', '.0f'))
 
-def strata_html(run:dict)->Markup|str:
+    def bar(name, r):
+        return (
+            ""
+            if r is None or r.get("gIoU") is None
+            else fill_html('<i class="{}" style="{}:{:.1f}%"></i>', *name, 100 * r["gIoU"])
+        )
+
+    def arrow(name, spec):
+        return " → ".join(format_cell(r.get(name), spec) for r in (old, new) if r)
+
+    bars = bar(("fill", "width"), now) + (bar(("tick", "left"), old) if old and new else "")
+    return fill_html(
+        "<tr><td>{}</td><td class=num>{}</td><td class=track><div>{}</div></td><td class=num>{}</td><td class=num>{}</td></tr>",
+        value.replace("_", " "),
+        now["n"],
+        bars,
+        arrow("gIoU", ".3f"),
+        arrow("tokens", ".0f"),
+    )
+
+
+def strata_html(run: dict) -> Markup | str:
     "gIoU and tokens by tag, before → after."
-    old, new = ((run['results'].get(k) or {}).get('strata') or {} for k in ('before', 'after'))
-    order = ['difficulty', 'query_type', 'dimension', 'targets', 'kind']
+    old, new = ((run["results"].get(k) or {}).get("strata") or {} for k in ("before", "after"))
+    order = ["difficulty", "query_type", "dimension", "targets", "kind"]
     tags = sorted(old | new, key=lambda t: (order.index(t) if t in order else len(order), t))
     blocks = []
     for tag in tags:
         a, b = old.get(tag, {}), new.get(tag, {})
-        values = [v for v in ('easy', 'medium', 'hard') if v in a | b] or sorted(a | b)
+        values = [v for v in ("easy", "medium", "hard") if v in a | b] or sorted(a | b)
         rows = join_html(_stratum(v, a.get(v), b.get(v)) for v in values)
-        head = fill_html('<tr><th>{}</th><th class=num>n</th><th class=track>gIoU</th><th></th><th class=num>tokens</th></tr>', tag.replace('_', ' '))
-        blocks.append(fill_html('<div class=panel><table><thead>{}</thead><tbody>{}</tbody></table></div>', head, rows))
-    return fill_html('<div class=columns>{}</div>', join_html(blocks)) if blocks else ''
+        head = fill_html(
+            "<tr><th>{}</th><th class=num>n</th><th class=track>gIoU</th><th></th><th class=num>tokens</th></tr>",
+            tag.replace("_", " "),
+        )
+        blocks.append(
+            fill_html(
+                "<div class=panel><table><thead>{}</thead><tbody>{}</tbody></table></div>",
+                head,
+                rows,
+            )
+        )
+    return fill_html("<div class=columns>{}</div>", join_html(blocks)) if blocks else ""

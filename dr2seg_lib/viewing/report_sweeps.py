@@ -48,139 +48,318 @@ from .run_reader import decode_stored_mask, sample_by_id
 from .tables import MEASURES, aggregate_seeds, arms_table, strata_table
 
 # %% ../../nbs/viewing/report_sweeps.ipynb #8c84272b
-def inner_arms(run:dict)->dict: # {arm: runs}
+def inner_arms(run: dict) -> dict:  # {arm: runs}
     "The runs inside a run; an arm's runs differ in their seeds."
     each = {}
-    for r in run['runs']:
-        if r['kind'] == 'training': each.setdefault(re.sub(r'-s?\d+$', '', path_text(r['folder'])), []).append(r)
+    for r in run["runs"]:
+        if r["kind"] == "training":
+            each.setdefault(re.sub(r"-s?\d+$", "", path_text(r["folder"])), []).append(r)
     return each
 
+
 def start_results(
-    before:dict, # {arm: results["before"] or None}
-)->Markup|str:
+    before: dict,  # {arm: results["before"] or None}
+) -> Markup | str:
     "What the one start gives under the prompt of each arm; arms with one prompt share a line."
     alike = {}
     for arm, r in before.items():
-        if r: alike.setdefault(tuple(r.get(k) for k in MEASURES), []).append(arm)
-    rows = [dict(arm=', '.join(names)) | dict(zip(MEASURES, values)) for values, names in alike.items()]
-    if not rows: return ''
-    return fill_html('<h3>Before training</h3><div class="panel big">{}</div>', rows_table(rows, dict(arm=('', ''), **MEASURES)).html)
+        if r:
+            alike.setdefault(tuple(r.get(k) for k in MEASURES), []).append(arm)
+    rows = [
+        dict(arm=", ".join(names)) | dict(zip(MEASURES, values)) for values, names in alike.items()
+    ]
+    if not rows:
+        return ""
+    return fill_html(
+        '<h3>Before training</h3><div class="panel big">{}</div>',
+        rows_table(rows, dict(arm=("", ""), **MEASURES)).html,
+    )
 
-def comparison_html(run:dict)->Markup:
+
+def comparison_html(run: dict) -> Markup:
     "Table 3 in miniature and the training curves of all arms."
     each = inner_arms(run)
-    after = {arm: found for arm, rs in each.items() if (found := [r['results']['after'] for r in rs if r['results'].get('after')])}
-    rows = {arm: found for arm, rs in each.items() if (found := [r['metrics'] for r in rs if r['metrics']])}
-    before = {arm: next((r['results']['before'] for r in rs if r['results'].get('before')), None) for arm, rs in each.items()}
+    after = {
+        arm: found
+        for arm, rs in each.items()
+        if (found := [r["results"]["after"] for r in rs if r["results"].get("after")])
+    }
+    rows = {
+        arm: found
+        for arm, rs in each.items()
+        if (found := [r["metrics"] for r in rs if r["metrics"]])
+    }
+    before = {
+        arm: next((r["results"]["before"] for r in rs if r["results"].get("before")), None)
+        for arm, rs in each.items()
+    }
     ends = {arm: dict(before=before[arm], after=aggregate_seeds(rs)) for arm, rs in after.items()}
-    parts = [fill_html('<div class="panel big">{}</div>{}', arms_table(after).html, start_results(before))] if after else []
-    if rows: parts.append(chart_html(training_curves(rows), 'answer entropy, reasoning tokens and accuracy over training, by recipe'))
-    if len(after) > 1 and any(before.values()): parts.append(chart_html(before_after_plot(ends), 'reasoning tokens against gIoU, before and after training, by recipe', narrow=True))
+    parts = (
+        [
+            fill_html(
+                '<div class="panel big">{}</div>{}', arms_table(after).html, start_results(before)
+            )
+        ]
+        if after
+        else []
+    )
+    if rows:
+        parts.append(
+            chart_html(
+                training_curves(rows),
+                "answer entropy, reasoning tokens and accuracy over training, by recipe",
+            )
+        )
+    if len(after) > 1 and any(before.values()):
+        parts.append(
+            chart_html(
+                before_after_plot(ends),
+                "reasoning tokens against gIoU, before and after training, by recipe",
+                narrow=True,
+            )
+        )
     return join_html(parts)
 
-def tag_table_html(run:dict)->Markup:
+
+def tag_table_html(run: dict) -> Markup:
     "gIoU of all arms by the values of each tag."
-    after = {arm: found for arm, rs in inner_arms(run).items() if (found := [r['results']['after'] for r in rs if (r['results'].get('after') or {}).get('strata')])}
-    tags = dict.fromkeys(t for rs in after.values() for r in rs for t in r['strata'])
-    def part(t): return fill_html('<h3>{}</h3><div class="panel scroll">{}</div>', t.replace('_', ' ').capitalize(), strata_table(after, t).html)
-    return join_html(part(t) for t in tags if t != 'kind')
+    after = {
+        arm: found
+        for arm, rs in inner_arms(run).items()
+        if (
+            found := [
+                r["results"]["after"] for r in rs if (r["results"].get("after") or {}).get("strata")
+            ]
+        )
+    }
+    tags = dict.fromkeys(t for rs in after.values() for r in rs for t in r["strata"])
+
+    def part(t):
+        return fill_html(
+            '<h3>{}</h3><div class="panel scroll">{}</div>',
+            t.replace("_", " ").capitalize(),
+            strata_table(after, t).html,
+        )
+
+    return join_html(part(t) for t in tags if t != "kind")
 
 # %% ../../nbs/viewing/report_sweeps.ipynb #e7abfa9a
 def interval_plot(
-    rows:dict, # {line: {series: Interval}}
-    colours:dict, # {series: colour}
-    title:str,
-)->Figure:
+    rows: dict,  # {line: {series: Interval}}
+    colours: dict,  # {series: colour}
+    title: str,
+) -> Figure:
     "Estimates with their intervals, a line each."
     with rc_context(FIGURE_STYLE):
-        fig, (ax,) = panels([title], height=1. + .42*len(rows))
+        fig, (ax,) = panels([title], height=1.0 + 0.42 * len(rows))
         for y, found in enumerate(rows.values()):
             for k, (name, v) in enumerate(found.items()):
-                at = y + .22*(k - (len(found) - 1)/2)
-                ax.hlines(at, v.lo, v.hi, color=colours[name], lw=1.4, alpha=.55)
-                ax.plot(v.mean, at, 'o', color=colours[name], ms=6, label=None if y else name)
+                at = y + 0.22 * (k - (len(found) - 1) / 2)
+                ax.hlines(at, v.lo, v.hi, color=colours[name], lw=1.4, alpha=0.55)
+                ax.plot(v.mean, at, "o", color=colours[name], ms=6, label=None if y else name)
         ax.set_yticks(range(len(rows)), map(short, rows))
-        ax.set_ylim(len(rows) - .5, -.5)
-        ax.grid(axis='x')
-        ax.grid(visible=False, axis='y')
-        ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4, labelcolor='linecolor', fontsize=9, handletextpad=.1)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.grid(axis="x")
+        ax.grid(visible=False, axis="y")
+        ax.legend(
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=4,
+            labelcolor="linecolor",
+            fontsize=9,
+            handletextpad=0.1,
+        )
     return fig
 
 # %% ../../nbs/viewing/report_sweeps.ipynb #35e8babe
-CONDITION_TITLES = 'I, Q', 'I, Q, D', 'I, D'
+CONDITION_TITLES = "I, Q", "I, Q, D", "I, D"
+
 
 def conditioning_html(
-    results:dict, # {policy: {condition: [entropy of each sample or None]}}
-)->Markup|str:
+    results: dict,  # {policy: {condition: [entropy of each sample or None]}}
+) -> Markup | str:
     "Entropy of the answer given image and question, the description too, the description alone (Eq. 13)."
     rows, shown = [], {}
     for name, h in results.items():
-        if not all(k in h for k in CONDITION_TITLES): continue
-        v = np.array([[np.nan if x is None else x for x in h[k]] for k in CONDITION_TITLES], dtype=float)
-        v, name = dict(zip(CONDITION_TITLES, v[:, np.isfinite(v).all(0)])), name if name == 'start' else '/'.join(Path(name).parts[-3::2])
-        if not v['I, Q'].size: continue
-        shown[name] = {f'H(A | {k})': bootstrap_interval(v[k]) for k in CONDITION_TITLES}
-        rows.append(dict(policy=name, n=v['I, Q'].size) | shown[name] | dict(described=bootstrap_interval(v['I, Q, D'] - v['I, Q']), alone=bootstrap_interval(v['I, D'] - v['I, Q'])))
-    if not rows: return ''
-    columns = dict(policy=('', ''), n='d') | {f'H(A | {k})': '.3f' for k in CONDITION_TITLES} | dict(described=('I, Q, D − I, Q', '+.3f'), alone=('I, D − I, Q', '+.3f'))
-    colours = dict(zip(shown[rows[0]['policy']], (MUTED, *(METHOD_COLOURS[r] for r in ('dr2seg', 'dr2seg_desc')))))
-    drawn = chart_html(interval_plot(shown, colours, 'entropy of the answer, nats'), 'entropy of the answer under each condition')
+        if not all(k in h for k in CONDITION_TITLES):
+            continue
+        v = np.array(
+            [[np.nan if x is None else x for x in h[k]] for k in CONDITION_TITLES], dtype=float
+        )
+        v, name = (
+            dict(zip(CONDITION_TITLES, v[:, np.isfinite(v).all(0)])),
+            name if name == "start" else "/".join(Path(name).parts[-3::2]),
+        )
+        if not v["I, Q"].size:
+            continue
+        shown[name] = {f"H(A | {k})": bootstrap_interval(v[k]) for k in CONDITION_TITLES}
+        rows.append(
+            dict(policy=name, n=v["I, Q"].size)
+            | shown[name]
+            | dict(
+                described=bootstrap_interval(v["I, Q, D"] - v["I, Q"]),
+                alone=bootstrap_interval(v["I, D"] - v["I, Q"]),
+            )
+        )
+    if not rows:
+        return ""
+    columns = (
+        dict(policy=("", ""), n="d")
+        | {f"H(A | {k})": ".3f" for k in CONDITION_TITLES}
+        | dict(described=("I, Q, D − I, Q", "+.3f"), alone=("I, D − I, Q", "+.3f"))
+    )
+    colours = dict(
+        zip(
+            shown[rows[0]["policy"]],
+            (MUTED, *(METHOD_COLOURS[r] for r in ("dr2seg", "dr2seg_desc"))),
+        )
+    )
+    drawn = chart_html(
+        interval_plot(shown, colours, "entropy of the answer, nats"),
+        "entropy of the answer under each condition",
+    )
     return fill_html('<div class="panel scroll">{}</div>{}', rows_table(rows, columns).html, drawn)
 
 # %% ../../nbs/viewing/report_sweeps.ipynb #eb13657f
-CHOICE_TITLES = dict(direct=('direct gIoU', '.3f'), oracle=('best candidate', '.3f'), chosen=('chosen', '.3f'), change=('chosen − direct', '+.3f'), candidates=('candidates', '.1f'),
-              tokens_direct=('tokens, answer', '.0f'), tokens_scoring=('scoring', '.0f'), seconds_direct=('s, answer', '.2f'), seconds_more=('more', '.2f'))
+CHOICE_TITLES = dict(
+    direct=("direct gIoU", ".3f"),
+    oracle=("best candidate", ".3f"),
+    chosen=("chosen", ".3f"),
+    change=("chosen − direct", "+.3f"),
+    candidates=("candidates", ".1f"),
+    tokens_direct=("tokens, answer", ".0f"),
+    tokens_scoring=("scoring", ".0f"),
+    seconds_direct=("s, answer", ".2f"),
+    seconds_more=("more", ".2f"),
+)
+
 
 def choice_html(
-    summary:dict, # of a Rea2Seg run's results: {dimension or "all": {n, name: [mean, low, high]}}
-)->Markup|str:
+    summary: dict,  # of a Rea2Seg run's results: {dimension or "all": {n, name: [mean, low, high]}}
+) -> Markup | str:
     "gIoU of the direct answer, of the best candidate and of the chosen one, and what they cost."
-    plain = lambda k, v: Interval(*v) if k in ('direct', 'oracle', 'chosen', 'change') else v[0]
+    plain = lambda k, v: Interval(*v) if k in ("direct", "oracle", "chosen", "change") else v[0]
     known = {d: {k: v for k, v in s.items() if isinstance(v, list)} for d, s in summary.items()}
-    rows = [dict(dimension=d, n=summary[d].get('n')) | {k: plain(k, s[k]) for k in CHOICE_TITLES if k in s} for d, s in known.items()]
-    if not rows: return ''
-    names = dict(direct=MUTED, chosen=METHOD_COLOURS['dr2seg'], oracle=METHOD_COLOURS['dr2seg_desc'])
-    shown = {d: {CHOICE_TITLES[k][0].removesuffix(' gIoU'): Interval(*s[k]) for k in names if k in s} for d, s in known.items()}
-    fig = interval_plot(shown, {CHOICE_TITLES[k][0].removesuffix(' gIoU'): c for k, c in names.items()}, 'gIoU')
-    table = rows_table(rows, dict(dimension=('', ''), n='d', **CHOICE_TITLES)).html
-    return fill_html('<div class="panel scroll">{}</div>{}', table, chart_html(fig, 'gIoU of direct answer, chosen and best candidate, by dimension'))
+    rows = [
+        dict(dimension=d, n=summary[d].get("n"))
+        | {k: plain(k, s[k]) for k in CHOICE_TITLES if k in s}
+        for d, s in known.items()
+    ]
+    if not rows:
+        return ""
+    names = dict(
+        direct=MUTED, chosen=METHOD_COLOURS["dr2seg"], oracle=METHOD_COLOURS["dr2seg_desc"]
+    )
+    shown = {
+        d: {CHOICE_TITLES[k][0].removesuffix(" gIoU"): Interval(*s[k]) for k in names if k in s}
+        for d, s in known.items()
+    }
+    fig = interval_plot(
+        shown, {CHOICE_TITLES[k][0].removesuffix(" gIoU"): c for k, c in names.items()}, "gIoU"
+    )
+    table = rows_table(rows, dict(dimension=("", ""), n="d", **CHOICE_TITLES)).html
+    return fill_html(
+        '<div class="panel scroll">{}</div>{}',
+        table,
+        chart_html(fig, "gIoU of direct answer, chosen and best candidate, by dimension"),
+    )
 
 # %% ../../nbs/viewing/report_sweeps.ipynb #ccf35d6a
-def _candidate(c, sample, targets, title, is_best): # a candidate's picture
-    try: shown = picture_html(sample, decode_stored_mask(dict(sample=c['source'], rle=c['rle'])), targets if c['source'] == 'direct' else (), title)
-    except ValueError as e: shown = picture_html(sample, None, (), fill_html('{} · no mask: {}', title, e))
-    return fill_html('<div class=picked>{}</div>', shown) if is_best else fill_html('<div>{}</div>', shown)
+def _candidate(c, sample, targets, title, is_best):  # a candidate's picture
+    try:
+        shown = picture_html(
+            sample,
+            decode_stored_mask(dict(sample=c["source"], rle=c["rle"])),
+            targets if c["source"] == "direct" else (),
+            title,
+        )
+    except ValueError as e:
+        shown = picture_html(sample, None, (), fill_html("{} · no mask: {}", title, e))
+    return (
+        fill_html("<div class=picked>{}</div>", shown)
+        if is_best
+        else fill_html("<div>{}</div>", shown)
+    )
+
 
 def candidate_card(
-    row:dict, # of a Rea2Seg run's predictions
-    sample:Sample|None, # None: no pictures
-    targets:list=(), # of Target, the direct answer's
-)->Markup:
+    row: dict,  # of a Rea2Seg run's predictions
+    sample: Sample | None,  # None: no pictures
+    targets: list = (),  # of Target, the direct answer's
+) -> Markup:
     "A question: where the answer looked, every candidate with its score, and what was said of each."
-    best, found = row.get('best'), row['candidates']
-    titles = [fill_html('<b>{:g} of 10</b> {}, IoU {:.2f}{}', c['score'], c['source'], c['iou'], ' · chosen' if i == best else '') for i, c in enumerate(found)]
-    meta = ' · '.join(x for x in (str(row['sample']), tags_text(row), f'direct {row["direct"]:.2f}, chosen {row["chosen"]:.2f}, best candidate {row["oracle"]:.2f}') if x)
-    shown = ''
+    best, found = row.get("best"), row["candidates"]
+    titles = [
+        fill_html(
+            "<b>{:g} of 10</b> {}, IoU {:.2f}{}",
+            c["score"],
+            c["source"],
+            c["iou"],
+            " · chosen" if i == best else "",
+        )
+        for i, c in enumerate(found)
+    ]
+    meta = " · ".join(
+        x
+        for x in (
+            str(row["sample"]),
+            tags_text(row),
+            f"direct {row['direct']:.2f}, chosen {row['chosen']:.2f}, best candidate {row['oracle']:.2f}",
+        )
+        if x
+    )
+    shown = ""
     if sample:
-        where = shrink_picture(attention_overlay(sample.image, heat_map(np.array(row['grid'], dtype=float), sample.size)))
-        look = figure_html(fill_html('<img src="{}" alt="" loading="lazy">', data_uri(where)), Markup('<b>attention</b> of the coordinates'))
-        shown = look + join_html(_candidate(c, sample, targets, title, i == best) for i, (c, title) in enumerate(zip(found, titles)))
-    said = join_html(fill_html('<h5>{}</h5><p class=think>{}</p>', title, c['text']) for c, title in zip(found, titles))
-    return fill_html('<article class=panel><h4>{}</h4><p class=meta>{}</p><div class=candidates>{}</div><div class=direct>{}</div>'
-                '<details><summary>What the scorer said</summary>{}</details></article>', row['query'], meta, shown, response_html(row['text']), said)
+        where = shrink_picture(
+            attention_overlay(
+                sample.image, heat_map(np.array(row["grid"], dtype=float), sample.size)
+            )
+        )
+        look = figure_html(
+            fill_html('<img src="{}" alt="" loading="lazy">', data_uri(where)),
+            Markup("<b>attention</b> of the coordinates"),
+        )
+        shown = look + join_html(
+            _candidate(c, sample, targets, title, i == best)
+            for i, (c, title) in enumerate(zip(found, titles))
+        )
+    said = join_html(
+        fill_html("<h5>{}</h5><p class=think>{}</p>", title, c["text"])
+        for c, title in zip(found, titles)
+    )
+    return fill_html(
+        "<article class=panel><h4>{}</h4><p class=meta>{}</p><div class=candidates>{}</div><div class=direct>{}</div>"
+        "<details><summary>What the scorer said</summary>{}</details></article>",
+        row["query"],
+        meta,
+        shown,
+        response_html(row["text"]),
+        said,
+    )
+
 
 def candidates_html(
-    run:dict,
-    lookup=sample_by_id, # sample id -> Sample | None
-    n:int=2, # cards of each kind
-    seed:int=0, # of the lot
-    drawn=stored_mask, # (sample, row) -> mask, targets
-)->Markup:
+    run: dict,
+    lookup=sample_by_id,  # sample id -> Sample | None
+    n: int = 2,  # cards of each kind
+    seed: int = 0,  # of the lot
+    drawn=stored_mask,  # (sample, row) -> mask, targets
+) -> Markup:
     "The questions where the choice brought most, where it cost most, and some others."
-    rows = {r['sample']: r for r in run['predictions'] if r.get('candidates')}
-    ranked = select_samples([], [dict(sample=k, iou=r['chosen'] - r['direct']) for k, r in rows.items()], n, seed)
-    names = {'best': 'Where the choice brought most', 'worst': 'Where it cost most', 'drawn by lot': 'Drawn by lot'}
+    rows = {r["sample"]: r for r in run["predictions"] if r.get("candidates")}
+    ranked = select_samples(
+        [], [dict(sample=k, iou=r["chosen"] - r["direct"]) for k, r in rows.items()], n, seed
+    )
+    names = {
+        "best": "Where the choice brought most",
+        "worst": "Where it cost most",
+        "drawn by lot": "Drawn by lot",
+    }
+
     def card(row):
-        sample = lookup(row['sample'])
+        sample = lookup(row["sample"])
         return candidate_card(row, sample, drawn(sample, row)[1] if sample else ())
-    return groups_of_cards({names[kind]: [card(rows[r['sample']]) for r in found] for kind, found in ranked.items()})
+
+    return groups_of_cards(
+        {names[kind]: [card(rows[r["sample"]]) for r in found] for kind, found in ranked.items()}
+    )

@@ -40,221 +40,356 @@ from dr2seg_lib.viewing.record_types import (
 )
 
 # %% ../../nbs/viewing/run_reader.ipynb #dba39f1b
-READER_SCHEMAS = {'rollouts.jsonl': RolloutRecord, 'predictions_before.jsonl': PredictionRecord, 'predictions_after.jsonl': PredictionRecord}
+READER_SCHEMAS = {
+    "rollouts.jsonl": RolloutRecord,
+    "predictions_before.jsonl": PredictionRecord,
+    "predictions_after.jsonl": PredictionRecord,
+}
 
 # %% ../../nbs/viewing/run_reader.ipynb #b76027cd
 def group_rollouts(
-    records:list, # of rollouts.jsonl
-)->list: # of lists, one a group
+    records: list,  # of rollouts.jsonl
+) -> list:  # of lists, one a group
     "The rollouts of each group, in the file's order."
     groups = []
     for r in records:
         last = groups[-1][-1] if groups else None
-        if last is None or (r['step'], r['sample']) != (last['step'], last['sample']) or r['rollout'] <= last['rollout']: groups.append([])
+        if (
+            last is None
+            or (r["step"], r["sample"]) != (last["step"], last["sample"])
+            or r["rollout"] <= last["rollout"]
+        ):
+            groups.append([])
         groups[-1].append(r)
     return groups
 
+
 def pair_predictions(
-    before:list, # rows of predictions_before.jsonl
-    after:list, # likewise
-)->list: # of lists of one or two rows, each with "when"
+    before: list,  # rows of predictions_before.jsonl
+    after: list,  # likewise
+) -> list:  # of lists of one or two rows, each with "when"
     "What was said about each sample before training and after."
-    both = [{r['sample']: r | dict(when=when) for r in rows} for when, rows in (('before', before), ('after', after))]
+    both = [
+        {r["sample"]: r | dict(when=when) for r in rows}
+        for when, rows in (("before", before), ("after", after))
+    ]
     return [[rows[s] for rows in both if s in rows] for s in dict.fromkeys([*both[0], *both[1]])]
 
 # %% ../../nbs/viewing/run_reader.ipynb #10b37dd4
 def factor_of(
-    records:list, # of rollouts.jsonl
-)->str|None: # '': the terms are summed; a name: that term multiplies the sum of the others; None: neither
+    records: list,  # of rollouts.jsonl
+) -> (
+    str | None
+):  # '': the terms are summed; a name: that term multiplies the sum of the others; None: neither
     "Which way of putting the terms together gives every recorded reward."
-    def made(terms, factor): return sum(v or 0 for k, v in terms.items() if k != factor)*(terms[factor] if factor else 1)
-    def fits(factor): return all((not factor or r['terms'].get(factor) is not None) and abs(made(r['terms'], factor) - r['reward']) < 1e-3*max(1, abs(r['reward'])) for r in records)
-    names = list(dict.fromkeys(k for r in records for k in r['terms']))
-    return next((k for k in ('', *reversed(names)) if fits(k)), None) # a factor comes last, of two that would do too
 
-TERM_COLOURS = dict(thinking_format='#76839a', answer_format='#98a4b6', non_repeat='#bac3d0', accuracy='#5470ee', description='#149a80', length='#c8780a')
+    def made(terms, factor):
+        return sum(v or 0 for k, v in terms.items() if k != factor) * (
+            terms[factor] if factor else 1
+        )
+
+    def fits(factor):
+        return all(
+            (not factor or r["terms"].get(factor) is not None)
+            and abs(made(r["terms"], factor) - r["reward"]) < 1e-3 * max(1, abs(r["reward"]))
+            for r in records
+        )
+
+    names = list(dict.fromkeys(k for r in records for k in r["terms"]))
+    return next(
+        (k for k in ("", *reversed(names)) if fits(k)), None
+    )  # a factor comes last, of two that would do too
+
+
+TERM_COLOURS = dict(
+    thinking_format="#76839a",
+    answer_format="#98a4b6",
+    non_repeat="#bac3d0",
+    accuracy="#5470ee",
+    description="#149a80",
+    length="#c8780a",
+)
+
 
 def term_colours(
-    names:Iterable, # of reward terms
-)->dict: # name: colour
+    names: Iterable,  # of reward terms
+) -> dict:  # name: colour
     "A colour for every term: greys for the form, colours for the substance."
-    spare = cycle(('#c2488f', '#c8780a', *OTHER_COLOURS))
+    spare = cycle(("#c2488f", "#c8780a", *OTHER_COLOURS))
     return {n: TERM_COLOURS.get(n) or next(spare) for n in names}
 
 # %% ../../nbs/viewing/run_reader.ipynb #37cb7bff
 def sample_by_id(
-    sample_id:str, # e.g. "mini-2000017"
-)->Sample|None: # None: it is of other data
+    sample_id: str,  # e.g. "mini-2000017"
+) -> Sample | None:  # None: it is of other data
     "The sample behind an id of MiniReasonSeg, drawn again from its seed."
-    seed = re.fullmatch(r'mini-(\d{1,12})', str(sample_id))
+    seed = re.fullmatch(r"mini-(\d{1,12})", str(sample_id))
     return draw_sample(int(seed[1])) if seed else None
 
+
 def local_data(
-    name:str, # a data set, as a run's record names it
-)->str: # what `load_data` takes without asking the hub
+    name: str,  # a data set, as a run's record names it
+) -> str:  # what `load_data` takes without asking the hub
     "Where a run's data lies on this machine. A record may come from anyone: looking at it fetches nothing."
-    if name == 'mini' or Path(name).expanduser().exists(): return name
-    try: return snapshot_download(name, repo_type='dataset', allow_patterns='*.parquet', local_files_only=True)
-    except (OSError, ValueError): raise ValueError(f'{name} is not on this disk, and looking fetches nothing') from None
+    if name == "mini" or Path(name).expanduser().exists():
+        return name
+    try:
+        return snapshot_download(
+            name, repo_type="dataset", allow_patterns="*.parquet", local_files_only=True
+        )
+    except (OSError, ValueError):
+        raise ValueError(f"{name} is not on this disk, and looking fetches nothing") from None
 
 # %% ../../nbs/viewing/run_reader.ipynb #4bdc3667
-def truth_mask(sample:Sample)->np.ndarray|None: # [H,W] bool; None: its targets are boxes and points without masks
+def truth_mask(
+    sample: Sample,
+) -> np.ndarray | None:  # [H,W] bool; None: its targets are boxes and points without masks
     "The mask that a sample asks for, where it has one; the training sets of the hub have none."
     return None if any(t.mask is None for t in sample.targets) else sample.mask
 
+
 def truth_iou(
-    sample:Sample,
-    mask:np.ndarray|None, # [H,W] bool, what was drawn
-)->float|None: # None: drawn nothing, or nothing to compare it with
+    sample: Sample,
+    mask: np.ndarray | None,  # [H,W] bool, what was drawn
+) -> float | None:  # None: drawn nothing, or nothing to compare it with
     "How well a mask fits."
     truth = truth_mask(sample)
     return None if mask is None or truth is None else ratio(*iou(mask, truth, sample.ignore))
 
+
 segmenter_of = lru_cache(maxsize=2)(load_segmenter)
-DRAWING_LOCK = threading.Lock() # a segmenter keeps the picture that it works on: one thread at a time
+DRAWING_LOCK = (
+    threading.Lock()
+)  # a segmenter keeps the picture that it works on: one thread at a time
+
 
 class RunReader:
     "What a run's folder holds, for looking at."
-    def __init__(self,
-        run, # a run's folder, or a `Run`
+
+    def __init__(
+        self,
+        run,  # a run's folder, or a `Run`
     ):
-        self.folder = Path(getattr(run, 'folder', run))
-        if not self.folder.is_dir(): raise FileNotFoundError(f"{self.folder} does not exist; check the run folder's name")
-        (self.info, why), rows = open_json(self.folder/'run.json', RunRecord), {}
-        self.parameters, wrong = self.info.get('parameters') or {}, [why] if why else []
+        self.folder = Path(getattr(run, "folder", run))
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} does not exist; check the run folder's name")
+        (self.info, why), rows = open_json(self.folder / "run.json", RunRecord), {}
+        self.parameters, wrong = self.info.get("parameters") or {}, [why] if why else []
         for name, schema in READER_SCHEMAS.items():
-            rows[name], why = open_rows(self.folder/name, schema)
-            if why and (rows[name] or (self.folder/name).exists() or self._expected(name)): wrong.append(why)
-        self.groups = dict(rollouts=group_rollouts(rows['rollouts.jsonl']), evaluation=pair_predictions(rows['predictions_before.jsonl'], rows['predictions_after.jsonl']))
-        self.factor, self.terms = factor_of(rows['rollouts.jsonl']), list(dict.fromkeys(k for r in rows['rollouts.jsonl'] for k in r['terms']))
-        self.missing, self.masks, self._data = f'Not shown: {"; ".join(wrong)}.' if wrong else '', {}, {}
+            rows[name], why = open_rows(self.folder / name, schema)
+            if why and (rows[name] or (self.folder / name).exists() or self._expected(name)):
+                wrong.append(why)
+        self.groups = dict(
+            rollouts=group_rollouts(rows["rollouts.jsonl"]),
+            evaluation=pair_predictions(
+                rows["predictions_before.jsonl"], rows["predictions_after.jsonl"]
+            ),
+        )
+        self.factor, self.terms = (
+            factor_of(rows["rollouts.jsonl"]),
+            list(dict.fromkeys(k for r in rows["rollouts.jsonl"] for k in r["terms"])),
+        )
+        self.missing, self.masks, self._data = (
+            f"Not shown: {'; '.join(wrong)}." if wrong else "",
+            {},
+            {},
+        )
 
-    def _expected(self, name): return name == 'rollouts.jsonl' or self.info.get('status') == 'done' and bool(self.parameters.get('eval_samples'))
+    def _expected(self, name):
+        return (
+            name == "rollouts.jsonl"
+            or self.info.get("status") == "done"
+            and bool(self.parameters.get("eval_samples"))
+        )
 
-    def asked(self, name:str, default=None):
+    def asked(self, name: str, default=None):
         "A parameter of the run; one that is `None` is as one that is not there."
         value = self.parameters.get(name)
         return default if value is None else value
 
     @property
-    def name(self)->str:
+    def name(self) -> str:
         "The folder's name, as text."
         return path_text(self.folder.resolve())
 
     @property
-    def frame(self)->int:
+    def frame(self) -> int:
         "Side of the frame in which the policy speaks its coordinates, pixels."
-        return self.info.get('frame') or (112 if self.asked('model', 'embedded') == 'embedded' else 840)
+        return self.info.get("frame") or (
+            112 if self.asked("model", "embedded") == "embedded" else 840
+        )
 
     @property
-    def lead(self)->str:
+    def lead(self) -> str:
         "A line on the run."
-        steps, p = sorted({g[0]['step'] for g in self.groups['rollouts']}), self.asked
-        words = [p('recipe'), p('data') and f'on {p("data")}', f'steps {steps[0]} to {steps[-1]}' if steps else None,
-                 None if p('seed') is None else f'seed {p("seed")}', self.info.get('status')]
-        return ' · '.join(w for w in words if w)
+        steps, p = sorted({g[0]["step"] for g in self.groups["rollouts"]}), self.asked
+        words = [
+            p("recipe"),
+            p("data") and f"on {p('data')}",
+            f"steps {steps[0]} to {steps[-1]}" if steps else None,
+            None if p("seed") is None else f"seed {p('seed')}",
+            self.info.get("status"),
+        ]
+        return " · ".join(w for w in words if w)
 
 # %% ../../nbs/viewing/run_reader.ipynb #2ccb792b
-MAX_SKIPPED = 64 # records of a step that training could not read, at most
+MAX_SKIPPED = 64  # records of a step that training could not read, at most
+
 
 @patch
-def asked_at(self:RunReader,
-    at:int, # number of the group of rollouts
-)->Sample:
+def asked_at(
+    self: RunReader,
+    at: int,  # number of the group of rollouts
+) -> Sample:
     "The question of a group: of its step's, in their order, without those that training could not read."
-    step = self.groups['rollouts'][at][0]['step']
-    first = next(i for i, g in enumerate(self.groups['rollouts']) if g[0]['step'] == step)
-    config = SimpleNamespace(texts=self.asked('texts', 'all'), seed=self.asked('seed', 0)) # runs of before did not ask about texts
-    places = epoch_stream(self.data('rollouts'), config, (step - 1)*self.parameters['prompts'])
+    step = self.groups["rollouts"][at][0]["step"]
+    first = next(i for i, g in enumerate(self.groups["rollouts"]) if g[0]["step"] == step)
+    config = SimpleNamespace(
+        texts=self.asked("texts", "all"), seed=self.asked("seed", 0)
+    )  # runs of before did not ask about texts
+    places = epoch_stream(self.data("rollouts"), config, (step - 1) * self.parameters["prompts"])
     left = at - first
     for data, i in islice(places, left + 1 + MAX_SKIPPED):
-        try: found = data[i]
-        except BrokenRecord: continue
-        if not left: return found
+        try:
+            found = data[i]
+        except BrokenRecord:
+            continue
+        if not left:
+            return found
         left -= 1
-    raise ValueError(f'the records of step {step} cannot be read')
+    raise ValueError(f"the records of step {step} cannot be read")
+
 
 @patch
-def data(self:RunReader, source:str):
+def data(self: RunReader, source: str):
     "The data set that a group's sample is of, opened once."
     p = self.parameters
     if source not in self._data:
-        if source == 'rollouts': self._data[source] = load_data(local_data(p['data']), 'train')
-        else: self._data[source] = load_data(local_data(self.asked('eval_data') or p['data']), 'val', p.get('eval_samples'))
+        if source == "rollouts":
+            self._data[source] = load_data(local_data(p["data"]), "train")
+        else:
+            self._data[source] = load_data(
+                local_data(self.asked("eval_data") or p["data"]), "val", p.get("eval_samples")
+            )
     return self._data[source]
 
+
 @patch
-def sample(self:RunReader, source:str, at:int)->Sample:
+def sample(self: RunReader, source: str, at: int) -> Sample:
     "The sample of a group; a ValueError says why there is none."
-    name = self.groups[source][at][0]['sample']
-    if found := sample_by_id(name): return found
-    try: found = self.asked_at(at) if source == 'rollouts' else self.data(source)[at]
-    except (OSError, ValueError, KeyError, IndexError) as e: raise ValueError(f'the picture of {name} cannot be had ({type(e).__name__}: {e})') from e
-    if found.id != str(name): raise ValueError(f'the picture of {name} cannot be had: {self.parameters["data"]} has {found.id} in its place')
+    name = self.groups[source][at][0]["sample"]
+    if found := sample_by_id(name):
+        return found
+    try:
+        found = self.asked_at(at) if source == "rollouts" else self.data(source)[at]
+    except (OSError, ValueError, KeyError, IndexError) as e:
+        raise ValueError(f"the picture of {name} cannot be had ({type(e).__name__}: {e})") from e
+    if found.id != str(name):
+        raise ValueError(
+            f"the picture of {name} cannot be had: {self.parameters['data']} has {found.id} in its place"
+        )
     return found
 
+
 @patch
-def predict_mask(self:RunReader, sample:Sample, text:str)->np.ndarray: # [H,W] bool
+def predict_mask(self: RunReader, sample: Sample, text: str) -> np.ndarray:  # [H,W] bool
     "What the run's segmenter draws from a response."
     with DRAWING_LOCK:
-        segmenter = segmenter_of(self.asked('segmenter', 'embedded'))
-        return segmenter.segment(sample.image, segmenter_prompts(segmenter, text, sample.query, self.frame, sample.size))
+        segmenter = segmenter_of(self.asked("segmenter", "embedded"))
+        return segmenter.segment(
+            sample.image, segmenter_prompts(segmenter, text, sample.query, self.frame, sample.size)
+        )
+
 
 @patch
-def drawn(self:RunReader, sample:Sample, row:dict)->tuple: # mask [H,W] bool, or None where a large segmenter would have to draw; list of Target
+def drawn(
+    self: RunReader, sample: Sample, row: dict
+) -> tuple:  # mask [H,W] bool, or None where a large segmenter would have to draw; list of Target
     "What a row's answer comes to in its picture."
     targets = to_image_coordinates(response_text(row), self.frame, sample.size)
-    if 'first' not in row: return decode_stored_mask(row), targets
-    return (self.predict_mask(sample, row['first']['text']) if self.quick('rollouts') else None), targets
+    if "first" not in row:
+        return decode_stored_mask(row), targets
+    return (
+        self.predict_mask(sample, row["first"]["text"]) if self.quick("rollouts") else None
+    ), targets
+
 
 @patch
-def mask(self:RunReader, source:str, at:int, rollout:int)->np.ndarray: # [H,W] bool
+def mask(self: RunReader, source: str, at: int, rollout: int) -> np.ndarray:  # [H,W] bool
     "The mask of an answer, kept once drawn; an evaluation has kept its own."
     row, key = self.groups[source][at][rollout], (source, at, rollout)
-    if key not in self.masks: self.masks[key] = decode_stored_mask(row) if row.get('rle') else self.predict_mask(self.sample(source, at), response_text(row))
+    if key not in self.masks:
+        self.masks[key] = (
+            decode_stored_mask(row)
+            if row.get("rle")
+            else self.predict_mask(self.sample(source, at), response_text(row))
+        )
     return self.masks[key]
 
+
 @patch
-def quick(self:RunReader, source:str)->bool:
+def quick(self: RunReader, source: str) -> bool:
     "Whether a mask is there at once: kept with the prediction, or drawn by a small segmenter."
-    return source == 'evaluation' or self.asked('segmenter', 'embedded') in ('embedded', 'grabcut')
+    return source == "evaluation" or self.asked("segmenter", "embedded") in ("embedded", "grabcut")
 
-def response_text(row:dict)->str:
+
+def response_text(row: dict) -> str:
     "The first pass of a rollout's record, or the answer of a prediction."
-    return row['first']['text'] if 'first' in row else row['text']
+    return row["first"]["text"] if "first" in row else row["text"]
 
-def decode_stored_mask(row:dict)->np.ndarray|None: # [H,W] bool; None: none was kept
+
+def decode_stored_mask(row: dict) -> np.ndarray | None:  # [H,W] bool; None: none was kept
     "The mask that a row keeps; a ValueError where it is none."
-    rle = row.get('rle')
-    return rle_mask(rle, tuple(rle['size'][::-1]), f'sample {row.get("sample")}', 'rle') if rle else None
+    rle = row.get("rle")
+    return (
+        rle_mask(rle, tuple(rle["size"][::-1]), f"sample {row.get('sample')}", "rle")
+        if rle
+        else None
+    )
 
 # %% ../../nbs/viewing/run_reader.ipynb #c48d11f5
 class _Asked(LooseRecord):
     "A row of any predictions.jsonl, as far as it is looked for."
-    sample:Label
+
+    sample: Label
+
 
 @patch
-def named(self:RunReader, name:str)->Sample|None: # None: its picture cannot be had
+def named(self: RunReader, name: str) -> Sample | None:  # None: its picture cannot be had
     "The sample of an id, wherever in the run it was asked about."
-    if found := sample_by_id(name): return found
+    if found := sample_by_id(name):
+        return found
     for source, groups in self.groups.items():
         for at, group in enumerate(groups):
-            if group[0]['sample'] != name: continue
-            try: return self.sample(source, at)
-            except ValueError: return None
+            if group[0]["sample"] != name:
+                continue
+            try:
+                return self.sample(source, at)
+            except ValueError:
+                return None
     return self._answered(name)
 
-@patch
-def _answered(self:RunReader, name:str)->Sample|None: # of a run that only answers
-    if 'answers' not in self._data: self._data['answers'] = [r['sample'] for r in open_rows(self.folder/'predictions.jsonl', _Asked)[0]]
-    names, p = self._data['answers'], self.parameters
-    if name not in names: return None
-    try:
-        if 'asked' not in self._data: self._data['asked'] = load_data(local_data(p['data']), p['split'], p.get('samples') or None, **self._protocol())
-        found = self._data['asked'][names.index(name)]
-    except (OSError, ValueError, KeyError, IndexError): return None
-    return found if found.id == str(name) else None
 
 @patch
-def _protocol(self:RunReader)->dict:
-    return dict(protocol=self.asked('protocol')) if self.asked('protocol') else {}
+def _answered(self: RunReader, name: str) -> Sample | None:  # of a run that only answers
+    if "answers" not in self._data:
+        self._data["answers"] = [
+            r["sample"] for r in open_rows(self.folder / "predictions.jsonl", _Asked)[0]
+        ]
+    names, p = self._data["answers"], self.parameters
+    if name not in names:
+        return None
+    try:
+        if "asked" not in self._data:
+            self._data["asked"] = load_data(
+                local_data(p["data"]), p["split"], p.get("samples") or None, **self._protocol()
+            )
+        found = self._data["asked"][names.index(name)]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    return found if found.id == str(name) else None
+
+
+@patch
+def _protocol(self: RunReader) -> dict:
+    return dict(protocol=self.asked("protocol")) if self.asked("protocol") else {}

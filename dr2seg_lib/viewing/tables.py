@@ -13,100 +13,190 @@ from ..core.statistics import Interval, bootstrap_interval, mean_interval
 from ..core.text_table import Table, format_cell, rows_table
 
 # %% ../../nbs/viewing/tables.ipynb #f3dc2bdc
-MEASURES = {'tokens': ('tokens', '.1f'), 'gIoU': ('gIoU', '.3f'), 'cIoU': ('cIoU', '.3f'), 'answer_entropy': ('answer entropy', '.3f')}
-DISCRIMINATING = {'SNR': ('SNR', '.2f'), 'TSNR': ('TSNR', '.2f')} # DPAD's, where they were measured
-_PER_SAMPLE = {'tokens': ('tokens',), 'gIoU': ('iou',), 'cIoU': ('i', 'u'), 'answer_entropy': ('answer_entropy',)}
+MEASURES = {
+    "tokens": ("tokens", ".1f"),
+    "gIoU": ("gIoU", ".3f"),
+    "cIoU": ("cIoU", ".3f"),
+    "answer_entropy": ("answer entropy", ".3f"),
+}
+DISCRIMINATING = {
+    "SNR": ("SNR", ".2f"),
+    "TSNR": ("TSNR", ".2f"),
+}  # DPAD's, where they were measured
+_PER_SAMPLE = {
+    "tokens": ("tokens",),
+    "gIoU": ("iou",),
+    "cIoU": ("i", "u"),
+    "answer_entropy": ("answer_entropy",),
+}
 
-def _columns(rows, names): # [N,len(names)], NaN where a number is missing
-    return np.array([[np.nan if r.get(n) is None else r[n] for n in names] for r in rows], dtype=float).reshape(len(rows), len(names))
 
-def _level(v): # a mean, or for columns I and U the ratio of sums
-    return v[:, 0].mean() if v.shape[1] == 1 else v[:, 0].sum()/v[:, 1].sum()
+def _columns(rows, names):  # [N,len(names)], NaN where a number is missing
+    return np.array(
+        [[np.nan if r.get(n) is None else r[n] for n in names] for r in rows], dtype=float
+    ).reshape(len(rows), len(names))
+
+
+def _level(v):  # a mean, or for columns I and U the ratio of sums
+    return v[:, 0].mean() if v.shape[1] == 1 else v[:, 0].sum() / v[:, 1].sum()
+
 
 def paired_change(
-    name:str, # of MEASURES
-    before:list, # per-sample rows, as in predictions_before.jsonl
-    after:list, # likewise
-)->Interval|None: # after − before; None when no pair has the numbers
+    name: str,  # of MEASURES
+    before: list,  # per-sample rows, as in predictions_before.jsonl
+    after: list,  # likewise
+) -> Interval | None:  # after − before; None when no pair has the numbers
     "The paired change of a measure over the samples in both lists, with its bootstrap interval."
-    first = {r['sample']: r for r in before}
-    pairs = [(first[r['sample']], r) for r in after if r['sample'] in first]
+    first = {r["sample"]: r for r in before}
+    pairs = [(first[r["sample"]], r) for r in after if r["sample"] in first]
     old, new = (_columns([p[k] for p in pairs], _PER_SAMPLE[name]) for k in (0, 1))
     both = np.concatenate([old, new], 1)
     both, k = both[np.isfinite(both).all(1)], old.shape[1]
-    return bootstrap_interval(both, lambda v: _level(v[:, k:]) - _level(v[:, :k])) if len(both) else None
+    return (
+        bootstrap_interval(both, lambda v: _level(v[:, k:]) - _level(v[:, :k]))
+        if len(both)
+        else None
+    )
+
 
 def before_after_table(
-    results:dict, # results.json
-    before:list=(), # per-sample rows; with both lists the change has an interval
-    after:list=(), # likewise
-)->Table:
+    results: dict,  # results.json
+    before: list = (),  # per-sample rows; with both lists the change has an interval
+    after: list = (),  # likewise
+) -> Table:
     "Tokens, gIoU, cIoU, answer entropy: before → after."
     rows = []
     for name, (title, spec) in MEASURES.items():
-        old, new = ((results.get(when) or {}).get(name) for when in ('before', 'after'))
-        if old is None and new is None: continue
-        diff = paired_change(name, before, after) or (Interval(new - old) if None not in (old, new) else None)
-        rows.append(dict(measure=title, before=format_cell(old, spec), after=format_cell(new, spec), change=format_cell(diff, '+' + spec)))
-    return rows_table(rows, dict(measure=('', ''), before='s', after='s', change='s'))
+        old, new = ((results.get(when) or {}).get(name) for when in ("before", "after"))
+        if old is None and new is None:
+            continue
+        diff = paired_change(name, before, after) or (
+            Interval(new - old) if None not in (old, new) else None
+        )
+        rows.append(
+            dict(
+                measure=title,
+                before=format_cell(old, spec),
+                after=format_cell(new, spec),
+                change=format_cell(diff, "+" + spec),
+            )
+        )
+    return rows_table(rows, dict(measure=("", ""), before="s", after="s", change="s"))
+
 
 def evaluation_table(
-    results:dict, # results.json of an evaluation
-)->Table:
+    results: dict,  # results.json of an evaluation
+) -> Table:
     "An evaluation and its strata, a line each, with 95 % bootstrap intervals over samples."
-    known = {k: v for k, v in (MEASURES | dict(N_acc=('N-acc', '.3f'))).items() if results.get(k) is not None}
+    known = {
+        k: v
+        for k, v in (MEASURES | dict(N_acc=("N-acc", ".3f"))).items()
+        if results.get(k) is not None
+    }
+
     def row(name, found):
-        given = {k: Interval(found[k], *found.get(f'{k}_ci', ())) for k in known if found.get(k) is not None}
-        return dict(of=name, n=found.get('n')) | given
-    strata = [row(f'{tag.replace("_", " ")}: {value}', found) for tag, values in (results.get('strata') or {}).items() for value, found in values.items()]
-    return rows_table([row('all', results), *strata], dict(of=('', ''), n='d', **known))
+        given = {
+            k: Interval(found[k], *found.get(f"{k}_ci", ()))
+            for k in known
+            if found.get(k) is not None
+        }
+        return dict(of=name, n=found.get("n")) | given
+
+    strata = [
+        row(f"{tag.replace('_', ' ')}: {value}", found)
+        for tag, values in (results.get("strata") or {}).items()
+        for value, found in values.items()
+    ]
+    return rows_table([row("all", results), *strata], dict(of=("", ""), n="d", **known))
+
 
 def arms_table(
-    arms:dict, # arm: list of results["after"], one a seed
-    start:dict|None=None, # results["before"] of the checkpoint that all arms start from
-)->Table:
+    arms: dict,  # arm: list of results["after"], one a seed
+    start: dict | None = None,  # results["before"] of the checkpoint that all arms start from
+) -> Table:
     "The paper's Table 3 in miniature, with DPAD's measures where they are known: mean ± 95 % t-interval over seeds."
-    measures = MEASURES | {k: v for k, v in DISCRIMINATING.items() if any(k in r for results in arms.values() for r in results)}
-    rows = [] if start is None else [dict(arm='start', seeds='') | {n: start.get(n) for n in measures}]
+    measures = MEASURES | {
+        k: v
+        for k, v in DISCRIMINATING.items()
+        if any(k in r for results in arms.values() for r in results)
+    }
+    rows = (
+        [] if start is None else [dict(arm="start", seeds="") | {n: start.get(n) for n in measures}]
+    )
     for arm, results in arms.items():
         found = {n: [r[n] for r in results if r.get(n) is not None] for n in measures}
-        rows.append(dict(arm=arm, seeds=len(results)) | {n: mean_interval(v) if v else None for n, v in found.items()})
-    return rows_table(rows, dict(arm=('', ''), seeds='d', **measures))
+        rows.append(
+            dict(arm=arm, seeds=len(results))
+            | {n: mean_interval(v) if v else None for n, v in found.items()}
+        )
+    return rows_table(rows, dict(arm=("", ""), seeds="d", **measures))
 
-TAG_ORDER = 'attribute', 'relation', 'logic', 'easy', 'medium', 'hard', 'discriminative', 'spatial', 'geometric', 'multi-step' # of a tag's values: the papers'
 
-def order_values(values)->list:
+TAG_ORDER = (
+    "attribute",
+    "relation",
+    "logic",
+    "easy",
+    "medium",
+    "hard",
+    "discriminative",
+    "spatial",
+    "geometric",
+    "multi-step",
+)  # of a tag's values: the papers'
+
+
+def order_values(values) -> list:
     "The values of a tag in the papers' order; those they do not have, by name, behind."
-    return sorted(values, key=lambda v: (TAG_ORDER.index(v), '') if v in TAG_ORDER else (len(TAG_ORDER), str(v)))
+    return sorted(
+        values,
+        key=lambda v: (TAG_ORDER.index(v), "") if v in TAG_ORDER else (len(TAG_ORDER), str(v)),
+    )
+
 
 def strata_table(
-    arms:dict, # arm: list of results["after"], one a seed
-    tag:str, # e.g. "dimension"
-    measure:str='gIoU', # or tokens
-)->Table:
+    arms: dict,  # arm: list of results["after"], one a seed
+    tag: str,  # e.g. "dimension"
+    measure: str = "gIoU",  # or tokens
+) -> Table:
     "One measure by the values of a tag: mean ± 95 % t-interval over seeds."
     spec = MEASURES[measure][1]
-    of = lambda r: (r.get('strata') or {}).get(tag, {}) # {value: measures}
+    of = lambda r: (r.get("strata") or {}).get(tag, {})  # {value: measures}
     values = order_values({v for results in arms.values() for r in results for v in of(r)})
+
     def each(results, v):
         found = [of(r).get(v, {}).get(measure) for r in results]
         return [x for x in found if x is not None]
-    def row(arm, results): return dict(arm=arm) | {v: mean_interval(found) for v in values if (found := each(results, v))}
-    return rows_table([row(*pair) for pair in arms.items()], dict(arm=(measure, '')) | {v: spec for v in values})
+
+    def row(arm, results):
+        return dict(arm=arm) | {
+            v: mean_interval(found) for v in values if (found := each(results, v))
+        }
+
+    return rows_table(
+        [row(*pair) for pair in arms.items()], dict(arm=(measure, "")) | {v: spec for v in values}
+    )
+
 
 def average_predictions(
-    runs:list, # rows of evaluation, one list a seed
-)->list: # one row a sample: numbers are means over the seeds, all else is the first seed's
+    runs: list,  # rows of evaluation, one list a seed
+) -> list:  # one row a sample: numbers are means over the seeds, all else is the first seed's
     "The predictions of an arm, sample by sample."
     each = {}
-    for row in (r for rows in runs for r in rows): each.setdefault(row['sample'], []).append(row)
+    for row in (r for rows in runs for r in rows):
+        each.setdefault(row["sample"], []).append(row)
     numbers = lambda rs: {k for k in rs[0] if all(type(r.get(k)) in (int, float) for r in rs)}
-    return [rs[0] | {k: float(np.mean([r[k] for r in rs])) for k in numbers(rs)} for rs in each.values()]
+    return [
+        rs[0] | {k: float(np.mean([r[k] for r in rs])) for k in numbers(rs)} for rs in each.values()
+    ]
+
 
 def aggregate_seeds(
-    results:list, # results["after"], one a seed
-)->dict: # {measure: mean, measure_ci: [low, high]}
+    results: list,  # results["after"], one a seed
+) -> dict:  # {measure: mean, measure_ci: [low, high]}
     "Results of several seeds as one, with the t-interval over seeds in the place of the one over samples."
     known = [n for n in MEASURES if all(r.get(n) is not None for r in results)]
     means = {n: mean_interval([r[n] for r in results]) for n in known}
-    return {n: m.mean for n, m in means.items()} | {f'{n}_ci': [m.lo, m.hi] for n, m in means.items() if len(results) > 1}
+    return {n: m.mean for n, m in means.items()} | {
+        f"{n}_ci": [m.lo, m.hi] for n, m in means.items() if len(results) > 1
+    }

@@ -45,177 +45,330 @@ from dr2seg_lib.viewing.run_reader import (
 
 # %% ../../nbs/viewing/view.ipynb #8ee04dc3
 def row_run_lengths(
-    mask:np.ndarray, # [H,W] bool
-)->list: # of int; background, mask, background, …
+    mask: np.ndarray,  # [H,W] bool
+) -> list:  # of int; background, mask, background, …
     "A mask as the lengths of its runs, row by row."
     edges = np.flatnonzero(np.diff(mask.ravel().astype(np.int8), prepend=0))
     return np.diff(edges, prepend=0, append=mask.size).tolist()
 
+
 def fit_picture(
-    image:np.ndarray, # [H,W,3] uint8, or a mask [H,W] bool
-    side:int=1024, # greatest side on the screen's end
-)->np.ndarray:
+    image: np.ndarray,  # [H,W,3] uint8, or a mask [H,W] bool
+    side: int = 1024,  # greatest side on the screen's end
+) -> np.ndarray:
     "A picture or a mask, made smaller if it is larger than can be seen."
-    scale = side/max(image.shape[:2])
-    if scale >= 1: return image
-    small = cv2.resize(image.astype(np.uint8), None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if image.ndim == 3 else cv2.INTER_NEAREST)
+    scale = side / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    small = cv2.resize(
+        image.astype(np.uint8),
+        None,
+        fx=scale,
+        fy=scale,
+        interpolation=cv2.INTER_AREA if image.ndim == 3 else cv2.INTER_NEAREST,
+    )
     return small.astype(image.dtype)
 
+
 def prompt_shapes(
-    found:list, # of Target, in pixels of the image
-    size:tuple, # (W,H) of the image
-    shown:tuple, # (W,H) on the screen's end
-)->list: # of {"box", "point"}; a target with two points comes twice
+    found: list,  # of Target, in pixels of the image
+    size: tuple,  # (W,H) of the image
+    shown: tuple,  # (W,H) on the screen's end
+) -> list:  # of {"box", "point"}; a target with two points comes twice
     "Boxes and points as they are drawn."
-    (sx, sy) = (b/a for a, b in zip(size, shown))
-    scaled = lambda v: [round(float(x)*(sy if i % 2 else sx), 1) for i, x in enumerate(v)]
-    return [dict(box=scaled(o.box), point=scaled(p)) for o in found for p in (o.point, o.second) if p]
+    (sx, sy) = (b / a for a, b in zip(size, shown))
+    scaled = lambda v: [round(float(x) * (sy if i % 2 else sx), 1) for i, x in enumerate(v)]
+    return [
+        dict(box=scaled(o.box), point=scaled(p)) for o in found for p in (o.point, o.second) if p
+    ]
+
 
 def truth_view(
-    sample:Sample,
-    size:tuple, # (W,H) on the screen's end
-)->dict: # "truth": run lengths or None; "given": boxes and points of a sample without masks
+    sample: Sample,
+    size: tuple,  # (W,H) on the screen's end
+) -> dict:  # "truth": run lengths or None; "given": boxes and points of a sample without masks
     "The ground truth as the views draw it."
     truth = truth_mask(sample)
-    if truth is None: return dict(truth=None, given=prompt_shapes(sample.targets, sample.size, size))
+    if truth is None:
+        return dict(truth=None, given=prompt_shapes(sample.targets, sample.size, size))
     return dict(truth=row_run_lengths(fit_picture(truth)), given=[])
 
 # %% ../../nbs/viewing/view.ipynb #a30d6f9c
-def is_scalar(value): return value if isinstance(value, (int, float, str)) and value == value else None if value is None else str(value)
+def is_scalar(value):
+    return (
+        value
+        if isinstance(value, (int, float, str)) and value == value
+        else None
+        if value is None
+        else str(value)
+    )
+
 
 def row_fields(
-    row:dict, # a rollout's record, or a prediction
-)->dict: # name: number or text
+    row: dict,  # a rollout's record, or a prediction
+) -> dict:  # name: number or text
     "Everything about a rollout that can be filtered or sorted by."
-    tags = {k: is_scalar(v) for k, v in (row.get('tags') or {}).items()}
-    if 'first' not in row: return tags | dict(iou=row['iou'], tokens=row.get('tokens'), answer_entropy=row.get('answer_entropy'), when=row['when'])
-    entropy, second = [e for e in row['first'].get('entropy') or [] if e is not None], row.get('second') or {}
-    numbers = dict(reward=row['reward'], advantage=row['advantage'], tokens=row['first'].get('think_tokens'), tokens_second=second.get('think_tokens'),
-                   entropy=round(sum(entropy)/len(entropy), 4) if entropy else None)
-    return tags | {k: is_scalar(v) for k, v in row['terms'].items()} | numbers
+    tags = {k: is_scalar(v) for k, v in (row.get("tags") or {}).items()}
+    if "first" not in row:
+        return tags | dict(
+            iou=row["iou"],
+            tokens=row.get("tokens"),
+            answer_entropy=row.get("answer_entropy"),
+            when=row["when"],
+        )
+    entropy, second = (
+        [e for e in row["first"].get("entropy") or [] if e is not None],
+        row.get("second") or {},
+    )
+    numbers = dict(
+        reward=row["reward"],
+        advantage=row["advantage"],
+        tokens=row["first"].get("think_tokens"),
+        tokens_second=second.get("think_tokens"),
+        entropy=round(sum(entropy) / len(entropy), 4) if entropy else None,
+    )
+    return tags | {k: is_scalar(v) for k, v in row["terms"].items()} | numbers
+
 
 def field_columns(
-    groups:list, # of lists of rows
-)->dict: # name: list, one entry a row
+    groups: list,  # of lists of rows
+) -> dict:  # name: list, one entry a row
     "The fields of all rows."
-    def place(i, k, r): return dict(group=i, rollout=k, sample=str(r['sample']), query=r['query']) | ({'step': r['step']} if 'step' in r else {})
+
+    def place(i, k, r):
+        return dict(group=i, rollout=k, sample=str(r["sample"]), query=r["query"]) | (
+            {"step": r["step"]} if "step" in r else {}
+        )
+
     pairs = [(place(i, k, r), row_fields(r)) for i, g in enumerate(groups) for k, r in enumerate(g)]
-    rows = [own | {name: v for name, v in fields.items() if name not in own} for own, fields in pairs] # a tag may be called "step"
-    return {name: [r.get(name) for r in rows] for name in list(dict.fromkeys(k for r in rows for k in r))[:8*MOST]}
+    rows = [
+        own | {name: v for name, v in fields.items() if name not in own} for own, fields in pairs
+    ]  # a tag may be called "step"
+    return {
+        name: [r.get(name) for r in rows]
+        for name in list(dict.fromkeys(k for r in rows for k in r))[: 8 * MOST]
+    }
 
 # %% ../../nbs/viewing/view.ipynb #7e02fb27
 def pass_html(
-    said:dict, # text and, where recorded, tokens and their entropies
-)->Markup:
+    said: dict,  # text and, where recorded, tokens and their entropies
+) -> Markup:
     "A response without its description, its reasoning coloured by entropy."
-    return response_html(said['text'], entropy_reasoning(said), describe=False)
+    return response_html(said["text"], entropy_reasoning(said), describe=False)
+
 
 def rollout_entry(
-    row:dict, # a rollout's record, or a prediction
-    number:int, # in its group
-)->dict:
+    row: dict,  # a rollout's record, or a prediction
+    number: int,  # in its group
+) -> dict:
     "A rollout as its card and its bars need it."
     text = parse_response(response_text(row)).description
-    out = dict(number=number, description=fill_html('<p>{}</p>', text) if text else Markup('<p class=raw>none</p>'))
-    if row.get('error'): row = row | dict(text=f'(the record could not be read: {row["error"]})')
-    if 'first' not in row: return out | dict(name=row['when'], title=row['when'].capitalize(), first=pass_html(row), tokens=row.get('tokens'), iou=row['iou'])
-    second = row.get('second')
-    return out | dict(name=str(row['rollout'] + 1), title=f'Rollout {row["rollout"] + 1}', first=pass_html(row['first']), tokens=row['first'].get('think_tokens'), second=pass_html(second) if second else None,
-                      tokens_second=second.get('think_tokens') if second else None, terms=row['terms'], reward=row['reward'], advantage=row['advantage'])
+    out = dict(
+        number=number,
+        description=fill_html("<p>{}</p>", text) if text else Markup("<p class=raw>none</p>"),
+    )
+    if row.get("error"):
+        row = row | dict(text=f"(the record could not be read: {row['error']})")
+    if "first" not in row:
+        return out | dict(
+            name=row["when"],
+            title=row["when"].capitalize(),
+            first=pass_html(row),
+            tokens=row.get("tokens"),
+            iou=row["iou"],
+        )
+    second = row.get("second")
+    return out | dict(
+        name=str(row["rollout"] + 1),
+        title=f"Rollout {row['rollout'] + 1}",
+        first=pass_html(row["first"]),
+        tokens=row["first"].get("think_tokens"),
+        second=pass_html(second) if second else None,
+        tokens_second=second.get("think_tokens") if second else None,
+        terms=row["terms"],
+        reward=row["reward"],
+        advantage=row["advantage"],
+    )
+
 
 @patch
-def shown(self:RunReader, source:str, at:int)->dict:
+def shown(self: RunReader, source: str, at: int) -> dict:
     "Everything the view draws of a group, the predicted masks aside."
     group = self.groups[source][at]
     head, entries = group[0], [rollout_entry(r, k) for k, r in enumerate(group)]
-    tags = ' · '.join(str(v) for k, v in (head.get('tags') or {}).items() if k != 'targets')
-    out = dict(source=source, at=at, query=head['query'], meta=' · '.join(x for x in (f'step {head["step"]}' if 'step' in head else '', str(head['sample']), tags) if x), entries=entries)
-    try: sample = self.sample(source, at)
-    except ValueError as e: return out | dict(image=None, size=None, truth=None, given=[], note=str(e))
+    tags = " · ".join(str(v) for k, v in (head.get("tags") or {}).items() if k != "targets")
+    out = dict(
+        source=source,
+        at=at,
+        query=head["query"],
+        meta=" · ".join(
+            x
+            for x in (f"step {head['step']}" if "step" in head else "", str(head["sample"]), tags)
+            if x
+        ),
+        entries=entries,
+    )
+    try:
+        sample = self.sample(source, at)
+    except ValueError as e:
+        return out | dict(image=None, size=None, truth=None, given=[], note=str(e))
     image = fit_picture(sample.image)
     size = image.shape[1], image.shape[0]
-    for e, r in zip(entries, group): e['prompts'] = prompt_shapes(to_image_coordinates(response_text(r), self.frame, sample.size), sample.size, size)
-    return out | truth_view(sample, size) | dict(image=data_uri(image, 92), size=size, note='')
+    for e, r in zip(entries, group):
+        e["prompts"] = prompt_shapes(
+            to_image_coordinates(response_text(r), self.frame, sample.size), sample.size, size
+        )
+    return out | truth_view(sample, size) | dict(image=data_uri(image, 92), size=size, note="")
+
 
 @patch
-def answer(self:RunReader, source:str, at:int, rollout:int)->dict: # runs, iou, note
+def answer(self: RunReader, source: str, at: int, rollout: int) -> dict:  # runs, iou, note
     "The mask of a rollout as the view draws it, and its IoU."
     try:
         sample, mask = self.sample(source, at), self.mask(source, at, rollout)
-        return dict(runs=row_run_lengths(fit_picture(mask)), iou=truth_iou(sample, mask), note='')
-    except (OSError, ValueError) as e: return dict(runs=None, iou=None, note=f'no mask: {e}')
+        return dict(runs=row_run_lengths(fit_picture(mask)), iou=truth_iou(sample, mask), note="")
+    except (OSError, ValueError) as e:
+        return dict(runs=None, iou=None, note=f"no mask: {e}")
 
 # %% ../../nbs/viewing/view.ipynb #29284edb
-def _stack(ax, row, y, colours, factor): # a rollout's terms, one after the other
-    (summed, paid), up, down = split_terms(row['terms'], factor), 0., 0.
+def _stack(ax, row, y, colours, factor):  # a rollout's terms, one after the other
+    (summed, paid), up, down = split_terms(row["terms"], factor), 0.0, 0.0
     for name, value in summed.items():
-        v = value*paid
-        ax.barh(y, v, left=up if v >= 0 else down, height=.62, color=colours[name], label=short(name.replace('_', ' ')) if y == 0 else None)
-        if v >= 0: up += v
-        else: down += v
-    lost = sum(summed.values())*(1 - paid)
-    if factor: ax.barh(y, max(lost, 0), left=up, height=.62, fill=False, hatch='/////', ec=MUTED, lw=0, alpha=.6, label=f'not paid: × {short(factor.replace("_", " "))}' if y == 0 else None)
+        v = value * paid
+        ax.barh(
+            y,
+            v,
+            left=up if v >= 0 else down,
+            height=0.62,
+            color=colours[name],
+            label=short(name.replace("_", " ")) if y == 0 else None,
+        )
+        if v >= 0:
+            up += v
+        else:
+            down += v
+    lost = sum(summed.values()) * (1 - paid)
+    if factor:
+        ax.barh(
+            y,
+            max(lost, 0),
+            left=up,
+            height=0.62,
+            fill=False,
+            hatch="/////",
+            ec=MUTED,
+            lw=0,
+            alpha=0.6,
+            label=f"not paid: × {short(factor.replace('_', ' '))}" if y == 0 else None,
+        )
+
 
 @patch
-def still(self:RunReader, source:str, at:int, rollout:int)->Figure:
+def still(self: RunReader, source: str, at: int, rollout: int) -> Figure:
     "The picture with the chosen prediction; rewards and advantages of the group, or the IoUs of the pair."
-    group, named = self.groups[source][at], lambda r: r.get('when') or str(r['rollout'] + 1)
+    group, named = self.groups[source][at], lambda r: r.get("when") or str(r["rollout"] + 1)
     with rc_context(FIGURE_STYLE):
-        fig = Figure(figsize=(10, 3.6), layout='constrained')
-        ax, bars, lean = fig.subplots(1, 3, width_ratios=(1, 1.5, .7))
+        fig = Figure(figsize=(10, 3.6), layout="constrained")
+        ax, bars, lean = fig.subplots(1, 3, width_ratios=(1, 1.5, 0.7))
         try:
-            sample, mask = self.sample(source, at), self.mask(source, at, rollout) if self.quick(source) else self.masks.get((source, at, rollout))
+            sample, mask = (
+                self.sample(source, at),
+                self.mask(source, at, rollout)
+                if self.quick(source)
+                else self.masks.get((source, at, rollout)),
+            )
             truth = truth_mask(sample)
-            ax.imshow(overlay(sample.image, truth, mask, given=() if truth is not None else sample.targets, scale=448/max(sample.image.shape[:2])))
-        except (OSError, ValueError): ax.text(.5, .5, 'no picture', ha='center', va='center')
-        ax.axis('off')
-        ax.set_title(f'{"rollout " if source == "rollouts" else ""}{named(group[rollout])}: truth and prediction')
+            ax.imshow(
+                overlay(
+                    sample.image,
+                    truth,
+                    mask,
+                    given=() if truth is not None else sample.targets,
+                    scale=448 / max(sample.image.shape[:2]),
+                )
+            )
+        except (OSError, ValueError):
+            ax.text(0.5, 0.5, "no picture", ha="center", va="center")
+        ax.axis("off")
+        ax.set_title(
+            f"{'rollout ' if source == 'rollouts' else ''}{named(group[rollout])}: truth and prediction"
+        )
         for y, r in enumerate(group):
-            if source == 'rollouts': _stack(bars, r, y, term_colours(self.terms), self.factor)
-            else: bars.barh(y, r['iou'], height=.3, color=RUN_VIEW)
-            lean.barh(y, r['advantage'] if source == 'rollouts' else r.get('tokens') or 0, height=.62 if source == 'rollouts' else .3, color=('#149a80' if r.get('advantage', 1) >= 0 else '#d0503f') if source == 'rollouts' else MUTED)
-        for a, title in (bars, 'reward' if source == 'rollouts' else 'IoU'), (lean, 'advantage' if source == 'rollouts' else 'tokens'):
+            if source == "rollouts":
+                _stack(bars, r, y, term_colours(self.terms), self.factor)
+            else:
+                bars.barh(y, r["iou"], height=0.3, color=RUN_VIEW)
+            lean.barh(
+                y,
+                r["advantage"] if source == "rollouts" else r.get("tokens") or 0,
+                height=0.62 if source == "rollouts" else 0.3,
+                color=("#149a80" if r.get("advantage", 1) >= 0 else "#d0503f")
+                if source == "rollouts"
+                else MUTED,
+            )
+        for a, title in (
+            (bars, "reward" if source == "rollouts" else "IoU"),
+            (lean, "advantage" if source == "rollouts" else "tokens"),
+        ):
             a.set_title(title)
             a.set_yticks(range(len(group)), [named(r) for r in group])
             a.invert_yaxis()
-            a.grid(axis='x')
-            a.grid(visible=False, axis='y')
-        if source != 'rollouts': bars.set_xlim(0, 1)
-        fig.suptitle(fill_lines(group[0]['query']), x=.01, ha='left', fontsize=11, fontweight='bold')
-        if source == 'rollouts': fig.legend(loc='outside lower center', ncols=7, fontsize=8, handlelength=.8, handleheight=.8)
+            a.grid(axis="x")
+            a.grid(visible=False, axis="y")
+        if source != "rollouts":
+            bars.set_xlim(0, 1)
+        fig.suptitle(
+            fill_lines(group[0]["query"]), x=0.01, ha="left", fontsize=11, fontweight="bold"
+        )
+        if source == "rollouts":
+            fig.legend(
+                loc="outside lower center", ncols=7, fontsize=8, handlelength=0.8, handleheight=0.8
+            )
     return fig
 
-RUN_VIEW = METHOD_COLOURS['dr2seg']
+
+RUN_VIEW = METHOD_COLOURS["dr2seg"]
+
 
 def fill_lines(
-    words:str,
-    width:int=110, # characters a line
-    lines:int=3, # at most
-)->str:
+    words: str,
+    width: int = 110,  # characters a line
+    lines: int = 3,  # at most
+) -> str:
     "A sentence as the title of a figure, however long it is."
-    return '\n'.join(wrap(drawable(words[:width*(lines + 1)]), width, max_lines=lines, placeholder=' …'))
+    return "\n".join(
+        wrap(drawable(words[: width * (lines + 1)]), width, max_lines=lines, placeholder=" …")
+    )
 
 # %% ../../nbs/viewing/view.ipynb #bf98ac58
-STATIC_FOLDER = Path(dr2seg_lib.__file__).parent/'static'
+STATIC_FOLDER = Path(dr2seg_lib.__file__).parent / "static"
+
 
 class View(anywidget.AnyWidget):
     "What the views share: the drawing, and a still for where no widget can live."
-    _esm, _css = STATIC_FOLDER/'inspector.js', STATIC_FOLDER/'inspector.css'
-    kind = t.Unicode().tag(sync=True) # which of the module's views
-    aside = True # answers beside a running cell
+
+    _esm, _css = STATIC_FOLDER / "inspector.js", STATIC_FOLDER / "inspector.css"
+    kind = t.Unicode().tag(sync=True)  # which of the module's views
+    aside = True  # answers beside a running cell
 
     def open(self):
         super().open()
-        if self.aside: self.comm._reply_subshell_for = lambda data, asked: asked
+        if self.aside:
+            self.comm._reply_subshell_for = lambda data, asked: asked
 
-    def still(self)->Figure: raise NotImplementedError
+    def still(self) -> Figure:
+        raise NotImplementedError
 
     def _repr_mimebundle_(self, **kwargs):
-        (data, about), (picture, size) = super()._repr_mimebundle_(**kwargs), self.still()._repr_mimebundle_()
+        (data, about), (picture, size) = (
+            super()._repr_mimebundle_(**kwargs),
+            self.still()._repr_mimebundle_(),
+        )
         return data | picture, about | size
 
-def notice_figure(text:str)->Figure:
+
+def notice_figure(text: str) -> Figure:
     "A sentence as a picture."
-    fig, (ax,) = panels([fill_lines(text)], height=.4)
-    ax.axis('off')
+    fig, (ax,) = panels([fill_lines(text)], height=0.4)
+    ax.axis("off")
     return fig

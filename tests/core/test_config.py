@@ -1,4 +1,5 @@
 "Parameters by name, type and bounds: without a disk, without torch."
+
 import subprocess
 import sys
 
@@ -37,11 +38,14 @@ def test_names_known_at_once_are_those_of_the_recipes():
     assert done.stdout.strip() == "True"
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (dict(recipe="dr3seg"), "use one of visionreasoner"),
-    (dict(model="embeded"), "use embedded, a local folder"),
-    (dict(data="coco"), "data: coco does not exist"),
-    (dict(eval_data="coco"), "eval_data: coco does not exist"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(recipe="dr3seg"), "use one of visionreasoner"),
+        (dict(model="embeded"), "use embedded, a local folder"),
+        (dict(data="coco"), "data: coco does not exist"),
+        (dict(eval_data="coco"), "eval_data: coco does not exist"),
+    ],
+)
 def test_unknown_names_are_told(wrong, says):
     assert says in find_unknown_name(TrainFields(**wrong))

@@ -1,19 +1,35 @@
 "Many runs in one: finished ones are skipped, a failing one is named and hurts no other."
+
 import pytest
 
-from dr2seg_lib.viewing.tables import arms_table
-from dr2seg_lib.runs.run_folder import Run; from dr2seg_lib.core.files import read_json; from dr2seg_lib.runs.status import run_status
+from dr2seg_lib.core.files import read_json
 from dr2seg_lib.experiments.sweeps import arm_results, run_sweep
+from dr2seg_lib.runs.run_folder import Run
+from dr2seg_lib.runs.status import run_status
 from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.viewing.tables import arms_table
 
-SMALL = dict(steps=1, prompts=1, samples=2, rank=4, alpha=4, eval_samples=2, max_new_tokens=40, segmenter="grabcut")
+SMALL = dict(
+    steps=1,
+    prompts=1,
+    samples=2,
+    rank=4,
+    alpha=4,
+    eval_samples=2,
+    max_new_tokens=40,
+    segmenter="grabcut",
+)
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    configs = {"vr-s0": TrainConfig(recipe="visionreasoner", **SMALL), "vr-s1": TrainConfig(recipe="visionreasoner", seed=1, **SMALL),
-               "bad": TrainConfig(**SMALL | dict(model="no-such/model"))}
-    with Run.create(tmp_path_factory.mktemp("sweep") / "run", {}, bar=False) as run: failed = run_sweep(run, configs, workers=2)
+    configs = {
+        "vr-s0": TrainConfig(recipe="visionreasoner", **SMALL),
+        "vr-s1": TrainConfig(recipe="visionreasoner", seed=1, **SMALL),
+        "bad": TrainConfig(**SMALL | dict(model="no-such/model")),
+    }
+    with Run.create(tmp_path_factory.mktemp("sweep") / "run", {}, bar=False) as run:
+        failed = run_sweep(run, configs, workers=2)
     return run, configs, failed
 
 
@@ -27,7 +43,10 @@ def test_table_of_the_arms(swept):
     run, _, _ = swept
     results = arm_results(run.folder, {"visionreasoner": ["vr-s0", "vr-s1"], "dr2seg": ["bad"]})
     assert [len(r) for r in results.values()] == [2, 0]
-    table = arms_table({"visionreasoner": [r["after"] for r in results["visionreasoner"]]}, results["visionreasoner"][0]["before"])
+    table = arms_table(
+        {"visionreasoner": [r["after"] for r in results["visionreasoner"]]},
+        results["visionreasoner"][0]["before"],
+    )
     tokens = [r["after"]["tokens"] for r in results["visionreasoner"]]
     assert len(table.rows) == 2 and table.rows[1][2].startswith(f"{sum(tokens) / 2:.1f}")
 
@@ -36,5 +55,6 @@ def test_done_runs_are_left_alone(swept):
     run, configs, _ = swept
     before = read_json(run.folder / "vr-s0/run.json")
     again = Run.resume(run.folder, bar=False)
-    with again: run_sweep(again, {"vr-s0": configs["vr-s0"]})
+    with again:
+        run_sweep(again, {"vr-s0": configs["vr-s0"]})
     assert read_json(run.folder / "vr-s0/run.json") == before

@@ -1,4 +1,5 @@
 "The engine against the plain loop: whole training steps, every answer reading its own prompt and its own picture."
+
 import sys
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 import torch
 
 from dr2seg_lib.data.datasets import load_data
-from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.trainer import build_training_state, train_step; from dr2seg_lib.training.batches import sample_batch
+from dr2seg_lib.training.batches import sample_batch
+from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.training.trainer import build_training_state, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import embedded
@@ -15,11 +18,30 @@ import embedded
 @pytest.fixture(scope="module")
 def both():
     "Two steps of DR²Seg with two updates each: rows, records and the adapter that comes of them."
-    config, data, out = TrainConfig(prompts=2, samples=3, updates=2, kl=0.1, rank=4, alpha=4, max_new_tokens=60, eval_samples=0), load_data("mini", "train"), []
+    config, data, out = (
+        TrainConfig(
+            prompts=2,
+            samples=3,
+            updates=2,
+            kl=0.1,
+            rank=4,
+            alpha=4,
+            max_new_tokens=60,
+            eval_samples=0,
+        ),
+        load_data("mini", "train"),
+        [],
+    )
     for kind in (None, embedded.Plain):
         policy, recipe, optimizer, accelerator = build_training_state(config)
-        if kind: policy.__class__ = kind
-        done = [train_step(policy, recipe, optimizer, accelerator, sample_batch(data, config, s)[0], config, s) for s in (1, 2)]
+        if kind:
+            policy.__class__ = kind
+        done = [
+            train_step(
+                policy, recipe, optimizer, accelerator, sample_batch(data, config, s)[0], config, s
+            )
+            for s in (1, 2)
+        ]
         out.append((*zip(*done), dict(policy.trainable())))
     return out
 
@@ -27,15 +49,24 @@ def both():
 def test_the_same_answers_and_rewards(both):
     (_, ours, _), (_, plain, _) = both
     for a, b in zip(sum(ours, []), sum(plain, []), strict=True):
-        assert a["first"]["text"] == b["first"]["text"] and (a["second"] or {}).get("text") == (b["second"] or {}).get("text")
-        assert a["terms"] == b["terms"] and a["advantage"] == pytest.approx(b["advantage"], abs=1e-5)
+        assert a["first"]["text"] == b["first"]["text"] and (a["second"] or {}).get("text") == (
+            b["second"] or {}
+        ).get("text")
+        assert a["terms"] == b["terms"] and a["advantage"] == pytest.approx(
+            b["advantage"], abs=1e-5
+        )
         assert a["first"]["entropy"] == pytest.approx(b["first"]["entropy"], abs=2e-4)
 
 
 def test_the_same_loss_and_the_same_step(both):
     (ours, _, a), (plain, _, b) = both
     for x, y in zip(ours, plain, strict=True):
-        assert all(x[k] == pytest.approx(y[k], abs=1e-5) for k in ("loss", "kl", "grad_norm", "answer_entropy"))
-    assert ours[1]["kl"] > 1e-7 and all(torch.allclose(p, b[name], atol=1e-3) for name, p in a.items()) # AdamW's first steps are signs: a tiny gradient may turn
+        assert all(
+            x[k] == pytest.approx(y[k], abs=1e-5)
+            for k in ("loss", "kl", "grad_norm", "answer_entropy")
+        )
+    assert ours[1]["kl"] > 1e-7 and all(
+        torch.allclose(p, b[name], atol=1e-3) for name, p in a.items()
+    )  # AdamW's first steps are signs: a tiny gradient may turn
     moved = torch.cat([(p - b[name]).abs().flatten() for name, p in a.items()])
     assert (moved > 1e-5).float().mean() < 0.01

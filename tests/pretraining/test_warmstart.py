@@ -1,4 +1,5 @@
 "The embedded policy's making: lossless tokenizer, exact batches; and the quality of the one that ships."
+
 import subprocess
 import sys
 from pathlib import Path
@@ -7,23 +8,32 @@ import numpy as np
 import pytest
 import torch
 
+from dr2seg_lib.core.files import read_json
+from dr2seg_lib.data.mini import draw_problem
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.models.policy import EMBEDDED, Policy
-from dr2seg_lib.runs.run_folder import Run; from dr2seg_lib.core.files import read_json
-from dr2seg_lib.data.mini import draw_problem
-from dr2seg_lib.pretraining.tokenizer import WORLD_FRAME, make_tokenizer; from dr2seg_lib.pretraining.policy import CURRICULUM, CurriculumStage, training_example, make_model, soft_number_labels
-from dr2seg_lib.pretraining.policy import _draw_page
+from dr2seg_lib.pretraining.policy import (
+    CURRICULUM,
+    CurriculumStage,
+    _draw_page,
+    make_model,
+    soft_number_labels,
+    training_example,
+)
+from dr2seg_lib.pretraining.tokenizer import WORLD_FRAME, make_tokenizer
+from dr2seg_lib.runs.run_folder import Run
 
 
 @pytest.fixture(scope="module")
-def tokenizer(): return make_tokenizer()
+def tokenizer():
+    return make_tokenizer()
 
 
 def test_tokenizer_gives_every_lesson_back_byte_for_byte(tokenizer):
     rng = np.random.default_rng(0)
     for seed in range(60):
         page = _draw_page(seed)
-        for text in training_example(rng, page, .5, .2):
+        for text in training_example(rng, page, 0.5, 0.2):
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
 
@@ -44,23 +54,55 @@ def test_soft_labels():
 
 def test_near_numbers_begin_alike(tokenizer):
     zero = tokenizer.convert_tokens_to_ids("0")
-    rows = make_model(tokenizer).get_input_embeddings().weight[zero:zero + WORLD_FRAME + 1]
-    close = torch.nn.functional.cosine_similarity(rows[:-1], rows[1:]), torch.nn.functional.cosine_similarity(rows[:-20], rows[20:])
+    rows = make_model(tokenizer).get_input_embeddings().weight[zero : zero + WORLD_FRAME + 1]
+    close = (
+        torch.nn.functional.cosine_similarity(rows[:-1], rows[1:]),
+        torch.nn.functional.cosine_similarity(rows[:-20], rows[20:]),
+    )
     assert close[0].min() > close[1].max() and close[0].max() < 0.999
 
 
 def test_the_experiment_makes_a_policy_that_loads(tmp_path):
-    done = subprocess.run([Path(sys.executable).with_name("dr2seg"), "run", "warmstart_policy", "-p", "effort", "0.002", "-p", "pool", "64",
-                           "-p", "quality_samples", "4", "--out", tmp_path / "run"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("dr2seg"),
+            "run",
+            "warmstart_policy",
+            "-p",
+            "effort",
+            "0.002",
+            "-p",
+            "pool",
+            "64",
+            "-p",
+            "quality_samples",
+            "4",
+            "--out",
+            tmp_path / "run",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert Policy.load(str(tmp_path / "run" / "policy")).frame == WORLD_FRAME
-    rows, quality = Run.open(tmp_path / "run").metrics(), read_json(tmp_path / "run" / "results.json")["quality"]
-    assert rows[-1]["stage"] == "finish" and set(quality) == {"referring", "implicit", "implicit, no description"}
+    rows, quality = (
+        Run.open(tmp_path / "run").metrics(),
+        read_json(tmp_path / "run" / "results.json")["quality"],
+    )
+    assert rows[-1]["stage"] == "finish" and set(quality) == {
+        "referring",
+        "implicit",
+        "implicit, no description",
+    }
 
 
 def test_stages_run_linearly():
     s = CurriculumStage("x", 10, implicit=(0.2, 0.6))
-    assert s.at(0)["implicit"] == 0.2 and s.at(0.5)["implicit"] == pytest.approx(0.4) and len({s.name for s in CURRICULUM}) == len(CURRICULUM)
+    assert (
+        s.at(0)["implicit"] == 0.2
+        and s.at(0.5)["implicit"] == pytest.approx(0.4)
+        and len({s.name for s in CURRICULUM}) == len(CURRICULUM)
+    )
 
 
 def test_weights_are_small():

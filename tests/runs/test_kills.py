@@ -1,11 +1,12 @@
 "A few of the kills of kills.py and cuts of powercut.py, in processes of their own: forking one that has computed would hang."
+
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 
-def run(tool: str, *arguments: str) -> dict: # what it counts
+def run(tool: str, *arguments: str) -> dict:  # what it counts
     command = [sys.executable, Path(__file__).with_name(tool), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -28,6 +29,12 @@ def test_nothing_is_lost_when_the_power_is_cut():
 
 def test_a_forgotten_sync_is_found():
     "The test itself: without the directory's sync after a rename, a power cut takes the checkpoint away."
-    command = [sys.executable, Path(__file__).with_name("powercut.py"), "--resumed", "0", "--forget-folders"]
+    command = [
+        sys.executable,
+        Path(__file__).with_name("powercut.py"),
+        "--resumed",
+        "0",
+        "--forget-folders",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and "lost" in done.stderr

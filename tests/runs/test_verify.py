@@ -1,4 +1,5 @@
 "What a checkpoint's run fills in, and what it may not."
+
 import json
 import subprocess
 import sys
@@ -9,9 +10,16 @@ from safetensors.numpy import save_file
 
 from dr2seg_lib.cli import main
 from dr2seg_lib.core.parameters import INHERITED, EvaluateFields, TrainFields
-from dr2seg_lib.runs.verify import inherit, validate_adapter, recorded_parameters, find_run_of
+from dr2seg_lib.runs.verify import find_run_of, inherit, recorded_parameters, validate_adapter
 
-TRAINED = dict(model="Qwen/Qwen2.5-VL-3B-Instruct", recipe="dpad", segmenter="grabcut", dtype="bfloat16", max_new_tokens=300, max_question_tokens=99)
+TRAINED = dict(
+    model="Qwen/Qwen2.5-VL-3B-Instruct",
+    recipe="dpad",
+    segmenter="grabcut",
+    dtype="bfloat16",
+    max_new_tokens=300,
+    max_question_tokens=99,
+)
 
 
 @pytest.fixture
@@ -26,7 +34,9 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def write(folder, parameters, text=None):
-    (folder.parents[1] / "run.json").write_bytes(json.dumps(dict(status="done", parameters=parameters)).encode() if text is None else text)
+    (folder.parents[1] / "run.json").write_bytes(
+        json.dumps(dict(status="done", parameters=parameters)).encode() if text is None else text
+    )
 
 
 def test_torch_is_not_imported():
@@ -38,8 +48,10 @@ def test_torch_is_not_imported():
 def test_all_that_is_left_out_is_taken_from_the_run(checkpoint):
     found, sentence = inherit(dict(adapter=checkpoint, batch=4))
     assert found == dict(adapter=checkpoint, batch=4) | TRAINED
-    assert sentence == ("from runs/x: model Qwen/Qwen2.5-VL-3B-Instruct, recipe dpad, segmenter grabcut, dtype bfloat16, "
-                        "max_new_tokens 300, max_question_tokens 99")
+    assert sentence == (
+        "from runs/x: model Qwen/Qwen2.5-VL-3B-Instruct, recipe dpad, segmenter grabcut, dtype bfloat16, "
+        "max_new_tokens 300, max_question_tokens 99"
+    )
     assert EvaluateFields(**found).model_dump().items() >= TRAINED.items()
 
 
@@ -47,11 +59,15 @@ def test_all_that_is_left_out_is_taken_from_the_run(checkpoint):
 def test_what_is_given_has_precedence(checkpoint, name):
     given = EvaluateFields.model_fields[name].default
     found, sentence = inherit(dict(adapter=checkpoint, **{name: given}))
-    assert found == TRAINED | dict(adapter=checkpoint, **{name: given}) and f"{name} " not in sentence
+    assert (
+        found == TRAINED | dict(adapter=checkpoint, **{name: given}) and f"{name} " not in sentence
+    )
 
 
 def test_empty_means_left_out(checkpoint):
-    unsaid = dict(model="", recipe=None, segmenter="", dtype="", max_new_tokens=0, max_question_tokens=0)
+    unsaid = dict(
+        model="", recipe=None, segmenter="", dtype="", max_new_tokens=0, max_question_tokens=0
+    )
     assert inherit(dict(adapter=checkpoint, **unsaid))[0] == dict(adapter=checkpoint, **TRAINED)
     assert EvaluateFields(**unsaid) == EvaluateFields(), "without an adapter the defaults hold"
 
@@ -61,34 +77,73 @@ def test_without_an_adapter_nothing_is_filled_in(given):
     assert inherit(given) == (given, "")
 
 
-@pytest.mark.parametrize("text, why", [
-    (b"", "is not valid JSON"), (b"[]", "is no record of a run"), (b"{}", 'field "status"'),
-    (b'{"status": "done", "parameters": {"model": 7}}', "model cannot be 7"),
-    (b'{"status": "done", "parameters": {"dtype": "int4"}}', "dtype cannot be 'int4'"),
-    (b'{"status": "done", "parameters": {"max_new_tokens": -5}}', "max_new_tokens cannot be -5"),
-    (b'{"status": "done", "parameters": {"recipe": ["dr2seg"]}}', "recipe cannot be ['dr2seg']"),
-    (None, "run.json does not exist")], ids=str)
-def test_a_record_that_cannot_be_read_leaves_the_defaults_and_says_so(checkpoint, tmp_path, text, why):
-    if text is None: (tmp_path / "runs/x/run.json").unlink()
-    else: write(tmp_path / checkpoint, None, text)
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (b"", "is not valid JSON"),
+        (b"[]", "is no record of a run"),
+        (b"{}", 'field "status"'),
+        (b'{"status": "done", "parameters": {"model": 7}}', "model cannot be 7"),
+        (b'{"status": "done", "parameters": {"dtype": "int4"}}', "dtype cannot be 'int4'"),
+        (
+            b'{"status": "done", "parameters": {"max_new_tokens": -5}}',
+            "max_new_tokens cannot be -5",
+        ),
+        (
+            b'{"status": "done", "parameters": {"recipe": ["dr2seg"]}}',
+            "recipe cannot be ['dr2seg']",
+        ),
+        (None, "run.json does not exist"),
+    ],
+    ids=str,
+)
+def test_a_record_that_cannot_be_read_leaves_the_defaults_and_says_so(
+    checkpoint, tmp_path, text, why
+):
+    if text is None:
+        (tmp_path / "runs/x/run.json").unlink()
+    else:
+        write(tmp_path / checkpoint, None, text)
     given = dict(adapter=checkpoint, recipe="dr2seg")
     found, sentence = inherit(given)
     assert found == given and why in sentence
-    assert sentence.endswith("the defaults hold where nothing is given (model, segmenter, dtype, max_new_tokens, max_question_tokens)")
+    assert sentence.endswith(
+        "the defaults hold where nothing is given (model, segmenter, dtype, max_new_tokens, max_question_tokens)"
+    )
 
 
 def test_code_that_a_record_names_is_not_run(checkpoint, tmp_path, capsys):
     (tmp_path / "evil.py").write_text("open('canary', 'w').close()")
     write(tmp_path / checkpoint, dict(recipe=f"{tmp_path}/evil.py:r"))
-    with pytest.raises(ValueError, match="runs/x was trained by code of a file, recipe .*evil.py:r; look at it, then name it by recipe"): inherit(dict(adapter=checkpoint))
-    assert main(["run", "evaluate", "-p", "adapter", checkpoint]) == 2 and "code of a file" in capsys.readouterr().err
-    assert main(["segment", "photo.jpg", "what?", "--adapter", checkpoint]) == 2 and "code of a file" in capsys.readouterr().err
+    with pytest.raises(
+        ValueError,
+        match="runs/x was trained by code of a file, recipe .*evil.py:r; look at it, then name it by recipe",
+    ):
+        inherit(dict(adapter=checkpoint))
+    assert (
+        main(["run", "evaluate", "-p", "adapter", checkpoint]) == 2
+        and "code of a file" in capsys.readouterr().err
+    )
+    assert (
+        main(["segment", "photo.jpg", "what?", "--adapter", checkpoint]) == 2
+        and "code of a file" in capsys.readouterr().err
+    )
     assert not (tmp_path / "canary").exists()
-    assert inherit(dict(adapter=checkpoint, recipe="mine.py:r"))[0]["recipe"] == "mine.py:r", "named by hand, it is the user's"
+    assert inherit(dict(adapter=checkpoint, recipe="mine.py:r"))[0]["recipe"] == "mine.py:r", (
+        "named by hand, it is the user's"
+    )
 
 
-@pytest.mark.parametrize("cwd, adapter, run", [(".", "runs/x/checkpoints/step-000060", "runs/x"), ("runs/x", "checkpoints/step-000060", "runs/x"),
-                                               ("runs/x/checkpoints", "step-000060", "runs/x"), ("runs", "x/checkpoints/step-000060/", "runs/x"), ("runs/x/checkpoints/step-000060", ".", "runs/x")])
+@pytest.mark.parametrize(
+    "cwd, adapter, run",
+    [
+        (".", "runs/x/checkpoints/step-000060", "runs/x"),
+        ("runs/x", "checkpoints/step-000060", "runs/x"),
+        ("runs/x/checkpoints", "step-000060", "runs/x"),
+        ("runs", "x/checkpoints/step-000060/", "runs/x"),
+        ("runs/x/checkpoints/step-000060", ".", "runs/x"),
+    ],
+)
 def test_a_run_is_found_from_any_folder(checkpoint, tmp_path, monkeypatch, cwd, adapter, run):
     monkeypatch.chdir(tmp_path / cwd)
     assert find_run_of(adapter).resolve() == tmp_path / run
@@ -98,9 +153,13 @@ def test_a_run_is_found_from_any_folder(checkpoint, tmp_path, monkeypatch, cwd, 
 def test_an_adapter_that_lies_in_no_run_leaves_the_defaults(tmp_path, checkpoint):
     (tmp_path / checkpoint).rename(tmp_path / "copied")
     found, sentence = inherit(dict(adapter=str(tmp_path / "copied")))
-    assert found == dict(adapter=str(tmp_path / "copied")) and "lies in no run; the defaults hold" in sentence
+    assert (
+        found == dict(adapter=str(tmp_path / "copied"))
+        and "lies in no run; the defaults hold" in sentence
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "\0"])
 def test_an_adapter_that_is_not_there(name):
-    with pytest.raises(ValueError, match="does not exist; name a checkpoint"): validate_adapter(name)
+    with pytest.raises(ValueError, match="does not exist; name a checkpoint"):
+        validate_adapter(name)

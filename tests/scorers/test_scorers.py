@@ -1,45 +1,106 @@
 "Texts and pictures to cosines: the embedded CLIP, open_clip's own ways of loading, DPAD's metrics, and what is said when a scorer cannot be had."
-import json, shutil
+
+import json
+import shutil
 from dataclasses import replace
-import numpy as np, open_clip, pytest, torch
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from dr2seg_lib.cli import main; from dr2seg_lib.viewing.figures import METHOD_COLOURS; from dr2seg_lib.core.files import read_json
-from dr2seg_lib.models.policy import EMBEDDED as POLICY
-from dr2seg_lib.viewing.discrimination import DISCRIMINATION, discrimination_table, similarity_scatter, split_strata, stratified_table, token_strata_plot; from dr2seg_lib.evaluation.discrimination import response_caption, discrimination_rows, similarity_ratio
+
+from dr2seg_lib.cli import main
+from dr2seg_lib.core.files import read_json
+from dr2seg_lib.data.mini import SPLIT_SEEDS, WARM_START, MiniReasonSeg, draw_problem
+from dr2seg_lib.data.samples import Target
+from dr2seg_lib.data.scenes import SceneObject, describe_objects
+from dr2seg_lib.evaluation.discrimination import (
+    discrimination_rows,
+    response_caption,
+    similarity_ratio,
+)
 from dr2seg_lib.methods.dpad import discriminative
-from dr2seg_lib.data.samples import Sample, Target
-from dr2seg_lib.data.mini import SPLIT_SEEDS, WARM_START, MiniReasonSeg, draw_problem; from dr2seg_lib.data.scenes import SceneObject, describe_objects
-from dr2seg_lib.scorers.clip import EMBEDDED_CLIP, SCORER_FILES, MERGES, Scorer, load_scorer, target_crop, similarities; from dr2seg_lib.pretraining.scorer import SCORER_SIZE, ScorerCaption, ScorerPicture, contrastive_loss, draw_caption, draw_scorer_batch, draw_page, caption_fit, make_merges, preferences, preprocess_picture, train_clip, write_merges
+from dr2seg_lib.models.policy import EMBEDDED as POLICY
+from dr2seg_lib.pretraining.scorer import (
+    SCORER_SIZE,
+    ScorerCaption,
+    ScorerPicture,
+    caption_fit,
+    contrastive_loss,
+    draw_caption,
+    draw_page,
+    draw_scorer_batch,
+    make_merges,
+    preferences,
+    preprocess_picture,
+    train_clip,
+    write_merges,
+)
+from dr2seg_lib.scorers.clip import (
+    EMBEDDED_CLIP,
+    MERGES,
+    SCORER_FILES,
+    Scorer,
+    load_scorer,
+    similarities,
+    target_crop,
+)
+from dr2seg_lib.viewing.discrimination import (
+    DISCRIMINATION,
+    discrimination_table,
+    similarity_scatter,
+    split_strata,
+    stratified_table,
+    token_strata_plot,
+)
+from dr2seg_lib.viewing.figures import METHOD_COLOURS
 
 VAL = SPLIT_SEEDS["val"][0]
-TINY = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8),
-            text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
+TINY = dict(
+    embed_dim=16,
+    vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8),
+    text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
+)
 box = lambda *b: Target(b, (0, 0))
 
 
 @pytest.fixture(scope="module")
-def clip(): return load_scorer("embedded", device="cpu")
+def clip():
+    return load_scorer("embedded", device="cpu")
+
 
 @pytest.fixture(scope="module")
-def samples(): return list(MiniReasonSeg("val", 4))
+def samples():
+    return list(MiniReasonSeg("val", 4))
 
 
 # The embedded scorer
 
+
 def test_embedded_on_held_out_scenes(clip):
     found = preferences(clip, range(VAL + 300, VAL + 360))
     assert found["targets"]["n"] == 60 and found["things"]["n"] > 200
-    for kind, q in found.items(): assert q["whole"] >= .9 and q["other"] >= .9 and q["refused"] >= .8, (kind, q)
+    for kind, q in found.items():
+        assert q["whole"] >= 0.9 and q["other"] >= 0.9 and q["refused"] >= 0.8, (kind, q)
+
 
 def test_weights_are_small_and_half_precision():
     from safetensors.torch import load_file
+
     assert sum(p.stat().st_size for p in EMBEDDED_CLIP.iterdir()) <= 10e6
-    assert {t.dtype for t in load_file(EMBEDDED_CLIP/SCORER_FILES[1]).values()} <= {torch.float16, torch.int64}
+    assert {t.dtype for t in load_file(EMBEDDED_CLIP / SCORER_FILES[1]).values()} <= {
+        torch.float16,
+        torch.int64,
+    }
+
 
 def test_it_is_open_clips_own_class_in_float32(clip):
     assert type(clip.model) is open_clip.CLIP and not clip.model.training
     assert {p.dtype for p in clip.model.parameters()} == {torch.float32}
+
 
 def test_what_a_policy_says_of_a_target(clip, samples):
     "Size, colour and shape with an article, and two targets joined: the words of captions and descriptions."
@@ -47,27 +108,56 @@ def test_what_a_policy_says_of_a_target(clip, samples):
     for i in range(40):
         p = draw_problem(VAL + 100 + i)
         size = lambda t: f"a {t.size} {t.colour} {t.shape}"
-        s = similarities(clip, [p.sample("x")], [[" and ".join(map(size, p.question.targets)), describe_objects(p.question.targets, p.scene)]])
+        s = similarities(
+            clip,
+            [p.sample("x")],
+            [
+                [
+                    " and ".join(map(size, p.question.targets)),
+                    describe_objects(p.question.targets, p.scene),
+                ]
+            ],
+        )
         won.append((s.s1 > s.s2)[0].float())
-    assert torch.stack(won).mean(0).min() >= .9
+    assert torch.stack(won).mean(0).min() >= 0.9
+
 
 def test_cosines_are_positive(clip, samples):
-    s = similarities(clip, samples, [[describe_objects(t.question.targets, t.scene), t.question.text] for t in map(draw_problem, range(VAL, VAL + 4))])
+    s = similarities(
+        clip,
+        samples,
+        [
+            [describe_objects(t.question.targets, t.scene), t.question.text]
+            for t in map(draw_problem, range(VAL, VAL + 4))
+        ],
+    )
     assert min(s.s1.min(), s.s2.min()) > 0 and max(s.s1.max(), s.s2.max()) < 1
 
 
 # Vectors
 
+
 def test_vectors_are_unit_and_need_no_gradient(clip, samples):
     for v in clip.images([s.image for s in samples]), clip.texts(["a red ball", "the blue star"]):
-        assert v.dtype == torch.float32 and v.shape[1] == 128 and not v.requires_grad and torch.allclose(v.norm(dim=1), torch.ones(len(v)), atol=1e-5)
+        assert (
+            v.dtype == torch.float32
+            and v.shape[1] == 128
+            and not v.requires_grad
+            and torch.allclose(v.norm(dim=1), torch.ones(len(v)), atol=1e-5)
+        )
+
 
 def test_vectors_are_open_clips(clip, samples):
     "No more than encode_image and encode_text of what open_clip's own preprocessing and tokenizer make."
     with torch.no_grad():
-        image = clip.model.encode_image(clip.preprocess(Image.fromarray(samples[0].image))[None], normalize=True)
+        image = clip.model.encode_image(
+            clip.preprocess(Image.fromarray(samples[0].image))[None], normalize=True
+        )
         text = clip.model.encode_text(clip.tokenizer(["the red ball"]), normalize=True)
-    assert torch.allclose(image, clip.images([samples[0].image]), atol=1e-5) and torch.allclose(text, clip.texts(["the red ball"]), atol=1e-5)
+    assert torch.allclose(image, clip.images([samples[0].image]), atol=1e-5) and torch.allclose(
+        text, clip.texts(["the red ball"]), atol=1e-5
+    )
+
 
 def test_company_does_not_matter(clip, samples):
     "Batches of any size, in any order, with doubles."
@@ -75,7 +165,10 @@ def test_company_does_not_matter(clip, samples):
     pictures = [s.image for s in samples] * 2
     assert torch.allclose(clip.images(pictures[::-1]), alone.images(pictures).flip(0), atol=1e-5)
     words = [f"the {c} ball" for c in ("red", "blue", "green")] * 30
-    assert torch.allclose(clip.texts(words), alone.texts(words), atol=1e-5) and clip.texts(words).shape == (90, 128)
+    assert torch.allclose(clip.texts(words), alone.texts(words), atol=1e-5) and clip.texts(
+        words
+    ).shape == (90, 128)
+
 
 def test_nothing_in_nothing_out(clip):
     assert len(clip.images([])) == len(clip.texts([])) == 0
@@ -83,33 +176,48 @@ def test_nothing_in_nothing_out(clip):
 
 # The cache
 
+
 class Counted(torch.nn.Module):
     "A model that counts what it is asked to encode; vectors tell contents apart."
+
     def __init__(self):
         super().__init__()
         self.weight, self.seen = torch.nn.Parameter(torch.ones(1)), []
+
     def encode_image(self, x, normalize):
         self.seen.append(len(x))
-        return torch.nn.functional.normalize(x.flatten(1)[:, :4] + .1, dim=1)
+        return torch.nn.functional.normalize(x.flatten(1)[:, :4] + 0.1, dim=1)
+
     encode_text = encode_image
+
 
 def counted(**options):
     tokenizer = open_clip.SimpleTokenizer()
-    return Scorer(Counted(), lambda image: torch.from_numpy(np.array(image)).float(), tokenizer, **options)
+    return Scorer(
+        Counted(), lambda image: torch.from_numpy(np.array(image)).float(), tokenizer, **options
+    )
+
 
 def test_each_content_is_encoded_once():
     scorer, rng = counted(), np.random.default_rng(0)
     a, b = rng.integers(0, 255, (2, 4, 4, 3), dtype=np.uint8)
     first = scorer.images([a, b, a.copy()])
-    assert scorer.model.seen == [2] and torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+    assert (
+        scorer.model.seen == [2]
+        and torch.equal(first[0], first[2])
+        and not torch.equal(first[0], first[1])
+    )
     assert torch.equal(scorer.images([b, a]), first[[1, 0]]) and scorer.model.seen == [2]
+
 
 def test_same_bytes_in_another_shape_are_another_picture():
     scorer = counted()
     scorer.preprocess = lambda image: torch.full((2, 2), float(image.size[0]))
     flat, tall = np.zeros((2, 8, 3), np.uint8), np.zeros((8, 2, 3), np.uint8)
-    scorer.images([flat]); scorer.images([tall])
+    scorer.images([flat])
+    scorer.images([tall])
     assert scorer.model.seen == [1, 1]
+
 
 def test_a_picture_changed_in_place_is_seen_anew():
     scorer, a = counted(), np.zeros((4, 4, 3), np.uint8)
@@ -117,13 +225,19 @@ def test_a_picture_changed_in_place_is_seen_anew():
     a[:] = np.arange(48).reshape(4, 4, 3)
     assert not torch.equal(before, scorer.images([a]))
 
+
 def test_the_cache_is_bounded_and_never_wrong():
     scorer = counted(keep=3, batch=2)
     pictures = [np.full((2, 2, 3), i, np.uint8) for i in range(8)]
-    pictures = [p + np.arange(12, dtype=np.uint8).reshape(2, 2, 3)*i for i, p in enumerate(pictures)]
+    pictures = [
+        p + np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * i for i, p in enumerate(pictures)
+    ]
     once = scorer.images(pictures)
-    assert len(scorer._kept) == 3 and scorer.model.seen == [2]*4
-    assert torch.equal(scorer.images(pictures[::-1]), once.flip(0)) and sum(scorer.model.seen) == 8 + 5
+    assert len(scorer._kept) == 3 and scorer.model.seen == [2] * 4
+    assert (
+        torch.equal(scorer.images(pictures[::-1]), once.flip(0)) and sum(scorer.model.seen) == 8 + 5
+    )
+
 
 def test_pictures_of_a_step_are_encoded_once(clip, samples):
     "Eight captions a sample: two pictures a sample, each text once."
@@ -131,71 +245,124 @@ def test_pictures_of_a_step_are_encoded_once(clip, samples):
     asked = []
     encode = scorer._encoded
     scorer._encoded = lambda items, key, f: (asked.append(len(items)), encode(items, key, f))[1]
-    similarities(scorer, samples, [["the red ball"]*8]*4)
+    similarities(scorer, samples, [["the red ball"] * 8] * 4)
     assert asked == [8, 1]
 
 
 # Tokens
 
+
 def test_tokens_are_counted_as_clip_counts():
     scorer = counted()
-    assert [scorer.tokens(t) for t in ("", "a photo of a cat", "!", "hello " * 75, "hello " * 76)] == [2, 7, 3, 77, 78]
+    assert [
+        scorer.tokens(t) for t in ("", "a photo of a cat", "!", "hello " * 75, "hello " * 76)
+    ] == [2, 7, 3, 77, 78]
+
 
 def test_a_text_of_77_tokens_is_whole_and_one_of_78_is_two(clip):
     assert [len(clip.windows("ball " * n)) for n in (1, 75, 76, 150, 151)] == [1, 1, 2, 2, 3]
     assert clip.windows("ball " * 76)[1].split() == ["ball"]
 
+
 def test_long_text_is_the_mean_of_its_windows(clip, samples):
     long = "the red ball " * 30 + "a small blue star " * 30
     whole = similarities(clip, samples[:1], [[long]])
     parts = similarities(clip, samples[:1], [clip.windows(long)])
-    assert len(clip.windows(long)) == 3 and torch.allclose(whole.s1, parts.s1.mean(1, keepdim=True), atol=1e-5) and whole.tokens.item() == 212
+    assert (
+        len(clip.windows(long)) == 3
+        and torch.allclose(whole.s1, parts.s1.mean(1, keepdim=True), atol=1e-5)
+        and whole.tokens.item() == 212
+    )
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t", "\x00\x01", "\ud800", "ein grüner Ball ☺", "🟥" * 200, "ﬃ" * 90, "İ" * 60, "<end_of_text> a red ball <start_of_text>",
-                                  "&#0;&lt;&amp;lt;", "a" * 3000, "ta" * 2000, "{}%s\\", "</w>", "1234567890" * 9, "\u202e\u200b"])
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n\t",
+        "\x00\x01",
+        "\ud800",
+        "ein grüner Ball ☺",
+        "🟥" * 200,
+        "ﬃ" * 90,
+        "İ" * 60,
+        "<end_of_text> a red ball <start_of_text>",
+        "&#0;&lt;&amp;lt;",
+        "a" * 3000,
+        "ta" * 2000,
+        "{}%s\\",
+        "</w>",
+        "1234567890" * 9,
+        "\u202e\u200b",
+    ],
+)
 def test_any_text_has_a_score(clip, samples, text):
     s = similarities(clip, samples[:1], [[text]])
-    assert torch.isfinite(s.s1).all() and torch.isfinite(s.s2).all() and s.tokens.item() == (clip.tokens(text) if text else 0)
+    assert (
+        torch.isfinite(s.s1).all()
+        and torch.isfinite(s.s2).all()
+        and s.tokens.item() == (clip.tokens(text) if text else 0)
+    )
     assert torch.isfinite(discriminative(s.s1, s.s2, "binary", s.tokens)).all()
+
 
 @settings(max_examples=60)
 @given(text=st.text(max_size=200))
 def test_no_text_raises(clip, text):
     assert clip.tokens(text) >= 2 and torch.isfinite(clip.texts(clip.windows(text))).all()
 
+
 def test_tokenizer_knows_the_words_and_the_bytes(clip):
     for i in range(40):
-        for word in draw_problem(VAL + i).question.text.replace(",", "").split(): assert clip.tokens(word) == 3, word
+        for word in draw_problem(VAL + i).question.text.replace(",", "").split():
+            assert clip.tokens(word) == 3, word
     assert clip.tokenizer.decode(clip._ids("grün ☺ xyz")).split() == ["grün", "☺", "xyz"]
-    assert clip.tokenizer(["x"]).shape == (1, 77) and clip.tokenizer.vocab_size == clip.model.vocab_size
+    assert (
+        clip.tokenizer(["x"]).shape == (1, 77)
+        and clip.tokenizer.vocab_size == clip.model.vocab_size
+    )
+
 
 def test_merges_are_repeatable(tmp_path):
     texts = [draw_problem(i).question.text for i in range(50)]
     assert make_merges(texts) == make_merges(texts)
-    a, b = (write_merges(tmp_path/name, make_merges(texts)) for name in "ab")
-    assert (tmp_path/"a"/MERGES).read_bytes() == (tmp_path/"b"/MERGES).read_bytes() and a.encoder == b.encoder
+    a, b = (write_merges(tmp_path / name, make_merges(texts)) for name in "ab")
+    assert (tmp_path / "a" / MERGES).read_bytes() == (
+        tmp_path / "b" / MERGES
+    ).read_bytes() and a.encoder == b.encoder
     assert all(len(a.encode(w)) == 1 for t in texts for w in t.replace(",", "").split())
 
 
 # The region
 
+
 def test_region_by_hand():
-    image = np.arange(6*5*3, dtype=np.uint8).reshape(5, 6, 3)
-    assert np.array_equal(target_crop(image, [box(1, 2, 3, 4)]), image[2:5, 1:4]) and np.array_equal(target_crop(image, [box(0, 0, 5, 4)]), image)
+    image = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(5, 6, 3)
+    assert np.array_equal(
+        target_crop(image, [box(1, 2, 3, 4)]), image[2:5, 1:4]
+    ) and np.array_equal(target_crop(image, [box(0, 0, 5, 4)]), image)
     assert np.array_equal(target_crop(image, [box(0, 0, 1, 1), box(4, 3, 4, 3)]), image[0:4, 0:5])
     assert target_crop(image, []) is image
 
-wild = st.one_of(st.integers(-10**6, 10**6), st.floats(), st.just(10**400))
+
+wild = st.one_of(st.integers(-(10**6), 10**6), st.floats(), st.just(10**400))
+
+
 @given(boxes=st.lists(st.tuples(wild, wild, wild, wild), min_size=1, max_size=3))
 def test_any_box_gives_a_crop(boxes):
     image = np.zeros((7, 9, 3), np.uint8)
     h, w, _ = target_crop(image, [Target(b, (0, 0)) for b in boxes]).shape
     assert 1 <= h <= 7 and 1 <= w <= 9
 
-@pytest.mark.parametrize("b", [(5, 5, 5, 5), (900, 900, 999, 999), (-9, -9, -5, -5), (0, 3, 223, 3), (float("nan"),)*4])
+
+@pytest.mark.parametrize(
+    "b", [(5, 5, 5, 5), (900, 900, 999, 999), (-9, -9, -5, -5), (0, 3, 223, 3), (float("nan"),) * 4]
+)
 def test_degenerate_boxes_score(clip, samples, b):
     s = similarities(clip, [replace(samples[0], targets=(box(*b),))], [["a red ball"]])
     assert torch.isfinite(s.s1).all()
+
 
 def test_without_targets_no_caption_wins(clip, samples):
     s = similarities(clip, [replace(samples[0], targets=())], [["a red ball", "the blue star"]])
@@ -204,20 +371,31 @@ def test_without_targets_no_caption_wins(clip, samples):
 
 # s1 and s2
 
+
 def test_similarities_by_hand(clip, samples):
     texts = [["the red ball", None, ""], ["a small blue star", "the red ball", "x"]]
     s = similarities(clip, samples[:2], texts)
     assert s.s1.shape == s.s2.shape == s.tokens.shape == (2, 3)
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
-            if not text: assert s.s1[i, j] == s.s2[i, j] == s.tokens[i, j] == 0; continue
-            t, (roi, whole) = clip.texts([text])[0], clip.images([target_crop(samples[i].image, samples[i].targets), samples[i].image])
-            assert s.s1[i, j].item() == pytest.approx(float(t @ roi), abs=1e-5) and s.s2[i, j].item() == pytest.approx(float(t @ whole), abs=1e-5)
+            if not text:
+                assert s.s1[i, j] == s.s2[i, j] == s.tokens[i, j] == 0
+                continue
+            t, (roi, whole) = (
+                clip.texts([text])[0],
+                clip.images([target_crop(samples[i].image, samples[i].targets), samples[i].image]),
+            )
+            assert s.s1[i, j].item() == pytest.approx(float(t @ roi), abs=1e-5) and s.s2[
+                i, j
+            ].item() == pytest.approx(float(t @ whole), abs=1e-5)
     assert s.tokens.tolist() == [[5, 0, 0], [6, 5, 3]]
+
 
 def test_a_missing_or_endless_caption_earns_nothing(clip, samples):
     s = similarities(clip, samples[:1], [[None, "", "red ball " * 60]])
-    for form in "binary", "difference", "scaled": assert discriminative(s.s1, s.s2, form, s.tokens).eq(0).all()
+    for form in "binary", "difference", "scaled":
+        assert discriminative(s.s1, s.s2, form, s.tokens).eq(0).all()
+
 
 def test_all_captions_missing(clip, samples):
     s = similarities(clip, samples[:2], [[None], [""]])
@@ -226,107 +404,177 @@ def test_all_captions_missing(clip, samples):
 
 # Loading
 
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     "open_clip's real classes, a small configuration of ours under a name of its own, random weights."
     folder = tmp_path_factory.mktemp("tiny")
-    (folder/"tiny-clip.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder/"tiny-clip.json")
+    (folder / "tiny-clip.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder / "tiny-clip.json")
     torch.manual_seed(0)
     model = open_clip.CLIP(**TINY)
-    torch.save(model.state_dict(), folder/"tiny.pt")
+    torch.save(model.state_dict(), folder / "tiny.pt")
     return folder, model.eval()
+
 
 def test_a_checkpoint_under_its_models_name(tiny, samples):
     folder, model = tiny
-    scorer = load_scorer(f"tiny-clip:{folder/'tiny.pt'}", device="cpu")
-    with torch.no_grad(): want = model.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a photo of a cat"]), normalize=True)
+    scorer = load_scorer(f"tiny-clip:{folder / 'tiny.pt'}", device="cpu")
+    with torch.no_grad():
+        want = model.encode_text(
+            open_clip.get_tokenizer("ViT-B-32")(["a photo of a cat"]), normalize=True
+        )
     assert torch.allclose(scorer.texts(["a photo of a cat"]), want, atol=1e-5)
     s = similarities(scorer, samples[:2], [["a cat"], ["a dog " * 90]])
     assert torch.isfinite(s.s1).all() and s.tokens.tolist() == [[4], [182]]
     assert len(scorer.images([np.zeros((1, 90, 3), np.uint8)])) == 1
 
+
 def test_a_folder_in_open_clips_form(tiny, tmp_path):
     from safetensors.torch import save_file
+
     folder, model = tiny
-    (tmp_path/SCORER_FILES[0]).write_text(json.dumps(dict(model_cfg=TINY)))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path/SCORER_FILES[1])
+    (tmp_path / SCORER_FILES[0]).write_text(json.dumps(dict(model_cfg=TINY)))
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / SCORER_FILES[1]
+    )
     scorer = load_scorer(str(tmp_path), device="cpu")
-    assert torch.allclose(scorer.texts(["a cat"]), load_scorer(f"tiny-clip:{folder/'tiny.pt'}", device="cpu").texts(["a cat"]), atol=1e-5)
+    assert torch.allclose(
+        scorer.texts(["a cat"]),
+        load_scorer(f"tiny-clip:{folder / 'tiny.pt'}", device="cpu").texts(["a cat"]),
+        atol=1e-5,
+    )
+
 
 def test_a_folder_with_a_tokenizer_of_the_hub(tmp_path, samples):
     "The other kind of tokenizer open_clip has; the policy's own stands in for one."
     from safetensors.torch import save_file
-    for file in "tokenizer.json", "tokenizer_config.json": shutil.copy(POLICY/file, tmp_path)
-    config = TINY | dict(text_cfg=TINY["text_cfg"] | dict(hf_tokenizer_name="here", vocab_size=1024))
-    (tmp_path/SCORER_FILES[0]).write_text(json.dumps(dict(model_cfg=config)))
-    save_file({k: v.contiguous() for k, v in open_clip.CLIP(**config).state_dict().items()}, tmp_path/SCORER_FILES[1])
+
+    for file in "tokenizer.json", "tokenizer_config.json":
+        shutil.copy(POLICY / file, tmp_path)
+    config = TINY | dict(
+        text_cfg=TINY["text_cfg"] | dict(hf_tokenizer_name="here", vocab_size=1024)
+    )
+    (tmp_path / SCORER_FILES[0]).write_text(json.dumps(dict(model_cfg=config)))
+    save_file(
+        {k: v.contiguous() for k, v in open_clip.CLIP(**config).state_dict().items()},
+        tmp_path / SCORER_FILES[1],
+    )
     scorer, long = load_scorer(str(tmp_path), device="cpu"), "the red ball " * 40
-    assert scorer.tokens("the red ball") == 5 and scorer.tokens(long) == 122 and " ".join(w.strip() for w in scorer.windows(long)) == long.strip()
+    assert (
+        scorer.tokens("the red ball") == 5
+        and scorer.tokens(long) == 122
+        and " ".join(w.strip() for w in scorer.windows(long)) == long.strip()
+    )
     assert torch.isfinite(similarities(scorer, samples[:1], [["the red ball", long]]).s1).all()
+
 
 def test_openais_tag_asks_for_quickgelu(monkeypatch):
     "The one thing about the published weights that their model's name does not say."
     asked = {}
+
     def create(model, **options):
         asked.update(options, model=model)
         raise RuntimeError("no network")
+
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     for tag, quick in (("openai", True), ("laion2b_s34b_b79k", None)):
         asked.clear()
-        with pytest.raises(ValueError, match="no network"): load_scorer(f"ViT-B-32:{tag}")
-        assert asked["pretrained"] == tag and asked["model"] == "ViT-B-32" and asked.get("force_quick_gelu") is quick
+        with pytest.raises(ValueError, match="no network"):
+            load_scorer(f"ViT-B-32:{tag}")
+        assert (
+            asked["pretrained"] == tag
+            and asked["model"] == "ViT-B-32"
+            and asked.get("force_quick_gelu") is quick
+        )
+
 
 def one_sentence(name, error, *words):
-    with pytest.raises(error) as e: load_scorer(name, device="cpu")
+    with pytest.raises(error) as e:
+        load_scorer(name, device="cpu")
     said = str(e.value)
     assert "\n" not in said and len(said) < 420 and all(w in said for w in words), said
 
-@pytest.mark.parametrize("name", ["clip9", "", ":", "ViT-B-32", "clip9:openai", "hf-hub:", "facebook/sam3"])
-def test_unknown_name(name): one_sentence(name, ValueError, f"'{name}' is not known; use embedded")
+
+@pytest.mark.parametrize(
+    "name", ["clip9", "", ":", "ViT-B-32", "clip9:openai", "hf-hub:", "facebook/sam3"]
+)
+def test_unknown_name(name):
+    one_sentence(name, ValueError, f"'{name}' is not known; use embedded")
+
 
 def test_unknown_weights_and_missing_files(tmp_path):
-    one_sentence("ViT-B-32:nothing", FileNotFoundError, "'ViT-B-32:nothing' names neither", "openai")
+    one_sentence(
+        "ViT-B-32:nothing", FileNotFoundError, "'ViT-B-32:nothing' names neither", "openai"
+    )
     one_sentence(f"ViT-B-32:{tmp_path}/x.pt", FileNotFoundError, f"{tmp_path}/x.pt")
     for name in SCORER_FILES:
-        folder = tmp_path/name
+        folder = tmp_path / name
         shutil.copytree(EMBEDDED_CLIP, folder)
-        (folder/name).unlink()
-        one_sentence(str(folder), FileNotFoundError, f"{folder/name} is missing", "warmstart_scorer.ipynb")
+        (folder / name).unlink()
+        one_sentence(
+            str(folder), FileNotFoundError, f"{folder / name} is missing", "warmstart_scorer.ipynb"
+        )
+
 
 def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    one_sentence("hf-hub:nobody/nothing-at-all", ValueError, "'hf-hub:nobody/nothing-at-all' cannot be loaded")
+    one_sentence(
+        "hf-hub:nobody/nothing-at-all",
+        ValueError,
+        "'hf-hub:nobody/nothing-at-all' cannot be loaded",
+    )
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken", b"\x80\x02}q\x00.", None])
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"PK\x03\x04broken", b"\x80\x02}q\x00.", None]
+)
 def test_corrupt_checkpoint(tiny, tmp_path, content):
-    path = tmp_path/"broken.pt"
-    path.write_bytes((tiny[0]/"tiny.pt").read_bytes()[:5000] if content is None else content)
+    path = tmp_path / "broken.pt"
+    path.write_bytes((tiny[0] / "tiny.pt").read_bytes()[:5000] if content is None else content)
     one_sentence(f"tiny-clip:{path}", ValueError, str(path), "cannot be loaded")
 
+
 def test_checkpoint_of_another_model(tiny, tmp_path):
-    torch.save(open_clip.CLIP(**TINY | dict(embed_dim=8)).state_dict(), tmp_path/"other.pt")
-    one_sentence(f"tiny-clip:{tmp_path/'other.pt'}", ValueError, "cannot be loaded", "that very model")
+    torch.save(open_clip.CLIP(**TINY | dict(embed_dim=8)).state_dict(), tmp_path / "other.pt")
+    one_sentence(
+        f"tiny-clip:{tmp_path / 'other.pt'}", ValueError, "cannot be loaded", "that very model"
+    )
+
 
 @pytest.mark.parametrize("name", [*SCORER_FILES, MERGES])
 def test_corrupt_folder(tmp_path, name):
-    shutil.copytree(EMBEDDED_CLIP, tmp_path/"broken")
-    path = tmp_path/"broken"/name
+    shutil.copytree(EMBEDDED_CLIP, tmp_path / "broken")
+    path = tmp_path / "broken" / name
     path.write_bytes(path.read_bytes()[:100])
-    one_sentence(str(tmp_path/"broken"), ValueError, f"'{tmp_path/'broken'}' cannot be loaded")
+    one_sentence(str(tmp_path / "broken"), ValueError, f"'{tmp_path / 'broken'}' cannot be loaded")
 
 
 # Training
 
 red, blue = SceneObject("ball", "red", 50, 50, 25), SceneObject("star", "blue", 150, 150, 14)
-small = replace(red, r=14., x=90)
-shows = lambda *things: ScorerPicture(np.zeros((SCORER_SIZE, SCORER_SIZE, 3), np.uint8), things, things)
+small = replace(red, r=14.0, x=90)
+shows = lambda *things: ScorerPicture(
+    np.zeros((SCORER_SIZE, SCORER_SIZE, 3), np.uint8), things, things
+)
+
 
 def test_what_is_true_of_which_picture():
-    captions = [ScorerCaption("the red ball", (red,), False), ScorerCaption("a small blue star", (blue,), True), ScorerCaption("a large red ball", (red,), True), ScorerCaption("both", (red, blue), False)]
+    captions = [
+        ScorerCaption("the red ball", (red,), False),
+        ScorerCaption("a small blue star", (blue,), True),
+        ScorerCaption("a large red ball", (red,), True),
+        ScorerCaption("both", (red, blue), False),
+    ]
     pictures = [shows(red), shows(blue), shows(small), shows(red, blue)]
-    assert torch.allclose(caption_fit(captions, pictures), torch.tensor([[1, 0, 1, .05], [0, 1, 0, .05], [1, 0, 1, .05], [0, 0, 0, 1]])), "its own picture always counts"
-    assert caption_fit(captions[2:3], [shows(red)]).item() == 1 and caption_fit([captions[2], captions[1]], [shows(red), shows(small)])[0].tolist() == [1, 0]
+    assert torch.allclose(
+        caption_fit(captions, pictures),
+        torch.tensor([[1, 0, 1, 0.05], [0, 1, 0, 0.05], [1, 0, 1, 0.05], [0, 0, 0, 1]]),
+    ), "its own picture always counts"
+    assert caption_fit(captions[2:3], [shows(red)]).item() == 1 and caption_fit(
+        [captions[2], captions[1]], [shows(red), shows(small)]
+    )[0].tolist() == [1, 0]
+
 
 def test_captions_are_true():
     rng = np.random.default_rng(0)
@@ -334,103 +582,273 @@ def test_captions_are_true():
         page = draw_page(seed)
         for picture in (page.whole, *page.each, page.two):
             c = draw_caption(rng, page, picture)
-            assert set(c.named) == set(picture.named) <= set(picture.inside) and "a orange" not in c.text
-            for t in c.named: assert t.colour in c.text and t.shape in c.text
-            if c.sized: assert all(t.size in c.text for t in c.named)
+            assert (
+                set(c.named) == set(picture.named) <= set(picture.inside)
+                and "a orange" not in c.text
+            )
+            for t in c.named:
+                assert t.colour in c.text and t.shape in c.text
+            if c.sized:
+                assert all(t.size in c.text for t in c.named)
+
 
 def test_a_page_is_what_the_scorer_will_see(clip):
     page = draw_page(WARM_START)
     p = page.puzzle
-    assert np.array_equal(page.whole.pixels, preprocess_picture(p.scene.picture())) and page.whole.pixels.shape == (SCORER_SIZE, SCORER_SIZE, 3)
+    assert np.array_equal(
+        page.whole.pixels, preprocess_picture(p.scene.picture())
+    ) and page.whole.pixels.shape == (SCORER_SIZE, SCORER_SIZE, 3)
     target = Target.of(p.scene.masks()[0])
-    assert np.array_equal(page.each[0].pixels, preprocess_picture(target_crop(p.scene.picture(), [target])))
-    assert torch.allclose(clip.preprocess(Image.fromarray(p.scene.picture())), clip.preprocess(Image.fromarray(page.whole.pixels)))
+    assert np.array_equal(
+        page.each[0].pixels, preprocess_picture(target_crop(p.scene.picture(), [target]))
+    )
+    assert torch.allclose(
+        clip.preprocess(Image.fromarray(p.scene.picture())),
+        clip.preprocess(Image.fromarray(page.whole.pixels)),
+    )
+
 
 def test_loss_prefers_the_truth():
-    v = torch.nn.functional.normalize(torch.eye(4) + .3, dim=1)
-    right, wrong = (contrastive_loss(v, v.roll(k, 0), torch.eye(4), torch.tensor(20.)).item() for k in (0, 1))
+    v = torch.nn.functional.normalize(torch.eye(4) + 0.3, dim=1)
+    right, wrong = (
+        contrastive_loss(v, v.roll(k, 0), torch.eye(4), torch.tensor(20.0)).item() for k in (0, 1)
+    )
     assert right < wrong
-    flat = contrastive_loss(v, -v, torch.eye(4), torch.tensor(0.)).item()
+    flat = contrastive_loss(v, -v, torch.eye(4), torch.tensor(0.0)).item()
     cosine = v @ -v.T
-    assert flat == pytest.approx(float(np.log(4) + 20*(.1 - cosine).clamp(min=0).square().mean()), abs=1e-5)
+    assert flat == pytest.approx(
+        float(np.log(4) + 20 * (0.1 - cosine).clamp(min=0).square().mean()), abs=1e-5
+    )
+
 
 def test_lessons_are_pairs():
     rng, pages = np.random.default_rng(0), [draw_page(WARM_START + i) for i in range(3)]
     captions, pictures = draw_scorer_batch(rng, pages, 2, 2)
-    assert len(captions) == len(pictures) and 6 <= len(captions) <= 8 and all(set(c.named) == set(p.named) for c, p in zip(captions, pictures))
+    assert (
+        len(captions) == len(pictures)
+        and 6 <= len(captions) <= 8
+        and all(set(c.named) == set(p.named) for c, p in zip(captions, pictures))
+    )
+
 
 def test_training_is_repeatable_and_learns(tmp_path):
     def figures(name, seed):
         rows = []
-        train_clip(tmp_path/name, steps=4, scenes=6, pages=3, crops=2, seed=seed, log=lambda step, row: rows.append(row))
-        return rows, (tmp_path/name/SCORER_FILES[1]).read_bytes()
+        train_clip(
+            tmp_path / name,
+            steps=4,
+            scenes=6,
+            pages=3,
+            crops=2,
+            seed=seed,
+            log=lambda step, row: rows.append(row),
+        )
+        return rows, (tmp_path / name / SCORER_FILES[1]).read_bytes()
+
     (a, wa), (b, wb), (c, _) = figures("a", 0), figures("b", 0), figures("c", 1)
     assert a == b and wa == wb and a != c and a[-1]["loss"] < a[0]["loss"]
+
 
 def test_experiment_makes_a_scorer(tmp_path):
     "The notebook that made the weights, two steps of it; the package's own weights are left alone."
     before = {p.name: p.read_bytes() for p in EMBEDDED_CLIP.iterdir()}
-    assert main(["run", "warmstart_scorer", "-p", "steps", "2", "-p", "scenes", "4", "-p", "pages", "2", "-p", "quality_scenes", "2", "--out", str(tmp_path/"run")]) == 0
+    assert (
+        main(
+            [
+                "run",
+                "warmstart_scorer",
+                "-p",
+                "steps",
+                "2",
+                "-p",
+                "scenes",
+                "4",
+                "-p",
+                "pages",
+                "2",
+                "-p",
+                "quality_scenes",
+                "2",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     assert before == {p.name: p.read_bytes() for p in EMBEDDED_CLIP.iterdir()}
-    assert load_scorer(str(tmp_path/"run"/"scorer"), device="cpu").texts(["the red ball"]).shape == (1, 128)
-    assert set(read_json(tmp_path/"run"/"results.json")) == {"quality", "cpu_minutes", "table"}
+    assert load_scorer(str(tmp_path / "run" / "scorer"), device="cpu").texts(
+        ["the red ball"]
+    ).shape == (1, 128)
+    assert set(read_json(tmp_path / "run" / "results.json")) == {"quality", "cpu_minutes", "table"}
 
 
 # DPAD's metrics
 
-@pytest.mark.parametrize("text, said", [("<caption> a red ball </caption>", "a red ball"), ("<description>the star</description>", "the star"), ("", None),
-    ("<caption></caption><description>x</description>", "x"), ("<description>d</description><caption>c</caption>", "c"), ("<caption>open", None), ("<caption> \n</caption>", None)])
-def test_caption_of(text, said): assert response_caption(text) == said
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("<caption> a red ball </caption>", "a red ball"),
+        ("<description>the star</description>", "the star"),
+        ("", None),
+        ("<caption></caption><description>x</description>", "x"),
+        ("<description>d</description><caption>c</caption>", "c"),
+        ("<caption>open", None),
+        ("<caption> \n</caption>", None),
+    ],
+)
+def test_caption_of(text, said):
+    assert response_caption(text) == said
+
 
 def test_ratio_by_hand():
-    assert similarity_ratio([.3, .2], [.2, .4]).tolist() == pytest.approx([1.5, .5]) and similarity_ratio([.3, 0, .2], [0, 0, -.5]).tolist() == pytest.approx([30, 0, 20])
+    assert similarity_ratio([0.3, 0.2], [0.2, 0.4]).tolist() == pytest.approx(
+        [1.5, 0.5]
+    ) and similarity_ratio([0.3, 0, 0.2], [0, 0, -0.5]).tolist() == pytest.approx([30, 0, 20])
+
 
 def answered(i, text, tokens=5, **tags):
-    return dict(sample=f"mini-{VAL + i}", text=text, tokens=tokens, iou=.5, i=1, u=2, tags=dict(query_type="logic", difficulty="easy") | tags)
+    return dict(
+        sample=f"mini-{VAL + i}",
+        text=text,
+        tokens=tokens,
+        iou=0.5,
+        i=1,
+        u=2,
+        tags=dict(query_type="logic", difficulty="easy") | tags,
+    )
+
 
 def test_rows_by_hand(clip, samples):
-    rows = [answered(0, "<think>it is red</think><caption>the red ball</caption>"), answered(1, "<think>" + "so it is blue " * 40 + "</think><description>the blue star</description>"),
-            answered(2, "nothing to see"), answered(3, "<caption>" + "ball " * 90 + "</caption>")]
+    rows = [
+        answered(0, "<think>it is red</think><caption>the red ball</caption>"),
+        answered(
+            1,
+            "<think>" + "so it is blue " * 40 + "</think><description>the blue star</description>",
+        ),
+        answered(2, "nothing to see"),
+        answered(3, "<caption>" + "ball " * 90 + "</caption>"),
+    ]
     kept = json.dumps(rows)
     found = discrimination_rows(clip, rows, samples, batch=3)
     assert json.dumps(rows) == kept and [r["sample"] for r in found] == [r["sample"] for r in rows]
-    s = similarities(clip, samples, [["the red ball", "it is red"], ["the blue star", "so it is blue " * 40], [None, "nothing to see"], [None, rows[3]["text"]]])
+    s = similarities(
+        clip,
+        samples,
+        [
+            ["the red ball", "it is red"],
+            ["the blue star", "so it is blue " * 40],
+            [None, "nothing to see"],
+            [None, rows[3]["text"]],
+        ],
+    )
     for i, r in enumerate(found):
-        assert (r["s1"], r["s2"], r["ts1"], r["ts2"]) == pytest.approx((s.s1[i, 0].item(), s.s2[i, 0].item(), s.s1[i, 1].item(), s.s2[i, 1].item()), abs=1e-5)
-        assert r["snr"] == pytest.approx(r["s1"]/max(r["s2"], .01)) and r["tsnr"] == pytest.approx(r["ts1"]/max(r["ts2"], .01))
-    assert [r["caption_tokens"] for r in found] == [5, 5, 0, 92] and found[3]["s1"] == found[3]["snr"] == 0 != found[3]["ts1"]
+        assert (r["s1"], r["s2"], r["ts1"], r["ts2"]) == pytest.approx(
+            (s.s1[i, 0].item(), s.s2[i, 0].item(), s.s1[i, 1].item(), s.s2[i, 1].item()), abs=1e-5
+        )
+        assert r["snr"] == pytest.approx(r["s1"] / max(r["s2"], 0.01)) and r[
+            "tsnr"
+        ] == pytest.approx(r["ts1"] / max(r["ts2"], 0.01))
+    assert [r["caption_tokens"] for r in found] == [5, 5, 0, 92] and found[3]["s1"] == found[3][
+        "snr"
+    ] == 0 != found[3]["ts1"]
     json.dumps(found)
 
+
 def test_summary_by_hand():
-    rows = [dict(s1=.4, s2=.2, snr=2., ts1=.3, ts2=.3, tsnr=1., caption_tokens=5), dict(s1=.2, s2=.4, snr=.5, ts1=.1, ts2=.2, tsnr=.5, caption_tokens=0)]
+    rows = [
+        dict(s1=0.4, s2=0.2, snr=2.0, ts1=0.3, ts2=0.3, tsnr=1.0, caption_tokens=5),
+        dict(s1=0.2, s2=0.4, snr=0.5, ts1=0.1, ts2=0.2, tsnr=0.5, caption_tokens=0),
+    ]
     found = discrimination_table(rows)
-    assert [found[k] for k in DISCRIMINATION] == pytest.approx([30, 30, 1.25, 20, 25, .75]) and found["prefers"] == found["captions"] == .5 and found["n"] == 2
-    assert all(lo <= found[k] <= hi for k in DISCRIMINATION for lo, hi in [found[f"{k}_ci"]]) and found["SNR_ci"] == pytest.approx([.5, 2.])
+    assert (
+        [found[k] for k in DISCRIMINATION] == pytest.approx([30, 30, 1.25, 20, 25, 0.75])
+        and found["prefers"] == found["captions"] == 0.5
+        and found["n"] == 2
+    )
+    assert all(
+        lo <= found[k] <= hi for k in DISCRIMINATION for lo, hi in [found[f"{k}_ci"]]
+    ) and found["SNR_ci"] == pytest.approx([0.5, 2.0])
+
 
 def test_samples_must_be_those_of_the_rows(clip, samples):
     rows = [answered(0, ""), answered(1, "")]
-    with pytest.raises(ValueError, match=r"samples: 4 of them for 2 rows"): discrimination_rows(clip, rows, samples)
-    with pytest.raises(ValueError, match=f"row 'mini-{VAL + 1}' meets sample 'mini-{VAL}'; give the samples"): discrimination_rows(clip, rows[::-1], samples[:2])
+    with pytest.raises(ValueError, match=r"samples: 4 of them for 2 rows"):
+        discrimination_rows(clip, rows, samples)
+    with pytest.raises(
+        ValueError, match=f"row 'mini-{VAL + 1}' meets sample 'mini-{VAL}'; give the samples"
+    ):
+        discrimination_rows(clip, rows[::-1], samples[:2])
     assert discrimination_rows(clip, [], []) == []
 
+
 def test_strata_in_the_papers_order():
-    rows = [answered(i, "", query_type=q, difficulty=d) for i, (q, d) in enumerate([("logic", "hard"), ("attribute", "easy"), ("logic", "easy"), ("relation", "medium"), ("new", "easy")])]
-    assert list(split_strata(rows)) == [("attribute", "easy"), ("relation", "medium"), ("logic", "easy"), ("logic", "hard"), ("new", "easy")]
-    assert list(split_strata(rows, ["difficulty"])) == [("easy",), ("medium",), ("hard",)] and len(split_strata(rows, ["difficulty"])[("easy",)]) == 3
+    rows = [
+        answered(i, "", query_type=q, difficulty=d)
+        for i, (q, d) in enumerate(
+            [
+                ("logic", "hard"),
+                ("attribute", "easy"),
+                ("logic", "easy"),
+                ("relation", "medium"),
+                ("new", "easy"),
+            ]
+        )
+    ]
+    assert list(split_strata(rows)) == [
+        ("attribute", "easy"),
+        ("relation", "medium"),
+        ("logic", "easy"),
+        ("logic", "hard"),
+        ("new", "easy"),
+    ]
+    assert (
+        list(split_strata(rows, ["difficulty"])) == [("easy",), ("medium",), ("hard",)]
+        and len(split_strata(rows, ["difficulty"])[("easy",)]) == 3
+    )
     assert list(split_strata([dict(tags={})], ["kind"])) == [(None,)]
 
+
 def test_table_has_a_line_for_every_method_in_every_stratum():
-    rows = [answered(i, "", tokens=10*i, difficulty=d) for i, d in enumerate(("easy", "hard", "hard"))]
-    t = stratified_table(dict(seg_zero=rows, dpad=[r | dict(s1=.3, s2=.2, snr=1.5, tsnr=1.) for r in rows[1:]]), by=["difficulty"])
-    assert [(r[0], r[1], r[2]) for r in t.rows] == [("easy", "seg_zero", "1"), ("hard", "seg_zero", "2"), ("hard", "dpad", "2")]
-    assert t.rows[1][3].startswith("15.0 ± ") and t.rows[2][5] == "30.0 ± 0.0" and t.rows[1][5] == "–" and t.head[:4] == ["difficulty", "method", "n", "tokens"]
+    rows = [
+        answered(i, "", tokens=10 * i, difficulty=d) for i, d in enumerate(("easy", "hard", "hard"))
+    ]
+    t = stratified_table(
+        dict(seg_zero=rows, dpad=[r | dict(s1=0.3, s2=0.2, snr=1.5, tsnr=1.0) for r in rows[1:]]),
+        by=["difficulty"],
+    )
+    assert [(r[0], r[1], r[2]) for r in t.rows] == [
+        ("easy", "seg_zero", "1"),
+        ("hard", "seg_zero", "2"),
+        ("hard", "dpad", "2"),
+    ]
+    assert (
+        t.rows[1][3].startswith("15.0 ± ")
+        and t.rows[2][5] == "30.0 ± 0.0"
+        and t.rows[1][5] == "–"
+        and t.head[:4] == ["difficulty", "method", "n", "tokens"]
+    )
+
 
 def test_scatter_shows_every_sample_and_the_band():
     rows = [answered(i, "", tokens=t) for i, t in enumerate((2, 4, 9))]
     ax = token_strata_plot(dict(dpad=rows), by=["difficulty"]).axes[0]
     dots, band, line = ax.collections
-    assert sorted(dots.get_offsets()[:, 1].tolist()) == [2, 4, 9] and line.get_segments()[0][0][1] == 5
-    assert sorted({round(y, 6) for y in band.get_paths()[0].vertices[:, 1]}) == pytest.approx([5 - np.std([2, 4, 9]), 5 + np.std([2, 4, 9])], abs=1e-5)
-    assert tuple(dots.get_facecolor()[0][:3]) == pytest.approx(tuple(int(METHOD_COLOURS["dpad"][k:k+2], 16)/255 for k in (1, 3, 5)))
-    assert len(similarity_scatter(dict(dpad=[r | dict(s1=.3, s2=.2, ts1=.1, ts2=.2) for r in rows])).axes) == 2
+    assert (
+        sorted(dots.get_offsets()[:, 1].tolist()) == [2, 4, 9] and line.get_segments()[0][0][1] == 5
+    )
+    assert sorted({round(y, 6) for y in band.get_paths()[0].vertices[:, 1]}) == pytest.approx(
+        [5 - np.std([2, 4, 9]), 5 + np.std([2, 4, 9])], abs=1e-5
+    )
+    assert tuple(dots.get_facecolor()[0][:3]) == pytest.approx(
+        tuple(int(METHOD_COLOURS["dpad"][k : k + 2], 16) / 255 for k in (1, 3, 5))
+    )
+    assert (
+        len(
+            similarity_scatter(
+                dict(dpad=[r | dict(s1=0.3, s2=0.2, ts1=0.1, ts2=0.2) for r in rows])
+            ).axes
+        )
+        == 2
+    )
     assert token_strata_plot({}).axes and similarity_scatter({}).axes

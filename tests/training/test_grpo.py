@@ -1,14 +1,16 @@
 "GRPO's formulas against hand-made numbers, brute force and autograd's own check."
+
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dr2seg_lib.training.grpo import advantages, kl_k3, masked_mean, policy_loss
 
 
 def test_advantages_by_hand():
     a = advantages(torch.tensor([0.0, 0.0, 0.0, 4.0]))
-    assert torch.allclose(a, torch.tensor([-0.5, -0.5, -0.5, 1.5])) # mean 1, unbiased std 2
+    assert torch.allclose(a, torch.tensor([-0.5, -0.5, -0.5, 1.5]))  # mean 1, unbiased std 2
     assert torch.equal(advantages(torch.tensor([0.0, 4.0]), "none"), torch.tensor([-2.0, 2.0]))
 
 
@@ -22,7 +24,8 @@ def test_groups_do_not_mix():
 
 
 def test_unknown_scale_is_named():
-    with pytest.raises(ValueError, match="advantage_scale"): advantages(torch.rand(4), "batch")
+    with pytest.raises(ValueError, match="advantage_scale"):
+        advantages(torch.rand(4), "batch")
 
 
 @given(st.lists(st.floats(0, 8, width=32), min_size=2, max_size=16))
@@ -33,7 +36,10 @@ def test_advantages_sum_to_zero(rewards):
 def test_policy_loss_gradient_check():
     torch.manual_seed(0)
     logp = torch.randn(4, 5, dtype=torch.double).requires_grad_()
-    old, A = logp.detach() + 0.5 * torch.randn(4, 5, dtype=torch.double), torch.randn(4, dtype=torch.double)
+    old, A = (
+        logp.detach() + 0.5 * torch.randn(4, 5, dtype=torch.double),
+        torch.randn(4, dtype=torch.double),
+    )
     mask = torch.rand(4, 5) > 0.3
     assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, A, mask), logp)
     assert torch.autograd.gradcheck(lambda x: masked_mean(kl_k3(x, old), mask), logp)
@@ -42,9 +48,15 @@ def test_policy_loss_gradient_check():
 def test_clipping_by_hand():
     on = torch.ones(1, 1, dtype=torch.bool)
     ratio = lambda r: torch.tensor([[r]], dtype=torch.double).log()
-    loss = lambda r, A: policy_loss(ratio(r), ratio(1.0), torch.tensor([A], dtype=torch.double), on).item()
-    assert loss(1.5, 1.0) == pytest.approx(-1.2) and loss(0.5, 1.0) == pytest.approx(-0.5) # no more gain above 1 + clip
-    assert loss(0.5, -1.0) == pytest.approx(0.8) and loss(1.5, -1.0) == pytest.approx(1.5) # no more gain below 1 - clip
+    loss = lambda r, A: policy_loss(
+        ratio(r), ratio(1.0), torch.tensor([A], dtype=torch.double), on
+    ).item()
+    assert loss(1.5, 1.0) == pytest.approx(-1.2) and loss(0.5, 1.0) == pytest.approx(
+        -0.5
+    )  # no more gain above 1 + clip
+    assert loss(0.5, -1.0) == pytest.approx(0.8) and loss(1.5, -1.0) == pytest.approx(
+        1.5
+    )  # no more gain below 1 - clip
 
 
 def test_on_policy_gradient_is_plain_policy_gradient():

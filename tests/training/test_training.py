@@ -1,4 +1,5 @@
 "The loop: same seed, same metrics; stop and resume; what a run leaves behind."
+
 import dataclasses
 import json
 import os
@@ -12,17 +13,44 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from dr2seg_lib.methods.base import sum_terms; from dr2seg_lib.methods.registry import METHODS, register_method; from dr2seg_lib.methods.visionreasoner import visionreasoner; from dr2seg_lib.core.files import write_json; from dr2seg_lib.runs.checkpoints import file_sha256, list_checkpoints; from dr2seg_lib.runs.run_folder import new_folder; from dr2seg_lib.runs.status import read_record, run_status, update_record
 from dr2seg_lib.commands.parameters import parameters_of
-from dr2seg_lib.data.datasets import load_data
+from dr2seg_lib.core.files import read_json, read_jsonl, write_json
 from dr2seg_lib.core.masks import encode_rle
-from dr2seg_lib.models.policy import Policy
-from dr2seg_lib.data.records import BrokenRecord
-from dr2seg_lib.runs.run_folder import Run; from dr2seg_lib.runs.checkpoints import latest_checkpoint, save_checkpoint; from dr2seg_lib.core.files import read_json, read_jsonl
+from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.data.mini import MiniReasonSeg
-from dr2seg_lib.training.config import TrainConfig, load_preset; from dr2seg_lib.training.trainer import load_state, build_training_state, save_state, train, train_step; from dr2seg_lib.training.batches import sample_batch
+from dr2seg_lib.data.records import BrokenRecord
+from dr2seg_lib.methods.base import sum_terms
+from dr2seg_lib.methods.registry import METHODS, register_method
+from dr2seg_lib.methods.visionreasoner import visionreasoner
+from dr2seg_lib.models.policy import Policy
+from dr2seg_lib.runs.checkpoints import (
+    file_sha256,
+    latest_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+)
+from dr2seg_lib.runs.run_folder import Run, new_folder
+from dr2seg_lib.runs.status import read_record, run_status, update_record
+from dr2seg_lib.training.batches import sample_batch
+from dr2seg_lib.training.config import TrainConfig, load_preset
+from dr2seg_lib.training.trainer import (
+    build_training_state,
+    load_state,
+    save_state,
+    train,
+    train_step,
+)
 
-SMALL = dict(steps=2, prompts=2, samples=3, rank=4, alpha=4, eval_samples=0, max_new_tokens=60, checkpoint_every=1)
+SMALL = dict(
+    steps=2,
+    prompts=2,
+    samples=3,
+    rank=4,
+    alpha=4,
+    eval_samples=0,
+    max_new_tokens=60,
+    checkpoint_every=1,
+)
 TOGETHER = SMALL | dict(prompts=4, eval_samples=5, record=4)
 timeless = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
 
@@ -42,83 +70,183 @@ def test_same_seed_same_metrics(whole, tmp_path):
 
 def test_rows_and_records_hold_what_the_contract_says(whole):
     row, record = whole.metrics()[-1], whole.rollouts()[0]
-    assert set(row) >= {"step", "reward", "terms", "accuracy", "tokens", "tokens_second", "answer_entropy", "kl", "loss", "lr", "grad_norm", "seconds", "tokens_per_second"}
+    assert set(row) >= {
+        "step",
+        "reward",
+        "terms",
+        "accuracy",
+        "tokens",
+        "tokens_second",
+        "answer_entropy",
+        "kl",
+        "loss",
+        "lr",
+        "grad_norm",
+        "seconds",
+        "tokens_per_second",
+    }
     assert set(row["seconds"]) == {"first", "second", "reward", "reference", "update", "total"}
-    assert set(row["terms"]) == {"thinking_format", "answer_format", "non_repeat", "accuracy", "description", "length"}
-    assert "".join(record["first"]["tokens"]) == record["first"]["text"] and len(record["first"]["entropy"]) == len(record["first"]["tokens"])
+    assert set(row["terms"]) == {
+        "thinking_format",
+        "answer_format",
+        "non_repeat",
+        "accuracy",
+        "description",
+        "length",
+    }
+    assert "".join(record["first"]["tokens"]) == record["first"]["text"] and len(
+        record["first"]["entropy"]
+    ) == len(record["first"]["tokens"])
     t = record["terms"]
-    assert record["reward"] == pytest.approx((t["thinking_format"] + t["answer_format"] + t["non_repeat"] + t["accuracy"] + t["description"]) * t["length"])
+    assert record["reward"] == pytest.approx(
+        (
+            t["thinking_format"]
+            + t["answer_format"]
+            + t["non_repeat"]
+            + t["accuracy"]
+            + t["description"]
+        )
+        * t["length"]
+    )
     assert len(whole.rollouts()) == 2 * 2 * 3 and whole.info["frame"] == 112
 
 
-@pytest.mark.parametrize("settings", [{}, dict(updates=2), dict(tune="full", lr=1e-4), dict(norm_lr=1e-2)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, dict(updates=2), dict(tune="full", lr=1e-4), dict(norm_lr=1e-2)], ids=str
+)
 def test_resume_is_bit_exact(settings, tmp_path):
     config = TrainConfig(**SMALL | settings)
     unbroken = train(config, tmp_path / "unbroken")
-    with Run.create(tmp_path / "broken", config.model_dump(), bar=False): pass
+    with Run.create(tmp_path / "broken", config.model_dump(), bar=False):
+        pass
     policy, recipe, optimizer, accelerator = build_training_state(config)
-    row, _ = train_step(policy, recipe, optimizer, accelerator, sample_batch(load_data("mini", "train"), config, 1)[0], config, 1)
+    row, _ = train_step(
+        policy,
+        recipe,
+        optimizer,
+        accelerator,
+        sample_batch(load_data("mini", "train"), config, 1)[0],
+        config,
+        1,
+    )
     save_checkpoint(tmp_path / "broken", 1, lambda d: save_state(policy, optimizer, d))
     resumed = train(config, tmp_path / "broken", resume=True)
-    assert timeless(row) == timeless(unbroken.metrics()[0]) and timeless(resumed.metrics()[0]) == timeless(unbroken.metrics()[1])
+    assert timeless(row) == timeless(unbroken.metrics()[0]) and timeless(
+        resumed.metrics()[0]
+    ) == timeless(unbroken.metrics()[1])
     for path in latest_checkpoint(unbroken.folder).glob("*.safetensors"):
         a, b = load_file(str(path)), load_file(str(latest_checkpoint(resumed.folder) / path.name))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_chunks_change_memory_only(tmp_path):
-    rows = [timeless(train(TrainConfig(**SMALL | dict(steps=1, chunk=c, kl=0.1)), tmp_path / str(c)).metrics()[0]) for c in (1, 2)]
-    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4) and rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
+    rows = [
+        timeless(
+            train(
+                TrainConfig(**SMALL | dict(steps=1, chunk=c, kl=0.1)), tmp_path / str(c)
+            ).metrics()[0]
+        )
+        for c in (1, 2)
+    ]
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4) and rows[0][
+        "loss"
+    ] == pytest.approx(rows[1]["loss"], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory): return train(TrainConfig(**TOGETHER), tmp_path_factory.mktemp("alone") / "run")
+def alone(tmp_path_factory):
+    return train(TrainConfig(**TOGETHER), tmp_path_factory.mktemp("alone") / "run")
 
 
-@pytest.mark.parametrize("memory", [dict(), dict(shard=True, checkpointing=True)], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "memory", [dict(), dict(shard=True, checkpointing=True)], ids=["whole", "sharded"]
+)
 def test_two_processes_give_the_metrics_of_one(tmp_path, alone, memory):
     one, two = alone, train(TrainConfig(**TOGETHER | memory | dict(processes=2)), tmp_path / "two")
-    numbers = lambda row: {k: v for k, v in row.items() if isinstance(v, float) and k != "tokens_per_second"} | row["terms"]
-    assert [numbers(r) for r in two.metrics()] == [pytest.approx(numbers(r), abs=1e-5) for r in one.metrics()]
-    said = lambda run: [(r["step"], r["sample"], r["rollout"], r["first"]["text"], r["second"] and r["second"]["text"]) for r in run.rollouts()]
+    numbers = lambda row: (
+        {k: v for k, v in row.items() if isinstance(v, float) and k != "tokens_per_second"}
+        | row["terms"]
+    )
+    assert [numbers(r) for r in two.metrics()] == [
+        pytest.approx(numbers(r), abs=1e-5) for r in one.metrics()
+    ]
+    said = lambda run: [
+        (
+            r["step"],
+            r["sample"],
+            r["rollout"],
+            r["first"]["text"],
+            r["second"] and r["second"]["text"],
+        )
+        for r in run.rollouts()
+    ]
     assert said(two) == said(one) and len(said(one)) == 2 * 4 * 3
     for when in ("before", "after"):
         a, b = (read_json(run.folder / "results.json")[when] for run in (one, two))
         assert a["n"] == b["n"] == 5 and a["gIoU"] == pytest.approx(b["gIoU"], abs=1e-5)
-    a, b = (load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors")) for run in (one, two))
+    a, b = (
+        load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors"))
+        for run in (one, two)
+    )
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
 def test_only_frozen_weights_are_divided():
-    with pytest.raises(ValidationError, match="shard: only frozen weights are divided.*use tune lora"): TrainConfig(shard=True, tune="full")
+    with pytest.raises(
+        ValidationError, match="shard: only frozen weights are divided.*use tune lora"
+    ):
+        TrainConfig(shard=True, tune="full")
 
 
 def test_questions_must_be_shared_evenly():
-    with pytest.raises(ValidationError, match="prompts: 16 questions a step cannot be shared by 3 processes; use a multiple of it"): TrainConfig(processes=3)
+    with pytest.raises(
+        ValidationError,
+        match="prompts: 16 questions a step cannot be shared by 3 processes; use a multiple of it",
+    ):
+        TrainConfig(processes=3)
 
 
 def test_stop_file_ends_after_the_step(tmp_path, monkeypatch):
     log = Run.log
-    def log_then_stop(self, row): log(self, row); (self.folder / "stop").touch()
+
+    def log_then_stop(self, row):
+        log(self, row)
+        (self.folder / "stop").touch()
+
     monkeypatch.setattr(Run, "log", log_then_stop)
     run = train(TrainConfig(**SMALL | dict(steps=5)), tmp_path / "run")
-    assert run.status == "interrupted" and len(run.metrics()) == 1 and latest_checkpoint(run.folder).name == "step-000001"
+    assert (
+        run.status == "interrupted"
+        and len(run.metrics()) == 1
+        and latest_checkpoint(run.folder).name == "step-000001"
+    )
 
 
 def test_saved_adapter_is_plain_peft(whole):
     from peft import PeftModel
+
     ours = Policy.load().load_adapter(latest_checkpoint(whole.folder))
     theirs = PeftModel.from_pretrained(Policy.load().model, str(latest_checkpoint(whole.folder)))
     a, b = ours.adapter.state_dict(), theirs.state_dict()
-    assert any("lora_B" in k and v.abs().sum() > 0 for k, v in a.items()) and all(torch.equal(a[k], b[k]) for k in a)
+    assert any("lora_B" in k and v.abs().sum() > 0 for k, v in a.items()) and all(
+        torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def test_a_user_recipe_trains_by_name(tmp_path):
-    register_method(dataclasses.replace(visionreasoner, name="mine", total=lambda terms: terms["accuracy"]))
-    try: run = train(TrainConfig(**SMALL | dict(recipe="mine", steps=1, kl=0)), tmp_path / "run")
-    finally: del METHODS["mine"]
+    register_method(
+        dataclasses.replace(visionreasoner, name="mine", total=lambda terms: terms["accuracy"])
+    )
+    try:
+        run = train(TrainConfig(**SMALL | dict(recipe="mine", steps=1, kl=0)), tmp_path / "run")
+    finally:
+        del METHODS["mine"]
     row = run.metrics()[0]
-    assert row["reward"] == pytest.approx(row["terms"]["accuracy"]) and row["tokens_second"] is None and row["kl"] == 0
+    assert (
+        row["reward"] == pytest.approx(row["terms"]["accuracy"])
+        and row["tokens_second"] is None
+        and row["kl"] == 0
+    )
 
 
 MINE = """
@@ -132,18 +260,33 @@ mine = Method("mine", visionreasoner.prompt, lambda method, group, frame: dict(b
 def test_a_recipe_of_a_file_trains_by_its_path(tmp_path):
     (tmp_path / "rewards.py").write_text(MINE)
     name = f"{tmp_path}/rewards.py:mine"
-    config = pickle.loads(pickle.dumps(TrainConfig(**SMALL | dict(recipe=name, steps=1, kl=0)))) # as a sweep's workers get it
+    config = pickle.loads(
+        pickle.dumps(TrainConfig(**SMALL | dict(recipe=name, steps=1, kl=0)))
+    )  # as a sweep's workers get it
     del METHODS[name]
-    try: row, = train(config, new_folder(tmp_path, f"train-{name}")).metrics()
-    finally: METHODS.pop(name, None)
+    try:
+        (row,) = train(config, new_folder(tmp_path, f"train-{name}")).metrics()
+    finally:
+        METHODS.pop(name, None)
     assert row["terms"] == {"brevity": -row["tokens"]}
-    assert [p.name for p in tmp_path.glob("train-*")] == [f"train-{tmp_path}-rewards.py-mine-1".replace("/", "-").replace("--", "-")]
+    assert [p.name for p in tmp_path.glob("train-*")] == [
+        f"train-{tmp_path}-rewards.py-mine-1".replace("/", "-").replace("--", "-")
+    ]
 
 
-@pytest.mark.parametrize("code, name, says", [(MINE, "mien", "has no recipe mien; it has visionreasoner, mine"), ("1/0", "mine", "cannot be run .ZeroDivisionError"), (None, "mine", "does not exist")])
+@pytest.mark.parametrize(
+    "code, name, says",
+    [
+        (MINE, "mien", "has no recipe mien; it has visionreasoner, mine"),
+        ("1/0", "mine", "cannot be run .ZeroDivisionError"),
+        (None, "mine", "does not exist"),
+    ],
+)
 def test_a_file_without_the_recipe_is_told(code, name, says, tmp_path):
-    if code: (tmp_path / "rewards.py").write_text(code)
-    with pytest.raises(ValueError, match=says): TrainConfig(recipe=f"{tmp_path}/rewards.py:{name}")
+    if code:
+        (tmp_path / "rewards.py").write_text(code)
+    with pytest.raises(ValueError, match=says):
+        TrainConfig(recipe=f"{tmp_path}/rewards.py:{name}")
 
 
 def test_questions_are_a_permutation_of_the_data():
@@ -154,9 +297,12 @@ def test_questions_are_a_permutation_of_the_data():
 
 class Worn(list):
     "Numbers, some of which cannot be read."
+
     bad = ()
+
     def __getitem__(self, i):
-        if i in self.bad: raise BrokenRecord(f"record {i} is broken; mend it.")
+        if i in self.bad:
+            raise BrokenRecord(f"record {i} is broken; mend it.")
         return super().__getitem__(i)
 
 
@@ -167,16 +313,22 @@ def test_the_next_question_stands_in_for_a_broken_one(bad):
     data.bad = bad
     for step in (1, 2, 3):
         samples, skipped = sample_batch(data, config, step)
-        after = [i for i in order[4 * (step - 1):] if i not in bad]
+        after = [i for i in order[4 * (step - 1) :] if i not in bad]
         assert samples == after[:4], "whatever was broken, a step starts at its own place"
-        assert set(skipped) <= {f"record {i} is broken; mend it." for i in bad} and bool(skipped) == any(i in bad for i in order[4 * step - 4:4 * step])
+        assert set(skipped) <= {f"record {i} is broken; mend it." for i in bad} and bool(
+            skipped
+        ) == any(i in bad for i in order[4 * step - 4 : 4 * step])
 
 
 def test_nothing_that_can_be_read_is_an_error_and_strict_is_at_once():
     data = Worn(range(8))
     data.bad = range(8)
-    with pytest.raises(ValueError, match="data: mini has no record that can be read, the first: record . is broken"): sample_batch(data, TrainConfig(), 1)
-    with pytest.raises(BrokenRecord, match="record . is broken"): sample_batch(data, TrainConfig(strict=True), 1)
+    with pytest.raises(
+        ValueError, match="data: mini has no record that can be read, the first: record . is broken"
+    ):
+        sample_batch(data, TrainConfig(), 1)
+    with pytest.raises(BrokenRecord, match="record . is broken"):
+        sample_batch(data, TrainConfig(strict=True), 1)
 
 
 @pytest.fixture
@@ -184,10 +336,20 @@ def own(tmp_path):
     "A folder of one's own with scenes of the world, for training and for evaluation; one record of each split is broken."
     home = tmp_path / "own"
     home.mkdir()
-    rows = [dict(id=f"{split}-{i}", image=f"{split}-{i}.png", query=s.query, mask=[encode_rle(t.mask) for t in s.targets], split=split)
-            for split in ("train", "val") for i, s in enumerate(MiniReasonSeg(split, 4))]
+    rows = [
+        dict(
+            id=f"{split}-{i}",
+            image=f"{split}-{i}.png",
+            query=s.query,
+            mask=[encode_rle(t.mask) for t in s.targets],
+            split=split,
+        )
+        for split in ("train", "val")
+        for i, s in enumerate(MiniReasonSeg(split, 4))
+    ]
     for split in ("train", "val"):
-        for i, s in enumerate(MiniReasonSeg(split, 4)): Image.fromarray(s.image).save(home / f"{split}-{i}.png")
+        for i, s in enumerate(MiniReasonSeg(split, 4)):
+            Image.fromarray(s.image).save(home / f"{split}-{i}.png")
         (home / f"{split}-2.png").write_bytes(b"no picture")
     (home / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return home
@@ -196,18 +358,27 @@ def own(tmp_path):
 def test_a_run_goes_on_past_broken_records_and_tells_them(own, tmp_path):
     config = TrainConfig(**SMALL | dict(steps=2, data=str(own), eval_samples=4))
     run = train(config, tmp_path / "run")
-    results, told = read_json(run.folder / "results.json"), [s for row in run.metrics() for s in row.get("skipped", [])]
-    assert results["skipped"] == {told[0]: len(told)} and "data.jsonl:3: the image cannot be decoded" in told[0]
+    results, told = (
+        read_json(run.folder / "results.json"),
+        [s for row in run.metrics() for s in row.get("skipped", [])],
+    )
+    assert (
+        results["skipped"] == {told[0]: len(told)}
+        and "data.jsonl:3: the image cannot be decoded" in told[0]
+    )
     assert results["before"]["n"] == results["after"]["n"] == 4 and results["after"]["broken"] == 1
-    missed, = [r for r in read_jsonl(run.folder / "predictions_after.jsonl") if "error" in r]
+    (missed,) = [r for r in read_jsonl(run.folder / "predictions_after.jsonl") if "error" in r]
     assert missed["iou"] == 0 and missed["sample"] == "#2" and "val-2.png" not in str(told)
 
-    with Run.create(tmp_path / "broken", config.model_dump(), bar=False): pass
+    with Run.create(tmp_path / "broken", config.model_dump(), bar=False):
+        pass
     policy, recipe, optimizer, accelerator = build_training_state(config)
     samples, skipped = sample_batch(load_data(str(own), "train"), config, 1)
     train_step(policy, recipe, optimizer, accelerator, samples, config, 1)
     save_checkpoint(tmp_path / "broken", 1, lambda d: save_state(policy, optimizer, d))
-    resumed = train(config.model_copy(update=dict(eval_samples=0)), tmp_path / "broken", resume=True)
+    resumed = train(
+        config.model_copy(update=dict(eval_samples=0)), tmp_path / "broken", resume=True
+    )
     assert timeless(resumed.metrics()[0]) == timeless(run.metrics()[1])
 
 
@@ -216,21 +387,47 @@ def test_one_text_a_file_is_drawn_anew_in_each_pass(tmp_path):
     folder.mkdir(parents=True)
     for i in range(4):
         Image.new("RGB", (20, 20)).save(folder / f"{i}.jpg")
-        (folder / f"{i}.json").write_text(json.dumps(dict(text=[f"{i}{k}" for k in "abcdef"], shapes=[])))
+        (folder / f"{i}.json").write_text(
+            json.dumps(dict(text=[f"{i}{k}" for k in "abcdef"], shapes=[]))
+        )
     config = TrainConfig(data=str(tmp_path), texts="one", prompts=4, eval_samples=0)
     data = load_data(config.data, "train")
     passes = [[s.query for s in sample_batch(data, config, step)[0]] for step in (1, 2, 3)]
-    assert all(sorted(q[0] for q in p) == list("0123") for p in passes) and len({tuple(sorted(p)) for p in passes}) == 3
-    assert passes == [[s.query for s in sample_batch(data, config, step)[0]] for step in (1, 2, 3)] and len(data) == 24
-    with pytest.raises(ValidationError, match="data: .* has no split \"val\"; use one of train. Name a set for the evaluation by eval_data"):
+    assert (
+        all(sorted(q[0] for q in p) == list("0123") for p in passes)
+        and len({tuple(sorted(p)) for p in passes}) == 3
+    )
+    assert (
+        passes == [[s.query for s in sample_batch(data, config, step)[0]] for step in (1, 2, 3)]
+        and len(data) == 24
+    )
+    with pytest.raises(
+        ValidationError,
+        match='data: .* has no split "val"; use one of train. Name a set for the evaluation by eval_data',
+    ):
         TrainConfig(data=str(tmp_path))
-    with pytest.raises(ValidationError, match="texts: mini has one text a question; leave texts out"): TrainConfig(texts="one")
+    with pytest.raises(
+        ValidationError, match="texts: mini has one text a question; leave texts out"
+    ):
+        TrainConfig(texts="one")
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(stpes=60), "stpes"), (dict(recipe="dr3seg"), "use one of visionreasoner"), (dict(model="embeded"), "use embedded"),
-                                         (dict(steps=0), "steps"), (dict(data="coco"), "data: coco does not exist.*called mini"), (dict(eval_data="coco"), "eval_data: coco does not exist.*called mini"), (dict(samples=1), "samples")], ids=str)
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(stpes=60), "stpes"),
+        (dict(recipe="dr3seg"), "use one of visionreasoner"),
+        (dict(model="embeded"), "use embedded"),
+        (dict(steps=0), "steps"),
+        (dict(data="coco"), "data: coco does not exist.*called mini"),
+        (dict(eval_data="coco"), "eval_data: coco does not exist.*called mini"),
+        (dict(samples=1), "samples"),
+    ],
+    ids=str,
+)
 def test_wrong_parameters_are_named(wrong, says):
-    with pytest.raises(ValidationError, match=says): TrainConfig(**wrong)
+    with pytest.raises(ValidationError, match=says):
+        TrainConfig(**wrong)
 
 
 def test_the_notebook_declares_the_config():
@@ -240,8 +437,14 @@ def test_the_notebook_declares_the_config():
 
 
 def test_presets_are_the_papers_settings(tmp_path):
-    with pytest.raises(ValueError, match="preset reasonseg_few_shot needs ReasonSeg's folder; name it by data"): load_preset("reasonseg_few_shot")
-    with pytest.raises(ValueError, match="preset few is unknown; use one of reasonseg_few_shot, visionreasoner_7k"): load_preset("few")
+    with pytest.raises(
+        ValueError, match="preset reasonseg_few_shot needs ReasonSeg's folder; name it by data"
+    ):
+        load_preset("reasonseg_few_shot")
+    with pytest.raises(
+        ValueError, match="preset few is unknown; use one of reasonseg_few_shot, visionreasoner_7k"
+    ):
+        load_preset("few")
     for split, n in dict(train=239, val=2).items():
         folder = tmp_path / "ReasonSeg" / split
         folder.mkdir(parents=True)
@@ -249,8 +452,24 @@ def test_presets_are_the_papers_settings(tmp_path):
             Image.new("RGB", (8, 8)).save(folder / f"{i}.jpg")
             (folder / f"{i}.json").write_text(json.dumps(dict(text=["a", "b", "c"], shapes=[])))
     few = TrainConfig(**load_preset("reasonseg_few_shot", data=str(tmp_path)))
-    assert few.steps == 5 * 14 and (few.recipe, few.texts, few.anchor, few.gamma, few.prompts, few.samples) == ("dr2seg", "one", 40, 0.05, 16, 8)
-    assert (few.tune, few.rank, few.alpha, few.lr, few.kl, few.clip, few.weight_decay, few.grad_norm) == ("lora", 64, 64, 1e-5, 5e-3, 0.2, 0.01, 1)
+    assert few.steps == 5 * 14 and (
+        few.recipe,
+        few.texts,
+        few.anchor,
+        few.gamma,
+        few.prompts,
+        few.samples,
+    ) == ("dr2seg", "one", 40, 0.05, 16, 8)
+    assert (
+        few.tune,
+        few.rank,
+        few.alpha,
+        few.lr,
+        few.kl,
+        few.clip,
+        few.weight_decay,
+        few.grad_norm,
+    ) == ("lora", 64, 64, 1e-5, 5e-3, 0.2, 0.01, 1)
     by_hand = load_preset("reasonseg_few_shot", data=str(tmp_path), prompts=8, anchor=45, steps=3)
     assert (by_hand["steps"], by_hand["anchor"], by_hand["prompts"]) == (3, 45, 8)
     assert load_preset("reasonseg_few_shot", data=str(tmp_path), prompts=8)["steps"] == 5 * 29
@@ -261,35 +480,74 @@ def test_presets_are_the_papers_settings(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="lower lr"): train(TrainConfig(**SMALL | dict(lr=1e30, steps=4)), tmp_path / "run")
-    assert Run.open(tmp_path / "run").status == "failed" and "lower lr" in read_json(tmp_path / "run/run.json")["error"]
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        train(TrainConfig(**SMALL | dict(lr=1e30, steps=4)), tmp_path / "run")
+    assert (
+        Run.open(tmp_path / "run").status == "failed"
+        and "lower lr" in read_json(tmp_path / "run/run.json")["error"]
+    )
 
 
 def test_bf16_weights_with_few_projections(tmp_path):
     "As large models are trained: frozen weights in bf16, LoRA on two projections in fp32, loaded back by plain peft."
-    run = train(TrainConfig(**SMALL | dict(recipe="visionreasoner", steps=1, norm_lr=0, dtype="bfloat16", targets=["q_proj", "v_proj"])), tmp_path / "run")
+    run = train(
+        TrainConfig(
+            **SMALL
+            | dict(
+                recipe="visionreasoner",
+                steps=1,
+                norm_lr=0,
+                dtype="bfloat16",
+                targets=["q_proj", "v_proj"],
+            )
+        ),
+        tmp_path / "run",
+    )
     saved = load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors"))
-    assert len(saved) == 4 * 2 * 2 and all(v.dtype == torch.float32 for v in saved.values()) and any("v_proj" in k and "lora_B" in k and v.any() for k, v in saved.items())
-    with pytest.raises(ValidationError, match="bfloat16 would lose the small steps"): TrainConfig(dtype="bfloat16")
-    with pytest.raises(ValidationError, match="targets"): TrainConfig(targets=["qkv"])
+    assert (
+        len(saved) == 4 * 2 * 2
+        and all(v.dtype == torch.float32 for v in saved.values())
+        and any("v_proj" in k and "lora_B" in k and v.any() for k, v in saved.items())
+    )
+    with pytest.raises(ValidationError, match="bfloat16 would lose the small steps"):
+        TrainConfig(dtype="bfloat16")
+    with pytest.raises(ValidationError, match="targets"):
+        TrainConfig(targets=["qkv"])
 
 
-@pytest.mark.parametrize("recipe, terms", [("seg_zero", {"iou", "box", "points"}), ("pixelthink", {"points", "length"}),
-                                           ("dpad", {"points", "discriminative"}), ("dr2seg_dpad", {"accuracy", "description", "length", "discriminative"})])
+@pytest.mark.parametrize(
+    "recipe, terms",
+    [
+        ("seg_zero", {"iou", "box", "points"}),
+        ("pixelthink", {"points", "length"}),
+        ("dpad", {"points", "discriminative"}),
+        ("dr2seg_dpad", {"accuracy", "description", "length", "discriminative"}),
+    ],
+)
 def test_every_method_of_the_field_trains(recipe, terms, tmp_path):
-    run = train(TrainConfig(**SMALL | dict(recipe=recipe, steps=1, prompts=4, max_new_tokens=192)), tmp_path / "run")
+    run = train(
+        TrainConfig(**SMALL | dict(recipe=recipe, steps=1, prompts=4, max_new_tokens=192)),
+        tmp_path / "run",
+    )
     row = run.metrics()[0]
-    assert set(row["terms"]) >= terms and row["terms"]["thinking_format"] > 0.7 < row["terms"]["answer_format"] and 0 < row["accuracy"] <= 1
+    assert (
+        set(row["terms"]) >= terms
+        and row["terms"]["thinking_format"] > 0.7 < row["terms"]["answer_format"]
+        and 0 < row["accuracy"] <= 1
+    )
     assert (row["tokens_second"] is not None) == recipe.startswith("dr2seg")
 
 
 def test_a_scorer_that_is_not_there_is_told_before_anything_is_asked(tmp_path):
-    with pytest.raises(ValueError, match="scorer: 'clap' is not known; use embedded"): train(TrainConfig(**SMALL | dict(recipe="dpad", scorer="clap")), tmp_path / "run")
+    with pytest.raises(ValueError, match="scorer: 'clap' is not known; use embedded"):
+        train(TrainConfig(**SMALL | dict(recipe="dpad", scorer="clap")), tmp_path / "run")
 
 
 # ---- going on with a run whose files are not as it has left them
 
-ENDED = SMALL | dict(steps=3, samples=2, max_new_tokens=12, eval_samples=2, segmenter="grabcut", norm_lr=0.02)
+ENDED = SMALL | dict(
+    steps=3, samples=2, max_new_tokens=12, eval_samples=2, segmenter="grabcut", norm_lr=0.02
+)
 
 
 @pytest.fixture(scope="module")
@@ -313,36 +571,84 @@ def older(folder):
         write_json(path, manifest)
 
 
-def lines(path): return path.read_text().splitlines(keepends=True)
-def without_last(path): path.write_text("".join(lines(path)[:-1]))
-def without_half_a_row(path): path.write_text(path.read_text()[:-9])
-def last_altered(path): path.write_text("".join([*lines(path)[:-1], lines(path)[-1].replace("reward", "REWARD")]))
-def last_twice(path): path.write_text("".join([*lines(path), lines(path)[-1]]))
-def first_twice(path): path.write_text("".join([lines(path)[0], *lines(path)]))
-def first_altered(path): path.write_text("".join([lines(path)[0].replace('"step": 1', '"step": 7'), *lines(path)[1:]]))
-def second_missing(path): path.write_text("".join([lines(path)[0], *lines(path)[2:]]))
-def garbage_after(path): path.write_text(path.read_text() + "[1]\nno JSON\n")
+def lines(path):
+    return path.read_text().splitlines(keepends=True)
+
+
+def without_last(path):
+    path.write_text("".join(lines(path)[:-1]))
+
+
+def without_half_a_row(path):
+    path.write_text(path.read_text()[:-9])
+
+
+def last_altered(path):
+    path.write_text("".join([*lines(path)[:-1], lines(path)[-1].replace("reward", "REWARD")]))
+
+
+def last_twice(path):
+    path.write_text("".join([*lines(path), lines(path)[-1]]))
+
+
+def first_twice(path):
+    path.write_text("".join([lines(path)[0], *lines(path)]))
+
+
+def first_altered(path):
+    path.write_text("".join([lines(path)[0].replace('"step": 1', '"step": 7'), *lines(path)[1:]]))
+
+
+def second_missing(path):
+    path.write_text("".join([lines(path)[0], *lines(path)[2:]]))
+
+
+def garbage_after(path):
+    path.write_text(path.read_text() + "[1]\nno JSON\n")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
-@pytest.mark.parametrize("harm, goes_back_to", [(without_last, 2), (without_half_a_row, 2), (last_altered, 2), (last_twice, 3), (garbage_after, 3)])
+@pytest.mark.parametrize(
+    "harm, goes_back_to",
+    [
+        (without_last, 2),
+        (without_half_a_row, 2),
+        (last_altered, 2),
+        (last_twice, 3),
+        (garbage_after, 3),
+    ],
+)
 def test_a_resume_goes_back_to_where_the_rows_are_whole(harm, goes_back_to, name, cut_off, ended):
     harm(cut_off / name)
     run = train(TrainConfig(**ENDED), cut_off, resume=True)
-    assert run.status == "done" and [timeless(r) for r in run.metrics()] == [timeless(r) for r in ended.metrics()]
+    assert run.status == "done" and [timeless(r) for r in run.metrics()] == [
+        timeless(r) for r in ended.metrics()
+    ]
     assert run.rollouts() == ended.rollouts()
-    same = [a == b for a, b in zip(lines(cut_off / "metrics.jsonl"), lines(ended.folder / "metrics.jsonl"))]
-    assert same == [step <= goes_back_to for step in (1, 2, 3)], "rows that were whole are the same to the byte, the others are new"
+    same = [
+        a == b
+        for a, b in zip(lines(cut_off / "metrics.jsonl"), lines(ended.folder / "metrics.jsonl"))
+    ]
+    assert same == [step <= goes_back_to for step in (1, 2, 3)], (
+        "rows that were whole are the same to the byte, the others are new"
+    )
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
-@pytest.mark.parametrize("harm", [Path.unlink, first_twice, first_altered, second_missing], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "harm", [Path.unlink, first_twice, first_altered, second_missing], ids=lambda f: f.__name__
+)
 def test_a_resume_is_refused_where_no_rows_are_whole(harm, name, cut_off):
     harm(cut_off / name)
     before = {p: p.read_bytes() for p in cut_off.rglob("*") if p.is_file() and p.name != "run.json"}
-    with pytest.raises(ValueError, match=f"run has no checkpoint that can be gone on from .step-000003: {name}.*step-000002: {name}.*restore the files, or start"):
+    with pytest.raises(
+        ValueError,
+        match=f"run has no checkpoint that can be gone on from .step-000003: {name}.*step-000002: {name}.*restore the files, or start",
+    ):
         train(TrainConfig(**ENDED), cut_off, resume=True)
-    assert {p: p.read_bytes() for p in cut_off.rglob("*") if p.is_file() and p.name != "run.json"} == before
+    assert {
+        p: p.read_bytes() for p in cut_off.rglob("*") if p.is_file() and p.name != "run.json"
+    } == before
     assert run_status(cut_off) == "failed"
 
 
@@ -350,78 +656,160 @@ def test_a_run_of_an_older_version_goes_on(cut_off, ended):
     older(cut_off)
     without_last(cut_off / "metrics.jsonl")
     run = train(TrainConfig(**ENDED), cut_off, resume=True)
-    assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in ended.metrics()] and run.rollouts() == ended.rollouts()
+    assert [timeless(r) for r in run.metrics()] == [
+        timeless(r) for r in ended.metrics()
+    ] and run.rollouts() == ended.rollouts()
 
 
-@pytest.mark.parametrize("harm, name", [(Path.unlink, "metrics.jsonl"), (Path.unlink, "rollouts.jsonl"), (first_twice, "metrics.jsonl"),
-                                        (first_altered, "metrics.jsonl"), (second_missing, "metrics.jsonl"), (first_altered, "rollouts.jsonl")])
+@pytest.mark.parametrize(
+    "harm, name",
+    [
+        (Path.unlink, "metrics.jsonl"),
+        (Path.unlink, "rollouts.jsonl"),
+        (first_twice, "metrics.jsonl"),
+        (first_altered, "metrics.jsonl"),
+        (second_missing, "metrics.jsonl"),
+        (first_altered, "rollouts.jsonl"),
+    ],
+)
 def test_a_run_of_an_older_version_with_a_gap_is_refused(harm, name, cut_off):
     older(cut_off)
     harm(cut_off / name)
-    with pytest.raises(ValueError, match="no checkpoint that can be gone on from"): train(TrainConfig(**ENDED), cut_off, resume=True)
+    with pytest.raises(ValueError, match="no checkpoint that can be gone on from"):
+        train(TrainConfig(**ENDED), cut_off, resume=True)
 
 
 def test_rows_that_vanish_while_the_run_is_at_work_are_no_result(tmp_path, monkeypatch):
     log = Run.log
+
     def log_after_a_cut(self, row):
-        if row["step"] == 2: without_last(self.folder / "metrics.jsonl")
+        if row["step"] == 2:
+            without_last(self.folder / "metrics.jsonl")
         log(self, row)
+
     monkeypatch.setattr(Run, "log", log_after_a_cut)
-    with pytest.raises(ValueError, match="metrics.jsonl was changed while the run was writing it"): train(TrainConfig(**SMALL), tmp_path / "run")
+    with pytest.raises(ValueError, match="metrics.jsonl was changed while the run was writing it"):
+        train(TrainConfig(**SMALL), tmp_path / "run")
     assert run_status(tmp_path / "run") == "failed"
 
 
-def lost(path): path.unlink()
-def altered(path): path.write_text(path.read_text().replace('"iou": 0.', '"iou": 1.').replace('"tokens": 12', '"tokens": 13'))
-def emptied(path): path.write_text("")
-def forged(path): write_json(path, read_json(path) | dict(before=read_json(path)["before"] | dict(gIoU=0.99)))
-def without_before(path): write_json(path, {k: v for k, v in read_json(path).items() if k != "before"})
+def lost(path):
+    path.unlink()
 
 
-@pytest.mark.parametrize("harm, name", [(lost, "predictions_before.jsonl"), (emptied, "predictions_before.jsonl"), (without_last, "predictions_before.jsonl"),
-                                        (altered, "predictions_before.jsonl"), (altered, "predictions_after.jsonl"), (lost, "results.json"),
-                                        (forged, "results.json"), (without_before, "results.json")])
+def altered(path):
+    path.write_text(
+        path.read_text().replace('"iou": 0.', '"iou": 1.').replace('"tokens": 12', '"tokens": 13')
+    )
+
+
+def emptied(path):
+    path.write_text("")
+
+
+def forged(path):
+    write_json(path, read_json(path) | dict(before=read_json(path)["before"] | dict(gIoU=0.99)))
+
+
+def without_before(path):
+    write_json(path, {k: v for k, v in read_json(path).items() if k != "before"})
+
+
+@pytest.mark.parametrize(
+    "harm, name",
+    [
+        (lost, "predictions_before.jsonl"),
+        (emptied, "predictions_before.jsonl"),
+        (without_last, "predictions_before.jsonl"),
+        (altered, "predictions_before.jsonl"),
+        (altered, "predictions_after.jsonl"),
+        (lost, "results.json"),
+        (forged, "results.json"),
+        (without_before, "results.json"),
+    ],
+)
 def test_results_of_a_resumed_run_are_those_of_its_predictions(harm, name, cut_off, ended):
     harm(cut_off / name)
-    assert not (cut_off / name).exists() or (cut_off / name).read_bytes() != (ended.folder / name).read_bytes()
+    assert (
+        not (cut_off / name).exists()
+        or (cut_off / name).read_bytes() != (ended.folder / name).read_bytes()
+    )
     train(TrainConfig(**ENDED), cut_off, resume=True)
     assert read_json(cut_off / "results.json") == read_json(ended.folder / "results.json")
-    for kept in "predictions_before.jsonl", "predictions_after.jsonl": assert (cut_off / kept).read_bytes() == (ended.folder / kept).read_bytes()
+    for kept in "predictions_before.jsonl", "predictions_after.jsonl":
+        assert (cut_off / kept).read_bytes() == (ended.folder / kept).read_bytes()
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{", '"results"', "\ufffe", "[" * 100_000], ids=range(6))
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{", '"results"', "\ufffe", "[" * 100_000], ids=range(6)
+)
 def test_malformed_results_are_named(text, cut_off):
     (cut_off / "results.json").write_text(text)
-    with pytest.raises(ValueError, match="results.json is .*(remove|restore) it") as told: train(TrainConfig(**ENDED), cut_off, resume=True)
+    with pytest.raises(ValueError, match="results.json is .*(remove|restore) it") as told:
+        train(TrainConfig(**ENDED), cut_off, resume=True)
     assert "\n" not in str(told.value)
 
 
 # ---- what a resume may change
 
-def weights(folder): return load_file(str(latest_checkpoint(folder) / "adapter_model.safetensors"))
+
+def weights(folder):
+    return load_file(str(latest_checkpoint(folder) / "adapter_model.safetensors"))
 
 
 def test_a_new_rate_is_in_force_after_a_resume(cut_off, ended):
     shutil.rmtree(cut_off / "checkpoints/step-000003")
-    start, slow = weights(cut_off), TrainConfig(**ENDED | dict(lr=1e-5, norm_lr=2e-4, weight_decay=0.5))
+    start, slow = (
+        weights(cut_off),
+        TrainConfig(**ENDED | dict(lr=1e-5, norm_lr=2e-4, weight_decay=0.5)),
+    )
     run = train(slow, cut_off, resume=True)
-    assert [r["lr"] for r in run.metrics()] == [pytest.approx(lr) for lr in (1e-3, 1e-3 * 2 / 3, 1e-5 / 3)]
-    moved = lambda end: max(float((end[k] - start[k]).abs().max()) for k in start if "norm" not in k)
-    assert moved(weights(run.folder)) == pytest.approx(moved(weights(ended.folder)) / 100, rel=0.1), "AdamW moves by its rate"
-    assert run.info["resumed"][0]["changed"] == dict(lr=[1e-3, 1e-5], norm_lr=[0.02, 2e-4], weight_decay=[0.01, 0.5])
+    assert [r["lr"] for r in run.metrics()] == [
+        pytest.approx(lr) for lr in (1e-3, 1e-3 * 2 / 3, 1e-5 / 3)
+    ]
+    moved = lambda end: max(
+        float((end[k] - start[k]).abs().max()) for k in start if "norm" not in k
+    )
+    assert moved(weights(run.folder)) == pytest.approx(
+        moved(weights(ended.folder)) / 100, rel=0.1
+    ), "AdamW moves by its rate"
+    assert run.info["resumed"][0]["changed"] == dict(
+        lr=[1e-3, 1e-5], norm_lr=[0.02, 2e-4], weight_decay=[0.01, 0.5]
+    )
     assert run.info["parameters"]["lr"] == 1e-5 and run.info["parameters"]["rank"] == 4
     policy, recipe, optimizer, accelerator = build_training_state(slow)
     load_state(policy, optimizer, latest_checkpoint(run.folder))
-    assert [(g["base"], g["weight_decay"]) for g in optimizer.param_groups] == [(1e-5, 0.5), (2e-4, 0.5)]
+    assert [(g["base"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (1e-5, 0.5),
+        (2e-4, 0.5),
+    ]
 
 
-@pytest.mark.parametrize("change", [dict(rank=8), dict(steps=4), dict(seed=1), dict(recipe="visionreasoner"), dict(prompts=4), dict(data="other"),
-                                    dict(norm_lr=0.0), dict(temperature=0.5), dict(anchor=20), dict(max_new_tokens=13)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(rank=8),
+        dict(steps=4),
+        dict(seed=1),
+        dict(recipe="visionreasoner"),
+        dict(prompts=4),
+        dict(data="other"),
+        dict(norm_lr=0.0),
+        dict(temperature=0.5),
+        dict(anchor=20),
+        dict(max_new_tokens=13),
+    ],
+    ids=str,
+)
 def test_what_a_run_is_may_not_change(change, cut_off):
     before = (cut_off / "run.json").read_bytes()
-    (name, value), = change.items()
+    ((name, value),) = change.items()
     config = TrainConfig.model_construct(**TrainConfig(**ENDED).model_dump() | change)
-    with pytest.raises(ValueError, match=f"run: the run was started with {name} = .*, not .*; leave the parameter out"): train(config, cut_off, resume=True)
+    with pytest.raises(
+        ValueError,
+        match=f"run: the run was started with {name} = .*, not .*; leave the parameter out",
+    ):
+        train(config, cut_off, resume=True)
     assert (cut_off / "run.json").read_bytes() == before
 
 
@@ -435,35 +823,64 @@ def test_with_another_evaluation_the_start_is_evaluated_again(cut_off, tmp_path)
 
 def test_a_record_of_wrong_types_is_named(cut_off):
     update_record(cut_off, parameters=read_record(cut_off)["parameters"] | dict(steps="many"))
-    with pytest.raises(ValueError, match="run: the run's record cannot be gone on from .parameter steps: Input should be a valid integer"):
+    with pytest.raises(
+        ValueError,
+        match="run: the run's record cannot be gone on from .parameter steps: Input should be a valid integer",
+    ):
         train(TrainConfig(**ENDED), cut_off, resume=True)
 
 
 # ---- what is no number
 
+
 def test_after_a_loss_that_is_no_number_the_run_goes_on_with_a_lower_rate(tmp_path):
     wild = TrainConfig(**SMALL | dict(lr=1e30, steps=4))
-    with pytest.raises(FloatingPointError, match="lower lr, then resume"): train(wild, tmp_path / "run")
+    with pytest.raises(FloatingPointError, match="lower lr, then resume"):
+        train(wild, tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoints/step-*"):
         kept = torch.load(path / "optimizer.pt", weights_only=True)["state"].values()
-        assert all(torch.isfinite(v).all() for state in kept for v in state.values() if torch.is_tensor(v))
-        assert all(torch.isfinite(v).all() for v in load_file(str(path / "adapter_model.safetensors")).values())
-    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True) # one with weights of 1e27 is finite, and of no use
+        assert all(
+            torch.isfinite(v).all() for state in kept for v in state.values() if torch.is_tensor(v)
+        )
+        assert all(
+            torch.isfinite(v).all()
+            for v in load_file(str(path / "adapter_model.safetensors")).values()
+        )
+    shutil.rmtree(
+        tmp_path / "run" / "checkpoints", ignore_errors=True
+    )  # one with weights of 1e27 is finite, and of no use
     run = train(TrainConfig(**SMALL | dict(lr=1e-3, steps=4)), tmp_path / "run", resume=True)
     assert run.status == "done" and [r["step"] for r in run.metrics()] == [1, 2, 3, 4]
     tame = train(TrainConfig(**SMALL | dict(lr=1e-3, steps=4)), tmp_path / "tame")
-    assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in tame.metrics()], "nothing of the wild run is left"
+    assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in tame.metrics()], (
+        "nothing of the wild run is left"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["weight", "exp_avg", "exp_avg_sq"])
 def test_a_state_that_is_no_number_is_never_saved(where, value, tmp_path):
     policy, recipe, optimizer, accelerator = build_training_state(TrainConfig(**SMALL))
-    train_step(policy, recipe, optimizer, accelerator, sample_batch(load_data("mini", "train"), TrainConfig(**SMALL), 1)[0], TrainConfig(**SMALL), 1)
+    train_step(
+        policy,
+        recipe,
+        optimizer,
+        accelerator,
+        sample_batch(load_data("mini", "train"), TrainConfig(**SMALL), 1)[0],
+        TrainConfig(**SMALL),
+        1,
+    )
     save_checkpoint(tmp_path, 1, lambda d: save_state(policy, optimizer, d))
-    name, p = policy.trainable()[-1] if isinstance(policy.trainable(), list) else list(policy.trainable())[-1]
-    with torch.no_grad(): (p if where == "weight" else optimizer.state[p][where]).view(-1)[-1] = value
-    with pytest.raises(FloatingPointError, match=f"{where} of {name} is not a number, so nothing is saved"):
+    name, p = (
+        policy.trainable()[-1]
+        if isinstance(policy.trainable(), list)
+        else list(policy.trainable())[-1]
+    )
+    with torch.no_grad():
+        (p if where == "weight" else optimizer.state[p][where]).view(-1)[-1] = value
+    with pytest.raises(
+        FloatingPointError, match=f"{where} of {name} is not a number, so nothing is saved"
+    ):
         save_checkpoint(tmp_path, 2, lambda d: save_state(policy, optimizer, d))
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001"]
 
@@ -474,23 +891,36 @@ def test_a_checkpoint_of_an_older_version_that_is_no_number_is_told(cut_off):
     name = max(state)
     state[name][0] = float("nan")
     from safetensors.torch import save_file
+
     save_file(state, str(path / "adapter_model.safetensors"))
     manifest = read_json(path / "manifest.json")
     manifest["files"]["adapter_model.safetensors"] = file_sha256(path / "adapter_model.safetensors")
     write_json(path / "manifest.json", manifest)
-    with pytest.raises(ValueError, match="step-000003 is of no use .a weight of .* is not a number.; remove that folder"): train(TrainConfig(**ENDED), cut_off, resume=True)
+    with pytest.raises(
+        ValueError,
+        match="step-000003 is of no use .a weight of .* is not a number.; remove that folder",
+    ):
+        train(TrainConfig(**ENDED), cut_off, resume=True)
 
 
 def test_a_checkpoint_of_another_rank_is_told(cut_off):
     update_record(cut_off, parameters=read_record(cut_off)["parameters"] | dict(rank=8))
-    with pytest.raises(ValueError, match="checkpoint .*step-000003 cannot be loaded .*remove that folder"): train(TrainConfig(**ENDED | dict(rank=8)), cut_off, resume=True)
+    with pytest.raises(
+        ValueError, match="checkpoint .*step-000003 cannot be loaded .*remove that folder"
+    ):
+        train(TrainConfig(**ENDED | dict(rank=8)), cut_off, resume=True)
 
 
 # ---- permissions
 
+
 def test_every_file_of_a_run_has_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
-    try: run = train(TrainConfig(**ENDED | dict(steps=1)), tmp_path / "run")
-    finally: os.umask(before)
-    assert {oct(p.stat().st_mode & 0o777) for p in run.folder.rglob("*") if p.is_file()} == {"0o640"}
+    try:
+        run = train(TrainConfig(**ENDED | dict(steps=1)), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in run.folder.rglob("*") if p.is_file()} == {
+        "0o640"
+    }
     assert {oct(p.stat().st_mode & 0o777) for p in run.folder.rglob("*") if p.is_dir()} == {"0o750"}

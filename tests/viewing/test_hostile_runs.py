@@ -1,21 +1,54 @@
 "Run folders that a stranger has sent: each viewer makes a page on which nothing runs, or says one sentence."
-import ast, json, re
+
+import ast
+import json
+import re
 from pathlib import Path
+
+import browser
+import hostile_runs as hostile
 import pytest
-import browser, hostile_runs as hostile
-from dr2seg_lib.viewing.compare import compare; from dr2seg_lib.viewing.inspector import inspect; from dr2seg_lib.viewing.live import Live; from dr2seg_lib.viewing.view import STATIC_FOLDER; from dr2seg_lib.core.markup import CONTENT_POLICY_TAG, latex_text; from dr2seg_lib.core.text_table import rows_table; from dr2seg_lib.viewing.report import write_report; from dr2seg_lib.evaluation.published import COLUMN_TITLES; from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
-from dr2seg_lib.viewing.run_reader import RunReader
 from invented_runs import Reader
+
+from dr2seg_lib.core.markup import CONTENT_POLICY_TAG, latex_text
+from dr2seg_lib.core.text_table import rows_table
+from dr2seg_lib.evaluation.published import COLUMN_TITLES
+from dr2seg_lib.viewing.compare import compare
+from dr2seg_lib.viewing.inspector import inspect
+from dr2seg_lib.viewing.live import Live
+from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
+from dr2seg_lib.viewing.report import write_report
+from dr2seg_lib.viewing.run_reader import RunReader
+from dr2seg_lib.viewing.view import STATIC_FOLDER
 
 ROOT = Path(__file__).parents[2]
 N = 40
 SENTENCE = ValueError, FileNotFoundError
 PAGES = "report", "inspect", "live", "compare", "html", "markdown", "latex"
-needs_browser = pytest.mark.skipif(not browser.chromium(), reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs")
+needs_browser = pytest.mark.skipif(
+    not browser.chromium(),
+    reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs",
+)
 
 
-def state(view): # of a widget, as it goes to the browser
-    kept = {k: v for k, v in view.get_state().items() if k in ("kind", "about", "index", "source", "at", "rollout", "shown", "columns", "state", "html")}
+def state(view):  # of a widget, as it goes to the browser
+    kept = {
+        k: v
+        for k, v in view.get_state().items()
+        if k
+        in (
+            "kind",
+            "about",
+            "index",
+            "source",
+            "at",
+            "rollout",
+            "shown",
+            "columns",
+            "state",
+            "html",
+        )
+    }
     return json.loads(json.dumps(kept, allow_nan=False))
 
 
@@ -23,8 +56,10 @@ def inspected(folder):
     "The first and the last group of each source, with a mask and the still."
     view = inspect(folder)
     for source, groups in view.run.groups.items():
-        if groups: view.source, view.at = source, len(groups) - 1
-    if view.shown: view.run.answer(view.source, view.at, 0)
+        if groups:
+            view.source, view.at = source, len(groups) - 1
+    if view.shown:
+        view.run.answer(view.source, view.at, 0)
     assert view.still()._repr_mimebundle_()[0]["image/png"].startswith(b"\x89PNG")
     return state(view)
 
@@ -37,10 +72,14 @@ def watched(folder):
 
 def shown(what, folder, good):
     "What a viewer makes of a folder."
-    if what == "report": return write_report(folder, cards=1).read_text()
-    if what == "inspect": return inspected(folder)
-    if what == "live": return watched(folder)
-    if what == "compare": return state(compare([folder, good], cards=1))
+    if what == "report":
+        return write_report(folder, cards=1).read_text()
+    if what == "inspect":
+        return inspected(folder)
+    if what == "live":
+        return watched(folder)
+    if what == "compare":
+        return state(compare([folder, good], cards=1))
     return format_tables(side_by_side([folder]), what)
 
 
@@ -48,20 +87,27 @@ def shown(what, folder, good):
 def outcomes(tmp_path_factory):
     "{(number of the folder, viewer): page, or the sentence that was said}; anything else that is raised ends the test."
     root = tmp_path_factory.mktemp("hostile")
-    good, found = hostile.write(root/"good", hostile.training("visionreasoner")), {}
+    good, found = hostile.write(root / "good", hostile.training("visionreasoner")), {}
     for i, folder in enumerate(hostile.cases(root, N)):
         for what in PAGES:
-            try: found[i, what] = shown(what, folder, good)
-            except SENTENCE as e: found[i, what] = e
+            try:
+                found[i, what] = shown(what, folder, good)
+            except SENTENCE as e:
+                found[i, what] = e
     return found
 
 
-def pages(outcomes, what): return {i: page for (i, w), page in outcomes.items() if w == what and not isinstance(page, Exception)}
+def pages(outcomes, what):
+    return {
+        i: page
+        for (i, w), page in outcomes.items()
+        if w == what and not isinstance(page, Exception)
+    }
 
 
 def test_every_outcome_is_a_page_or_one_sentence(outcomes):
     said = [e for e in outcomes.values() if isinstance(e, Exception)]
-    assert len(outcomes) == N*len(PAGES) and said
+    assert len(outcomes) == N * len(PAGES) and said
     for e in said:
         text = str(e)
         assert len(text) < 2000 and re.search(r"does not exist|; |has no figures", text), text
@@ -69,28 +115,39 @@ def test_every_outcome_is_a_page_or_one_sentence(outcomes):
 
 def test_the_report_and_the_views_are_made_of_every_folder(outcomes):
     "What does not fit is left out and named; the page comes all the same."
-    for what in "report", "inspect", "live", "compare": assert len(pages(outcomes, what)) == N, what
-    assert sum("Not shown" in page for page in pages(outcomes, "report").values()) > N//2
+    for what in "report", "inspect", "live", "compare":
+        assert len(pages(outcomes, what)) == N, what
+    assert sum("Not shown" in page for page in pages(outcomes, "report").values()) > N // 2
 
 
 def test_hostile_texts_reach_the_pages(outcomes):
     "The attack is not turned away at the door: in a record that fits, a script stands where a name may stand."
     for what in "report", "html", "markdown", "latex":
-        assert any("__pwned" in page or r"\_\_pwned" in page for page in pages(outcomes, what).values()), what
+        assert any(
+            "__pwned" in page or r"\_\_pwned" in page for page in pages(outcomes, what).values()
+        ), what
     assert any("__pwned" in json.dumps(page) for page in pages(outcomes, "inspect").values())
 
 
 def test_html_is_whole_and_holds_no_script(outcomes):
-    found = [*pages(outcomes, "report").values(), *pages(outcomes, "html").values(), *(p["html"] for p in pages(outcomes, "compare").values())]
+    found = [
+        *pages(outcomes, "report").values(),
+        *pages(outcomes, "html").values(),
+        *(p["html"] for p in pages(outcomes, "compare").values()),
+    ]
     for html in found:
         page = Reader(html)
         assert not page.open and not {"script", "iframe", "math", "object"} & set(page.tags)
-        assert all(link.startswith(("data:image/webp;base64,", "data:image/png;base64,", "#")) for link in page.links)
+        assert all(
+            link.startswith(("data:image/webp;base64,", "data:image/png;base64,", "#"))
+            for link in page.links
+        )
 
 
 def test_pages_tell_the_browser_to_run_nothing(outcomes):
     for what in "report", "html":
-        for html in pages(outcomes, what).values(): assert str(CONTENT_POLICY_TAG) in html[:400]
+        for html in pages(outcomes, what).values():
+            assert str(CONTENT_POLICY_TAG) in html[:400]
 
 
 # ---- in a browser
@@ -108,7 +165,14 @@ def tab():
         page.on("console", lambda m: page.noted.append(m.text) if "pwned" in m.text else None)
         page.on("pageerror", lambda e: page.noted.append(str(e)))
         page.on("dialog", lambda d: (page.noted.append(d.message), d.dismiss()))
-        page.on("request", lambda r: page.noted.append(r.url) if not r.url.startswith(("data:", "about:", "blob:")) else None)
+        page.on(
+            "request",
+            lambda r: (
+                page.noted.append(r.url)
+                if not r.url.startswith(("data:", "about:", "blob:"))
+                else None
+            ),
+        )
         yield page
 
 
@@ -123,10 +187,14 @@ def load(page, html):
 
 
 @needs_browser
-@pytest.mark.parametrize("raw", [w for w in hostile.WORDS if "<img src=x" in w or w.startswith("<script")])
+@pytest.mark.parametrize(
+    "raw", [w for w in hostile.WORDS if "<img src=x" in w or w.startswith("<script")]
+)
 def test_the_watch_sees_a_script_that_runs(tab, raw):
     "The control: what no one escaped is seen."
-    found, noted = load(tab, f"<!doctype html><title>x</title><body><textarea></textarea><p>{raw}</p>")
+    found, noted = load(
+        tab, f"<!doctype html><title>x</title><body><textarea></textarea><p>{raw}</p>"
+    )
     assert found["run"] and any("pwned" in n for n in noted)
 
 
@@ -134,7 +202,10 @@ def test_the_watch_sees_a_script_that_runs(tab, raw):
 def test_the_policy_of_the_page_stops_what_would_run(tab):
     "The second wall: with the policy a script in the page does not run."
     tab.goto("about:blank")
-    tab.set_content(f"<!doctype html><head>{CONTENT_POLICY_TAG}</head><body>{hostile.WORDS[0]}{hostile.WORDS[1]}", wait_until="load")
+    tab.set_content(
+        f"<!doctype html><head>{CONTENT_POLICY_TAG}</head><body>{hostile.WORDS[0]}{hostile.WORDS[1]}",
+        wait_until="load",
+    )
     tab.wait_for_timeout(60)
     assert not tab.evaluate(FOUND)["run"]
 
@@ -142,18 +213,28 @@ def test_the_policy_of_the_page_stops_what_would_run(tab):
 @needs_browser
 @pytest.mark.parametrize("what", ["report", "html"])
 def test_nothing_runs_in_pages(outcomes, tab, what):
-    for i, html in pages(outcomes, what).items(): assert load(tab, html) == (NOTHING, []), f"folder {i}"
+    for i, html in pages(outcomes, what).items():
+        assert load(tab, html) == (NOTHING, []), f"folder {i}"
 
 
 @needs_browser
 def test_nothing_runs_in_markdown(outcomes, tab):
     "As nbconvert and JupyterLab would render it: a table keeps its rows and columns, and a name is text."
     from nbconvert.filters import markdown2html
+
     for i, text in pages(outcomes, "markdown").items():
-        assert load(tab, f"<!doctype html><body>{markdown2html(text)}") == (NOTHING, []), f"folder {i}"
+        assert load(tab, f"<!doctype html><body>{markdown2html(text)}") == (NOTHING, []), (
+            f"folder {i}"
+        )
         assert tab.locator("a:not(.anchor-link), img").count() == 0
-        rows = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
-        assert set(rows) == {len(COLUMN_TITLES) + 1} and tab.locator("tr").count() == len(rows) - sum(line.startswith("| --- |") for line in text.splitlines())
+        rows = [
+            len(re.findall(r"(?<!\\)\|", line))
+            for line in text.splitlines()
+            if line.startswith("|")
+        ]
+        assert set(rows) == {len(COLUMN_TITLES) + 1} and tab.locator("tr").count() == len(
+            rows
+        ) - sum(line.startswith("| --- |") for line in text.splitlines())
 
 
 VIEW = """([source, state]) => {
@@ -168,7 +249,7 @@ VIEW = """([source, state]) => {
 @pytest.mark.parametrize("what", ["inspect", "live", "compare"])
 def test_nothing_runs_in_the_views(outcomes, tab, what):
     "The drawing side itself, given what the kernel would send."
-    source = (STATIC_FOLDER/"inspector.js").read_text()
+    source = (STATIC_FOLDER / "inspector.js").read_text()
     for i, values in pages(outcomes, what).items():
         load(tab, "<!doctype html><title>x</title><body>")
         tab.evaluate(VIEW, [source, values])
@@ -180,23 +261,43 @@ def test_nothing_runs_in_the_views(outcomes, tab, what):
 @needs_browser
 def test_nothing_runs_in_jupyterlab(tab, tmp_path):
     "Where scripts of outputs may run: the views and the tables of three folders, in a notebook that is trusted."
-    folders = [f for i, f in enumerate(hostile.cases(tmp_path/"runs", 5)) if i in (0, 1, 4)]
-    good = hostile.write(tmp_path/"good", hostile.training("visionreasoner"))
-    cells = ["from IPython.display import Markdown\nfrom dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.paper_tables import format_tables, side_by_side"]
-    for f in map(str, folders): cells += [f"inspect({f!r})", f"live({f!r})", f"compare([{f!r}, {str(good)!r}], cards=1)", f"Markdown(format_tables(side_by_side([{f!r}])))", f"[*side_by_side([{f!r}]).values()][-1][0]"]
-    browser.notebook(tmp_path/"views.ipynb", cells)
+    folders = [f for i, f in enumerate(hostile.cases(tmp_path / "runs", 5)) if i in (0, 1, 4)]
+    good = hostile.write(tmp_path / "good", hostile.training("visionreasoner"))
+    cells = [
+        "from IPython.display import Markdown\nfrom dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.paper_tables import format_tables, side_by_side"
+    ]
+    for f in map(str, folders):
+        cells += [
+            f"inspect({f!r})",
+            f"live({f!r})",
+            f"compare([{f!r}, {str(good)!r}], cards=1)",
+            f"Markdown(format_tables(side_by_side([{f!r}])))",
+            f"[*side_by_side([{f!r}]).values()][-1][0]",
+        ]
+    browser.notebook(tmp_path / "views.ipynb", cells)
     with browser.jupyterlab(tmp_path) as address, tab.context.browser.new_page() as page:
         page.set_default_timeout(browser.PATIENCE)
         noted = []
         page.on("console", lambda m: noted.append(m.text) if "pwned" in m.text else None)
         page.on("dialog", lambda d: (noted.append(d.message), d.dismiss()))
         browser.opened(page, address, "views.ipynb")
-        for _ in cells: browser.command(page, "notebook:run-cell-and-select-next")
-        page.wait_for_function(f"() => document.querySelectorAll('.dr2seg').length === {3*len(folders)}")
+        for _ in cells:
+            browser.command(page, "notebook:run-cell-and-select-next")
+        page.wait_for_function(
+            f"() => document.querySelectorAll('.dr2seg').length === {3 * len(folders)}"
+        )
         page.wait_for_timeout(1000)
-        assert page.locator(".jp-RenderedMarkdown table").count() >= len(folders) and page.locator(".jp-RenderedHTMLCommon table").count() > 0
-        assert not page.evaluate("() => window.__pwned !== undefined || document.title === 'pwned'") and not noted
-        assert page.evaluate("() => [...document.querySelectorAll('.jp-OutputArea-output *')].every(e => [...e.attributes].every(a => !/^on/i.test(a.name)))")
+        assert (
+            page.locator(".jp-RenderedMarkdown table").count() >= len(folders)
+            and page.locator(".jp-RenderedHTMLCommon table").count() > 0
+        )
+        assert (
+            not page.evaluate("() => window.__pwned !== undefined || document.title === 'pwned'")
+            and not noted
+        )
+        assert page.evaluate(
+            "() => [...document.querySelectorAll('.jp-OutputArea-output *')].every(e => [...e.attributes].every(a => !/^on/i.test(a.name)))"
+        )
 
 
 # ---- the mechanism: no HTML but from templates
@@ -205,31 +306,59 @@ MODULES = "markup", "plots", "report", "inspector", "tables"
 TAG = re.compile(r"</?(?!think|answer|description|caption|score)[a-z!][\w-]*[\s>/]?", re.I)
 
 
-def literals(tree): # every text in the source that is no docstring
-    docs = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and n.body and isinstance(n.body[0], ast.Expr)}
-    return [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs]
+def literals(tree):  # every text in the source that is no docstring
+    docs = {
+        id(n.body[0].value)
+        for n in ast.walk(tree)
+        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and n.body
+        and isinstance(n.body[0], ast.Expr)
+    }
+    return [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs
+    ]
 
 
-def called(node): return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+def called(node):
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_tags_stand_in_templates_alone(module):
     "A literal with a tag is the template of `fill`, or `Markup` as it stands; else a value could be put beside it unescaped."
-    tree = ast.parse((ROOT/"dr2seg_lib"/f"{module}.py").read_text())
-    templates = {id(n.args[0]) for n in ast.walk(tree) if called(n) in ("fill", "Markup") and n.args}
+    tree = ast.parse((ROOT / "dr2seg_lib" / f"{module}.py").read_text())
+    templates = {
+        id(n.args[0]) for n in ast.walk(tree) if called(n) in ("fill", "Markup") and n.args
+    }
     parts = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
-    allowed = {"plots": {r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', "<svg", r"(?:<!--.*?-->|\s*\n\s*)"}}.get(module, set())
-    stray = [n.value for n in literals(tree) if TAG.search(n.value) and id(n) not in templates and n.value.split("| ")[0] not in allowed and not n.value.startswith("<metadata>")]
+    allowed = {
+        "plots": {r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', "<svg", r"(?:<!--.*?-->|\s*\n\s*)"}
+    }.get(module, set())
+    stray = [
+        n.value
+        for n in literals(tree)
+        if TAG.search(n.value)
+        and id(n) not in templates
+        and n.value.split("| ")[0] not in allowed
+        and not n.value.startswith("<metadata>")
+    ]
     assert not stray
-    assert not [n.value for n in literals(tree) if id(n) in parts and TAG.search(n.value)], "an f-string does not escape"
+    assert not [n.value for n in literals(tree) if id(n) in parts and TAG.search(n.value)], (
+        "an f-string does not escape"
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_markup_is_only_what_we_wrote(module):
     "`fill` and `Markup` take literals; matplotlib's SVG is the one text that is trusted as it comes."
-    tree = ast.parse((ROOT/"dr2seg_lib"/f"{module}.py").read_text())
-    taken = [n for n in ast.walk(tree) if called(n) in ("fill", "Markup") and not (n.args and isinstance(n.args[0], ast.Constant))]
+    tree = ast.parse((ROOT / "dr2seg_lib" / f"{module}.py").read_text())
+    taken = [
+        n
+        for n in ast.walk(tree)
+        if called(n) in ("fill", "Markup") and not (n.args and isinstance(n.args[0], ast.Constant))
+    ]
     trusted = dict(plots=["text"], markup=["template"]).get(module, [])
     assert [ast.unparse(n.args[0]) for n in taken] == trusted
 
@@ -237,15 +366,21 @@ def test_markup_is_only_what_we_wrote(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_values_stand_in_quotes_inside_a_tag(module):
     "Escaping keeps a value inside quotes; without them a space would begin another attribute."
-    tree = ast.parse((ROOT/"dr2seg_lib"/f"{module}.py").read_text())
-    for template in (n.args[0].value for n in ast.walk(tree) if called(n) == "fill" and n.args and isinstance(n.args[0], ast.Constant)):
-        for tag in re.findall(r"<[^<>]*>", template): assert "{" not in re.sub(r'"[^"]*"', "", tag), tag
+    tree = ast.parse((ROOT / "dr2seg_lib" / f"{module}.py").read_text())
+    for template in (
+        n.args[0].value
+        for n in ast.walk(tree)
+        if called(n) == "fill" and n.args and isinstance(n.args[0], ast.Constant)
+    ):
+        for tag in re.findall(r"<[^<>]*>", template):
+            assert "{" not in re.sub(r'"[^"]*"', "", tag), tag
 
 
 # ---- what the parts do
 
+
 def test_a_name_in_markdown_is_one_cell_of_text():
-    t = rows_table([dict(arm=w, tokens=1.) for w in hostile.WORDS], dict(arm="", tokens=".1f"))
+    t = rows_table([dict(arm=w, tokens=1.0) for w in hostile.WORDS], dict(arm="", tokens=".1f"))
     lines = t.markdown.splitlines()
     assert len(lines) == len(hostile.WORDS) + 2
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines)
@@ -255,10 +390,13 @@ def test_a_name_in_markdown_is_one_cell_of_text():
 def test_a_name_in_latex_is_text():
     for word in hostile.WORDS:
         text = latex_text(word)
-        bare = re.sub(r"\\[{}]", "", text) # an escaped brace needs no other
+        bare = re.sub(r"\\[{}]", "", text)  # an escaped brace needs no other
         assert "\n" not in text and bare.count("{") == bare.count("}")
         assert not re.search(r"(?<!\\)[&%#_]", text)
-        assert not re.search(r"\\(?!textbackslash|textasciitilde|textasciicircum|textless|textgreater|[&%$#_{}])", text.replace(r"$\pm$", ""))
+        assert not re.search(
+            r"\\(?!textbackslash|textasciitilde|textasciicircum|textless|textgreater|[&%$#_{}])",
+            text.replace(r"$\pm$", ""),
+        )
 
 
 def test_a_string_for_a_number_is_named(tmp_path):
@@ -266,69 +404,108 @@ def test_a_string_for_a_number_is_named(tmp_path):
     files = hostile.training()
     files["metrics.jsonl"][1]["reward"] = hostile.WORDS[0]
     files["results.json"]["after"]["gIoU"] = "much"
-    hostile.write(tmp_path/"run", files)
-    html = write_report(tmp_path/"run", cards=1).read_text()
+    hostile.write(tmp_path / "run", files)
+    html = write_report(tmp_path / "run", cards=1).read_text()
     assert "metrics.jsonl, line 2: field &#34;reward&#34; is" in html and "make it a number" in html
     assert "results.json: field &#34;after.gIoU&#34; is &#39;much&#39;; make it a number" in html
     assert 'id="training"' in html and "2 of 3 steps" in html
-    with pytest.raises(ValueError, match='results.json: field "after.gIoU" is .much.; make it a number, or leave the run out'): side_by_side([tmp_path/"run"])
+    with pytest.raises(
+        ValueError,
+        match='results.json: field "after.gIoU" is .much.; make it a number, or leave the run out',
+    ):
+        side_by_side([tmp_path / "run"])
 
 
-OBJECTS = "bom", "twice", "digits" # an object with none of the known fields: it fits, and says nothing
+OBJECTS = (
+    "bom",
+    "twice",
+    "digits",
+)  # an object with none of the known fields: it fits, and says nothing
 
 
 @pytest.mark.parametrize("how", hostile.RAW)
-@pytest.mark.parametrize("file", ["run.json", "rollouts.jsonl", "results.json", "metrics.jsonl", "progress.json"])
+@pytest.mark.parametrize(
+    "file", ["run.json", "rollouts.jsonl", "results.json", "metrics.jsonl", "progress.json"]
+)
 def test_each_file_spoiled_in_each_way(tmp_path, how, file):
     "The inspector names the file, or needs it not; the watcher stays; the tables say a sentence."
-    folder = hostile.write(tmp_path/"run", hostile.training())
-    hostile.spoil(folder/file, how)
+    folder = hostile.write(tmp_path / "run", hostile.training())
+    hostile.spoil(folder / file, how)
     missing = RunReader(folder).missing
-    if file == "rollouts.jsonl" and how != "empty" or file == "run.json" and how not in OBJECTS: assert file in missing
+    if file == "rollouts.jsonl" and how != "empty" or file == "run.json" and how not in OBJECTS:
+        assert file in missing
     view = watched(folder)
-    assert view["state"]["status"] == ("waiting" if file == "run.json" and how in ("gone", "link") else "unreadable" if file == "run.json" else "done")
-    assert file != "run.json" or view["state"]["status"] == "waiting" or "run.json" in view["state"]["error"]
+    assert view["state"]["status"] == (
+        "waiting"
+        if file == "run.json" and how in ("gone", "link")
+        else "unreadable"
+        if file == "run.json"
+        else "done"
+    )
+    assert (
+        file != "run.json"
+        or view["state"]["status"] == "waiting"
+        or "run.json" in view["state"]["error"]
+    )
     if file in ("run.json", "results.json") and how not in OBJECTS:
-        with pytest.raises(SENTENCE, match="run") as e: side_by_side([folder])
+        with pytest.raises(SENTENCE, match="run") as e:
+            side_by_side([folder])
         assert "\n" not in str(e.value)
 
 
 def test_a_mask_that_is_none_is_said(tmp_path):
     "Run lengths that do not add up, or of a picture of a terabyte, never reach the decoder."
     files = hostile.training()
-    files["predictions_after.jsonl"][0]["rle"]["counts"] = "~"*200
+    files["predictions_after.jsonl"][0]["rle"]["counts"] = "~" * 200
     files["predictions_after.jsonl"][1]["rle"]["size"] = [60_000, 60_000]
-    hostile.write(tmp_path/"run", files)
-    html = write_report(tmp_path/"run").read_text()
+    hostile.write(tmp_path / "run", files)
+    html = write_report(tmp_path / "run").read_text()
     assert "no mask: sample mini-2000000: rle has counts that do not add up" in html
-    assert "predictions_after.jsonl, line 2: field &#34;rle.size&#34; is [60000, 60000]; make it no more than" in html
-    assert inspect(tmp_path/"run").run.answer("evaluation", 0, 1)["note"].startswith("no mask: sample mini-2000000: rle")
+    assert (
+        "predictions_after.jsonl, line 2: field &#34;rle.size&#34; is [60000, 60000]; make it no more than"
+        in html
+    )
+    assert (
+        inspect(tmp_path / "run")
+        .run.answer("evaluation", 0, 1)["note"]
+        .startswith("no mask: sample mini-2000000: rle")
+    )
 
 
 def test_looking_fetches_nothing(tmp_path, monkeypatch):
     "A record may name any data set of the hub: it is not asked for."
     import huggingface_hub
+
     files = hostile.training()
     files["run.json"]["parameters"]["data"] = "someone/set"
-    for r in files["rollouts.jsonl"]: r["sample"] = "photo-1"
-    folder = hostile.write(tmp_path/"run", files)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    for r in files["rollouts.jsonl"]:
+        r["sample"] = "photo-1"
+    folder = hostile.write(tmp_path / "run", files)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked")
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     view = inspect(folder)
-    assert "someone/set is not on this disk, and looking fetches nothing" in view.shown["note"] and view.shown["image"] is None
+    assert (
+        "someone/set is not on this disk, and looking fetches nothing" in view.shown["note"]
+        and view.shown["image"] is None
+    )
     assert "photo-1" in write_report(folder, cards=1).read_text()
 
 
 def test_split_and_cut_answers_are_told(tmp_path):
     files = hostile.training()
-    files["results.json"]["before"]["cut"], files["results.json"]["after"]["cut"] = .031, .004
-    html = write_report(hostile.write(tmp_path/"run", files), cards=1).read_text()
+    files["results.json"]["before"]["cut"], files["results.json"]["after"]["cut"] = 0.031, 0.004
+    html = write_report(hostile.write(tmp_path / "run", files), cards=1).read_text()
     assert "<p class=note>The set names no splits: 20 % of it was held out.</p>" in html
-    assert "<p class=notice>3.1 % of the answers before training were cut at 192 tokens; raise max_new_tokens</p>" in html
+    assert (
+        "<p class=notice>3.1 % of the answers before training were cut at 192 tokens; raise max_new_tokens</p>"
+        in html
+    )
     assert "<p class=note>0.4 % of the answers after training were cut at 192 tokens</p>" in html
     files = hostile.evaluate()
-    html = write_report(hostile.write(tmp_path/"eval", files), cards=1).read_text()
+    html = write_report(hostile.write(tmp_path / "eval", files), cards=1).read_text()
     assert "2.0 % of the answers were cut at 192 tokens; raise max_new_tokens" in html
     del files["results.json"]["cut"], files["results.json"]["evaluation"]["split_note"]
-    html = write_report(hostile.write(tmp_path/"eval", files), cards=1).read_text()
+    html = write_report(hostile.write(tmp_path / "eval", files), cards=1).read_text()
     assert "were cut" not in html and "held out" not in html

@@ -1,39 +1,89 @@
 "The inspector: what a folder holds, how fast it is shown, and a real JupyterLab in a real browser."
-import json, shutil, time
-import numpy as np, pytest
+
+import json
+import shutil
+import time
+
 import browser
+import numpy as np
+import pytest
 from browser import chromium
-from dr2seg_lib.viewing.compare import final_predictions; from dr2seg_lib.viewing.playground import Playground, askable_sample, cached_policy; from dr2seg_lib.viewing.view import field_columns, rollout_entry; from dr2seg_lib.viewing.run_reader import sample_by_id; from dr2seg_lib.core.files import read_json, read_jsonl, write_json, write_jsonl; from dr2seg_lib.runs.checkpoints import save_checkpoint; from dr2seg_lib.runs.run_folder import Run; from dr2seg_lib.runs.status import run_status, update_record
-from dr2seg_lib.viewing.live import Live, training_columns, live; from dr2seg_lib.viewing.compare import compare, measure_differences, disagreements; from dr2seg_lib.viewing.view import fit_picture, prompt_shapes, row_run_lengths; from dr2seg_lib.viewing.inspector import inspect; from dr2seg_lib.viewing.playground import mask_from_runs, target_from_click
-from dr2seg_lib.core.masks import encode_rle
-from dr2seg_lib.viewing.run_reader import RunReader, factor_of, group_rollouts, term_colours
-from dr2seg_lib.data.samples import Sample, Target
-from dr2seg_lib.training.config import TrainConfig; from dr2seg_lib.training.batches import sample_batch
 from invented_runs import BAD, Reader, make_run, metrics
 
+from dr2seg_lib.core.files import read_json, read_jsonl, write_json, write_jsonl
+from dr2seg_lib.core.masks import encode_rle
+from dr2seg_lib.data.samples import Sample, Target
+from dr2seg_lib.runs.checkpoints import save_checkpoint
+from dr2seg_lib.runs.run_folder import Run
+from dr2seg_lib.runs.status import run_status, update_record
+from dr2seg_lib.training.batches import sample_batch
+from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.viewing.compare import (
+    compare,
+    disagreements,
+    final_predictions,
+    measure_differences,
+)
+from dr2seg_lib.viewing.inspector import inspect
+from dr2seg_lib.viewing.live import Live, live, training_columns
+from dr2seg_lib.viewing.playground import (
+    Playground,
+    askable_sample,
+    cached_policy,
+    mask_from_runs,
+    target_from_click,
+)
+from dr2seg_lib.viewing.run_reader import (
+    RunReader,
+    factor_of,
+    group_rollouts,
+    sample_by_id,
+    term_colours,
+)
+from dr2seg_lib.viewing.view import (
+    field_columns,
+    fit_picture,
+    prompt_shapes,
+    rollout_entry,
+    row_run_lengths,
+)
+
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory): return make_run(tmp_path_factory.mktemp("runs")/"dr2seg-1", steps=12, samples=16)
+def whole(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "dr2seg-1", steps=12, samples=16)
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory): return make_run(tmp_path_factory.mktemp("runs")/"vr-1", steps=12, samples=16, recipe="visionreasoner", seed=1, end=70.)
+def other(tmp_path_factory):
+    return make_run(
+        tmp_path_factory.mktemp("runs") / "vr-1",
+        steps=12,
+        samples=16,
+        recipe="visionreasoner",
+        seed=1,
+        end=70.0,
+    )
 
 
 def copied(folder, to):
     for p in folder.iterdir():
-        if p.is_file(): (to/p.name).write_bytes(p.read_bytes())
+        if p.is_file():
+            (to / p.name).write_bytes(p.read_bytes())
     return to
 
 
 # ---- data
 
+
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 48)])
 def test_run_lengths_and_back(shape):
     rng = np.random.default_rng(shape[0])
-    for mask in (rng.random(shape) < .5, np.zeros(shape, bool), np.ones(shape, bool)):
+    for mask in (rng.random(shape) < 0.5, np.zeros(shape, bool), np.ones(shape, bool)):
         lengths = row_run_lengths(mask)
-        assert (mask_from_runs(lengths, shape[::-1]) == mask).all() and all(n > 0 for n in lengths[1:])
+        assert (mask_from_runs(lengths, shape[::-1]) == mask).all() and all(
+            n > 0 for n in lengths[1:]
+        )
         assert json.loads(json.dumps(lengths)) == lengths
 
 
@@ -41,8 +91,15 @@ def test_large_pictures_shrink_with_everything_on_them():
     image, mask = np.zeros((600, 2400, 3), np.uint8), np.zeros((600, 2400), bool)
     mask[300:, 1200:] = True
     small = fit_picture(mask)
-    assert fit_picture(image).shape == (256, 1024, 3) and small.dtype == bool and small[128:, 512:].all() and small.sum() == 128*512
-    assert prompt_shapes([Target((1200, 300, 2399, 599), (1800, 450))], (2400, 600), (1024, 256))[0]["box"][:2] == [512., 128.]
+    assert (
+        fit_picture(image).shape == (256, 1024, 3)
+        and small.dtype == bool
+        and small[128:, 512:].all()
+        and small.sum() == 128 * 512
+    )
+    assert prompt_shapes([Target((1200, 300, 2399, 599), (1800, 450))], (2400, 600), (1024, 256))[
+        0
+    ]["box"][:2] == [512.0, 128.0]
 
 
 def test_terms_make_the_reward(whole, other):
@@ -51,10 +108,21 @@ def test_terms_make_the_reward(whole, other):
         it = RunReader(folder)
         assert it.factor == "length"
         for row in (r for g in it.groups["rollouts"] for r in g):
-            paid = sum(v*row["terms"]["length"] for k, v in row["terms"].items() if k != "length")
+            paid = sum(v * row["terms"]["length"] for k, v in row["terms"].items() if k != "length")
             assert paid == pytest.approx(row["reward"])
-    assert factor_of([dict(terms=dict(a=1., b=-.5), reward=.5)]) == "" and factor_of([dict(terms=dict(a=1., b=2.), reward=7.)]) is None
-    assert factor_of([dict(terms=dict(seg=3., used=.5), reward=1.5), dict(terms=dict(seg=2., used=1.), reward=2.)]) == "used"
+    assert (
+        factor_of([dict(terms=dict(a=1.0, b=-0.5), reward=0.5)]) == ""
+        and factor_of([dict(terms=dict(a=1.0, b=2.0), reward=7.0)]) is None
+    )
+    assert (
+        factor_of(
+            [
+                dict(terms=dict(seg=3.0, used=0.5), reward=1.5),
+                dict(terms=dict(seg=2.0, used=1.0), reward=2.0),
+            ]
+        )
+        == "used"
+    )
 
 
 def test_colours_of_unknown_terms_differ():
@@ -66,24 +134,45 @@ def test_groups_and_fields(whole):
     it = RunReader(whole)
     index = field_columns(it.groups["rollouts"])
     assert {len(v) for v in index.values()} == {sum(map(len, it.groups["rollouts"]))}
-    assert {"reward", "advantage", "tokens", "tokens_second", "entropy", "accuracy", "length", "difficulty", "kind"} <= set(index)
+    assert {
+        "reward",
+        "advantage",
+        "tokens",
+        "tokens_second",
+        "entropy",
+        "accuracy",
+        "length",
+        "difficulty",
+        "kind",
+    } <= set(index)
     evaluation = field_columns(it.groups["evaluation"])
-    assert set(evaluation["when"]) == {"before", "after"} and "iou" in evaluation and "step" not in evaluation
+    assert (
+        set(evaluation["when"]) == {"before", "after"}
+        and "iou" in evaluation
+        and "step" not in evaluation
+    )
 
 
 def test_frame_of_the_policy(whole, tmp_path):
     assert RunReader(whole).frame == 112
     copied(whole, tmp_path)
-    update_record(tmp_path, parameters=read_json(tmp_path/"run.json")["parameters"] | dict(model="Qwen/Qwen2.5-VL-7B-Instruct"))
+    update_record(
+        tmp_path,
+        parameters=read_json(tmp_path / "run.json")["parameters"]
+        | dict(model="Qwen/Qwen2.5-VL-7B-Instruct"),
+    )
     assert RunReader(tmp_path).frame == 840
     update_record(tmp_path, frame=448)
     assert RunReader(tmp_path).frame == 448
 
 
 def test_what_a_model_says_is_escaped(tmp_path):
-    said = dict(text=BAD, tokens=[BAD, BAD], entropy=[.1, 9.], think_tokens=2)
+    said = dict(text=BAD, tokens=[BAD, BAD], entropy=[0.1, 9.0], think_tokens=2)
     whole = f"<think>{BAD}</think><description>{BAD}</description><answer>{BAD}</answer>"
-    for row in dict(rollout=0, first=said, second=said, terms={BAD: 1.}, reward=1., advantage=0.), dict(text=whole, when="after", tokens=3, iou=0.):
+    for row in (
+        dict(rollout=0, first=said, second=said, terms={BAD: 1.0}, reward=1.0, advantage=0.0),
+        dict(text=whole, when="after", tokens=3, iou=0.0),
+    ):
         shown = rollout_entry(dict(sample=BAD, query=BAD) | row, 0)
         for html in (shown[k] for k in ("first", "second", "description") if k in shown):
             page = Reader(html)
@@ -92,61 +181,111 @@ def test_what_a_model_says_is_escaped(tmp_path):
 
 # ---- folders that are not whole
 
+
 def test_a_missing_file_is_said(whole, tmp_path):
     copied(whole, tmp_path)
-    (tmp_path/"rollouts.jsonl").unlink()
+    (tmp_path / "rollouts.jsonl").unlink()
     widget = inspect(tmp_path)
-    assert widget.about["missing"] == "Not shown: rollouts.jsonl is not there." and widget.source == "evaluation" and widget.shown["entries"]
-    (tmp_path/"run.json").unlink()
-    assert "run.json is not there; rollouts.jsonl is not there" in inspect(tmp_path).about["missing"]
+    assert (
+        widget.about["missing"] == "Not shown: rollouts.jsonl is not there."
+        and widget.source == "evaluation"
+        and widget.shown["entries"]
+    )
+    (tmp_path / "run.json").unlink()
+    assert (
+        "run.json is not there; rollouts.jsonl is not there" in inspect(tmp_path).about["missing"]
+    )
 
 
 def test_a_cut_file_is_said(whole, tmp_path):
     copied(whole, tmp_path)
-    text = (tmp_path/"rollouts.jsonl").read_bytes()
-    (tmp_path/"rollouts.jsonl").write_bytes(text[:len(text)//2])
-    (tmp_path/"run.json").write_text('{"status": "do')
+    text = (tmp_path / "rollouts.jsonl").read_bytes()
+    (tmp_path / "rollouts.jsonl").write_bytes(text[: len(text) // 2])
+    (tmp_path / "run.json").write_text('{"status": "do')
     widget = inspect(tmp_path)
-    assert widget.about["missing"] == "Not shown: run.json is not valid JSON; rollouts.jsonl, line 28 is cut short." and widget.shown["entries"][0]["prompts"]
+    assert (
+        widget.about["missing"]
+        == "Not shown: run.json is not valid JSON; rollouts.jsonl, line 28 is cut short."
+        and widget.shown["entries"][0]["prompts"]
+    )
 
 
 def test_nothing_and_nowhere(tmp_path):
     widget = inspect(tmp_path)
     assert widget.shown == {} and widget._repr_mimebundle_()[0]["image/png"].startswith(b"\x89PNG")
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; check"): inspect(tmp_path/"nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; check"):
+        inspect(tmp_path / "nowhere")
 
 
 def test_a_picture_that_cannot_be_had(whole, tmp_path):
     copied(whole, tmp_path)
-    write_jsonl(tmp_path/"rollouts.jsonl", [r | dict(sample="photo-7") for r in read_jsonl(whole/"rollouts.jsonl")])
-    update_record(tmp_path, parameters=read_json(tmp_path/"run.json")["parameters"] | dict(data=str(tmp_path/"gone")))
+    write_jsonl(
+        tmp_path / "rollouts.jsonl",
+        [r | dict(sample="photo-7") for r in read_jsonl(whole / "rollouts.jsonl")],
+    )
+    update_record(
+        tmp_path,
+        parameters=read_json(tmp_path / "run.json")["parameters"]
+        | dict(data=str(tmp_path / "gone")),
+    )
     widget = inspect(tmp_path)
-    assert widget.shown["image"] is None and "the picture of photo-7 cannot be had" in widget.shown["note"] and len(widget.shown["entries"]) == 8
-    assert widget.still()._repr_mimebundle_()[0]["image/png"] and "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
+    assert (
+        widget.shown["image"] is None
+        and "the picture of photo-7 cannot be had" in widget.shown["note"]
+        and len(widget.shown["entries"]) == 8
+    )
+    assert (
+        widget.still()._repr_mimebundle_()[0]["image/png"]
+        and "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
+    )
 
 
 def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
     data = [Sample(f"photo-{i}", np.full((30, 40, 3), i, np.uint8), "?", ()) for i in range(50)]
-    monkeypatch.setattr("dr2seg_lib.viewing.run_reader.load_data", lambda name, split, limit=None: data)
+    monkeypatch.setattr(
+        "dr2seg_lib.viewing.run_reader.load_data", lambda name, split, limit=None: data
+    )
     copied(whole, tmp_path)
-    config = TrainConfig(**{k: v for k, v in read_json(tmp_path/"run.json")["parameters"].items() if k in TrainConfig.model_fields})
-    rows = read_jsonl(whole/"rollouts.jsonl")
+    config = TrainConfig(
+        **{
+            k: v
+            for k, v in read_json(tmp_path / "run.json")["parameters"].items()
+            if k in TrainConfig.model_fields
+        }
+    )
+    rows = read_jsonl(whole / "rollouts.jsonl")
     place = {}
-    for r in rows: place.setdefault(r["step"], []).append(r["sample"])
-    named = {(s, name): sample_batch(data, config, s)[0][i].id for s, names in place.items() for i, name in enumerate(dict.fromkeys(names))}
-    write_jsonl(tmp_path/"rollouts.jsonl", [r | dict(sample=named[r["step"], r["sample"]]) for r in rows])
+    for r in rows:
+        place.setdefault(r["step"], []).append(r["sample"])
+    named = {
+        (s, name): sample_batch(data, config, s)[0][i].id
+        for s, names in place.items()
+        for i, name in enumerate(dict.fromkeys(names))
+    }
+    write_jsonl(
+        tmp_path / "rollouts.jsonl", [r | dict(sample=named[r["step"], r["sample"]]) for r in rows]
+    )
     it = RunReader(tmp_path)
-    for at, group in enumerate(it.groups["rollouts"]): assert it.sample("rollouts", at).id == it.named(group[0]["sample"]).id == group[0]["sample"]
+    for at, group in enumerate(it.groups["rollouts"]):
+        assert it.sample("rollouts", at).id == it.named(group[0]["sample"]).id == group[0]["sample"]
 
 
 # ---- the widget, in time
+
 
 @pytest.fixture(scope="module")
 def thousand(whole, tmp_path_factory):
     "A run of 1,000 rollouts."
     folder = copied(whole, tmp_path_factory.mktemp("thousand"))
-    group = group_rollouts(read_jsonl(whole/"rollouts.jsonl"))[0]
-    write_jsonl(folder/"rollouts.jsonl", [r | dict(step=1 + g//2, sample=f"mini-{1_000_000 + g}") for g in range(125) for r in group])
+    group = group_rollouts(read_jsonl(whole / "rollouts.jsonl"))[0]
+    write_jsonl(
+        folder / "rollouts.jsonl",
+        [
+            r | dict(step=1 + g // 2, sample=f"mini-{1_000_000 + g}")
+            for g in range(125)
+            for r in group
+        ],
+    )
     return folder
 
 
@@ -160,54 +299,120 @@ def test_a_thousand_rollouts_open_in_two_seconds(thousand):
         began = time.process_time()
         widget.at = at
         times.append(time.process_time() - began)
-    assert widget.shown["at"] == 29 and max(times) < .2, f"{max(times):.3f} s"
+    assert widget.shown["at"] == 29 and max(times) < 0.2, f"{max(times):.3f} s"
 
 
 def test_traits_and_messages(whole):
     widget, sent = inspect(whole), []
     widget.send = lambda content, buffers=None: sent.append(content)
     widget._asked(widget, dict(ask="mask", source="rollouts", at=1, rollout=2), [])
-    assert sent[0]["mask"] == "rollouts/1/2" and sum(sent[0]["runs"]) == 224*224 and 0 <= sent[0]["iou"] <= 1
+    assert (
+        sent[0]["mask"] == "rollouts/1/2"
+        and sum(sent[0]["runs"]) == 224 * 224
+        and 0 <= sent[0]["iou"] <= 1
+    )
     assert ("rollouts", 1, 2) in widget.run.masks
     widget.rollout = 6
     widget.source = "evaluation"
-    assert widget.at == widget.rollout == 0 and [e["name"] for e in widget.shown["entries"]] == ["before", "after"]
+    assert widget.at == widget.rollout == 0 and [e["name"] for e in widget.shown["entries"]] == [
+        "before",
+        "after",
+    ]
     stored = widget.run.groups["evaluation"][0][0]
-    assert widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"]) and encode_rle(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
+    assert (
+        widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
+        and encode_rle(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
+    )
     widget.at = 10**6
     assert widget.shown["at"] == 15
-    json.dumps({k: v for k, v in widget.get_state().items() if k in ("about", "index", "shown")}, allow_nan=False)
+    json.dumps(
+        {k: v for k, v in widget.get_state().items() if k in ("about", "index", "shown")},
+        allow_nan=False,
+    )
 
 
 def test_every_view_has_a_picture_for_where_no_widget_lives(whole, other):
     for widget in inspect(whole), Live(whole), compare([whole, other]):
         data, _ = widget._repr_mimebundle_()
-        assert data["image/png"].startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in data
+        assert (
+            data["image/png"].startswith(b"\x89PNG")
+            and "application/vnd.jupyter.widget-view+json" in data
+        )
 
 
 def test_plain_html_shows_the_picture(whole):
     "A page made of a notebook that keeps no widgets has the still in their place."
-    import base64, nbformat
+    import base64
+
+    import nbformat
     from nbconvert import HTMLExporter
+
     data, meta = inspect(whole)._repr_mimebundle_()
-    output = nbformat.v4.new_output("display_data", data | {"image/png": base64.b64encode(data["image/png"]).decode()}, metadata=meta)
-    page, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("inspect(run)", outputs=[output])]))
+    output = nbformat.v4.new_output(
+        "display_data",
+        data | {"image/png": base64.b64encode(data["image/png"]).decode()},
+        metadata=meta,
+    )
+    page, _ = HTMLExporter().from_notebook_node(
+        nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell("inspect(run)", outputs=[output])]
+        )
+    )
     assert "data:image/png;base64," in page
 
 
 # ---- where the model looks
+
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory):
     "A run whose records were said by the embedded policy, with one checkpoint, of step 4."
     from dr2seg_lib.methods.dr2seg import dr2seg
     from dr2seg_lib.rollouts.two_stage import generate_rollouts
-    folder, policy = tmp_path_factory.mktemp("spoken")/"run", cached_policy("embedded")
-    with Run.create(folder, dict(recipe="dr2seg", model="embedded", segmenter="embedded", data="mini", seed=0, steps=5, prompts=1, samples=2), bar=False) as run:
+
+    folder, policy = tmp_path_factory.mktemp("spoken") / "run", cached_policy("embedded")
+    with Run.create(
+        folder,
+        dict(
+            recipe="dr2seg",
+            model="embedded",
+            segmenter="embedded",
+            data="mini",
+            seed=0,
+            steps=5,
+            prompts=1,
+            samples=2,
+        ),
+        bar=False,
+    ) as run:
         for step in (1, 5):
-            group = generate_rollouts(policy, [sample_by_id(f"mini-{1_000_000 + step}")], dr2seg.prompt, dr2seg.second_prompt, 2, 192, seed=step).groups[0]
-            run.record([dict(step=step, sample=group.sample.id, query=group.sample.query, tags=group.sample.tags, rollout=k, first=a.record(), second=b and b.record(),
-                             description=a.parsed.description, terms=dict(accuracy=1.), reward=1., advantage=0.) for k, (a, b) in enumerate(zip(group.first, group.second))])
+            group = generate_rollouts(
+                policy,
+                [sample_by_id(f"mini-{1_000_000 + step}")],
+                dr2seg.prompt,
+                dr2seg.second_prompt,
+                2,
+                192,
+                seed=step,
+            ).groups[0]
+            run.record(
+                [
+                    dict(
+                        step=step,
+                        sample=group.sample.id,
+                        query=group.sample.query,
+                        tags=group.sample.tags,
+                        rollout=k,
+                        first=a.record(),
+                        second=b and b.record(),
+                        description=a.parsed.description,
+                        terms=dict(accuracy=1.0),
+                        reward=1.0,
+                        advantage=0.0,
+                    )
+                    for k, (a, b) in enumerate(zip(group.first, group.second))
+                ]
+            )
         policy.add_lora(4, 4)
         save_checkpoint(folder, 4, lambda f: policy.adapter.save_pretrained(str(f)))
     return folder
@@ -219,13 +424,26 @@ def test_attention_of_every_word_of_a_pass(spoken):
     row = view.run.groups["rollouts"][0][0]
     told, grids = view.look("rollouts", 0, 0, "first")
     T = len(row["first"]["tokens"])
-    assert told["note"] == "" and told["by"] == "the start's weights" and told["size"] == (7, 7) and len(told["share"]) == len(told["peak"]) == T and len(grids) == T*49
+    assert (
+        told["note"] == ""
+        and told["by"] == "the start's weights"
+        and told["size"] == (7, 7)
+        and len(told["share"]) == len(told["peak"]) == T
+        and len(grids) == T * 49
+    )
     shown = np.frombuffer(grids, np.uint8).reshape(T, 49)
-    assert (shown[1:].max(1) == 255).all() and not shown[0].any() and max(told["peak"]) == 1 and all(0 < s < 1 for s in told["share"][1:])
-    said = [t for t, token in enumerate(row["first"]["tokens"]) if token.strip().isdigit()] # coordinates are read off the picture
+    assert (
+        (shown[1:].max(1) == 255).all()
+        and not shown[0].any()
+        and max(told["peak"]) == 1
+        and all(0 < s < 1 for s in told["share"][1:])
+    )
+    said = [
+        t for t, token in enumerate(row["first"]["tokens"]) if token.strip().isdigit()
+    ]  # coordinates are read off the picture
     assert np.mean([told["share"][t] for t in said]) > np.mean(told["share"])
     began = time.process_time()
-    assert view.look("rollouts", 0, 0, "first")[1] == grids and time.process_time() - began < .05
+    assert view.look("rollouts", 0, 0, "first")[1] == grids and time.process_time() - began < 0.05
     assert view.look("rollouts", 1, 1, "first")[0]["by"] == "step 4's weights"
     json.dumps(told, allow_nan=False)
 
@@ -240,8 +458,11 @@ def test_attention_comes_within_two_seconds(spoken):
 def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
     "A large model is not loaded by a glance; a recipe of another notebook is not known; a policy that is given is used."
     copied(spoken, tmp_path)
-    parameters = read_json(spoken/"run.json")["parameters"]
-    for change, why in (dict(model="Qwen/Qwen2.5-VL-7B-Instruct"), "is not loaded for a glance; give it"), (dict(recipe="mine"), "the recipe mine is not known here; register it"):
+    parameters = read_json(spoken / "run.json")["parameters"]
+    for change, why in (
+        (dict(model="Qwen/Qwen2.5-VL-7B-Instruct"), "is not loaded for a glance; give it"),
+        (dict(recipe="mine"), "the recipe mine is not known here; register it"),
+    ):
         update_record(tmp_path, parameters=parameters | change)
         told, grids = inspect(tmp_path).look("rollouts", 0, 0, "first")
         assert why in told["note"] and not grids
@@ -252,29 +473,45 @@ def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
 def test_the_thread_that_looks_sends_what_it_saw(spoken):
     view, sent = inspect(spoken), []
     view.send = lambda content, buffers=None: sent.append((content, buffers))
-    view._asked(view, dict(ask="look", source="rollouts", at=0, rollout=0, **{"pass": "second"}), [])
+    view._asked(
+        view, dict(ask="look", source="rollouts", at=0, rollout=0, **{"pass": "second"}), []
+    )
     for _ in range(600):
-        if sent: break
-        time.sleep(.1)
-    assert sent[0][0]["look"] == "rollouts/0/0/second" and len(sent[0][1][0]) == 49*len(sent[0][0]["share"])
+        if sent:
+            break
+        time.sleep(0.1)
+    assert sent[0][0]["look"] == "rollouts/0/0/second" and len(sent[0][1][0]) == 49 * len(
+        sent[0][0]["share"]
+    )
 
 
 # ---- live
 
+
 def test_live_follows_and_stops(tmp_path):
     rng = np.random.default_rng(0)
-    view = Live(tmp_path/"later", every=.05)
+    view = Live(tmp_path / "later", every=0.05)
     assert view.state["status"] == "waiting" and view.thread.is_alive()
-    with Run.create(tmp_path/"later", dict(recipe="dr2seg", steps=9, seed=3), bar=False) as run:
+    with Run.create(tmp_path / "later", dict(recipe="dr2seg", steps=9, seed=3), bar=False) as run:
         for step in range(1, 10):
             run.log(metrics(rng, step))
             run.progress("training", step, 9)
-            if step == 4: view.stop()
-            if step > 4 and run.stop_requested(): break
-            time.sleep(.1)
+            if step == 4:
+                view.stop()
+            if step > 4 and run.stop_requested():
+                break
+            time.sleep(0.1)
     view.thread.join(5)
-    assert step == 5 and view.columns["step"] == [1, 2, 3, 4, 5] and view.state["status"] == "interrupted" and not view.thread.is_alive()
-    assert set(view.columns) >= {"tokens", "kl", "terms.accuracy", "seconds.update"} and "seconds.total" not in view.columns
+    assert (
+        step == 5
+        and view.columns["step"] == [1, 2, 3, 4, 5]
+        and view.state["status"] == "interrupted"
+        and not view.thread.is_alive()
+    )
+    assert (
+        set(view.columns) >= {"tokens", "kl", "terms.accuracy", "seconds.update"}
+        and "seconds.total" not in view.columns
+    )
 
 
 def test_curves_of_a_long_run_are_thinned():
@@ -282,8 +519,14 @@ def test_curves_of_a_long_run_are_thinned():
     rows = [metrics(rng, s) for s in range(1, 5001)]
     began = time.process_time()
     columns = training_columns(rows, 400)
-    assert time.process_time() - began < 1 and len(columns["step"]) == 400 and columns["step"][-1] == 5000
-    assert np.mean(columns["tokens"]) == pytest.approx(np.mean([r["tokens"] for r in rows]), rel=1e-2)
+    assert (
+        time.process_time() - began < 1
+        and len(columns["step"]) == 400
+        and columns["step"][-1] == 5000
+    )
+    assert np.mean(columns["tokens"]) == pytest.approx(
+        np.mean([r["tokens"] for r in rows]), rel=1e-2
+    )
     assert len(json.dumps(columns)) < 200_000
 
 
@@ -291,42 +534,57 @@ def test_a_finished_run_needs_no_thread(whole):
     view = live(whole)
     assert view.state["status"] == "done" and not hasattr(view, "thread")
     view.stop()
-    assert not (whole/"stop").exists()
+    assert not (whole / "stop").exists()
 
 
 # ---- compare
 
+
 def test_comparison(whole, other):
     view = compare([whole, other])
     page = Reader(view.html)
-    assert not page.open and "dr2seg against visionreasoner" in view.html and view.html.count("class=d2-chart") == 2
+    assert (
+        not page.open
+        and "dr2seg against visionreasoner" in view.html
+        and view.html.count("class=d2-chart") == 2
+    )
     a, b = (final_predictions(RunReader(f)) for f in (whole, other))
     won, lost = disagreements(a, b)
-    assert len(won) + len(lost) == sum((x["iou"] >= .5) != (y["iou"] >= .5) for x, y in zip(a, b))
+    assert len(won) + len(lost) == sum((x["iou"] >= 0.5) != (y["iou"] >= 0.5) for x, y in zip(a, b))
     assert view.html.count("<article") == min(len(won), 3) + min(len(lost), 3)
     tokens = measure_differences(dict(a=a, b=b)).rows[0]
-    assert float(tokens[3].split(" ±")[0].replace("−", "-")) == pytest.approx(float(tokens[2]) - float(tokens[1]), abs=.11)
+    assert float(tokens[3].split(" ±")[0].replace("−", "-")) == pytest.approx(
+        float(tokens[2]) - float(tokens[1]), abs=0.11
+    )
 
 
 def test_seeds_make_a_band(whole, other, tmp_path):
-    second = make_run(tmp_path/"dr2seg-2", steps=12, samples=16, seed=5)
+    second = make_run(tmp_path / "dr2seg-2", steps=12, samples=16, seed=5)
     view = compare([whole, second, other])
-    assert {arm: len(v) for arm, v in view.arms.items()} == dict(dr2seg=2, visionreasoner=1) and "the band their range" in view.html
+    assert {arm: len(v) for arm, v in view.arms.items()} == dict(
+        dr2seg=2, visionreasoner=1
+    ) and "the band their range" in view.html
     assert set(compare(dict(one=[whole], two=[second])).arms) == {"one", "two"}
     assert list(compare([whole, second]).arms) == ["dr2seg-1", "dr2seg-2"]
-    with pytest.raises(ValueError, match="two runs or more"): compare([whole])
+    with pytest.raises(ValueError, match="two runs or more"):
+        compare([whole])
 
 
 def test_comparison_of_runs_that_are_not_whole(whole, tmp_path):
-    (tmp_path/"empty").mkdir()
-    view = compare([whole, tmp_path/"empty"])
-    assert "empty: Not shown: run.json is not there" in view.html and "Fewer than two" in view.html and not Reader(view.html).open
+    (tmp_path / "empty").mkdir()
+    view = compare([whole, tmp_path / "empty"])
+    assert (
+        "empty: Not shown: run.json is not there" in view.html
+        and "Fewer than two" in view.html
+        and not Reader(view.html).open
+    )
 
 
 # ---- touch
 
+
 def test_a_touch_is_a_box_and_a_point():
-    assert target_from_click((0, 0, 10, 20), None, (50, 50)) .point == (5, 10)
+    assert target_from_click((0, 0, 10, 20), None, (50, 50)).point == (5, 10)
     assert target_from_click(None, (3, 3), (50, 50), last=(0, 0, 9, 9)).box == (0, 0, 9, 9)
     assert target_from_click(None, (1, 49), (50, 50), last=(0, 0, 9, 9)).box == (0, 44, 6, 49)
 
@@ -334,17 +592,27 @@ def test_a_touch_is_a_box_and_a_point():
 def test_ask_describe_and_segment_within_two_seconds():
     view = Playground(about=2_000_049)
     times = []
-    for _ in range(3): # CPU seconds, as below: the machine may be busy with something else
+    for _ in range(3):  # CPU seconds, as below: the machine may be busy with something else
         began = time.process_time()
         said = view.ask()
         times.append(time.process_time() - began)
-    assert min(times) < 2 and view.first["tokens"] == said.think_tokens and view.description == (said.parsed.description or "") and view.drawn["by"] == "first pass"
+    assert (
+        min(times) < 2
+        and view.first["tokens"] == said.think_tokens
+        and view.description == (said.parsed.description or "")
+        and view.drawn["by"] == "first pass"
+    )
     sample = view.sample
-    for content, by in (dict(ask="segment", box=sample.targets[0].box), "your box"), (dict(ask="segment", point=sample.targets[0].point), "your point"), (dict(ask="again", **{"pass": "first"}), "first pass"):
+    for content, by in (
+        (dict(ask="segment", box=sample.targets[0].box), "your box"),
+        (dict(ask="segment", point=sample.targets[0].point), "your point"),
+        (dict(ask="again", **{"pass": "first"}), "first pass"),
+    ):
         began = time.process_time()
         view._asked(view, content, [])
         assert time.process_time() - began < 2 and view.drawn["by"] == by
-        if by == "your box": assert view.drawn["iou"] > .7
+        if by == "your box":
+            assert view.drawn["iou"] > 0.7
     began = time.process_time()
     view._asked(view, dict(ask="second", description="the yellow moon"), [])
     assert time.process_time() - began < 2 and view.second["html"] and view.busy == ""
@@ -355,10 +623,16 @@ def test_ask_describe_and_segment_within_two_seconds():
 def test_two_threads_ask_in_turn():
     "A click and a cell at once: each has its own answer. A policy that was given is not used beside a running cell."
     import threading
+
     view, said = Playground(about=2_000_049), {}
-    threads = [threading.Thread(target=lambda q=q: said.update({q: view.ask(q).text})) for q in ("what is red here?", "what here is coloured like the deep sea?")]
-    for t in threads: t.start()
-    for t in threads: t.join(120)
+    threads = [
+        threading.Thread(target=lambda q=q: said.update({q: view.ask(q).text}))
+        for q in ("what is red here?", "what here is coloured like the deep sea?")
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(120)
     assert len(said) == 2 and all(view.ask(q).text == text for q, text in said.items())
     assert view.aside and not Playground(view.policy, about=2_000_049).aside
 
@@ -367,67 +641,108 @@ def test_second_pass_is_that_of_the_rollout():
     "Asking again with the description it gave is the second pass."
     from dr2seg_lib.methods.dr2seg import dr2seg
     from dr2seg_lib.rollouts.two_stage import generate_rollouts
+
     view = Playground(about=2_000_049)
     said = view.ask()
-    group = generate_rollouts(view.policy, [view.sample], lambda q: dr2seg.prompt(q, eval=True), dr2seg.second_prompt, 1, 256, temperature=0).groups[0]
-    assert said.text == group.first[0].text and (view.second["text"] if view.second else None) == (group.second[0].text if group.second[0] else None)
+    group = generate_rollouts(
+        view.policy,
+        [view.sample],
+        lambda q: dr2seg.prompt(q, eval=True),
+        dr2seg.second_prompt,
+        1,
+        256,
+        temperature=0,
+    ).groups[0]
+    assert said.text == group.first[0].text and (view.second["text"] if view.second else None) == (
+        group.second[0].text if group.second[0] else None
+    )
 
 
 def test_pictures_to_ask_about(tmp_path):
     import cv2
-    cv2.imwrite(str(tmp_path/"photo.png"), np.full((20, 30, 3), (255, 0, 0), np.uint8)) # blue, in OpenCV's order
-    sample = askable_sample(tmp_path/"photo.png")
-    assert sample.size == (30, 20) and sample.image[0, 0].tolist() == [0, 0, 255] and not sample.targets
-    (tmp_path/"words.txt").write_text("no picture")
-    with pytest.raises(FileNotFoundError, match="words.txt is no picture that can be read"): askable_sample(tmp_path/"words.txt")
+
+    cv2.imwrite(
+        str(tmp_path / "photo.png"), np.full((20, 30, 3), (255, 0, 0), np.uint8)
+    )  # blue, in OpenCV's order
+    sample = askable_sample(tmp_path / "photo.png")
+    assert (
+        sample.size == (30, 20)
+        and sample.image[0, 0].tolist() == [0, 0, 255]
+        and not sample.targets
+    )
+    (tmp_path / "words.txt").write_text("no picture")
+    with pytest.raises(FileNotFoundError, match="words.txt is no picture that can be read"):
+        askable_sample(tmp_path / "words.txt")
 
 
 def test_policy_of_a_run_without_checkpoint(whole):
-    with pytest.raises(ValueError, match="has no whole checkpoint yet"): cached_policy(whole)
+    with pytest.raises(ValueError, match="has no whole checkpoint yet"):
+        cached_policy(whole)
 
 
 def test_policy_of_a_checkpoint(tmp_path):
     policy = cached_policy("embedded").add_lora(4, 4)
-    write_json(tmp_path/"run.json", dict(parameters=dict(model="embedded")))
+    write_json(tmp_path / "run.json", dict(parameters=dict(model="embedded")))
     path = save_checkpoint(tmp_path, 3, lambda f: policy.adapter.save_pretrained(str(f)))
-    for source in tmp_path, path: assert cached_policy(source).adapter is not None
+    for source in tmp_path, path:
+        assert cached_policy(source).adapter is not None
 
 
 # ---- as it is used: JupyterLab in a browser
 
-needs_browser = pytest.mark.skipif(not chromium(), reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs")
-CELLS = ["from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground", "w = inspect('dr2seg-1')\nw", "view = live('later')\nview", "a = Playground('embedded', 2_000_049)\na",
-         "from dr2seg_lib.training.config import TrainConfig\nfrom dr2seg_lib.training.trainer import train\ntrain(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
-         "w2 = inspect('spoken')\nw2"]
+needs_browser = pytest.mark.skipif(
+    not chromium(),
+    reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs",
+)
+CELLS = [
+    "from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground",
+    "w = inspect('dr2seg-1')\nw",
+    "view = live('later')\nview",
+    "a = Playground('embedded', 2_000_049)\na",
+    "from dr2seg_lib.training.config import TrainConfig\nfrom dr2seg_lib.training.trainer import train\ntrain(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
+    "w2 = inspect('spoken')\nw2",
+]
 
 
 @pytest.fixture(scope="module")
 def lab(whole, spoken, tmp_path_factory):
     "The page of a notebook whose first four cells have been run."
-    if not chromium(): pytest.skip("no Chromium is found")
+    if not chromium():
+        pytest.skip("no Chromium is found")
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(whole, folder/"dr2seg-1")
-    shutil.copytree(spoken, folder/"spoken")
-    browser.notebook(folder/"views.ipynb", CELLS)
+    shutil.copytree(whole, folder / "dr2seg-1")
+    shutil.copytree(spoken, folder / "spoken")
+    browser.notebook(folder / "views.ipynb", CELLS)
     with browser.jupyterlab(folder) as address, browser.browser() as page:
         page.errors = []
         page.on("pageerror", lambda e: page.errors.append(str(e)))
         browser.opened(page, address, "views.ipynb")
         page.folder = folder
-        for _ in range(4): browser.command(page, "notebook:run-cell-and-select-next")
+        for _ in range(4):
+            browser.command(page, "notebook:run-cell-and-select-next")
         page.wait_for_selector(".d2-ask .d2-main")
         yield page
 
 
-def magenta(picture): return int(((picture[..., 0] > 180) & (picture[..., 1] < 110) & (picture[..., 2] > 150)).sum())
-def cyan(picture): return int(((picture[..., 0] < 90) & (picture[..., 1] > 150) & (picture[..., 2] > 190)).sum())
+def magenta(picture):
+    return int(((picture[..., 0] > 180) & (picture[..., 1] < 110) & (picture[..., 2] > 150)).sum())
+
+
+def cyan(picture):
+    return int(((picture[..., 0] < 90) & (picture[..., 1] > 150) & (picture[..., 2] > 190)).sum())
 
 
 @needs_browser
 def test_inspector_in_the_browser(lab):
     "The slider, the keys, the layers, the filter: what is drawn is what was chosen."
     view, canvas = lab.locator(".d2-inspect"), ".d2-inspect canvas"
-    def settled(text): lab.wait_for_function("([t]) => { const r = document.querySelector('.d2-inspect'); return r.querySelector('.d2-meta').textContent.includes(t) && r.querySelector('.d2-status').textContent.includes('IoU') }", arg=[text])
+
+    def settled(text):
+        lab.wait_for_function(
+            "([t]) => { const r = document.querySelector('.d2-inspect'); return r.querySelector('.d2-meta').textContent.includes(t) && r.querySelector('.d2-status').textContent.includes('IoU') }",
+            arg=[text],
+        )
+
     settled("step 1")
     lab.wait_for_timeout(300)
     assert view.locator(".d2-card").count() == 8 and view.locator("button.d2-row").count() == 8
@@ -440,21 +755,40 @@ def test_inspector_in_the_browser(lab):
     # the bars of a rollout add up to its reward
     for row in range(8):
         bars = view.locator("button.d2-row").nth(row)
-        reward, width = float(bars.locator("b").inner_text()), bars.evaluate("r => [...r.querySelectorAll('[data-term]')].reduce((a, e) => a + parseFloat(e.style.width), 0)")
-        scale = view.evaluate("r => Math.max(...[...r.querySelectorAll('.d2-stack')].map(s => [...s.children].reduce((a, e) => a + parseFloat(e.style.width), 0)))")
-        top = max(sum(v for k, v in e["terms"].items() if k != "length") for e in inspect(lab.folder/"dr2seg-1").shown["entries"]) if row == 0 else top
-        assert scale == pytest.approx(100, abs=.1) and width/100*top == pytest.approx(reward, abs=.01)
+        reward, width = (
+            float(bars.locator("b").inner_text()),
+            bars.evaluate(
+                "r => [...r.querySelectorAll('[data-term]')].reduce((a, e) => a + parseFloat(e.style.width), 0)"
+            ),
+        )
+        scale = view.evaluate(
+            "r => Math.max(...[...r.querySelectorAll('.d2-stack')].map(s => [...s.children].reduce((a, e) => a + parseFloat(e.style.width), 0)))"
+        )
+        if row == 0:
+            entries = inspect(lab.folder / "dr2seg-1").shown["entries"]
+            top = max(sum(v for k, v in e["terms"].items() if k != "length") for e in entries)
+        assert scale == pytest.approx(100, abs=0.1) and width / 100 * top == pytest.approx(
+            reward, abs=0.01
+        )
     # the slider of steps, then the keys
     slider, began = view.get_by_label("step", exact=True), time.perf_counter()
-    slider.evaluate("e => { e.value = e.max; e.dispatchEvent(new Event('input', {bubbles: true})) }")
-    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-meta').textContent.includes('step 12')")
+    slider.evaluate(
+        "e => { e.value = e.max; e.dispatchEvent(new Event('input', {bubbles: true})) }"
+    )
+    lab.wait_for_function(
+        "() => document.querySelector('.d2-inspect .d2-meta').textContent.includes('step 12')"
+    )
     assert time.perf_counter() - began < 5
     settled("step 12")
     view.locator("h4").click()
     lab.keyboard.press("ArrowDown")
-    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output').textContent === '2 of 2'")
+    lab.wait_for_function(
+        "() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output').textContent === '2 of 2'"
+    )
     lab.keyboard.press("3")
-    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-card.d2-on').dataset.rollout === '2'")
+    lab.wait_for_function(
+        "() => document.querySelector('.d2-inspect .d2-card.d2-on').dataset.rollout === '2'"
+    )
     lab.keyboard.press("ArrowLeft")
     settled("step 7")
     # zoom
@@ -462,16 +796,20 @@ def test_inspector_in_the_browser(lab):
     view.locator("canvas").focus()
     lab.keyboard.press("+")
     lab.wait_for_timeout(150)
-    assert (browser.pixels(lab, canvas) != before).mean() > .2
+    assert (browser.pixels(lab, canvas) != before).mean() > 0.2
     lab.keyboard.press("0")
     # filter and sort
     view.get_by_label("filter").fill("accuracy>=3")
-    lab.wait_for_function("() => document.querySelectorAll('.d2-inspect .d2-card.d2-dim').length > 0")
+    lab.wait_for_function(
+        "() => document.querySelectorAll('.d2-inspect .d2-card.d2-dim').length > 0"
+    )
     view.get_by_label("filter").fill("tokns>3")
-    assert "there is no field \"tokns\"" in view.locator(".d2-wrong").inner_text()
+    assert 'there is no field "tokns"' in view.locator(".d2-wrong").inner_text()
     view.get_by_label("filter").fill("")
     view.get_by_label("sort by").select_option("reward")
-    lab.wait_for_function("() => document.querySelector('.d2-inspect .d2-slider output').textContent.includes(' of ')")
+    lab.wait_for_function(
+        "() => document.querySelector('.d2-inspect .d2-slider output').textContent.includes(' of ')"
+    )
     view.locator("[data-source=evaluation]").click()
     lab.wait_for_function("() => document.querySelectorAll('.d2-inspect .d2-card').length === 2")
     assert not lab.errors
@@ -484,24 +822,41 @@ def test_touch_in_the_browser(lab):
     view.locator(".d2-main").scroll_into_view_if_needed()
     view.locator(".d2-main").click()
     view.locator("[data-pass=second]").wait_for()
-    said, description = view.locator(".d2-steps section").nth(2).inner_text(), view.get_by_label("description")
+    said, description = (
+        view.locator(".d2-steps section").nth(2).inner_text(),
+        view.get_by_label("description"),
+    )
     assert view.locator(".heat i").count() > 5 and description.input_value()
     description.fill("the blue star at the top")
     began = time.perf_counter()
     view.get_by_text("Ask again").click()
-    lab.wait_for_function("([t]) => { const s = document.querySelectorAll('.d2-ask .d2-steps section')[2]; return s.innerText !== t && s.querySelector('.think, .raw') }", arg=[said])
+    lab.wait_for_function(
+        "([t]) => { const s = document.querySelectorAll('.d2-ask .d2-steps section')[2]; return s.innerText !== t && s.querySelector('.think, .raw') }",
+        arg=[said],
+    )
     assert time.perf_counter() - began < 5
     box = view.locator("canvas").bounding_box()
     x1, y1, x2, y2 = sample_by_id("mini-2000049").targets[0].box
-    at = lambda x, y: (box["x"] + (x + .5)*box["width"]/224, box["y"] + (y + .5)*box["height"]/224)
+    at = lambda x, y: (
+        box["x"] + (x + 0.5) * box["width"] / 224,
+        box["y"] + (y + 0.5) * box["height"] / 224,
+    )
     began = time.perf_counter()
-    lab.mouse.move(*at(x1, y1)); lab.mouse.down(); lab.mouse.move(*at(x1 + 3, y1 + 3)); lab.mouse.move(*at(x2, y2)); lab.mouse.up()
-    lab.wait_for_function("() => document.querySelector('.d2-ask .d2-status').textContent.includes('your box')")
+    lab.mouse.move(*at(x1, y1))
+    lab.mouse.down()
+    lab.mouse.move(*at(x1 + 3, y1 + 3))
+    lab.mouse.move(*at(x2, y2))
+    lab.mouse.up()
+    lab.wait_for_function(
+        "() => document.querySelector('.d2-ask .d2-status').textContent.includes('your box')"
+    )
     assert time.perf_counter() - began < 5
     score = float(view.locator(".d2-status").inner_text().split("IoU ")[1].split(" ")[0])
-    assert score > .7 and magenta(browser.pixels(lab, ".d2-ask canvas")) > 100
-    lab.mouse.click(*at((x1 + x2)/2, (y1 + y2)/2))
-    lab.wait_for_function("() => document.querySelector('.d2-ask .d2-status').textContent.includes('your point')")
+    assert score > 0.7 and magenta(browser.pixels(lab, ".d2-ask canvas")) > 100
+    lab.mouse.click(*at((x1 + x2) / 2, (y1 + y2) / 2))
+    lab.wait_for_function(
+        "() => document.querySelector('.d2-ask .d2-status').textContent.includes('your point')"
+    )
     assert not lab.errors
 
 
@@ -515,16 +870,23 @@ def test_live_in_the_browser(lab):
     lab.wait_for_function("() => document.querySelectorAll('.d2-live .d2-plot').length > 8")
     asked = lab.locator(".d2-ask")
     asked.locator(".d2-main").click()
-    asked.locator(".d2-wait").first.wait_for() # what was said before has gone
+    asked.locator(".d2-wait").first.wait_for()  # what was said before has gone
     asked.locator("[data-pass=first]").wait_for()
     assert view.locator(".d2-pill").inner_text() == "running"
     view.get_by_text("Stop after this step").click()
-    lab.wait_for_function("() => document.querySelector('.d2-live .d2-pill').textContent === 'interrupted'")
-    steps = read_jsonl(lab.folder/"later/metrics.jsonl")
-    assert 0 < len(steps) < 300 and run_status(lab.folder/"later") == "interrupted" and not lab.errors
+    lab.wait_for_function(
+        "() => document.querySelector('.d2-live .d2-pill').textContent === 'interrupted'"
+    )
+    steps = read_jsonl(lab.folder / "later/metrics.jsonl")
+    assert (
+        0 < len(steps) < 300
+        and run_status(lab.folder / "later") == "interrupted"
+        and not lab.errors
+    )
 
 
-def warm(picture): return int(((picture[..., 0] > 200) & (picture[..., 1] > 90) & (picture[..., 2] < 130)).sum())
+def warm(picture):
+    return int(((picture[..., 0] > 200) & (picture[..., 1] > 90) & (picture[..., 2] < 130)).sum())
 
 
 @needs_browser
@@ -533,23 +895,36 @@ def test_where_the_model_looks_in_the_browser(lab):
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 5 }")
     browser.command(lab, "notebook:run-cell")
     view = lab.locator(".d2-inspect").nth(1)
-    peak, line = np.array(inspect(lab.folder/"spoken").look("rollouts", 0, 0, "first")[0]["peak"]), view.locator("[data-pass=first] .heat").first
+    peak, line = (
+        np.array(inspect(lab.folder / "spoken").look("rollouts", 0, 0, "first")[0]["peak"]),
+        view.locator("[data-pass=first] .heat").first,
+    )
     line.wait_for()
     first, words = int(line.get_attribute("data-from")), line.locator("i")
-    word = words.nth(int(peak[first:first + words.count()].argmax())) # the one that looks hardest
-    says = lambda text: lab.wait_for_function("([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1].textContent.includes(t)", arg=[text])
+    word = words.nth(
+        int(peak[first : first + words.count()].argmax())
+    )  # the one that looks hardest
+    says = lambda text: lab.wait_for_function(
+        "([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1].textContent.includes(t)",
+        arg=[text],
+    )
     says("IoU")
     pixels = lambda: browser.shown(view.locator("canvas"))
     before = pixels()
     word.hover()
     says("of its attention is on the picture")
     lab.wait_for_timeout(200)
-    assert warm(pixels()) > 300 and (pixels() != before).any(-1).mean() > .9 and "weights" in view.locator(".d2-status").inner_text() and view.locator(".d2-seen").count() == 1
+    assert (
+        warm(pixels()) > 300
+        and (pixels() != before).any(-1).mean() > 0.9
+        and "weights" in view.locator(".d2-status").inner_text()
+        and view.locator(".d2-seen").count() == 1
+    )
     view.locator("h4").hover()
     says("IoU")
     lab.wait_for_timeout(200)
     assert (pixels() == before).all()
-    word.click() # held: the pointer may leave
+    word.click()  # held: the pointer may leave
     view.locator("h4").hover()
     lab.wait_for_timeout(300)
     held = view.locator(".d2-status").inner_text()
@@ -568,7 +943,9 @@ def test_where_the_model_looks_in_the_browser(lab):
 def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
     "The made-up run of the first view was never spoken by a policy that is there any more: its recipe's model is taken away."
     view = lab.locator(".d2-inspect").first
-    lab.evaluate("() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = 5; n.activeCell.model.sharedModel.setSource(\"w.run.parameters['model'] = 'large'\") }")
+    lab.evaluate(
+        "() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = 5; n.activeCell.model.sharedModel.setSource(\"w.run.parameters['model'] = 'large'\") }"
+    )
     browser.command(lab, "notebook:run-cell")
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }")
     view.locator("[data-source=rollouts]").click()
@@ -583,31 +960,43 @@ def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
 
 # ---- where no widget lives
 
+
 @needs_browser
 def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
     "Saved with its outputs, opened where nobody has trusted it, and as a plain page: the still stands where the view was."
     import nbformat
+
     browser.command(lab, "docmanager:save")
     name = "views.ipynb"
     for _ in range(100):
-        nb = nbformat.read(lab.folder/name, as_version=4)
+        nb = nbformat.read(lab.folder / name, as_version=4)
         stills = [o for c in nb.cells for o in c.outputs if "image/png" in o.get("data", {})]
-        if len(stills) > 2: break
-        time.sleep(.2)
+        if len(stills) > 2:
+            break
+        time.sleep(0.2)
     assert all("application/vnd.jupyter.widget-view+json" in o["data"] for o in stills)
-    nb.cells[0].source += "\n# from somebody else" # other words: nobody here has signed them
-    nbformat.write(nb, lab.folder/"elsewhere.ipynb")
+    nb.cells[0].source += "\n# from somebody else"  # other words: nobody here has signed them
+    nbformat.write(nb, lab.folder / "elsewhere.ipynb")
     other = lab.context.browser.new_page()
     try:
         other.set_default_timeout(browser.PATIENCE)
         browser.opened(other, lab.url.split("/lab/")[0], "elsewhere.ipynb")
-        panel = other.locator(".jp-NotebookPanel:not(.lm-mod-hidden)") # beside it the first notebook may be open, as it was left
+        panel = other.locator(
+            ".jp-NotebookPanel:not(.lm-mod-hidden)"
+        )  # beside it the first notebook may be open, as it was left
         drawn = panel.locator(".jp-OutputArea-output img")
         drawn.first.wait_for()
         assert drawn.count() == len(stills) and panel.locator(".dr2seg").count() == 0
-        assert drawn.first.evaluate("i => i.complete && i.naturalWidth") > 400 and drawn.first.bounding_box()["width"] > 300
-        browser.plain_page(lab.folder/"elsewhere.ipynb", lab.folder/"elsewhere.html")
-        other.goto((lab.folder/"elsewhere.html").as_uri())
+        assert (
+            drawn.first.evaluate("i => i.complete && i.naturalWidth") > 400
+            and drawn.first.bounding_box()["width"] > 300
+        )
+        browser.plain_page(lab.folder / "elsewhere.ipynb", lab.folder / "elsewhere.html")
+        other.goto((lab.folder / "elsewhere.html").as_uri())
         drawn = other.locator("img[src^='data:image/png']")
-        assert drawn.count() == len(stills) and all(drawn.nth(i).evaluate("i => i.complete && i.naturalWidth") > 400 for i in range(drawn.count()))
-    finally: other.close()
+        assert drawn.count() == len(stills) and all(
+            drawn.nth(i).evaluate("i => i.complete && i.naturalWidth") > 400
+            for i in range(drawn.count())
+        )
+    finally:
+        other.close()

@@ -1,14 +1,38 @@
 "Intervals against scipy and by hand, tables that survive any text, figures of any rows, masks where they belong."
-import io, math, re
+
+import io
+import math
+import re
 import xml.etree.ElementTree as xml
+
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
-from dr2seg_lib.core.statistics import Interval, bootstrap_interval, mean_interval; from dr2seg_lib.core.text_table import rows_table; from dr2seg_lib.viewing.figures import Figure, METHOD_COLOURS, MUTED, OTHER_COLOURS, STAGE_COLOURS, arm_colours, before_after_plot, figure_svg, moving_average, overlay, reward_terms_plot, stage_seconds_plot, training_curves, training_health; from dr2seg_lib.viewing.tables import arms_table, before_after_table, paired_change
+
+from dr2seg_lib.core.statistics import Interval, bootstrap_interval, mean_interval
+from dr2seg_lib.core.text_table import rows_table
 from dr2seg_lib.data.mini import draw_sample
+from dr2seg_lib.viewing.figures import (
+    METHOD_COLOURS,
+    MUTED,
+    OTHER_COLOURS,
+    STAGE_COLOURS,
+    Figure,
+    arm_colours,
+    before_after_plot,
+    figure_svg,
+    moving_average,
+    overlay,
+    reward_terms_plot,
+    stage_seconds_plot,
+    training_curves,
+    training_health,
+)
+from dr2seg_lib.viewing.tables import arms_table, before_after_table, paired_change
 
 number = st.none() | st.just(math.nan) | st.floats(-1e6, 1e6) | st.integers(-5, 5)
 values = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20)
@@ -17,16 +41,19 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20)
 @given(values)
 def test_mean_interval_is_students(v):
     m = mean_interval(v)
-    lo, hi = stats.t.interval(.95, len(v) - 1, np.mean(v), max(stats.sem(v), 1e-300))
+    lo, hi = stats.t.interval(0.95, len(v) - 1, np.mean(v), max(stats.sem(v), 1e-300))
     assert m.mean == pytest.approx(np.mean(v)) and (m.lo, m.hi) == pytest.approx((lo, hi), abs=1e-6)
 
 
 def test_mean_interval_by_hand():
-    assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.302653/math.sqrt(3), 2 + 4.302653/math.sqrt(3)))
-    one = mean_interval([.5])
-    assert one.mean == .5 and math.isnan(one.lo) and f"{one:.2f}" == "0.50"
+    assert mean_interval([1, 2, 3]) == pytest.approx(
+        (2, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3))
+    )
+    one = mean_interval([0.5])
+    assert one.mean == 0.5 and math.isnan(one.lo) and f"{one:.2f}" == "0.50"
     for f in mean_interval, bootstrap_interval:
-        with pytest.raises(ValueError, match="at least one value"): f([])
+        with pytest.raises(ValueError, match="at least one value"):
+            f([])
 
 
 def test_bootstrap_covers_and_repeats():
@@ -34,75 +61,153 @@ def test_bootstrap_covers_and_repeats():
     v = rng.normal(3, 1, 400)
     b = bootstrap_interval(v)
     assert b == bootstrap_interval(v) != bootstrap_interval(v, seed=1)
-    assert (b.lo, b.hi) == pytest.approx((v.mean() - 1.96/20, v.mean() + 1.96/20), abs=.02)
+    assert (b.lo, b.hi) == pytest.approx((v.mean() - 1.96 / 20, v.mean() + 1.96 / 20), abs=0.02)
     assert bootstrap_interval([2, 2, 2]) == (2, 2, 2)
-    hits = [b.lo < 0 < b.hi for b in (bootstrap_interval(rng.normal(size=60), n=200) for _ in range(60))]
-    assert np.mean(hits) > .85
+    hits = [
+        b.lo < 0 < b.hi for b in (bootstrap_interval(rng.normal(size=60), n=200) for _ in range(60))
+    ]
+    assert np.mean(hits) > 0.85
 
 
 def test_interval_formats():
-    assert f"{Interval(.5, .4, .6):.2f}" == "0.50 ± 0.10" and f"{Interval(-3, -5, -1):+.1f}" == "-3.0 ± 2.0"
+    assert (
+        f"{Interval(0.5, 0.4, 0.6):.2f}" == "0.50 ± 0.10"
+        and f"{Interval(-3, -5, -1):+.1f}" == "-3.0 ± 2.0"
+    )
 
 
-@given(st.lists(st.dictionaries(st.sampled_from("ab"), st.none() | st.text() | st.floats() | st.integers())))
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from("ab"), st.none() | st.text() | st.floats() | st.integers())
+    )
+)
 def test_table_keeps_its_shape(rows):
     "Whatever is in a cell, Markdown has one line a row and HTML is well formed."
-    rows = [{k: v if isinstance(v, (str, type(None))) or math.isfinite(v) else None for k, v in r.items()} for r in rows]
-    rows = [{k: re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]", " ", v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
+    rows = [
+        {
+            k: v if isinstance(v, (str, type(None))) or math.isfinite(v) else None
+            for k, v in r.items()
+        }
+        for r in rows
+    ]
+    rows = [
+        {
+            k: re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]", " ", v)
+            if isinstance(v, str)
+            else v
+            for k, v in r.items()
+        }
+        for r in rows
+    ]
     t = rows_table(rows, dict(a="", b=("B", "g")))
     assert len(t.markdown.splitlines()) == len(rows) + 2
     cells = xml.fromstring(t.html.replace(" class=num", "")).findall(".//td")
-    assert len(cells) == 2*len(rows) and all((c.text or "") == w for c, w in zip(cells, sum(t.rows, [])))
+    assert len(cells) == 2 * len(rows) and all(
+        (c.text or "") == w for c, w in zip(cells, sum(t.rows, []))
+    )
 
 
 def test_change_is_paired():
     "Samples of one list only count nowhere; a constant difference has no width however the samples differ."
-    before = [dict(sample=i, tokens=float(10*i), iou=.1*i, i=i, u=10, answer_entropy=None) for i in range(8)]
-    after = [dict(r, tokens=r["tokens"] - 7, iou=r["iou"] + .05, i=r["i"] + 1) for r in before[2:]] + [dict(sample=99, tokens=1e9, iou=1., i=1, u=1)]
+    before = [
+        dict(sample=i, tokens=float(10 * i), iou=0.1 * i, i=i, u=10, answer_entropy=None)
+        for i in range(8)
+    ]
+    after = [
+        dict(r, tokens=r["tokens"] - 7, iou=r["iou"] + 0.05, i=r["i"] + 1) for r in before[2:]
+    ] + [dict(sample=99, tokens=1e9, iou=1.0, i=1, u=1)]
     assert paired_change("tokens", before, after) == pytest.approx((-7, -7, -7))
-    assert paired_change("gIoU", before, after) == pytest.approx((.05,)*3) and paired_change("cIoU", before, after) == pytest.approx((.1,)*3)
-    assert paired_change("answer_entropy", before, after) is None and paired_change("tokens", [], after) is None
+    assert paired_change("gIoU", before, after) == pytest.approx((0.05,) * 3) and paired_change(
+        "cIoU", before, after
+    ) == pytest.approx((0.1,) * 3)
+    assert (
+        paired_change("answer_entropy", before, after) is None
+        and paired_change("tokens", [], after) is None
+    )
 
 
 def test_before_after_table_without_evaluation():
-    assert before_after_table({}).rows == before_after_table(dict(before=None, after=None)).rows == []
-    assert before_after_table(dict(before=None, after=dict(tokens=5.))).rows == [["tokens", "–", "5.0", "–"]]
+    assert (
+        before_after_table({}).rows == before_after_table(dict(before=None, after=None)).rows == []
+    )
+    assert before_after_table(dict(before=None, after=dict(tokens=5.0))).rows == [
+        ["tokens", "–", "5.0", "–"]
+    ]
 
 
 def test_arms_table():
-    t = arms_table(dict(a=[dict(tokens=10., gIoU=.5), dict(tokens=12., gIoU=None)], b=[{}]), start=dict(tokens=90.))
-    assert t.rows == [["start", "", "90.0", "–", "–", "–"], ["a", "2", "11.0 ± 12.7", "0.500", "–", "–"], ["b", "1", "–", "–", "–", "–"]]
+    t = arms_table(
+        dict(a=[dict(tokens=10.0, gIoU=0.5), dict(tokens=12.0, gIoU=None)], b=[{}]),
+        start=dict(tokens=90.0),
+    )
+    assert t.rows == [
+        ["start", "", "90.0", "–", "–", "–"],
+        ["a", "2", "11.0 ± 12.7", "0.500", "–", "–"],
+        ["b", "1", "–", "–", "–", "–"],
+    ]
 
 
 def test_colours():
     c = arm_colours(["dr2seg", "mine", "visionreasoner", "yours", *"abcdef"])
-    assert c["dr2seg"] == METHOD_COLOURS["dr2seg"] and c["mine"] != c["yours"] and arm_colours([""])[""] == c["dr2seg"]
+    assert (
+        c["dr2seg"] == METHOD_COLOURS["dr2seg"]
+        and c["mine"] != c["yours"]
+        and arm_colours([""])[""] == c["dr2seg"]
+    )
 
 
 def luminance(colour):
-    rgb = [int(colour[i:i + 2], 16)/255 for i in (1, 3, 5)]
-    return np.dot([v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4 for v in rgb], [.2126, .7152, .0722])
+    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return np.dot(
+        [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb],
+        [0.2126, 0.7152, 0.0722],
+    )
 
 
-@pytest.mark.parametrize("colour", [MUTED, *METHOD_COLOURS.values(), *OTHER_COLOURS, *STAGE_COLOURS.values()])
+@pytest.mark.parametrize(
+    "colour", [MUTED, *METHOD_COLOURS.values(), *OTHER_COLOURS, *STAGE_COLOURS.values()]
+)
 def test_colours_are_seen_on_white_and_on_black(colour):
     "A contrast of 2.7 for lines on the report's white and its dark panel; WCAG asks 3 for graphics beside which nothing is written."
     light, dark, own = luminance("#ffffff"), luminance("#1b1e24"), luminance(colour)
-    assert (light + .05)/(own + .05) > 2.7 and (own + .05)/(dark + .05) > 2.7
+    assert (light + 0.05) / (own + 0.05) > 2.7 and (own + 0.05) / (dark + 0.05) > 2.7
 
 
-@pytest.mark.parametrize("keep", [0, .6, .99])
+@pytest.mark.parametrize("keep", [0, 0.6, 0.99])
 @given(v=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30))
 def test_smooth_stays_within(keep, v):
     s = moving_average(v, keep)
-    assert len(s) == len(v) and s[0] == pytest.approx(v[0]) and min(v) - 1e-6 <= s.min() and s.max() <= max(v) + 1e-6
-    if keep == 0: assert s == pytest.approx(v)
+    assert (
+        len(s) == len(v)
+        and s[0] == pytest.approx(v[0])
+        and min(v) - 1e-6 <= s.min()
+        and s.max() <= max(v) + 1e-6
+    )
+    if keep == 0:
+        assert s == pytest.approx(v)
 
 
-names = ["answer_entropy", "tokens", "tokens_second", "accuracy", "reward", "kl", "lr", "loss", "grad_norm"]
-row = st.fixed_dictionaries({"step": st.integers(1, 9)}, optional={n: number for n in names} | {
-    "terms": st.none() | st.dictionaries(st.sampled_from(["accuracy", "length", "my_term"]), number),
-    "seconds": st.none() | st.dictionaries(st.sampled_from(["first", "update", "own", "total"]), number)})
+names = [
+    "answer_entropy",
+    "tokens",
+    "tokens_second",
+    "accuracy",
+    "reward",
+    "kl",
+    "lr",
+    "loss",
+    "grad_norm",
+]
+row = st.fixed_dictionaries(
+    {"step": st.integers(1, 9)},
+    optional={n: number for n in names}
+    | {
+        "terms": st.none()
+        | st.dictionaries(st.sampled_from(["accuracy", "length", "my_term"]), number),
+        "seconds": st.none()
+        | st.dictionaries(st.sampled_from(["first", "update", "own", "total"]), number),
+    },
+)
 
 
 @settings(max_examples=5, deadline=None)
@@ -110,18 +215,29 @@ row = st.fixed_dictionaries({"step": st.integers(1, 9)}, optional={n: number for
 def test_any_rows_make_figures(rows, others):
     "Nothing, one step, missing and non-finite numbers: every figure still draws."
     for f in training_curves, reward_terms_plot, training_health:
-        for given_ in rows, {"a": rows}, {"dr2seg": [rows, others], "b": [others]}: assert isinstance(f(given_), Figure)
+        for given_ in rows, {"a": rows}, {"dr2seg": [rows, others], "b": [others]}:
+            assert isinstance(f(given_), Figure)
     xml.fromstring(figure_svg(training_curves(rows)))
     xml.fromstring(figure_svg(stage_seconds_plot(rows)))
 
 
-def curve(values, **more): return [dict(step=i + 1, tokens=v, **more) for i, v in enumerate(values)]
+def curve(values, **more):
+    return [dict(step=i + 1, tokens=v, **more) for i, v in enumerate(values)]
 
 
 def test_curves_show_the_numbers():
-    fig = training_curves({"visionreasoner": [curve([4, 6]), curve([8, 10, 20])], "dr2seg": [curve([1, 2])]}, keep=0)
-    by_colour = {line.get_color(): line.get_ydata().tolist() for line in fig.axes[1].lines if len(line.get_ydata())}
-    assert by_colour == {METHOD_COLOURS["visionreasoner"]: [6, 8, 20], METHOD_COLOURS["dr2seg"]: [1, 2]}
+    fig = training_curves(
+        {"visionreasoner": [curve([4, 6]), curve([8, 10, 20])], "dr2seg": [curve([1, 2])]}, keep=0
+    )
+    by_colour = {
+        line.get_color(): line.get_ydata().tolist()
+        for line in fig.axes[1].lines
+        if len(line.get_ydata())
+    }
+    assert by_colour == {
+        METHOD_COLOURS["visionreasoner"]: [6, 8, 20],
+        METHOD_COLOURS["dr2seg"]: [1, 2],
+    }
     band = fig.axes[1].collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in band} >= {(1, 4), (1, 8), (2, 6), (2, 10), (3, 20)}
     assert [t.get_text() for t in fig.legends[0].texts] == ["visionreasoner", "dr2seg"]
@@ -129,9 +245,12 @@ def test_curves_show_the_numbers():
 
 
 def test_seconds_add_up():
-    rows = [dict(step=s, seconds=dict(first=1., update=.5*s, total=1 + .5*s)) for s in range(1, 7)]
+    rows = [
+        dict(step=s, seconds=dict(first=1.0, update=0.5 * s, total=1 + 0.5 * s))
+        for s in range(1, 7)
+    ]
     tops = [p.get_y() + p.get_height() for p in stage_seconds_plot(rows).axes[0].patches[6:]]
-    assert tops == pytest.approx([1 + .5*s for s in range(1, 7)])
+    assert tops == pytest.approx([1 + 0.5 * s for s in range(1, 7)])
     fig = stage_seconds_plot(rows, bars=2)
     assert [p.get_y() + p.get_height() for p in fig.axes[0].patches[2:]] == pytest.approx([2, 3.5])
     assert [t.get_text() for t in fig.legends[0].texts] == ["update  1.75 s", "first  1.00 s"]
@@ -139,35 +258,56 @@ def test_seconds_add_up():
 
 def test_a_figure_shows_itself_once_and_sharp():
     from matplotlib import pyplot
-    fig = training_health(curve([1, 2], kl=.1))
+
+    fig = training_health(curve([1, 2], kl=0.1))
     assert pyplot.get_fignums() == []
     data, meta = fig._repr_mimebundle_()
     picture = Image.open(io.BytesIO(data["image/png"]))
-    assert picture.size == (2*meta["image/png"]["width"], 2*meta["image/png"]["height"])
+    assert picture.size == (2 * meta["image/png"]["width"], 2 * meta["image/png"]["height"])
     assert picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 0
 
 
 def test_svg_is_small_and_alone():
-    text = figure_svg(training_curves(curve(range(60), answer_entropy=.5, accuracy=.4)), 'a "label" & more')
+    text = figure_svg(
+        training_curves(curve(range(60), answer_entropy=0.5, accuracy=0.4)), 'a "label" & more'
+    )
     root = xml.fromstring(text)
-    assert root.get("aria-label") == 'a "label" & more' and root.get("width") is None and len(text) < 60_000
+    assert (
+        root.get("aria-label") == 'a "label" & more'
+        and root.get("width") is None
+        and len(text) < 60_000
+    )
     assert "font-family" not in text and "metadata" not in text and "url(http" not in text
-    assert text == figure_svg(training_curves(curve(range(60), answer_entropy=.5, accuracy=.4)), 'a "label" & more')
+    assert text == figure_svg(
+        training_curves(curve(range(60), answer_entropy=0.5, accuracy=0.4)), 'a "label" & more'
+    )
 
 
 def test_before_after_takes_what_there_is():
-    for results in {}, dict(before=None, after=None), dict(after=dict(tokens=1., gIoU=.5)), {"mine": dict(before=None, after=dict(tokens=1, gIoU=.5))}:
+    for results in (
+        {},
+        dict(before=None, after=None),
+        dict(after=dict(tokens=1.0, gIoU=0.5)),
+        {"mine": dict(before=None, after=dict(tokens=1, gIoU=0.5))},
+    ):
         assert isinstance(before_after_plot(results), Figure)
 
 
 def test_overlay_paints_inside_only():
     sample = draw_sample(1_000_139)
     plain, painted = overlay(sample.image), overlay(sample.image, sample.mask, contour=False)
-    inside = cv2.resize(sample.mask.astype(np.uint8), (448, 448), interpolation=cv2.INTER_NEAREST) > 0
+    inside = (
+        cv2.resize(sample.mask.astype(np.uint8), (448, 448), interpolation=cv2.INTER_NEAREST) > 0
+    )
     changed = (plain != painted).any(-1)
-    core, far = cv2.erode(inside.astype(np.uint8), np.ones((5, 5))) > 0, cv2.dilate(inside.astype(np.uint8), np.ones((5, 5))) == 0
+    core, far = (
+        cv2.erode(inside.astype(np.uint8), np.ones((5, 5))) > 0,
+        cv2.dilate(inside.astype(np.uint8), np.ones((5, 5))) == 0,
+    )
     assert changed[core].all() and not changed[far].any()
-    assert np.array_equal(plain, cv2.resize(sample.image, (448, 448), interpolation=cv2.INTER_CUBIC))
+    assert np.array_equal(
+        plain, cv2.resize(sample.image, (448, 448), interpolation=cv2.INTER_CUBIC)
+    )
 
 
 def test_overlay_keeps_a_hole_open():
@@ -183,5 +323,9 @@ def test_overlay_of_any_size(shape, full):
     image, mask = np.full((*shape, 3), 90, np.uint8), np.full(shape, full)
     before = image.copy()
     out = overlay(image, mask, mask, box=(0, 0, shape[1] - 1, shape[0] - 1), point=(0, 0))
-    assert out.dtype == np.uint8 and max(out.shape[:2]) == max(448, *shape) and np.array_equal(image, before)
-    assert max(overlay(image, mask, scale=2).shape[:2]) == 2*max(shape)
+    assert (
+        out.dtype == np.uint8
+        and max(out.shape[:2]) == max(448, *shape)
+        and np.array_equal(image, before)
+    )
+    assert max(overlay(image, mask, scale=2).shape[:2]) == 2 * max(shape)
