@@ -155,7 +155,10 @@ class Ours:
             done = policy.generate(prefix, a.samples, a.answer)
         if two_stage:
             with torch.no_grad(), clock("second"):
-                said = lambda d: Response("", Parsed("", d, ""), [], [], [], 0)
+
+                def said(d):
+                    return Response("", Parsed("", d, ""), [], [], [], 0)
+
                 first = [
                     [said(question(b * a.samples + i, 12)) for i in range(a.samples)]
                     for b in range(a.prompts)
@@ -330,9 +333,10 @@ def floor(
 ) -> dict:  # seconds a stage, were every product done once at the machine's full rate
     "The least arithmetic of our step over the rate of a large matrix product: frozen weights need no gradient, so a backward is one more forward."
     model, _ = make(args.side)
-    count = lambda m: sum(
-        p.numel() for n, p in m.named_parameters() if p.ndim == 2 and "embed" not in n
-    )
+
+    def count(m):
+        return sum(p.numel() for n, p in m.named_parameters() if p.ndim == 2 and "embed" not in n)
+
     core, t = model.model.language_model, model.config.text_config
     image, text = (args.side // 28) ** 2, 12 + 90
 
@@ -384,29 +388,32 @@ def high_water() -> int:  # KiB; getrusage would give a child its parent's peak
 
 def peak(name: str, args) -> float:  # MiB
     "Peak resident memory of a process that runs one engine's two-stage steps alone, above that of one that only builds it."
-    run = lambda steps: int(
-        subprocess.run(
-            [
-                sys.executable,
-                __file__,
-                "--only",
-                name,
-                "--steps",
-                str(steps),
-                "--side",
-                str(args.side),
-                "--prompts",
-                str(args.prompts),
-                "--samples",
-                str(args.samples),
-                "--answer",
-                str(args.answer),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()[-1]
-    )
+
+    def run(steps):
+        return int(
+            subprocess.run(
+                [
+                    sys.executable,
+                    __file__,
+                    "--only",
+                    name,
+                    "--steps",
+                    str(steps),
+                    "--side",
+                    str(args.side),
+                    "--prompts",
+                    str(args.prompts),
+                    "--samples",
+                    str(args.samples),
+                    "--answer",
+                    str(args.answer),
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()[-1]
+        )
+
     return round((run(2) - run(0)) / 1024, 1)
 
 

@@ -278,7 +278,10 @@ def sentence_of(root: Path, code: str) -> dict:
 
 def verdict(number: int, root: Path, ended: str | None, seconds: float) -> Verdict:
     "How a case ended."
-    read = lambda name: json.loads((root / name).read_text()) if (root / name).is_file() else {}
+
+    def read(name):
+        return json.loads((root / name).read_text()) if (root / name).is_file() else {}
+
     outcome, before = read("outcome.json"), read("before.json")
     err = (root / "stderr").read_text(errors="replace") if (root / "stderr").is_file() else ""
     if ended:

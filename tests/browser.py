@@ -179,9 +179,12 @@ def telling(run: Path) -> int:
     from dr2seg_lib.viewing.run_reader import RunReader
 
     groups = RunReader(run).groups["rollouts"]
-    spread = lambda g: (
-        np.std([r["reward"] for r in g]) * np.std([min(r["first"]["think_tokens"], 100) for r in g])
-    )
+
+    def spread(g):
+        return np.std([r["reward"] for r in g]) * np.std(
+            [min(r["first"]["think_tokens"], 100) for r in g]
+        )
+
     return max(range(len(groups)), key=lambda i: spread(groups[i])) if groups else 0
 
 

@@ -146,11 +146,13 @@ def metrics(rng, step, end=30.0):
 
 
 def summary(rows):
-    mean = lambda rs: dict(
-        gIoU=float(np.mean([r["iou"] for r in rs])),
-        tokens=float(np.mean([r["tokens"] for r in rs])),
-        n=len(rs),
-    )
+    def mean(rs):
+        return dict(
+            gIoU=float(np.mean([r["iou"] for r in rs])),
+            tokens=float(np.mean([r["tokens"] for r in rs])),
+            n=len(rs),
+        )
+
     iu, ci = np.array([(r["i"], r["u"]) for r in rows]).sum(0), {}
     for name, key in ("gIoU", "iou"), ("tokens", "tokens"):
         v = np.array([r[key] for r in rows])
@@ -250,7 +252,8 @@ class Reader(HTMLParser):
             self.open.pop()
 
     def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        assert self.open, f"</{tag}> closes {self.open[-3:]}"
+        assert self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
         self.open.pop()
 
     def handle_data(self, data):

@@ -26,8 +26,8 @@ import kills
 from dr2seg_lib.runs.checkpoints import latest_checkpoint, step_of
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import read_record
-from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training import trainer
+from dr2seg_lib.training.config import TrainConfig
 
 CONFIG = TrainConfig(**kills.SMALL | dict(steps=3), eval_samples=2, segmenter="grabcut")
 FAMILIES = "dropped", "names"

@@ -20,18 +20,13 @@ def test_one_step_at_scale_runs_at_a_tiny_size(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "new" / "tiny.json").read_text())
     s = found["seconds"]
-    assert set(s) == {"generation", "second", "reference", "update", "step"} and s[
-        "step"
-    ] == pytest.approx(sum(v for k, v in s.items() if k != "step"), abs=0.01)
-    assert (
-        found["tokens_per_second"]["step"] == pytest.approx(2 * 2 * 2 * 8 / s["step"], rel=0.02)
-        and found["peak_gib"]["resident"] > 0.1
-    )
-    assert (
-        found["shape"]["image_tokens"] == 16
-        and found["shape"]["dtype"] == "bfloat16"
-        and len(found["rows"]) == 2
-    )
+    assert set(s) == {"generation", "second", "reference", "update", "step"}
+    assert s["step"] == pytest.approx(sum(v for k, v in s.items() if k != "step"), abs=0.01)
+    assert found["tokens_per_second"]["step"] == pytest.approx(2 * 2 * 2 * 8 / s["step"], rel=0.02)
+    assert found["peak_gib"]["resident"] > 0.1
+    assert found["shape"]["image_tokens"] == 16
+    assert found["shape"]["dtype"] == "bfloat16"
+    assert len(found["rows"]) == 2
 
 
 def test_the_large_size_is_qwens(monkeypatch):
@@ -41,16 +36,12 @@ def test_the_large_size_is_qwens(monkeypatch):
     from at_scale import SEVEN
 
     model, _ = make(840, size=SEVEN, device="meta", dtype=torch.bfloat16)
-    assert (
-        sum(p.numel() for p in model.parameters()) == 8_292_166_656
-        and model.dtype == torch.bfloat16
-    )
+    assert sum(p.numel() for p in model.parameters()) == 8_292_166_656
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, FOLDER / "at_scale.py"], capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and "there is no GPU here; --tiny shows the path on a CPU" in done.stderr
-    )
+    assert done.returncode == 2
+    assert "there is no GPU here; --tiny shows the path on a CPU" in done.stderr

@@ -111,7 +111,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     before = files(tmp_path)
     assert main(["run", path, *args]) == 2
     assert capsys.readouterr() == ("", f"dr2seg: {sentence}\n")
-    assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["toy.ipynb"]
+    assert files(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.ipynb"]
 
 
 @pytest.mark.parametrize(
@@ -153,25 +154,23 @@ def test_what_train_refuses(tmp_path, monkeypatch, capsys, args, says):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "train", *args]) == 2
     out, err = capsys.readouterr()
-    assert (
-        out == ""
-        and err.startswith("dr2seg: ")
-        and err.count("\n") == 1
-        and says in err
-        and not list(tmp_path.iterdir())
-    )
+    assert out == ""
+    assert err.startswith("dr2seg: ")
+    assert err.count("\n") == 1
+    assert says in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_preset_is_for_train_and_what_is_typed_has_precedence(notebook, capsys):
-    assert (
-        main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2
-        and "presets are for train" in capsys.readouterr().err
-    )
+    assert main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2
+    assert "presets are for train" in capsys.readouterr().err
     given = dict(data="mini", eval_data="mini", lr=0.5)
     filled = check_parameters(
         "train", find_experiment("train"), with_preset("train", "visionreasoner_7k", given)
     )
-    assert filled["lr"] == 0.5 and filled["rank"] == 64 and filled["recipe"] == "dr2seg_desc"
+    assert filled["lr"] == 0.5
+    assert filled["rank"] == 64
+    assert filled["recipe"] == "dr2seg_desc"
 
 
 def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
@@ -198,7 +197,8 @@ def test_unknown_experiments(tmp_path, monkeypatch, capsys):
         ("xyz", "known are train, ablate"),
         ("x.ipynb", "notebook x.ipynb does not exist"),
     ):
-        assert main(["run", name]) == 2 and words in capsys.readouterr().err
+        assert main(["run", name]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tags, count", [((), 0), (("hide", "parameters"), 1)])
@@ -343,8 +343,10 @@ raise SystemExit(cli.main({list(args)!r}))"""
 )
 def test_a_wrong_value_is_refused_without_torch(tmp_path, args, says):
     code, text = told_quickly(tmp_path, "run", *args)
-    assert code == 2 and says in text
-    assert text.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert code == 2
+    assert says in text
+    assert text.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,8 @@ def test_a_wrong_value_is_refused_without_torch(tmp_path, args, says):
 )
 def test_segment_refuses_names_without_torch(tmp_path, args, says):
     code, text = told_quickly(tmp_path, "segment", *args)
-    assert code == 2 and says in text
+    assert code == 2
+    assert says in text
 
 
 @pytest.mark.parametrize(
@@ -428,12 +431,10 @@ CELL = dict(
 def test_what_is_no_notebook_is_one_sentence(tmp_path, text, capsys):
     assert main(["run", str(written(tmp_path, text)), "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert (
-        err.count("\n") == 1
-        and "is no notebook" in err
-        and "save it again in Jupyter" in err
-        and not (tmp_path / "run").exists()
-    )
+    assert err.count("\n") == 1
+    assert "is no notebook" in err
+    assert "save it again in Jupyter" in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -457,7 +458,9 @@ def test_what_is_no_notebook_is_one_sentence(tmp_path, text, capsys):
 def test_an_odd_parameters_cell_is_one_sentence(notebook, cell, says, capsys, tmp_path):
     assert main(["run", notebook(parameters=cell), "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and says in err and not (tmp_path / "run").exists()
+    assert err.count("\n") == 1
+    assert says in err
+    assert not (tmp_path / "run").exists()
 
 
 LONG = "x" * 5000
@@ -487,12 +490,10 @@ def test_names_that_no_disk_takes_are_one_sentence(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert main(["run", *args]) == 2
     err = capsys.readouterr().err
-    assert (
-        err.startswith("dr2seg: ")
-        and err.count("\n") == 1
-        and len(err) < 1000
-        and not list(tmp_path.iterdir())
-    )
+    assert err.startswith("dr2seg: ")
+    assert err.count("\n") == 1
+    assert len(err) < 1000
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -509,9 +510,9 @@ def test_arguments_that_are_no_text_are_one_sentence(notebook, capsys, args):
 def test_a_value_of_an_odd_kind_is_one_sentence(notebook, capsys, value):
     assert main(["run", notebook(), "-p", "steps", value]) == 2
     err = capsys.readouterr().err
-    assert (
-        err.count("\n") == 1 and 'parameter "steps" takes int such as 3' in err and len(err) < 300
-    )
+    assert err.count("\n") == 1
+    assert 'parameter "steps" takes int such as 3' in err
+    assert len(err) < 300
 
 
 def test_a_text_stays_a_text(notebook):
@@ -529,7 +530,9 @@ def test_a_terminal_that_cannot_show_a_name_shows_its_numbers(tmp_path):
         capture_output=True,
         env=os.environ | dict(PYTHONIOENCODING="ascii"),
     )
-    assert done.returncode == 0 and b"f\\xfcr" in done.stdout and not done.stderr
+    assert done.returncode == 0
+    assert b"f\\xfcr" in done.stdout
+    assert not done.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
@@ -537,7 +540,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     done = subprocess.run(
         f"{DR2SEG} runs {tmp_path} | true", shell=True, capture_output=True, text=True
     )
-    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
 
 
 # ---- runs that cannot be read
@@ -582,9 +586,11 @@ def test_one_bad_record_does_not_hide_the_other_runs(tmp_path, capsys, text, why
     (tmp_path / "bad" / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and any("good" in line and "done" in line for line in lines)
+    assert len(lines) == 2
+    assert any("good" in line and "done" in line for line in lines)
     (bad,) = [line for line in lines if "/bad" in line]
-    assert "unreadable" in bad and why in bad
+    assert "unreadable" in bad
+    assert why in bad
 
 
 @pytest.mark.parametrize(
@@ -607,7 +613,8 @@ def test_bad_lines_of_one_run_do_not_hide_the_others(tmp_path, capsys, name, tex
     (tmp_path / "bad" / name).write_bytes(text)
     assert main(["runs", str(tmp_path)]) == 0
     lines = {Path(line.split()[0]).name: line for line in capsys.readouterr().out.splitlines()}
-    assert says in lines["bad"] and "done" in lines["good"]
+    assert says in lines["bad"]
+    assert "done" in lines["good"]
 
 
 def test_a_folder_for_a_record_and_a_run_that_vanishes(tmp_path, capsys, monkeypatch):
@@ -625,7 +632,8 @@ def test_a_folder_for_a_record_and_a_run_that_vanishes(tmp_path, capsys, monkeyp
     monkeypatch.setattr("dr2seg_lib.runs.listing.run_status", status)
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and sum("unreadable" in line for line in lines) == 1
+    assert len(lines) == 2
+    assert sum("unreadable" in line for line in lines) == 1
 
 
 def test_a_record_that_may_not_be_read_is_unreadable():
@@ -639,11 +647,9 @@ def test_a_record_that_may_not_be_read_is_unreadable():
         script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     lines = {Path(line.split()[0]).name: line for line in done.stdout.splitlines()}
-    assert (
-        "unreadable" in lines["bad"]
-        and "Permission denied" in lines["bad"]
-        and " done" in lines["good"]
-    )
+    assert "unreadable" in lines["bad"]
+    assert "Permission denied" in lines["bad"]
+    assert " done" in lines["good"]
 
 
 def test_a_record_does_not_steer_the_terminal(tmp_path, capsys):
@@ -653,7 +659,9 @@ def test_a_record_does_not_steer_the_terminal(tmp_path, capsys):
     )
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "\x1b" not in out and "\x07" not in out and out.count("\n") == 1
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert out.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -666,11 +674,9 @@ def test_a_run_whose_record_cannot_be_read_is_not_resumed(tmp_path, notebook, ca
     (tmp_path / "run" / "run.json").write_bytes(text)
     assert main(["run", notebook(), "--resume", "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert (
-        err.count("\n") == 1
-        and "run.json" in err
-        and (tmp_path / "run" / "run.json").read_bytes() == text
-    )
+    assert err.count("\n") == 1
+    assert "run.json" in err
+    assert (tmp_path / "run" / "run.json").read_bytes() == text
 
 
 @pytest.mark.parametrize(
@@ -703,7 +709,9 @@ def test_tables_of_a_malformed_run_are_one_sentence(tmp_path, capsys, name, text
     (tmp_path / "run" / name).write_bytes(text)
     assert main(["tables", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("dr2seg: ") and err.count("\n") == 1 and str(tmp_path / "run") in err
+    assert err.startswith("dr2seg: ")
+    assert err.count("\n") == 1
+    assert str(tmp_path / "run") in err
 
 
 # ---- what the disk refuses
@@ -741,21 +749,18 @@ def test_a_disk_that_is_full_for_papermill_and_the_record(tmp_path, notebook, ca
     assert main(["run", notebook(), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     (said,) = [line for line in err.splitlines() if line.startswith("dr2seg:")]
-    assert (
-        "cannot be written (No space left on device); free space" in said and "Traceback" not in err
-    )
+    assert "cannot be written (No space left on device); free space" in said
+    assert "Traceback" not in err
 
 
 def test_a_folder_that_is_deleted_while_its_run_is_going(tmp_path, notebook):
     path = notebook("open(out + '/here', 'w').close()\nimport shutil\nshutil.rmtree(out)")
     done = dr2seg(tmp_path, "run", path, "--out", "out")
     said = [line for line in done.stderr.splitlines() if line.startswith("dr2seg:")]
-    assert (
-        done.returncode == 1
-        and len(said) == 1
-        and "Traceback" not in done.stderr
-        and not (tmp_path / "out").exists()
-    )
+    assert done.returncode == 1
+    assert len(said) == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what the figures must not be read without
@@ -826,22 +831,23 @@ def test_a_run_from_start_to_table(tmp_path, notebook):
         ["cIoU", "0.600", "0.600"],
         ["answer", "entropy", "0.500", "0.500"],
     ]
-    assert run_status(out) == "done" and len(Run.open(out).metrics()) == 5
+    assert run_status(out) == "done"
+    assert len(Run.open(out).metrics()) == 5
     executed = nbformat.read(out / "notebook.ipynb", as_version=4)
     assert any(
         "injected-parameters" in c.metadata.tags and "steps = 5" in c.source for c in executed.cells
     )
-    assert not list(out.glob(".*.ipynb")) and "toy-dr2seg-1" in dr2seg(tmp_path, "runs").stdout
+    assert not list(out.glob(".*.ipynb"))
+    assert "toy-dr2seg-1" in dr2seg(tmp_path, "runs").stdout
 
     before = files(out)
     again = dr2seg(tmp_path, "run", notebook(TRAIN), "--out", str(out))
-    assert (
-        again.returncode == 2
-        and "already holds a run (done)" in again.stderr
-        and files(out) == before
-    )
+    assert again.returncode == 2
+    assert "already holds a run (done)" in again.stderr
+    assert files(out) == before
     resumed = dr2seg(tmp_path, "run", notebook(TRAIN), "--resume", "--out", str(out))
-    assert resumed.returncode == 2 and "is done; only a run that ended early" in resumed.stderr
+    assert resumed.returncode == 2
+    assert "is done; only a run that ended early" in resumed.stderr
 
 
 def test_one_bar_in_a_terminal(tmp_path, notebook):
@@ -859,22 +865,24 @@ def test_one_bar_in_a_terminal(tmp_path, notebook):
         pass  # how a pseudo-terminal says that its other end was closed
     assert process.wait() == 0
     text = text.decode()
-    assert "training: 100%|" in text and "3/3" in text and "reward 3" in text
+    assert "training: 100%|" in text
+    assert "3/3" in text
+    assert "reward 3" in text
     assert text.count("\n") <= 10, "the bar stays on its line"
 
 
 def test_a_failed_cell(tmp_path, notebook):
     failed = dr2seg(tmp_path, "run", notebook(TRAIN, "1/0"), "--out", "out")
+    assert failed.returncode == 1
     assert (
-        failed.returncode == 1
-        and "ZeroDivisionError: division by zero (cell 4; the traceback is in out/error.log)"
+        "ZeroDivisionError: division by zero (cell 4; the traceback is in out/error.log)"
         in failed.stderr
     )
-    assert (
-        "Traceback" not in failed.stderr and "Traceback" in (tmp_path / "out/error.log").read_text()
-    )
+    assert "Traceback" not in failed.stderr
+    assert "Traceback" in (tmp_path / "out/error.log").read_text()
     record = read_json(tmp_path / "out/run.json")
-    assert record["status"] == "failed" and record["error"].startswith("ZeroDivisionError")
+    assert record["status"] == "failed"
+    assert record["error"].startswith("ZeroDivisionError")
     assert (tmp_path / "out/notebook.ipynb").exists()
 
 
@@ -889,16 +897,15 @@ def test_a_user_error_in_the_notebook_leaves_the_folder_free(tmp_path, notebook)
             failed.stderr.splitlines()[-1]
             == "dr2seg: weights w.safetensors do not exist; check the path"
         )
-    assert (
-        not [n for n in RECORDS if (tmp_path / "out" / n).exists()]
-        and "Traceback" in (tmp_path / "out/error.log").read_text()
-    )
+    assert not [n for n in RECORDS if (tmp_path / "out" / n).exists()]
+    assert "Traceback" in (tmp_path / "out/error.log").read_text()
 
 
 def test_a_notebook_without_a_record_gets_one(tmp_path, notebook):
     assert dr2seg(tmp_path, "run", notebook("1 + 1"), "--out", "out").returncode == 0
     record = read_json(tmp_path / "out/run.json")
-    assert record["status"] == "done" and record["parameters"]["steps"] == 3
+    assert record["status"] == "done"
+    assert record["parameters"]["steps"] == 3
 
 
 def test_a_config_refused_in_the_notebook_is_a_sentence(tmp_path):
@@ -926,7 +933,8 @@ def test_a_killed_kernel(tmp_path, notebook):
         "--out",
         "out",
     )
-    assert failed.returncode == 1 and "dr2seg: the kernel was killed" in failed.stderr
+    assert failed.returncode == 1
+    assert "dr2seg: the kernel was killed" in failed.stderr
     assert read_json(tmp_path / "out/run.json")["status"] == "failed"
     assert Run.open(tmp_path / "out").metrics() == [{"step": 1}]
 
@@ -937,17 +945,22 @@ def test_ctrl_c_then_resume(tmp_path, notebook):
     assert dr2seg(tmp_path, "run", path, "--out", "out").returncode == 2
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and f"go on with: dr2seg run {path} --resume --out out" in err
+    assert process.returncode == 130
+    assert f"go on with: dr2seg run {path} --resume --out out" in err
     run = Run.open(tmp_path / "out")
     done = len(run.metrics())
-    assert run.status == "interrupted" and 1 <= done < 30 and not (run.folder / "stop").exists()
+    assert run.status == "interrupted"
+    assert 1 <= done < 30
+    assert not (run.folder / "stop").exists()
 
     other = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "4")
-    assert other.returncode == 2 and "was started with steps = 30, not 4" in other.stderr
+    assert other.returncode == 2
+    assert "was started with steps = 30, not 4" in other.stderr
     update_record(run.folder, parameters=run.info["parameters"] | {"nap": 0.0})  # to be quick
     resumed = dr2seg(tmp_path, "run", path, "--resume", "--out", "out", "-p", "steps", "30")
     assert resumed.returncode == 0, resumed.stderr
-    assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, 31))
+    assert run.status == "done"
+    assert [r["step"] for r in run.metrics()] == list(range(1, 31))
 
 
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
@@ -955,12 +968,16 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
     Run.create(
         tmp_path / "run", dict(steps=5, processes=4, out="run", resume=False), bar=False
     ).finish("interrupted")
-    asked = lambda *given: prepare_run(
-        build_parser().parse_args(["run", path, "--resume", "--out", str(tmp_path / "run"), *given])
-    )[2]
-    assert asked() == dict(steps=5, processes=4) and asked("-p", "processes", "2") == dict(
-        steps=5, processes=2
-    )
+
+    def asked(*given):
+        return prepare_run(
+            build_parser().parse_args(
+                ["run", path, "--resume", "--out", str(tmp_path / "run"), *given]
+            )
+        )[2]
+
+    assert asked() == dict(steps=5, processes=4)
+    assert asked("-p", "processes", "2") == dict(steps=5, processes=2)
     with pytest.raises(ValueError, match="was started with steps = 5, not 9"):
         asked("-p", "steps", "9")
 
@@ -979,7 +996,8 @@ def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    assert process.returncode == 130 and run_status(tmp_path / "out") == "interrupted"
+    assert process.returncode == 130
+    assert run_status(tmp_path / "out") == "interrupted"
 
 
 def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
@@ -991,15 +1009,15 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
         id="a", image="images/a.png", query="what is it?", polygon=[[[2, 2], [20, 2], [20, 20]]]
     )
     (tmp_path / "data.jsonl").write_text(json.dumps(good) + "\n")
-    assert main(["check", str(tmp_path)]) == 0 and "nothing broken" in capsys.readouterr().out
+    assert main(["check", str(tmp_path)]) == 0
+    assert "nothing broken" in capsys.readouterr().out
     (tmp_path / "data.jsonl").write_text(
         json.dumps(good) + "\n" + json.dumps(good | dict(id="b", image="../a.png")) + "\n"
     )
-    assert main(["check", str(tmp_path)]) == 1 and "1 broken:" in capsys.readouterr().out
-    assert (
-        main(["check", str(tmp_path / "nothing")]) == 2
-        and "does not exist" in capsys.readouterr().err
-    )
+    assert main(["check", str(tmp_path)]) == 1
+    assert "1 broken:" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "nothing")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
@@ -1010,11 +1028,9 @@ from dr2seg_lib import cli
 if os.geteuid() == 0: os.seteuid(65534)
 raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "run cannot be written (Permission denied); grant permission" in done.stderr
-    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "run cannot be written (Permission denied); grant permission" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -1032,11 +1048,9 @@ def test_a_hub_that_no_network_leads_to_is_one_sentence(args, tmp_path, capsys):
     name = "facebook/sam2.1-hiera-tiny" if args[-1] == "segmenter" else "nobody/nothing"
     assert main(["run", *args, name, "--out", str(tmp_path / "run")]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dr2seg:")]
-    assert (
-        len(said) == 1
-        and f"{name} cannot be loaded (" in said[0]
-        and "connect to the hub" in said[0]
-    )
+    assert len(said) == 1
+    assert f"{name} cannot be loaded (" in said[0]
+    assert "connect to the hub" in said[0]
 
 
 @pytest.mark.parametrize("experiment", ["train", "evaluate", "rea2seg"])
@@ -1102,7 +1116,8 @@ def ended(tmp_path):
 )
 def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
     found = asked(ended, "-p", name, str(value))
-    assert found[name] == value and found["steps"] == 9
+    assert found[name] == value
+    assert found["steps"] == 9
 
 
 @pytest.mark.parametrize(
@@ -1112,7 +1127,8 @@ def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
 def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
     assert main(["run", "train", "--resume", "--out", str(ended), "-p", name, value]) == 2
     said = capsys.readouterr().err
-    assert f"{ended}: the run was started with {name} = " in said and said.count("\n") == 1
+    assert f"{ended}: the run was started with {name} = " in said
+    assert said.count("\n") == 1
 
 
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
@@ -1167,11 +1183,9 @@ def test_code_that_a_record_names_is_run_only_with_trust(experiment, parameters,
     Run.create(tmp_path / "run", parameters(name), bar=False).finish("interrupted")
     assert main(["run", experiment, "--resume", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert (
-        said.count("\n") == 1
-        and "names code of a file, " in said
-        and "look at it, then add --trust" in said
-    )
+    assert said.count("\n") == 1
+    assert "names code of a file, " in said
+    assert "look at it, then add --trust" in said
     assert not (tmp_path / "it-ran").exists()
     asked(tmp_path / "run", "--trust", experiment=experiment)
     assert (tmp_path / "it-ran").exists() == (experiment == "train"), (
@@ -1200,11 +1214,9 @@ def test_a_second_sigterm_kills_a_notebook_that_is_stuck(tmp_path, notebook):
     assert process.poll() is None, "the first one only asks"
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert (
-        process.returncode == 130
-        and run_status(tmp_path / "out") == "interrupted"
-        and Run.open(tmp_path / "out").metrics() == [{"step": 1}]
-    )
+    assert process.returncode == 130
+    assert run_status(tmp_path / "out") == "interrupted"
+    assert Run.open(tmp_path / "out").metrics() == [{"step": 1}]
 
 
 def test_a_record_deleted_while_the_run_is_at_work_is_one_sentence(tmp_path, notebook):
@@ -1219,9 +1231,9 @@ def test_a_record_deleted_while_the_run_is_at_work_is_one_sentence(tmp_path, not
         "--out",
         "out",
     )
+    assert failed.returncode == 1
     assert (
-        failed.returncode == 1
-        and "out/run.json was deleted or moved while the run was at work; restore it"
-        in failed.stderr
+        "out/run.json was deleted or moved while the run was at work; restore it" in failed.stderr
     )
-    assert "Traceback" not in failed.stderr and (tmp_path / "out/metrics.jsonl").exists()
+    assert "Traceback" not in failed.stderr
+    assert (tmp_path / "out/metrics.jsonl").exists()

@@ -176,7 +176,8 @@ def test_installed_package_follows_settings():
 
 def test_sam2_is_the_pinned_one():
     line = (ROOT / "requirements-sam2.txt").read_text().splitlines()[-1]
-    assert line.split()[0] == f"sam2=={metadata.version('sam2')}" and "--hash=sha256:" in line
+    assert line.split()[0] == f"sam2=={metadata.version('sam2')}"
+    assert "--hash=sha256:" in line
 
 
 def test_no_large_file_is_tracked():

@@ -55,9 +55,8 @@ def test_tour_runs(path):
 def test_what_a_tour_shows_is_whole(path):
     "The committed outputs: there, without errors or warnings, of this machine no trace, and not too heavy."
     shown = outputs(path)
-    assert shown and not [
-        o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"
-    ]
+    assert shown
+    assert not [o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"]
     texts = "".join(
         "".join(o.get("text", ""))
         + json.dumps({k: v for k, v in o.get("data", {}).items() if k.startswith("text/")})
@@ -82,4 +81,5 @@ def test_links_of_a_tour_lead_somewhere(path):
         for link in re.findall(r"\]\(([^)#]+)", text)
         if "://" not in link
     ]
-    assert links and not [link for link in links if not (path.parent / unquote(link)).exists()]
+    assert links
+    assert not [link for link in links if not (path.parent / unquote(link)).exists()]

@@ -58,7 +58,10 @@ def decode_rle(
 ) -> np.ndarray:  # [H,W] bool
     "The mask behind a run-length encoding, which must add up: COCO's own decoder would write beyond the mask."
     size, counts = (rle.get("size"), rle.get("counts")) if isinstance(rle, dict) else (None, None)
-    whole = lambda n: type(n) is int and n >= 0
+
+    def whole(n):
+        return type(n) is int and n >= 0
+
     if (
         not isinstance(size, list)
         or len(size) != 2
@@ -165,7 +168,10 @@ def box_iou(
         np.asarray(a, dtype=float).reshape(-1, 1, 4),
         np.asarray(b, dtype=float).reshape(1, -1, 4),
     )
-    side = lambda lo, hi: np.maximum(hi - lo + 1, 0)  # [...,2] width and height
+
+    def side(lo, hi):
+        return np.maximum(hi - lo + 1, 0)  # [...,2] width and height
+
     inter = side(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])).prod(-1)
     union = side(a[..., :2], a[..., 2:]).prod(-1) + side(b[..., :2], b[..., 2:]).prod(-1) - inter
     return np.divide(inter, union, out=np.zeros_like(union), where=union > 0)

@@ -205,9 +205,11 @@ class FolderDataset(SplitReader):
 def split_masks(
     value, field: str
 ) -> list:  # one mask or polygon, or a list of them -> (field name, value) of each
-    points = lambda v: (
-        isinstance(v, list) and v and all(isinstance(p, list) for p in v)
-    )  # a polygon, good or bad
+    def points(v):
+        return (
+            isinstance(v, list) and v and all(isinstance(p, list) for p in v)
+        )  # a polygon, good or bad
+
     one = (
         not isinstance(value, list) or field == "polygon" and value and not all(map(points, value))
     )

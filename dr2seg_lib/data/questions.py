@@ -70,7 +70,10 @@ def _extreme(things, edge, gap=16):
 
 def _nearest(thing, scene, ratio=1.3):
     "The nearest neighbour by centres, if clearly nearer than the next."
-    far = lambda t: np.hypot(t.x - thing.x, t.y - thing.y)
+
+    def far(t):
+        return np.hypot(t.x - thing.x, t.y - thing.y)
+
     first, second = sorted((t for t in scene.things if t is not thing), key=far)[:2]
     return first if far(second) >= ratio * far(first) else None
 

@@ -79,7 +79,9 @@ class ReasonSegDataset(SplitReader):
 
     @staticmethod
     def splits(path: Path) -> dict:  # {name: folder}; none where this is no ReasonSeg
-        some = lambda f: any(f.glob("*.jpg")) and any(f.glob("*.json"))
+        def some(f):
+            return any(f.glob("*.jpg")) and any(f.glob("*.json"))
+
         for root in path, path / "ReasonSeg", path / "reason_seg" / "ReasonSeg":
             if found := {s: root / s for s in REASONSEG_SPLITS if some(root / s)}:
                 return found

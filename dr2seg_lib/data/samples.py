@@ -68,9 +68,10 @@ class Sample:
     ) -> list:  # of Target, without masks
         "The targets in the policy's frame, each axis scaled by itself and rounded half up."
         per_axis = [frame / n for n in self.size]
-        to_frame = lambda values: tuple(
-            int(v * per_axis[i % 2] + 0.5) for i, v in enumerate(values)
-        )
+
+        def to_frame(values):
+            return tuple(int(v * per_axis[i % 2] + 0.5) for i, v in enumerate(values))
+
         return [
             Target(to_frame(t.box), to_frame(t.point), second=t.second and to_frame(t.second))
             for t in self.targets

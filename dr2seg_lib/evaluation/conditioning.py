@@ -25,7 +25,10 @@ def conditional_entropies(
     seed: int = 0,
 ) -> dict:  # {condition: [N] nats, NaN where nothing was said}
     "Mean entropy of the answer's tokens given (I, Q), (I, Q, D) and (I, D), of each sample over n sampled answers (Eq. 13)."
-    mean = lambda answers: float(np.mean([r.answer_entropy for r in answers if r] or [np.nan]))
+
+    def mean(answers):
+        return float(np.mean([r.answer_entropy for r in answers if r] or [np.nan]))
+
     plain = generate_rollouts(policy, samples, prompt, None, n, max_new_tokens, seed=seed)
     two = generate_rollouts(policy, samples, described, prompt, n, max_new_tokens, seed=seed)
     each = {

@@ -83,9 +83,12 @@ def predict_batch(
             if whole
             else {}
         )
-    draw = lambda i, s: segmenter.segment(
-        s.image, segmenter_prompts(segmenter, answers[i].text, s.query, policy.frame, s.size)
-    )
+
+    def draw(i, s):
+        return segmenter.segment(
+            s.image, segmenter_prompts(segmenter, answers[i].text, s.query, policy.frame, s.size)
+        )
+
     return [
         result_row(s, answers[i], draw(i, s)) if i in whole else error_row(i, s)
         for i, s in found.items()

@@ -59,7 +59,10 @@ def error_row(i: int, error: BrokenRecord) -> dict:  # i: the record's place in 
 def aggregate(rows: list[dict]) -> dict:
     "gIoU, cIoU, tokens, answer entropy, shares of parsable and of cut answers and N-acc, with intervals where there is more than one row; None where no row tells."
     iu = np.array([(r["i"], r["u"]) for r in rows], dtype=float)
-    cumulative = lambda v: v[..., 0].sum(-1) / np.maximum(v[..., 1].sum(-1), 1)
+
+    def cumulative(v):
+        return v[..., 0].sum(-1) / np.maximum(v[..., 1].sum(-1), 1)
+
     out = dict(n=len(rows), cIoU=float(cumulative(iu))) | (
         dict(cIoU_ci=percentile_interval(iu, cumulative)) if len(rows) > 1 else {}
     )

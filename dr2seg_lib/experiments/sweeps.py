@@ -131,8 +131,13 @@ def sweep_arms(
 ) -> dict:  # {arm: {run name: TrainConfig}}
     "What is compared: recipes, each at every value of what varies, over the same seeds, alike in all else."
     values = [dict(zip(vary or {}, combination)) for combination in product(*(vary or {}).values())]
-    title = lambda recipe, v: ", ".join([recipe, *(f"{k} {x}" for k, x in v.items())])
-    folder = lambda arm, seed: f"{re.sub(r'[^A-Za-z0-9_.]+', '-', arm)}-s{seed}"
+
+    def title(recipe, v):
+        return ", ".join([recipe, *(f"{k} {x}" for k, x in v.items())])
+
+    def folder(arm, seed):
+        return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', arm)}-s{seed}"
+
     return {
         title(r, v): {
             folder(title(r, v), s): TrainConfig(**settings | v | dict(recipe=r, seed=s))

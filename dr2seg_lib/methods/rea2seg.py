@@ -45,9 +45,10 @@ def coordinate_tokens(
     if lo < len("<answer>") or hi < 0:
         lo, hi = 0, len(text)
     said = encode_text(tokenizer, [text], return_offsets_mapping=True)
-    over = lambda spans: [
-        any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"][0]
-    ]
+
+    def over(spans):
+        return [any(a < e and b > s for s, e in spans) for a, b in said["offset_mapping"][0]]
+
     on = over([m.span() for m in NUMBER.finditer(text, lo, hi)])
     return said["input_ids"][0], on if any(on) else over([(lo, hi)])
 
@@ -166,7 +167,10 @@ def propose_candidates(
         [Candidate(m, s) for m, (s, _) in zip(drawn, spots)],
         [m for m, (s, _) in zip(drawn, spots) if s == "region"],
     )
-    union = lambda some: np.any([np.zeros(image.shape[:2], dtype=bool), *some], axis=0)
+
+    def union(some):
+        return np.any([np.zeros(image.shape[:2], dtype=bool), *some], axis=0)
+
     whole = [Candidate(union(regions), "regions")] if len(regions) > 1 else []
     return distinct_candidates(
         [Candidate(union(drawn[len(spots) :]), "direct"), *whole, *found], overlap, limit

@@ -67,7 +67,10 @@ def boxes_overlap(
     b: Target,  # a true object
 ) -> bool:
     "Whether the boxes have an IoU above 0.5, strictly; areas in inclusive (+1) pixels."
-    side = lambda lo, hi: max(hi - lo + 1, 0)
+
+    def side(lo, hi):
+        return max(hi - lo + 1, 0)
+
     ax1, ay1, ax2, ay2 = a.box
     bx1, by1, bx2, by2 = b.box
     inter = side(max(ax1, bx1), min(ax2, bx2)) * side(max(ay1, by1), min(ay2, by2))

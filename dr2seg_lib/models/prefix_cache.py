@@ -77,9 +77,14 @@ class Prefix:
     ) -> list:  # keys and values of each layer, [len(index),heads,H,d]
         "The first H columns, padding aside, of the prompts of these indices."
         columns = (self.pad.sum(1)[index, None] + torch.arange(H, device=index.device))[:, None]
-        heads = lambda x: x[
-            index[:, None, None], torch.arange(x.shape[1], device=index.device)[:, None], columns
-        ]
+
+        def heads(x):
+            return x[
+                index[:, None, None],
+                torch.arange(x.shape[1], device=index.device)[:, None],
+                columns,
+            ]
+
         return [(heads(k), heads(v)) for k, v in self.layers]
 
 # %% ../../nbs/models/prefix_cache.ipynb #882c04bc

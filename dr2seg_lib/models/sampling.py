@@ -46,7 +46,10 @@ def generate(
 
 def _draws(seed, R: int, T: int) -> Tensor:  # [R,T] in [0,1)
     "The random number of every row's every token."
-    made = lambda s: torch.Generator().manual_seed(s)
+
+    def made(s):
+        return torch.Generator().manual_seed(s)
+
     if isinstance(seed, list):
         return torch.stack([torch.rand(T, generator=made(s)) for s in seed])
     return torch.rand(R, T, generator=None if seed is None else made(seed))
@@ -134,7 +137,10 @@ def completion_inputs(
 ) -> tuple:  # embeddings [B*n,T-1,D], positions [3,B*n,T-1], mask, cache
     "What the language model is given to read all tokens of the answers but the last, behind their prompts."
     n, T = len(ids) // len(prefix.start), ids.shape[1]
-    rep = lambda x: x.repeat_interleave(n, 0)
+
+    def rep(x):
+        return x.repeat_interleave(n, 0)
+
     embeds = self.model.get_input_embeddings()(ids[:, :-1])
     positions = rep(prefix.start)[:, None] + torch.arange(T - 1, device=ids.device)
     return (

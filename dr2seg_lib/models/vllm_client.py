@@ -71,7 +71,10 @@ class ServedPrefix(Prefix):
 
     def rows(self, index: Tensor) -> "ServedPrefix":
         "As of `Prefix`."
-        pick = lambda values: [values[i] for i in index.tolist()]
+
+        def pick(values):
+            return [values[i] for i in index.tolist()]
+
         return ServedPrefix(
             **vars(super().rows(index)), texts=pick(self.texts), seen=pick(self.seen)
         )
@@ -234,9 +237,12 @@ def with_statistics(
 ) -> ServedCompletions:  # at once
     "Answers of a server with the policy's own statistics."
     device, length = prefix.start.device, torch.tensor([len(i) for i in ids])
-    block = lambda lists, fill: pad_sequence(
-        [torch.tensor(x) for x in lists], batch_first=True, padding_value=fill
-    ).to(device)
+
+    def block(lists, fill):
+        return pad_sequence(
+            [torch.tensor(x) for x in lists], batch_first=True, padding_value=fill
+        ).to(device)
+
     ids, theirs, mask = (
         block(ids, self.tokenizer.pad_token_id),
         block(theirs, 0.0),

@@ -77,13 +77,16 @@ def list_models(url: str, **how) -> dict:  # name: its card; how: for `call`
 def served_name(server: str, model: str) -> str:  # model: "embedded", a local folder or a hub id
     "The name of a model on a server; one that does not answer, or has another model, is told in a sentence."
     url, source = server_address(server), str(EMBEDDED) if model == "embedded" else model
-    same = lambda place: (
-        place == source
-        or bool(place)
-        and os.path.isdir(place)
-        and os.path.isdir(source)
-        and os.path.samefile(place, source)
-    )
+
+    def same(place):
+        return (
+            place == source
+            or bool(place)
+            and os.path.isdir(place)
+            and os.path.isdir(source)
+            and os.path.samefile(place, source)
+        )
+
     own = {
         name: card
         for name, card in list_models(url, waits=(), patience=20).items()

@@ -102,7 +102,10 @@ def _draw_page(seed: int):
     "One pool entry: scene, its own puzzle, picture in the policy's frame, every thing's target in that frame."
     p = draw_problem(seed)
     s = SIDE / WORLD_FRAME
-    scaled = lambda v: tuple(int(x / s + 0.5) for x in v)
+
+    def scaled(v):
+        return tuple(int(x / s + 0.5) for x in v)
+
     targets = [Target.of(m) for m in p.scene.masks()]
     return (
         p,
@@ -134,7 +137,10 @@ def listing_example(
 
 def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # query, chain, things
     "A question that names its one or two targets; things that share a colour, the hardest to tell apart, come first two times in three."
-    shares = lambda t: sum(o.colour == t.colour for o in scene.things) > 1
+
+    def shares(t):
+        return sum(o.colour == t.colour for o in scene.things) > 1
+
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
     if rng.random() < 2 / 3:
         things.sort(key=shares, reverse=True)
@@ -495,7 +501,10 @@ def starting_quality(policy: Policy, n: int = 512, split: str = "val") -> dict:
         ]
         right = [description_reward(r.text, s.scaled(policy.frame)) for r, s in zip(said, asked)]
         blocks = DESCRIBED if prompt is dr2seg_prompt else BLOCKS
-        mean = lambda values: float(np.mean(list(values)))
+
+        def mean(values):
+            return float(np.mean(list(values)))
+
         out[name] = dict(
             format=mean(thinking_format(r.text, blocks) for r in said),
             right=mean(right),

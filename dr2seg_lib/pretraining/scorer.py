@@ -66,9 +66,12 @@ def preferences(
                     (cosine[1:, 1] < cosine[1:, 0]).float().mean(),
                 ]
             )
-    mean = lambda rows: dict(
-        zip(("whole", "other", "others", "refused"), np.mean(rows, 0).tolist()), n=len(rows)
-    )
+
+    def mean(rows):
+        return dict(
+            zip(("whole", "other", "others", "refused"), np.mean(rows, 0).tolist()), n=len(rows)
+        )
+
     return {kind: mean(rows) for kind, rows in shares.items()}
 
 # %% ../../nbs/pretraining/scorer.ipynb #21d369d8
@@ -189,10 +192,15 @@ def name_things(rng, things, scene: Scene) -> ScorerCaption:
         _pick(rng, OPENINGS),
         rng.random() < 0.15,
     )
-    name = lambda t: (
-        article + f"{t.size} " * sized + f"{t.colour} {t.shape}" + f" at the {t.place}" * placed
-    )
-    words = lambda t: name(t).replace("a orange", "an orange")
+
+    def name(t):
+        return (
+            article + f"{t.size} " * sized + f"{t.colour} {t.shape}" + f" at the {t.place}" * placed
+        )
+
+    def words(t):
+        return name(t).replace("a orange", "an orange")
+
     return ScorerCaption(opening + " and ".join(map(words, things)), tuple(things), sized)
 
 

@@ -75,7 +75,10 @@ def draw_batch(
 ) -> tuple:  # images, prompts: a list of Targets for each image
     "Pictures of scenes, and prompts with masks for some objects of each."
     scenes = [draw_problem(seed).scene for seed in seeds]
-    some = lambda masks: [masks[i] for i in rng.permutation(len(masks))[:objects]]
+
+    def some(masks):
+        return [masks[i] for i in rng.permutation(len(masks))[:objects]]
+
     return [s.picture() for s in scenes], [
         [draw_prompt(m, rng, jitter) for m in some(s.masks())] for s in scenes
     ]

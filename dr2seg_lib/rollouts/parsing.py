@@ -95,7 +95,10 @@ def format_answer(
     targets: list,  # of Target, coordinates in the policy's frame
 ) -> str:  # JSON
     "The JSON text of some objects, in the byte form of the prompt's example."
-    joined = lambda values: ",".join(str(v) for v in values)
+
+    def joined(values):
+        return ",".join(str(v) for v in values)
+
     return (
         "["
         + ", ".join(

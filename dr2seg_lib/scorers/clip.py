@@ -52,10 +52,13 @@ class Scorer:
         images: list,  # of [H,W,3] uint8, any sizes
     ) -> Tensor:  # [N,D] float32 on the CPU
         "Unit vectors of pictures."
-        key = lambda a: (a.shape, hashlib.blake2b(np.ascontiguousarray(a), digest_size=16).digest())
-        pixels = lambda some: torch.stack([self.preprocess(Image.fromarray(a)) for a in some]).to(
-            self.device
-        )
+
+        def key(a):
+            return (a.shape, hashlib.blake2b(np.ascontiguousarray(a), digest_size=16).digest())
+
+        def pixels(some):
+            return torch.stack([self.preprocess(Image.fromarray(a)) for a in some]).to(self.device)
+
         return self._encoded(
             images, key, lambda some: self.model.encode_image(pixels(some), normalize=True)
         )
@@ -153,7 +156,10 @@ def similarities(
     said = torch.stack(
         [torch.stack([vectors.get(t, none).mean(0) for t in row]) for row in texts]
     )  # [B,n,D]
-    cosine = lambda pictures: (said * pictures[:, None]).sum(-1)
+
+    def cosine(pictures):
+        return (said * pictures[:, None]).sum(-1)
+
     return Similarity(
         cosine(roi),
         cosine(whole),

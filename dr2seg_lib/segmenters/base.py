@@ -44,7 +44,10 @@ def clip_prompt(
     size: tuple,  # (W,H), pixels
 ) -> tuple:  # (x1,y1,x2,y2), (x,y)
     "Box and point of a target, corners in order, cut to the image."
-    cut = lambda v, n: min(max(0, v), n - 1)
+
+    def cut(v, n):
+        return min(max(0, v), n - 1)
+
     (w, h), (a, b, c, d), (x, y) = size, target.box, target.point
     x1, x2, y1, y2 = *sorted((cut(a, w), cut(c, w))), *sorted((cut(b, h), cut(d, h)))
     return (x1, y1, x2, y2), (cut(x, w), cut(y, h))

@@ -28,7 +28,10 @@ def repeat_features(
     n: int,  # prompts
 ):  # Sam3VisionEncoderOutput of n, in the memory of one
     "An image's features, for n prompts."
-    each = lambda maps: tuple(m.expand(n, -1, -1, -1) for m in maps)
+
+    def each(maps):
+        return tuple(m.expand(n, -1, -1, -1) for m in maps)
+
     return type(seen)(
         fpn_hidden_states=each(seen.fpn_hidden_states),
         fpn_position_encoding=each(seen.fpn_position_encoding),

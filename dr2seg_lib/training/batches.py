@@ -21,7 +21,10 @@ def epoch_stream(
     data, config: TrainConfig, at: int
 ) -> Iterator[tuple]:  # (data, index of a sample), without end
     "A shuffled pass over the data after another, decided by the seed, from its `at`-th question on."
-    a_pass = lambda epoch: data.drawn([config.seed, epoch]) if config.texts == "one" else data
+
+    def a_pass(epoch):
+        return data.drawn([config.seed, epoch]) if config.texts == "one" else data
+
     n = len(a_pass(0))
     for epoch in count(at // n):
         passed, order = a_pass(epoch), np.random.default_rng([config.seed, epoch]).permutation(n)

@@ -167,7 +167,10 @@ def step_metrics(
 ) -> dict:
     "The row of a step."
     first, second = [r for g in groups for r in g.first], [r for g in groups for r in g.second if r]
-    mean = lambda values: float(np.mean(values)) if len(values) else None
+
+    def mean(values):
+        return float(np.mean(values)) if len(values) else None
+
     spoken = sum(len(r.tokens) for r in first + second)
     right = [
         v.mean().item() / 3 for k, v in terms.items() if k in ("accuracy", "iou", "box", "points")

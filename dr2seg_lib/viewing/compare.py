@@ -45,8 +45,13 @@ def load_arms(
     runs: Iterable,  # of run folders or `Opened`; or {name: run or list of runs}
 ) -> dict:  # {arm: [Opened, ...]}
     "Runs by what they are compared as."
-    listed = lambda v: v if isinstance(v, (list, tuple)) else [v]
-    opened = lambda v: v if isinstance(v, RunReader) else RunReader(v)
+
+    def listed(v):
+        return v if isinstance(v, (list, tuple)) else [v]
+
+    def opened(v):
+        return v if isinstance(v, RunReader) else RunReader(v)
+
     if isinstance(runs, dict):
         return {name: [opened(r) for r in listed(v)] for name, v in runs.items()}
     each = [opened(r) for r in runs]
@@ -68,9 +73,12 @@ def measure_differences(
     rows = []
     for name, (title, spec) in MEASURES.items():
         keys = _PER_SAMPLE[name]
-        level = lambda rs: (
-            lambda v: _level(v[np.isfinite(v).all(1)]) if np.isfinite(v).all(1).any() else None
-        )(_columns(rs, keys))
+
+        def level(rs):
+            return (
+                lambda v: _level(v[np.isfinite(v).all(1)]) if np.isfinite(v).all(1).any() else None
+            )(_columns(rs, keys))
+
         row = dict(measure=title, a=format_cell(level(a), spec))
         for i, (_, b) in enumerate(others):
             row |= {

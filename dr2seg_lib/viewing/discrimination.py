@@ -67,7 +67,10 @@ def split_strata(
     by: Sequence = ("query_type", "difficulty"),  # tags
 ) -> dict:  # {values of the tags: rows}
     "Rows by the values of some tags, in the papers' order."
-    of = lambda row: tuple(row["tags"].get(tag) for tag in by)
+
+    def of(row):
+        return tuple(row["tags"].get(tag) for tag in by)
+
     kinds = product(*(order_values({r["tags"].get(tag) for r in rows}) for tag in by))
     return {values: found for values in kinds if (found := [r for r in rows if of(r) == values])}
 
@@ -115,7 +118,7 @@ def token_strata_plot(
                 for arm, rows in arms.items()
             }
             names = list(dict.fromkeys(v for g in groups.values() for v in g))
-            for (arm, g), colour in zip(groups.items(), arm_colours(arms).values()):
+            for (_arm, g), colour in zip(groups.items(), arm_colours(arms).values()):
                 for k, name in enumerate(names):
                     y = np.array(g.get(name, []), dtype=float)
                     if not y.size:

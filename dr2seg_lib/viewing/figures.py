@@ -248,7 +248,7 @@ def training_curves(
         fig, (entropy, tokens, accuracy) = panels(
             ["answer entropy, nats", "reasoning tokens", "accuracy"]
         )
-        for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
+        for (_arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
             _curve(entropy, each, "answer_entropy", colour, keep)
             _curve(tokens, each, "tokens", colour, keep)
             _curve(tokens, each, "tokens_second", colour, keep, ls=(0, (3, 2)), lw=1.3)
@@ -290,7 +290,7 @@ def reward_terms_plot(
             [short(n.removeprefix("terms.").replace("_", " ")) for n in names], cols=4, height=1.75
         )
         for ax, name in zip(axes, names):
-            for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
+            for (_arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
                 _curve(ax, each, name, colour, keep)
             if top := GREATEST.get(name[6:]):
                 ax.set_ylim(-0.04 * top, 1.04 * top)
@@ -315,7 +315,7 @@ def training_health(
     with rc_context(FIGURE_STYLE):
         fig, axes = panels(list(HEALTH.values()), height=1.9)
         for ax, name in zip(axes, HEALTH):
-            for (arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
+            for (_arm, each), colour in zip(arms.items(), arm_colours(arms).values()):
                 _curve(ax, each, name, colour, 0 if name == "lr" else keep)
             if name != "loss":
                 ax.set_ylim(0)
@@ -483,7 +483,10 @@ def overlay(
     ):
         if mask is not None and mask.any():
             _paint(canvas, mask, colour, scale, fill, contour)
-    place = lambda x, y: (round((x + 0.5) * scale), round((y + 0.5) * scale))
+
+    def place(x, y):
+        return (round((x + 0.5) * scale), round((y + 0.5) * scale))
+
     marks = [(box, point, (255, 255, 255)), *((t.box, t.point, TRUTH) for t in given)]
     for thickness, rim in (4, (20, 20, 24)), (2, None):  # a dark rim keeps white visible
         for b, p, colour in marks:

@@ -155,7 +155,10 @@ def ablation_rows(folder: Path, p: dict, results: dict) -> list:
         p.get("settings") or {},
         [("The anchor N0", "anchor", "N0"), ("The slope γ", "gamma", "γ")],
     )
-    number = lambda v: f"{v:g}" if type(v) in (int, float) else str(v)
+
+    def number(v):
+        return f"{v:g}" if type(v) in (int, float) else str(v)
+
     return rows + [
         (
             title,
@@ -245,7 +248,10 @@ def side_by_side(
 # %% ../../nbs/viewing/paper_tables.ipynb #e8397d48
 def latex_table(title: str, t: Table, note: str) -> str:
     "A table environment that needs no package."
-    row = lambda cells: " & ".join(map(latex_text, cells)) + r" \\"
+
+    def row(cells):
+        return " & ".join(map(latex_text, cells)) + r" \\"
+
     return "\n".join(
         [
             r"\begin{table}",

@@ -161,15 +161,20 @@ def draw_segmented(
     "A photo, what was found in it, and a caption."
     h, w = image.shape[:2]
     scale = min(longest, max(longest / 2, h, w)) / max(h, w)
-    resize = lambda a, how: cv2.resize(
-        a, (max(1, round(w * scale)), max(1, round(h * scale))), interpolation=how
-    )
-    grown = lambda mask: (
-        cv2.GaussianBlur(
-            resize(mask.astype(np.float32), cv2.INTER_LINEAR), (0, 0), max(0.6, 0.5 * scale)
+
+    def resize(a, how):
+        return cv2.resize(
+            a, (max(1, round(w * scale)), max(1, round(h * scale))), interpolation=how
         )
-        > 0.5
-    )
+
+    def grown(mask):
+        return (
+            cv2.GaussianBlur(
+                resize(mask.astype(np.float32), cv2.INTER_LINEAR), (0, 0), max(0.6, 0.5 * scale)
+            )
+            > 0.5
+        )
+
     placed = [
         replace(
             t,
@@ -212,7 +217,10 @@ def free_photo_names(
 ) -> tuple:  # two paths: picture, record
     "Where the results of a photo go: to its name, or to the next number that is free."
     name = os.fsdecode(os.fsencode(name)[:200])  # a disk takes 255 bytes
-    pair = lambda end: tuple(folder / f"{name}.segment{end}.{kind}" for kind in ("png", "json"))
+
+    def pair(end):
+        return tuple(folder / f"{name}.segment{end}.{kind}" for kind in ("png", "json"))
+
     number = 1
     while not overwrite and any(map(os.path.lexists, pair(f"-{number}" if number > 1 else ""))):
         number += 1
@@ -384,9 +392,12 @@ def segment_photo(
             policy, [Sample(name, image, query, ())], METHODS[who.recipe].prompt, who.max_new_tokens
         )
         prompts = segmenter_prompts(drawer, response.text, query, policy.frame, size)
-    placed = lambda prompt, mask: (
-        Target.of(mask) if isinstance(prompt, str) else Target(*clip_prompt(prompt, size), mask)
-    )
+
+    def placed(prompt, mask):
+        return (
+            Target.of(mask) if isinstance(prompt, str) else Target(*clip_prompt(prompt, size), mask)
+        )
+
     found = [
         placed(p, m)
         for p, m in zip(prompts, drawer.masks(image, prompts))

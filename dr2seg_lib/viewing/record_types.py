@@ -106,7 +106,9 @@ IntervalRecord = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
 def _measure(value):  # [mean, low, high], or how many samples
-    number = lambda v: type(v) in (int, float) and abs(v) < 1e30
+    def number(v):
+        return type(v) in (int, float) and abs(v) < 1e30
+
     if type(value) is int and value >= 0:
         return value
     if isinstance(value, list) and len(value) == 3 and all(map(number, value)):

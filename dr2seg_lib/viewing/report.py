@@ -159,7 +159,10 @@ def results_parts(run: dict) -> list:  # of (title, body, note)
 def training_parts(run: dict, recipe: str) -> list:  # of (title, body, note)
     "How training went."
     metrics, results = run["metrics"], run["results"]
-    draw = lambda f, label, data={recipe: metrics}: chart_html(f(data), label) if metrics else ""
+
+    def draw(f, label, data={recipe: metrics}):
+        return chart_html(f(data), label) if metrics else ""
+
     after = (results.get("after") or {}) if run.get("kind") != "conditioning" else {}
     return [
         (

@@ -63,9 +63,12 @@ def progress_text(run: dict) -> str | None:
 def heading_html(run: dict) -> Markup:
     "Title, status and a line on what was run."
     info, p = run["info"], run["info"].get("parameters") or {}
-    known = lambda form, d, *keys: (
-        form.format(*(d[k] for k in keys)) if all(d.get(k) is not None for k in keys) else None
-    )
+
+    def known(form, d, *keys):
+        return (
+            form.format(*(d[k] for k in keys)) if all(d.get(k) is not None for k in keys) else None
+        )
+
     each = (
         known("{} questions × {} answers a step", p, "prompts", "samples")
         if not run["runs"]

@@ -238,7 +238,10 @@ def choice_html(
     summary: dict,  # of a Rea2Seg run's results: {dimension or "all": {n, name: [mean, low, high]}}
 ) -> Markup | str:
     "gIoU of the direct answer, of the best candidate and of the chosen one, and what they cost."
-    plain = lambda k, v: Interval(*v) if k in ("direct", "oracle", "chosen", "change") else v[0]
+
+    def plain(k, v):
+        return Interval(*v) if k in ("direct", "oracle", "chosen", "change") else v[0]
+
     known = {d: {k: v for k, v in s.items() if isinstance(v, list)} for d, s in summary.items()}
     rows = [
         dict(dimension=d, n=summary[d].get("n"))

@@ -161,7 +161,10 @@ def strata_table(
 ) -> Table:
     "One measure by the values of a tag: mean ± 95 % t-interval over seeds."
     spec = MEASURES[measure][1]
-    of = lambda r: (r.get("strata") or {}).get(tag, {})  # {value: measures}
+
+    def of(r):
+        return (r.get("strata") or {}).get(tag, {})  # {value: measures}
+
     values = order_values({v for results in arms.values() for r in results for v in of(r)})
 
     def each(results, v):
@@ -185,7 +188,10 @@ def average_predictions(
     each = {}
     for row in (r for rows in runs for r in rows):
         each.setdefault(row["sample"], []).append(row)
-    numbers = lambda rs: {k for k in rs[0] if all(type(r.get(k)) in (int, float) for r in rs)}
+
+    def numbers(rs):
+        return {k for k in rs[0] if all(type(r.get(k)) in (int, float) for r in rs)}
+
     return [
         rs[0] | {k: float(np.mean([r[k] for r in rs])) for k in numbers(rs)} for rs in each.values()
     ]

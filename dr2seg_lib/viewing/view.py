@@ -77,7 +77,10 @@ def prompt_shapes(
 ) -> list:  # of {"box", "point"}; a target with two points comes twice
     "Boxes and points as they are drawn."
     (sx, sy) = (b / a for a, b in zip(size, shown))
-    scaled = lambda v: [round(float(x) * (sy if i % 2 else sx), 1) for i, x in enumerate(v)]
+
+    def scaled(v):
+        return [round(float(x) * (sy if i % 2 else sx), 1) for i, x in enumerate(v)]
+
     return [
         dict(box=scaled(o.box), point=scaled(p)) for o in found for p in (o.point, o.second) if p
     ]

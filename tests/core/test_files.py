@@ -24,14 +24,12 @@ def test_what_ends_early_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         with pytest.raises(error), atomic_write(tmp_path / "a.json") as f:
             f.write("2")
             raise error
-        assert read_json(tmp_path / "a.json") == 1 and [p.name for p in tmp_path.iterdir()] == [
-            "a.json"
-        ]
+        assert read_json(tmp_path / "a.json") == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with atomic_write(tmp_path / "a.json") as f:
         f.write("3")
-    assert read_json(tmp_path / "a.json") == 3 and [p.name for p in tmp_path.iterdir()] == [
-        "a.json"
-    ]
+    assert read_json(tmp_path / "a.json") == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize(
@@ -51,12 +49,10 @@ def test_whatever_a_library_says_is_one_sentence(error):
         with naming_load_errors("model tiny", "fetch it again"):
             raise error
     said = str(told.value)
-    assert (
-        said.startswith("model tiny cannot be loaded (")
-        and said.endswith("); fetch it again")
-        and "\n" not in said
-        and len(said) < 260
-    )
+    assert said.startswith("model tiny cannot be loaded (")
+    assert said.endswith("); fetch it again")
+    assert "\n" not in said
+    assert len(said) < 260
 
 
 @pytest.fixture
@@ -80,9 +76,10 @@ def test_a_whole_checkpoint_is_not_torn(checkpoint):
 def test_a_shard_cut_anywhere_is_named(checkpoint, keep):
     file = checkpoint / "model-2.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    assert find_checkpoint_problem(checkpoint) == find_truncation(file) and find_truncation(
-        file
-    ).startswith("model-2.safetensors is cut short or no safetensors file: ")
+    assert find_checkpoint_problem(checkpoint) == find_truncation(file)
+    assert find_truncation(file).startswith(
+        "model-2.safetensors is cut short or no safetensors file: "
+    )
 
 
 def test_a_pointer_of_git_lfs_is_no_shard(checkpoint):

@@ -34,17 +34,18 @@ def region(h, w, x1, y1, x2, y2):
 @given(masks)
 def test_rle_round_trip_through_json(mask):
     rle = json.loads(json.dumps(encode_rle(mask)))
-    assert rle["size"] == list(mask.shape) and isinstance(rle["counts"], str)
+    assert rle["size"] == list(mask.shape)
+    assert isinstance(rle["counts"], str)
     back = decode_rle(rle)
-    assert back.dtype == bool and np.array_equal(back, mask)
+    assert back.dtype == bool
+    assert np.array_equal(back, mask)
 
 
 @given(masks)
 def test_decoding_is_cocos(mask):
     rle = coco.encode(np.asfortranarray(mask, np.uint8))  # counts are bytes
-    assert np.array_equal(decode_rle(rle), coco.decode(rle).astype(bool)) and np.array_equal(
-        decode_rle(rle), mask
-    )
+    assert np.array_equal(decode_rle(rle), coco.decode(rle).astype(bool))
+    assert np.array_equal(decode_rle(rle), mask)
 
 
 @pytest.mark.parametrize("h, w", [(1, 1), (480, 640), (2000, 3), (3, 2000)])
@@ -153,7 +154,8 @@ def test_point_of_a_ring_is_on_the_ring():
     r = np.hypot(x - 25, y - 25)
     ring = (r < 20) & (r > 10)
     px, py = deepest_point(ring)
-    assert ring[py, px] and 14 <= r[py, px] <= 16
+    assert ring[py, px]
+    assert 14 <= r[py, px] <= 16
 
 
 @given(masks.filter(np.any))
@@ -163,7 +165,10 @@ def test_point_is_as_deep_as_any_pixel(mask):
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     x, y = deepest_point(mask)
     x1, y1, x2, y2 = mask_box(mask)
-    assert mask[y, x] and depth[y, x] == depth.max() and x1 <= x <= x2 and y1 <= y <= y2
+    assert mask[y, x]
+    assert depth[y, x] == depth.max()
+    assert x1 <= x <= x2
+    assert y1 <= y <= y2
 
 
 def circle_plainly(mask):
@@ -207,7 +212,8 @@ def test_empty_mask_has_neither(f):
 
 def test_iou_counts():
     a, b = region(10, 10, 0, 0, 3, 3), region(10, 10, 2, 2, 5, 5)  # 16 and 16 pixels, 4 shared
-    assert iou(a, b) == (4, 28) and ratio(*iou(a, b)) == 4 / 28
+    assert iou(a, b) == (4, 28)
+    assert ratio(*iou(a, b)) == 4 / 28
     assert iou(a, b, ignore=region(10, 10, 2, 2, 2, 2)) == (3, 27)  # one of the shared
     assert iou(a, b, ignore=region(10, 10, 0, 0, 0, 0)) == (4, 27)  # one of a's own
     assert all(type(v) is int for v in iou(a, b))
@@ -215,7 +221,8 @@ def test_iou_counts():
 
 def test_union_zero_is_right():
     nothing = np.zeros((5, 5), bool)
-    assert iou(nothing, nothing) == (0, 0) and ratio(0, 0) == 1.0
+    assert iou(nothing, nothing) == (0, 0)
+    assert ratio(0, 0) == 1.0
     assert ratio(*iou(nothing, region(5, 5, 0, 0, 1, 1))) == 0.0
     full = ~nothing
     assert ratio(*iou(full, nothing, ignore=full)) == 1.0
@@ -229,7 +236,9 @@ def test_iou_wants_one_size():
 def test_iou_leaves_its_arguments_alone():
     a, b, ignore = np.ones((4, 4), bool), np.ones((4, 4), bool), np.ones((4, 4), bool)
     iou(a, b, ignore)
-    assert a.all() and b.all() and ignore.all()
+    assert a.all()
+    assert b.all()
+    assert ignore.all()
 
 
 @pytest.mark.parametrize(
@@ -270,16 +279,15 @@ def test_box_iou_is_the_iou_of_the_filled_boxes(a, b):
 )
 def test_box_iou_of_anything_is_a_ratio(a, b):
     out = box_iou(a, b)
-    assert (
-        out.shape == (len(a), len(b))
-        and ((0 <= out) & (out <= 1)).all()
-        and np.allclose(out, box_iou(b, a).T)
-    )
+    assert out.shape == (len(a), len(b))
+    assert ((0 <= out) & (out <= 1)).all()
+    assert np.allclose(out, box_iou(b, a).T)
 
 
 def test_second_point_is_the_centre_of_the_next_circle():
     mask = np.zeros((30, 60), bool)
     mask[5:26, 5:26] = True  # a large square
     mask[10:19, 40:49] = True  # a small one, apart
-    assert deepest_point(mask) == (15, 15) and second_deepest_point(mask) == (44, 14)
+    assert deepest_point(mask) == (15, 15)
+    assert second_deepest_point(mask) == (44, 14)
     assert second_deepest_point(np.eye(1, dtype=bool)) == (0, 0)

@@ -60,7 +60,9 @@ def sentence(f, *args, **kwargs):
     with pytest.raises((ValueError, FileNotFoundError)) as e:
         f(*args, **kwargs)
     text = str(e.value)
-    assert "\n" not in text and text.endswith(".") and ";" in text, text
+    assert "\n" not in text, text
+    assert text.endswith("."), text
+    assert ";" in text, text
     return text
 
 
@@ -114,13 +116,12 @@ def test_protocols(reasonseg, tmp_path):
         open_data(root, "val"), open_data(root, "val", protocol="visionreasoner")
     ):
         covered = plain.mask if plain.ignore is None else plain.mask | plain.ignore
-        assert (
-            np.array_equal(merged.mask, covered)
-            and merged.ignore is None
-            and len(merged.targets) == covered.any()
-            and merged.query == plain.query
-        )
-    assert open_data(root, "val").protocol == "lisa" and open_data(root, "val")[0].ignore.any()
+        assert np.array_equal(merged.mask, covered)
+        assert merged.ignore is None
+        assert len(merged.targets) == covered.any()
+        assert merged.query == plain.query
+    assert open_data(root, "val").protocol == "lisa"
+    assert open_data(root, "val")[0].ignore.any()
     hub = parquet(tmp_path / "ReasonSeg_val" / "test-00000-of-00001.parquet", [hub_row()]).parent
     assert open_data(hub, "val").protocol == "visionreasoner"
     assert "has lost which pixels to ignore" in sentence(open_data, hub, "val", protocol="lisa")
@@ -131,12 +132,14 @@ def test_drawing_again_needs_no_file(reasonseg):
     for name, n in dict(a=5, b=1, c=4).items():
         root = reasonseg(name, text=tuple(f"{name}{k}" for k in range(n)), split="train")
     data = ReasonSegDataset(root, "train")
-    assert len(data) == 10 and [
-        ReasonSegDataset(root, "train", texts=s).index for s in range(9)
-    ] == [data.drawn(s).index for s in range(9)]
+    assert len(data) == 10
+    assert [ReasonSegDataset(root, "train", texts=s).index for s in range(9)] == [
+        data.drawn(s).index for s in range(9)
+    ]
     for file in (root / "train").glob("*.json"):
         file.unlink()
-    assert len({tuple(data.drawn([7, epoch]).index) for epoch in range(9)}) > 4 and len(data) == 10
+    assert len({tuple(data.drawn([7, epoch]).index) for epoch in range(9)}) > 4
+    assert len(data) == 10
 
 
 @pytest.fixture
@@ -382,7 +385,8 @@ def modes():
 def test_every_mode_becomes_rgb(mode, image, looks):
     assert image.mode == mode
     rgb = as_rgb(image)
-    assert rgb.dtype == np.uint8 and np.array_equal(rgb, looks)
+    assert rgb.dtype == np.uint8
+    assert np.array_equal(rgb, looks)
     if mode not in ("I", "F") and ";" not in mode:
         assert np.array_equal(rgb, np.array(image.convert("RGB")))  # as the peers have it
 
@@ -458,7 +462,8 @@ def test_transparent_and_moving_pictures():
     for format in "PNG", "WEBP":
         options = dict(lossless=True) if format == "WEBP" else {}
         data = written(frames[0], format, save_all=True, append_images=frames[1:], **options)
-        assert Image.open(io.BytesIO(data)).n_frames == 2 and (read_pixels(data, "f") == 10).all()
+        assert Image.open(io.BytesIO(data)).n_frames == 2
+        assert (read_pixels(data, "f") == 10).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -489,7 +494,8 @@ def test_turned_pictures_and_their_masks(own, orientation):
     (home / "images" / "a.png").write_bytes(written(Image.fromarray(stored), exif=turned))
     data = open_data(home, "all")
     for s in (data[i] for i in range(3)):
-        assert np.array_equal(s.image, PHOTO) and np.array_equal(s.mask, DISC)
+        assert np.array_equal(s.image, PHOTO)
+        assert np.array_equal(s.mask, DISC)
     assert data[4].mask.sum() == 16 * 11
     if orientation > 4:
         assert "the upright image" in sentence(
@@ -517,9 +523,12 @@ def jpeg_of_scans(n):
 
 def png_of_text():
     "Chunks of text that unfold to 256 MB each."
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     squeeze = zlib.compressobj(9)
     text = b"".join([*(squeeze.compress(bytes(2**20)) for _ in range(256)), squeeze.flush()])
     whole = encoded()
@@ -539,10 +548,12 @@ def png_of_text():
 def test_pictures_that_cost_too_much(bomb, words):
     data, began = bomb(), time.process_time()
     try:
-        assert read_pixels(data, "f").shape == PHOTO.shape and not words
+        assert read_pixels(data, "f").shape == PHOTO.shape
+        assert not words
     except BrokenRecord as e:
         assert words in str(e)
-    assert time.process_time() - began < 5 and len(data) < 5_000_000
+    assert time.process_time() - began < 5
+    assert len(data) < 5_000_000
     assert read_pixels(jpeg_of_scans(20), "f").shape == (64, 64, 3)
 
 
@@ -566,9 +577,11 @@ def test_what_is_no_plain_file_is_not_waited_for(own):
 @pytest.mark.parametrize("side", [9_000, 13_000, 100_000])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_huge_declared_size_is_not_decoded(side):
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     bomb = (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
@@ -619,28 +632,27 @@ def test_reasonseg_by_hand(reasonseg):
         {"query": "long"},
         1,
     )
-    assert (
-        s.ignore.sum() == 9
-        and s.mask.sum() == 16 * 11 - 9
-        and not (s.mask & s.ignore).any()
-        and s.targets[0].box == (5, 6, 20, 16)
-    )
+    assert s.ignore.sum() == 9
+    assert s.mask.sum() == 16 * 11 - 9
+    assert not (s.mask & s.ignore).any()
+    assert s.targets[0].box == (5, 6, 20, 16)
 
 
 def test_several_polygons_are_one_target(reasonseg):
     (s,) = ReasonSegDataset(
         reasonseg("a", [shape(BOX), shape([[30, 20], [35, 20], [35, 25]])]), "val"
     )
-    assert len(s.targets) == 1 and s.targets[0].box == (5, 6, 35, 25)
+    assert len(s.targets) == 1
+    assert s.targets[0].box == (5, 6, 35, 25)
 
 
 def test_files_without_polygons_are_samples(reasonseg):
     for name, shapes in dict(a=[], b=[shape(BOX, "flag")], c=[shape(BOX, "ignore")]).items():
         root = reasonseg(name, shapes)
     a, b, c = ReasonSegDataset(root, "val")
-    assert (
-        a.targets == b.targets == c.targets == () and a.ignore is None and c.ignore.sum() == 16 * 11
-    )
+    assert a.targets == b.targets == c.targets == ()
+    assert a.ignore is None
+    assert c.ignore.sum() == 16 * 11
 
 
 def test_cp1252_where_utf8_fails(reasonseg):
@@ -657,15 +669,16 @@ def test_texts(reasonseg):
     for split in "val", "train":
         for name in "ab":
             root = reasonseg(name, text=[f"{name}{k}" for k in range(3)], split=split)
-    asked = lambda split, **o: [s.query for s in open_data(root, split, **o)]
+
+    def asked(split, **o):
+        return [s.query for s in open_data(root, split, **o)]
+
     assert asked("val") == asked("train", texts="first") == ["a0", "b0"]
     assert asked("train") == asked("val", texts="all") == ["a0", "a1", "a2", "b0", "b1", "b2"]
     drawn = [asked("train", texts=seed) for seed in range(20)]
-    assert (
-        all([t[0] for t in d] == ["a", "b"] for d in drawn)
-        and len(set(map(tuple, drawn))) > 5
-        and drawn[3] == asked("train", texts=3)
-    )
+    assert all([t[0] for t in d] == ["a", "b"] for d in drawn)
+    assert len(set(map(tuple, drawn))) > 5
+    assert drawn[3] == asked("train", texts=3)
     assert len({s.id for s in ReasonSegDataset(root, "train")}) == 6
     assert "texts" in sentence(ReasonSegDataset, root, "train", texts="some")
 
@@ -706,21 +719,22 @@ def test_broken_reasonseg_is_told(reasonseg, change, words):
     reasonseg("whole", [shape(BOX)])
     root = reasonseg("a", **change)
     data = ReasonSegDataset(root, "val")
-    assert len(data) == 2 and data[1].id == "whole"
+    assert len(data) == 2
+    assert data[1].id == "whole"
     told = sentence(data.__getitem__, 0)
-    assert "a.json" in told and all(w in told for w in words)
+    assert "a.json" in told
+    assert all(w in told for w in words)
     report = check_data(root)
-    assert report.broken == (told,) and report.splits["val"]["samples"] == 1
+    assert report.broken == (told,)
+    assert report.splits["val"]["samples"] == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "5", "", '"\x81"'])
 def test_broken_json_is_told(reasonseg, text):
     root = reasonseg("a")
     (root / "val" / "a.json").write_bytes(text.encode("latin1"))
-    assert (
-        "a.json" in sentence(ReasonSegDataset(root, "val").__getitem__, 0)
-        and len(check_data(root).broken) == 1
-    )
+    assert "a.json" in sentence(ReasonSegDataset(root, "val").__getitem__, 0)
+    assert len(check_data(root).broken) == 1
 
 
 def test_an_image_without_annotation_is_told(reasonseg):
@@ -739,15 +753,12 @@ def test_evaluation_set_across_shards_and_groups(tmp_path):
     parquet(data / "test-00001-of-00002.parquet", rows[3:], row_group_size=1)
     for split in "val", "test", "testA":
         hub = open_data(tmp_path / "ReasonSeg_val", split)
-        assert (
-            [s.query for s in hub] == [f"thing {k}" for k in range(5)]
-            and hub[2].targets == ()
-            and len({s.id for s in hub}) == 5
-        )
+        assert [s.query for s in hub] == [f"thing {k}" for k in range(5)]
+        assert hub[2].targets == ()
+        assert len({s.id for s in hub}) == 5
         for k in 4, 0, 3, 1:
-            assert np.array_equal(hub[k].mask, np.roll(DISC, k, 1)) and np.array_equal(
-                hub[k].image, PHOTO
-            )
+            assert np.array_equal(hub[k].mask, np.roll(DISC, k, 1))
+            assert np.array_equal(hub[k].image, PHOTO)
     assert len(open_data(tmp_path / "ReasonSeg_val", "val", limit=3)) == 3
     assert "use one of test" in sentence(open_data, tmp_path / "ReasonSeg_val", "train")
     counts = check_data(tmp_path / "ReasonSeg_val").splits["test"]
@@ -764,7 +775,7 @@ def test_one_group_is_held(tmp_path):
         tmp_path / "test-00000-of-00001.parquet", [hub_row(k) for k in range(6)], row_group_size=2
     )
     hub, read = ParquetDataset(file, "test"), []
-    for s in hub:
+    for _s in hub:
         read.append(hub.held[1].num_rows)
     assert read == [2] * 6
 
@@ -849,7 +860,8 @@ def test_seg_zero_sets_are_rewarded(seg_zero_set, method):
     assert all(
         terms[k].tolist() == [1, 1] for k in ("thinking_format", "answer_format", "iou", "box")
     )
-    assert terms["points"].tolist() == [1, 0] and total[0] > total[1]
+    assert terms["points"].tolist() == [1, 0]
+    assert total[0] > total[1]
 
 
 def test_targets_without_a_second_point_are_rewarded():
@@ -858,10 +870,8 @@ def test_targets_without_a_second_point_are_rewarded():
         '[{"bbox_2d": [84, 210, 420, 630], "point_2d": [210, 315]}]', (840, 840), "f"
     )
     both = ANSWER.replace("[378, 525]", "[220, 320]")
-    assert (
-        set(seg_zero(both, list(one)).values()) == {1}
-        and seg_zero(ANSWER, list(one))["points"] == 0
-    )
+    assert set(seg_zero(both, list(one)).values()) == {1}
+    assert seg_zero(ANSWER, list(one))["points"] == 0
     two = parse_solution(
         '[{"bbox_2d": [84, 210, 200, 630], "point_2d": [210, 315]}, {"bbox_2d": [300, 300, 420, 500], "point_2d": [378, 525]}]',
         (840, 840),
@@ -897,12 +907,10 @@ def test_broken_solutions_are_told(tmp_path, solution):
     )
     data = ParquetDataset(file, "train")
     told = sentence(data.__getitem__, 0)
-    assert (
-        "row 0" in told
-        and "solution" in told
-        and data[1].targets == ()
-        and check_data(file).broken == (told,)
-    )
+    assert "row 0" in told
+    assert "solution" in told
+    assert data[1].targets == ()
+    assert check_data(file).broken == (told,)
 
 
 @pytest.mark.parametrize(
@@ -925,12 +933,10 @@ def test_broken_rows_are_told(tmp_path, change, words):
     file = parquet(tmp_path / "test-00000-of-00001.parquet", [hub_row(), hub_row(1, **change)])
     data = ParquetDataset(file, "test")
     told = sentence(data.__getitem__, 1)
-    assert (
-        "row 1" in told
-        and words in told
-        and data[0].mask.any()
-        and check_data(file).broken == (told,)
-    )
+    assert "row 1" in told
+    assert words in told
+    assert data[0].mask.any()
+    assert check_data(file).broken == (told,)
 
 
 def test_broken_parquet_files_are_told(tmp_path):
@@ -938,10 +944,8 @@ def test_broken_parquet_files_are_told(tmp_path):
     whole = file.read_bytes()
     for data in whole[:-20], b"", b"PAR1" + b"x" * 100 + b"PAR1":
         file.write_bytes(data)
-        assert (
-            file.name in sentence(open_data, tmp_path, "test")
-            and len(check_data(tmp_path).broken) == 1
-        )
+        assert file.name in sentence(open_data, tmp_path, "test")
+        assert len(check_data(tmp_path).broken) == 1
     file.write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
     assert len(check_data(tmp_path).broken) == 1
 
@@ -983,7 +987,8 @@ def test_refcoco_by_hand(refcoco, protocol):
         "the cup",
         (10, 10, 29, 19),
         (W, H),
-    ) and s.mask.sum() == 200
+    )
+    assert s.mask.sum() == 200
     assert [(s.id, s.query) for s in open_data(home, "testA", level="expression")] == [
         ("1#0", "the cup"),
         ("1#1", "left thing"),
@@ -1016,12 +1021,10 @@ def test_parts_and_run_lengths_of_an_instance(refcoco):
         segmentation=[parts, encode_rle(DISC), []],
     )
     a, b, c = open_data(home, "testA")
-    assert (
-        a.mask.sum() == 20
-        and len(a.targets) == 1
-        and np.array_equal(b.mask, DISC)
-        and c.targets == ()
-    )
+    assert a.mask.sum() == 20
+    assert len(a.targets) == 1
+    assert np.array_equal(b.mask, DISC)
+    assert c.targets == ()
 
 
 def test_the_joined_file_is_made_once_and_anew_when_the_pickle_changes(refcoco, monkeypatch):
@@ -1046,10 +1049,8 @@ def test_the_joined_file_is_made_once_and_anew_when_the_pickle_changes(refcoco, 
 def test_a_folder_that_cannot_be_written(refcoco, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, how: False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert (
-        len(open_data(refcoco([ref()]), "testA")) == 1
-        and len(list((tmp_path / "home" / ".cache" / "dr2seg").iterdir())) == 1
-    )
+    assert len(open_data(refcoco([ref()]), "testA")) == 1
+    assert len(list((tmp_path / "home" / ".cache" / "dr2seg").iterdir())) == 1
 
 
 class Runs:
@@ -1066,12 +1067,10 @@ class Runs:
 def test_a_pickle_that_runs_code_is_refused(refcoco, tmp_path, protocol):
     home = refcoco([ref() | dict(ref_id=Runs(f"touch {tmp_path}/ran"))], protocol=protocol)
     told = sentence(open_data, home, "testA")
-    assert (
-        "refs(unc).p" in told
-        and "system" in told
-        and check_data(home).broken == (told,)
-        and not (tmp_path / "ran").exists()
-    )
+    assert "refs(unc).p" in told
+    assert "system" in told
+    assert check_data(home).broken == (told,)
+    assert not (tmp_path / "ran").exists()
     assert not list(home.glob("*.jsonl*"))
 
 
@@ -1139,13 +1138,11 @@ def test_broken_references_are_told(refcoco, refs, words):
     home = refcoco(refs)
     data = open_data(home, "testA")
     told = sentence(data.__getitem__, 1)
-    assert (
-        len(data) == 2
-        and words in told
-        and "refs(unc)" in told
-        and data[0].query == "the cup"
-        and check_data(home).broken == (told,)
-    )
+    assert len(data) == 2
+    assert words in told
+    assert "refs(unc)" in told
+    assert data[0].query == "the cup"
+    assert check_data(home).broken == (told,)
 
 
 @pytest.mark.parametrize(
@@ -1170,7 +1167,8 @@ def test_broken_instances_are_told(refcoco, segmentation):
 
 def test_refs_that_are_no_list_and_missing_files(refcoco):
     home = refcoco(dict(a=1))
-    assert "not a list" in sentence(open_data, home, "val") and len(check_data(home).broken) == 1
+    assert "not a list" in sentence(open_data, home, "val")
+    assert len(check_data(home).broken) == 1
     (home / "instances.json").write_text("{}")
     assert "annotations" in sentence(
         open_data, refcoco([ref()]) and (home / "instances.json").write_text("{}") and home, "val"
@@ -1185,7 +1183,8 @@ def test_refcoco_without_images(refcoco):
         p.unlink()
     assert "does not exist" in sentence(open_data(home, "testA").__getitem__, 0)
     (home / "images").rmdir()
-    assert "train2014" in sentence(open_data, home, "testA") and len(check_data(home).broken) == 1
+    assert "train2014" in sentence(open_data, home, "testA")
+    assert len(check_data(home).broken) == 1
 
 
 def test_a_forged_cache_leads_nowhere(refcoco):
@@ -1201,7 +1200,8 @@ def test_a_forged_cache_leads_nowhere(refcoco):
     ]
     (home / "refs(unc).jsonl").write_text("\n".join([stamp, *map(json.dumps, forged), "{"]))
     data = open_data(home, "testA")
-    assert len(data) == 6 and "leads out" in sentence(data.__getitem__, 0)
+    assert len(data) == 6
+    assert "leads out" in sentence(data.__getitem__, 0)
     for i in range(1, 6):
         with pytest.raises(BrokenRecord):
             data[i]
@@ -1223,19 +1223,15 @@ def test_own_folder_by_hand(own):
         m=white,
     )
     a, b, c, d, e, f, g = open_data(home, "all")
-    assert (
-        np.array_equal(a.mask, DISC)
-        and b.mask.sum() == 16 * 11
-        and b.tags == dict(kind="box", n=3)
-        and np.array_equal(c.mask, DISC)
-    )
-    assert (
-        len(d.targets) == 4
-        and e.targets == ()
-        and np.array_equal(f.ignore, DISC)
-        and g.mask.all()
-        and np.array_equal(a.image, PHOTO)
-    )
+    assert np.array_equal(a.mask, DISC)
+    assert b.mask.sum() == 16 * 11
+    assert b.tags == dict(kind="box", n=3)
+    assert np.array_equal(c.mask, DISC)
+    assert len(d.targets) == 4
+    assert e.targets == ()
+    assert np.array_equal(f.ignore, DISC)
+    assert g.mask.all()
+    assert np.array_equal(a.image, PHOTO)
 
 
 @pytest.mark.parametrize(
@@ -1308,12 +1304,10 @@ def test_broken_records_of_ones_own_are_told(own, record, words):
     home = own(dict(mask=[]), record, m=encoded(PHOTO.transpose(1, 0, 2)))
     data = open_data(home, "all")
     told = sentence(data.__getitem__, 1)
-    assert (
-        "data.jsonl:2" in told
-        and words in told
-        and data[0].id == "r0"
-        and check_data(home).broken == (told,)
-    )
+    assert "data.jsonl:2" in told
+    assert words in told
+    assert data[0].id == "r0"
+    assert check_data(home).broken == (told,)
 
 
 def test_own_data_is_utf8(own):
@@ -1349,12 +1343,10 @@ def test_any_value_in_any_field_is_read_or_told(tmp_path_factory, field, value):
 
 def test_sequences_behave(own):
     data = open_data(own(*[dict(mask=[])] * 3), "all")
-    assert (
-        len(data) == 3
-        and data[-1].id == "r2"
-        and data[np.int64(1)].id == "r1"
-        and [s.id for s in data] == ["r0", "r1", "r2"]
-    )
+    assert len(data) == 3
+    assert data[-1].id == "r2"
+    assert data[np.int64(1)].id == "r1"
+    assert [s.id for s in data] == ["r0", "r1", "r2"]
     with pytest.raises(IndexError):
         data[3]
     assert len(pickle.loads(pickle.dumps(data))) == 3  # a worker gets it
@@ -1394,11 +1386,9 @@ def test_report_reads_well(reasonseg, own, tmp_path):
     check_data(root, lambda *a: seen.append(a))
     assert seen == [("val", 1, 1)]
     report = check_data(own(dict(id="same", mask=[]), dict(id="same", mask=[])))
-    assert (
-        len(report.broken) == 1
-        and 'id "same"' in report.broken[0]
-        and str(report).endswith(report.broken[0])
-    )
+    assert len(report.broken) == 1
+    assert 'id "same"' in report.broken[0]
+    assert str(report).endswith(report.broken[0])
 
 
 def test_memory_does_not_grow(own):
@@ -1451,15 +1441,14 @@ def test_a_tenth_of_the_images_is_held_out(unsplit):
     home = unsplit(60)
     train, val, test, every = (open_data(home, s) for s in ("train", "val", "test", "all"))
     held = {f"images/{k}.png" for k in range(60) if place(f"images/{k}.png") < 0.1}
-    assert 0 < len(held) < 15 and images_of(val) == held
+    assert 0 < len(held) < 15
+    assert images_of(val) == held
     assert images_of(train) == {f"images/{k}.png" for k in range(60)} - held
     assert list(test.asked()) == list(val.asked())
     assert sorted([*train.asked(), *val.asked()]) == sorted(every.asked())
     assert (len(every), every.split_note) == (120, None)
-    assert (
-        train.split_note == val.split_note
-        and f"{2 * len(held)} of 120 records are held out" in val.split_note
-    )
+    assert train.split_note == val.split_note
+    assert f"{2 * len(held)} of 120 records are held out" in val.split_note
     assert f"{val.split_note}." in check_data(home).remarks
     assert dataset_info(val, "mine", "val")["split_note"] == val.split_note
     assert "use one of train, val, test, all" in sentence(open_data, home, "testA")
@@ -1468,33 +1457,39 @@ def test_a_tenth_of_the_images_is_held_out(unsplit):
 def test_new_images_do_not_move_the_old(unsplit):
     before = [images_of(open_data(unsplit(30), s)) for s in ("train", "val")]
     after = [images_of(open_data(unsplit(60), s)) for s in ("train", "val")]
-    assert before[0] < after[0] and before[1] <= after[1]
+    assert before[0] < after[0]
+    assert before[1] <= after[1]
 
 
 @pytest.mark.parametrize("images", [2, 3, 5])
 def test_each_side_has_an_image(unsplit, images):
     train, val = (images_of(open_data(unsplit(images), s)) for s in ("train", "val"))
-    assert train and val and not train & val and len(train | val) == images
+    assert train
+    assert val
+    assert not train & val
+    assert len(train | val) == images
 
 
 def test_one_image_cannot_be_divided(unsplit):
     home = unsplit(1)
     told = sentence(open_data, home, "val")
-    assert (
-        "one image alone" in told
-        and told in check_data(home).remarks
-        and len(open_data(home, "train")) == len(open_data(home, "all")) == 2
-    )
+    assert "one image alone" in told
+    assert told in check_data(home).remarks
+    assert len(open_data(home, "train")) == len(open_data(home, "all")) == 2
 
 
 @given(st.lists(st.text(st.characters(), min_size=1), min_size=1, unique=True))
 def test_any_names_are_divided(names):
-    records = lambda: zip(names, range(len(names)))
+    def records():
+        return zip(names, range(len(names)))
+
     if len(names) == 1:
         sentence(divide_held_out, records, "val", None, "x")
         return
     train, val = (divide_held_out(records, s, None, "x")[0] for s in ("train", "val"))
-    assert train and val and sorted(train + val) == list(range(len(names)))
+    assert train
+    assert val
+    assert sorted(train + val) == list(range(len(names)))
     for limit in 1, 2:
         for s, whole in ("train", train), ("val", val):
             assert divide_held_out(records, s, limit, "x")[0] == whole[:limit]
@@ -1502,10 +1497,10 @@ def test_any_names_are_divided(names):
 
 def test_a_split_in_every_record_or_in_none(own):
     home = own(dict(mask=[], split="train"), dict(mask=[]), dict(mask=[], split="val"))
-    assert (
-        'data.jsonl:2: field "split" is missing' in sentence(open_data(home, "val").__getitem__, 0)
-        and len(check_data(home).broken) == 1
+    assert 'data.jsonl:2: field "split" is missing' in sentence(
+        open_data(home, "val").__getitem__, 0
     )
+    assert len(check_data(home).broken) == 1
     home = own(dict(mask=[]), dict(mask=[], split="val"))
     assert "name a split in every record or in none" in sentence(
         open_data(home, "all").__getitem__, 1
@@ -1520,11 +1515,11 @@ def test_a_folder_of_reasonseg_without_splits(reasonseg, tmp_path):
     held = {f"n{k}" for k in range(20) if place(f"n{k}") < 0.1} or {
         min((f"n{k}" for k in range(20)), key=place)
     }
-    assert images_of(val) == held and len(train) == 2 * (20 - len(held)) and len(val) == len(held)
-    assert (
-        "of 20 records are held out" in train.split_note
-        and len(open_data(root / "mine", "all")) == 20
-    )
+    assert images_of(val) == held
+    assert len(train) == 2 * (20 - len(held))
+    assert len(val) == len(held)
+    assert "of 20 records are held out" in train.split_note
+    assert len(open_data(root / "mine", "all")) == 20
     assert (
         len(open_data(root / "mine", "train", limit=3))
         == 3
@@ -1539,35 +1534,31 @@ def test_a_parquet_file_without_a_split(tmp_path):
     held = {f"im{k}" for k in range(15) if place(f"im{k}") < 0.1} or {
         min((f"im{k}" for k in range(15)), key=place)
     }
-    assert (
-        images_of(val) == held
-        and not images_of(train) & held
-        and len(train) + len(val) == 30 == len(open_data(file, "all"))
-    )
+    assert images_of(val) == held
+    assert not images_of(train) & held
+    assert len(train) + len(val) == 30 == len(open_data(file, "all"))
     assert [s.query for s in val] == [f"thing {k}" for k in range(30) if f"im{k // 2}" in held]
     assert "records are held out, chosen by a hash of their image_id, path or id" in val.split_note
 
 
 @pytest.mark.parametrize("label", ["path", "id"])
 def test_training_rows_are_divided_by_path_or_id(tmp_path, label):
-    row = lambda k: (
-        training_row("[]", id=f"q{k}")
-        | dict(image=dict(bytes=encoded(), path=f"p{k // 2}.png" if label == "path" else None))
-    )
+    def row(k):
+        return training_row("[]", id=f"q{k}") | dict(
+            image=dict(bytes=encoded(), path=f"p{k // 2}.png" if label == "path" else None)
+        )
+
     file = parquet(tmp_path / "mine.parquet", [row(k) for k in range(24)])
     names = [f"p{k // 2}.png" if label == "path" else f"q{k}" for k in range(24)]
     held = {n for n in names if place(n) < 0.1} or {min(names, key=place)}
-    assert (
-        images_of(open_data(file, "val")) == held
-        and images_of(open_data(file, "train")) == set(names) - held
-    )
+    assert images_of(open_data(file, "val")) == held
+    assert images_of(open_data(file, "train")) == set(names) - held
 
 
 def test_a_parquet_file_named_for_its_split_has_that_alone(tmp_path):
     file = parquet(tmp_path / "data" / "train-00000-of-00001.parquet", [training_row("[]")])
-    assert open_data(file, "train").split_note is None and "use one of train" in sentence(
-        open_data, file, "val"
-    )
+    assert open_data(file, "train").split_note is None
+    assert "use one of train" in sentence(open_data, file, "val")
     parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", [training_row("[]", id="v")])
     assert (
         [s.id for s in open_data(tmp_path, "val")]
@@ -1587,10 +1578,8 @@ def test_pictures_that_splits_share_are_told(own, tmp_path):
         (home / "images" / "c.png").write_bytes(encoded(255 - PHOTO)),
     )
     (remark,) = check_data(home).remarks
-    assert (
-        remark == "train and val have 1 of the same pictures, such as images/a.png."
-        and remark in str(check_data(home))
-    )
+    assert remark == "train and val have 1 of the same pictures, such as images/a.png."
+    assert remark in str(check_data(home))
 
 
 # what was trained on is not held out
@@ -1604,10 +1593,8 @@ def test_the_same_question_about_the_same_image_is_found(own, tmp_path):
     )
     train, val = open_data(home, "train"), open_data(home, "val")
     told = sentence(check_disjoint, train, val)
-    assert (
-        'sample "v" of the evaluation is sample "r1" of the training' in told
-        and "allow_overlap" in told
-    )
+    assert 'sample "v" of the evaluation is sample "r1" of the training' in told
+    assert "allow_overlap" in told
     check_disjoint(open_data(home, "train", limit=1), val)  # another question about the same image
     assert "r0" in sentence(check_disjoint, train, train)
 
@@ -1678,13 +1665,15 @@ def test_a_limit_is_reached_without_the_rest(own, counted, named, split):
     if named and split == "all":
         return
     data = open_data(home, split, limit=1)
-    assert len(data) == 1 and len(counted) < 300
+    assert len(data) == 1
+    assert len(counted) < 300
 
 
 def test_reasonseg_and_refcoco_reach_a_limit_without_the_rest(reasonseg, refcoco, counted):
     for k in range(30):
         root = reasonseg(f"n{k:02}", text=("a", "b"), split="train")
-    assert len(open_data(root, "train", limit=3)) == 3 and len(counted) == 2
+    assert len(open_data(root, "train", limit=3)) == 3
+    assert len(counted) == 2
     for seed in range(9):
         assert (
             open_data(root, "train", texts=seed, limit=3).index
@@ -1693,7 +1682,8 @@ def test_reasonseg_and_refcoco_reach_a_limit_without_the_rest(reasonseg, refcoco
     home = refcoco([ref(k) for k in range(200)])
     open_data(home, "testA")
     counted.clear()
-    assert len(open_data(home, "testA", limit=2)) == 2 and len(counted) < 5
+    assert len(open_data(home, "testA", limit=2)) == 2
+    assert len(counted) < 5
 
 
 # check
@@ -1706,12 +1696,10 @@ def test_questions_with_special_tokens_are_remarked(own):
     )
     report = check_data(home)
     (remark,) = [r for r in report.remarks if "as text" in r]
-    assert (
-        not report.broken
-        and '"r0"' in remark
-        and "<|im_end|>, <|image_pad|>" in remark
-        and remark in str(report)
-    )
+    assert not report.broken
+    assert '"r0"' in remark
+    assert "<|im_end|>, <|image_pad|>" in remark
+    assert remark in str(report)
 
 
 def test_questions_that_are_too_long_are_broken(own):
@@ -1721,20 +1709,19 @@ def test_questions_that_are_too_long_are_broken(own):
         dict(mask=[], query="x" * 100_000),
     )
     told = check_data(home).broken
-    assert (
-        len(told) == 2
-        and '"r1"' in told[0]
-        and "513 tokens" in told[0]
-        and "12,500 tokens" in told[1]
-        and "max_question_tokens" in told[0]
-    )
+    assert len(told) == 2
+    assert '"r1"' in told[0]
+    assert "513 tokens" in told[0]
+    assert "12,500 tokens" in told[1]
+    assert "max_question_tokens" in told[0]
     assert check_data(home, count_tokens=len).broken[0].count("2,560 tokens") == 1
 
 
 def test_a_report_has_an_end(own, monkeypatch):
     monkeypatch.setattr("dr2seg_lib.data.checking.MAX_SENTENCES", 5)
     broken = check_data(own(*["{"] * 20)).broken
-    assert len(broken) == 6 and broken[-1] == "There are 15 more like these; mend these first."
+    assert len(broken) == 6
+    assert broken[-1] == "There are 15 more like these; mend these first."
 
 
 # hostile data ends in a sentence, in time, within bounds
@@ -1887,7 +1874,10 @@ def test_hostile_records_of_ones_own(own, soon, change, words):
     home = own(dict(mask=[]), record)
     data = open_data(home, "all")
     told = sentence(data.__getitem__, 1)
-    assert words in told and len(told) < 1500 and told.isprintable() and data[0].id == "r0"
+    assert words in told
+    assert len(told) < 1500
+    assert told.isprintable()
+    assert data[0].id == "r0"
     assert told in check_data(home).broken
 
 
@@ -1895,9 +1885,8 @@ def test_an_image_of_many_large_masks(own, monkeypatch):
     whole = dict(size=[H, W], counts=[0, W * H])
     monkeypatch.setattr("dr2seg_lib.data.folder.MAX_BOXED", 5 * W * H)
     home = own(dict(mask=[whole] * 5), dict(mask=[whole] * 6))
-    assert len(open_data(home, "all")[0].targets) == 5 and "too many pixels" in sentence(
-        open_data(home, "all").__getitem__, 1
-    )
+    assert len(open_data(home, "all")[0].targets) == 5
+    assert "too many pixels" in sentence(open_data(home, "all").__getitem__, 1)
     monkeypatch.setattr("dr2seg_lib.data.folder.MAX_DRAWN", 4 * W * H)
     assert "give at most 4" in sentence(open_data(home, "all").__getitem__, 0)
 
@@ -1921,7 +1910,9 @@ def test_hostile_reasonseg(reasonseg, soon, change):
 def test_a_file_without_an_end_of_line(own, soon):
     home = own(dict(mask=[]), "x" * 40_000_000, dict(mask=[]))
     data = open_data(home, "all")
-    assert len(data) == 3 and data[2].id == "r2" and "data.jsonl:2" in sentence(data.__getitem__, 1)
+    assert len(data) == 3
+    assert data[2].id == "r2"
+    assert "data.jsonl:2" in sentence(data.__getitem__, 1)
 
 
 nested = (
@@ -1961,12 +1952,10 @@ PICKLES = dict(
 def test_hostile_pickles(refcoco, soon, name):
     home = refcoco(PICKLES[name])
     told = sentence(open_data, home, "val")
-    assert (
-        "refs(unc).p" in told
-        and len(told) < 1500
-        and told.isprintable()
-        and check_data(home).broken == (told,)
-    )
+    assert "refs(unc).p" in told
+    assert len(told) < 1500
+    assert told.isprintable()
+    assert check_data(home).broken == (told,)
 
 
 def test_a_pickle_may_not_say_more_than_it_has(refcoco, monkeypatch, soon):
@@ -1976,10 +1965,10 @@ def test_a_pickle_may_not_say_more_than_it_has(refcoco, monkeypatch, soon):
     assert len(open_data(refcoco([one] * 100), "testA")) == 100
     home = refcoco([one] * 1000, protocol=4)
     (home / "refs(unc).jsonl").unlink()
-    assert (home / "refs(unc).p").stat().st_size < 10_000 and "says more than" in sentence(
-        open_data, home, "testA"
-    )
-    assert not list(home.glob("*.jsonl*")) and not list(home.glob(".*"))
+    assert (home / "refs(unc).p").stat().st_size < 10_000
+    assert "says more than" in sentence(open_data, home, "testA")
+    assert not list(home.glob("*.jsonl*"))
+    assert not list(home.glob(".*"))
 
 
 def test_ids_that_fall_on_one_another(refcoco, soon):
@@ -2010,10 +1999,8 @@ def test_a_pickle_of_the_size_of_refcoco(tmp_path):
         began = time.process_time()
         pickle.loads(data)
         loaded = time.process_time()
-        assert (
-            scan_pickle(data, "f") is data
-            and time.process_time() - loaded < 2 * (loaded - began) + 0.5
-        )
+        assert scan_pickle(data, "f") is data
+        assert time.process_time() - loaded < 2 * (loaded - began) + 0.5
         (tmp_path / "refs.p").write_bytes(data)
         assert load_plain_pickle(tmp_path / "refs.p") == refs
 
@@ -2065,10 +2052,8 @@ def test_tags_of_the_hub_are_plain(tmp_path, difficulty):
     file = parquet(
         tmp_path / "train-00000-of-00001.parquet", [training_row("[]", difficulty=difficulty)]
     )
-    assert (
-        "tags" in sentence(open_data(file, "train").__getitem__, 0)
-        and len(check_data(file).broken) == 1
-    )
+    assert "tags" in sentence(open_data(file, "train").__getitem__, 0)
+    assert len(check_data(file).broken) == 1
 
 
 def test_rows_without_an_id_have_their_number(tmp_path):
@@ -2076,9 +2061,8 @@ def test_rows_without_an_id_have_their_number(tmp_path):
         tmp_path / "train-00000-of-00001.parquet",
         [training_row("[]", id=None), training_row("[]", id="x" * 2000)],
     )
-    assert open_data(file, "train")[0].id == "0" and "2,000 characters" in sentence(
-        open_data(file, "train").__getitem__, 1
-    )
+    assert open_data(file, "train")[0].id == "0"
+    assert "2,000 characters" in sentence(open_data(file, "train").__getitem__, 1)
 
 
 @pytest.mark.parametrize(
@@ -2088,4 +2072,5 @@ def test_rows_without_an_id_have_their_number(tmp_path):
 )
 def test_names_that_cannot_be(name):
     told = sentence(open_data, name, "val")
-    assert told.isprintable() and len(told) < 600
+    assert told.isprintable()
+    assert len(told) < 600

@@ -23,7 +23,8 @@ def sample(w, h, *targets, **kwargs):
 def test_target_of_a_mask():
     mask = region(60, 100, 5, 10, 25, 40)
     t = Target.of(mask)
-    assert (t.box, t.point) == ((5, 10, 25, 40), (15, 20)) and t.mask is mask
+    assert (t.box, t.point) == ((5, 10, 25, 40), (15, 20))
+    assert t.mask is mask
     with pytest.raises(ValueError, match="empty"):
         Target.of(mask & False)
 
@@ -51,20 +52,24 @@ def test_scaling_is_per_axis():
 )
 def test_rounding_half_up(v, side, frame, want):
     (one,) = sample(side, 7, Target((v, 0, v, 0), (v, 0))).scaled(frame)
-    assert one.box == (want, 0, want, 0) and one.point == (want, 0) and type(one.box[0]) is int
+    assert one.box == (want, 0, want, 0)
+    assert one.point == (want, 0)
+    assert type(one.box[0]) is int
 
 
 @given(st.integers(1, 4000), st.integers(1, 2000), st.data())
 def test_scaling_follows_the_written_rule(side, frame, data):
     v = data.draw(st.integers(0, side - 1))
     (one,) = sample(side, 2, Target((v, 0, v, 1), (v, 1))).scaled(frame)
-    assert one.point[0] == int(v * frame / side + 0.5) and 0 <= one.point[0] <= frame
+    assert one.point[0] == int(v * frame / side + 0.5)
+    assert 0 <= one.point[0] <= frame
 
 
 def test_mask_is_the_union():
     a, b = region(8, 9, 0, 0, 3, 3), region(8, 9, 2, 2, 5, 5)
     s = sample(9, 8, Target.of(a), Target.of(b))
-    assert np.array_equal(s.mask, a | b) and a.sum() == 16
+    assert np.array_equal(s.mask, a | b)
+    assert a.sum() == 16
 
 
 def test_targets_without_masks_are_told():
@@ -79,21 +84,22 @@ def test_targets_without_masks_are_told():
 
 def test_no_targets():
     s = sample(9, 8)
-    assert (
-        s.mask.shape == (8, 9) and s.mask.dtype == bool and not s.mask.any() and s.scaled(840) == []
-    )
+    assert s.mask.shape == (8, 9)
+    assert s.mask.dtype == bool
+    assert not s.mask.any()
+    assert s.scaled(840) == []
 
 
 def test_defaults_are_not_shared():
-    assert (
-        sample(2, 2).tags == {}
-        and sample(2, 2).tags is not sample(2, 2).tags
-        and sample(2, 2).ignore is None
-    )
+    assert sample(2, 2).tags == {}
+    assert sample(2, 2).tags is not sample(2, 2).tags
+    assert sample(2, 2).ignore is None
 
 
 def test_frozen_and_compared_by_identity():
     t = Target((0, 0, 1, 1), (0, 0), np.ones((2, 2), bool))
     with pytest.raises(dataclasses.FrozenInstanceError):
         t.box = (1, 1, 2, 2)
-    assert t == t and t != Target((0, 0, 1, 1), (0, 0), np.ones((2, 2), bool)) and len({t, t}) == 1
+    assert t == t
+    assert t != Target((0, 0, 1, 1), (0, 0), np.ones((2, 2), bool))
+    assert len({t, t}) == 1

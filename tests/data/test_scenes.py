@@ -14,7 +14,9 @@ PUZZLES = [draw_problem(i) for i in range(300)]
 
 def test_same_seed_same_sample():
     a, b = draw_problem(5).sample("x"), draw_problem(5).sample("x")
-    assert np.array_equal(a.image, b.image) and a.query == b.query and a.tags == b.tags
+    assert np.array_equal(a.image, b.image)
+    assert a.query == b.query
+    assert a.tags == b.tags
     assert [t.box for t in a.targets] == [t.box for t in b.targets]
 
 
@@ -45,11 +47,9 @@ def test_masks_are_exact_and_apart():
         sample, masks = p.sample("x"), p.scene.masks()
         assert np.sum(masks, 0).max() == 1
         for t in sample.targets:
-            assert (
-                t.box == mask_box(t.mask)
-                and t.point == deepest_point(t.mask)
-                and t.mask[t.point[1], t.point[0]]
-            )
+            assert t.box == mask_box(t.mask)
+            assert t.point == deepest_point(t.mask)
+            assert t.mask[t.point[1], t.point[0]]
         assert sample.mask.sum() == sum(t.mask.sum() for t in sample.targets)
 
 
@@ -86,14 +86,14 @@ def test_chains_end_on_the_targets():
                 f"{describe_objects(p.question.targets, p.scene)}."
             )
         direct = think_direct(p.question.targets)
-        assert p.question.targets[-1].place in direct and len(direct.split()) < len(
-            think_concise(rng, p.scene, p.question).split()
-        )
+        assert p.question.targets[-1].place in direct
+        assert len(direct.split()) < len(think_concise(rng, p.scene, p.question).split())
 
 
 def test_sequence_protocol():
     data = MiniReasonSeg("test", limit=3)
-    assert len(data) == 3 and [s.id for s in data] == [data[i].id for i in range(3)]
+    assert len(data) == 3
+    assert [s.id for s in data] == [data[i].id for i in range(3)]
     with pytest.raises(IndexError):
         data[3]
     with pytest.raises(ValueError, match="no split 'dev'"):

@@ -43,21 +43,26 @@ from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training.trainer import step_metrics
 
 SAMPLE = MiniReasonSeg("val")[0]
-said = lambda text: Response(text, parse_response(text), [text], [0.5], [1.0], 7)
+
+
+def said(text):
+    return Response(text, parse_response(text), [text], [0.5], [1.0], 7)
 
 
 def test_located_scales_back_to_the_image():
     text = '<think>x.</think><answer>[{"bbox_2d": [28,56,84,112], "point_2d": [14,0]}]</answer>'
     (t,) = to_image_coordinates(text, 112, (224, 448))
-    assert t.box == (56, 224, 168, 448) and t.point == (28, 0)
+    assert t.box == (56, 224, 168, 448)
+    assert t.point == (28, 0)
     assert to_image_coordinates("nothing here", 112, (224, 224)) == []
 
 
 def test_an_unparsable_answer_is_a_miss_and_never_skipped():
     row = result_row(SAMPLE, said("I do not know"), np.zeros((224, 224), bool))
-    assert (
-        row["i"] == 0 and row["u"] == SAMPLE.mask.sum() and row["iou"] == 0 and row["format"] == 0
-    )
+    assert row["i"] == 0
+    assert row["u"] == SAMPLE.mask.sum()
+    assert row["iou"] == 0
+    assert row["format"] == 0
 
 
 def test_summary_by_hand():
@@ -66,19 +71,16 @@ def test_summary_by_hand():
         for i, u, t, e, k in [(8, 10, 20, 0.1, "a"), (1, 2, 40, 0.3, "b"), (0, 8, 60, 0.5, "b")]
     ]
     s = summarize(rows)
-    assert (
-        s["gIoU"] == pytest.approx((0.8 + 0.5) / 3)
-        and s["cIoU"] == pytest.approx(9 / 20)
-        and s["tokens"] == 40
-        and s["n"] == 3
-    )
+    assert s["gIoU"] == pytest.approx((0.8 + 0.5) / 3)
+    assert s["cIoU"] == pytest.approx(9 / 20)
+    assert s["tokens"] == 40
+    assert s["n"] == 3
     b = s["strata"]["kind"]["b"]
-    assert (
-        (b["gIoU"], b["tokens"], b["n"]) == (0.25, 50, 2)
-        and b["cIoU"] == pytest.approx(0.1)
-        and b["gIoU_ci"] == [0, 0.5]
-    )
-    assert "N_acc" not in s and "broken" not in s
+    assert (b["gIoU"], b["tokens"], b["n"]) == (0.25, 50, 2)
+    assert b["cIoU"] == pytest.approx(0.1)
+    assert b["gIoU_ci"] == [0, 0.5]
+    assert "N_acc" not in s
+    assert "broken" not in s
     assert s["strata"]["kind"]["a"].keys() == {
         "n",
         "gIoU",
@@ -93,16 +95,18 @@ def test_summary_by_hand():
 
 
 def test_the_share_of_cut_answers_by_hand():
-    row = lambda cut: dict(
-        i=0,
-        u=1,
-        iou=0.0,
-        tokens=5,
-        answer_entropy=0.1,
-        format=1.0,
-        cut=cut,
-        tags={"kind": "a" if cut else "b"},
-    )
+    def row(cut):
+        return dict(
+            i=0,
+            u=1,
+            iou=0.0,
+            tokens=5,
+            answer_entropy=0.1,
+            format=1.0,
+            cut=cut,
+            tags={"kind": "a" if cut else "b"},
+        )
+
     s = summarize([row(True), row(False), row(False), row(None), row(False)])
     assert s["cut"] == 1 / 4, "a record that cannot be read has no answer to cut"
     assert s["cut_ci"][0] == 0 < s["cut_ci"][1]
@@ -114,15 +118,19 @@ def test_a_limit_that_is_too_small_cuts_every_answer_and_a_large_one_none():
     short, rows = evaluate(
         policy, segmenter, MiniReasonSeg("val", 3), dr2seg_prompt, max_new_tokens=5
     )
-    assert [r["cut"] for r in rows] == [True] * 3 and short["cut"] == 1
+    assert [r["cut"] for r in rows] == [True] * 3
+    assert short["cut"] == 1
     long, rows = evaluate(
         policy, segmenter, MiniReasonSeg("val", 3), dr2seg_prompt, max_new_tokens=256
     )
-    assert [r["cut"] for r in rows] == [False] * 3 and long["cut"] == 0
+    assert [r["cut"] for r in rows] == [False] * 3
+    assert long["cut"] == 0
 
 
 def test_a_step_tells_the_share_of_its_cut_answers():
-    answer = lambda cut: Response("", parse_response(""), ["x"], [0.5], [1.0], 7, cut)
+    def answer(cut):
+        return Response("", parse_response(""), ["x"], [0.5], [1.0], 7, cut)
+
     groups = [Group(SAMPLE, [answer(True), answer(False)], [answer(True), None])]
     row = step_metrics(
         1,
@@ -157,18 +165,22 @@ def test_an_answer_of_exactly_the_limit_that_ends_there_is_not_cut():
 
 
 def test_questions_without_an_answer_by_hand():
-    row = lambda u, targets: dict(
-        i=0,
-        u=u,
-        iou=float(u == 0),
-        tokens=5,
-        answer_entropy=0.1,
-        format=1.0,
-        targets=targets,
-        tags={},
-    )
+    def row(u, targets):
+        return dict(
+            i=0,
+            u=u,
+            iou=float(u == 0),
+            tokens=5,
+            answer_entropy=0.1,
+            format=1.0,
+            targets=targets,
+            tags={},
+        )
+
     s = summarize([row(0, 0), row(7, 0), row(0, 0), row(9, 1)])
-    assert s["N_acc"] == pytest.approx(2 / 3) and s["gIoU"] == 0.5 and s["cIoU"] == 0
+    assert s["N_acc"] == pytest.approx(2 / 3)
+    assert s["gIoU"] == 0.5
+    assert s["cIoU"] == 0
 
 
 def test_a_record_that_cannot_be_read_is_a_miss():
@@ -182,19 +194,14 @@ def test_a_record_that_cannot_be_read_is_a_miss():
     policy, segmenter = Policy.load(), load_segmenter("grabcut")
     summary, rows = evaluate(policy, segmenter, data, dr2seg_prompt, batch_size=3)
     whole, _ = evaluate(policy, segmenter, list(data)[1:3], dr2seg_prompt)
-    assert [r["sample"] for r in rows] == ["#0", data[1].id, data[2].id, "#3"] and rows[3][
-        "error"
-    ] == "record 3 is broken; mend it."
-    assert (
-        summary["n"] == 4
-        and summary["broken"] == 2
-        and summary["gIoU"] == pytest.approx(whole["gIoU"] / 2)
-    )
-    assert (
-        summary["cIoU"] == whole["cIoU"]
-        and summary["tokens"] == whole["tokens"]
-        and summary["strata"].keys() == whole["strata"].keys()
-    )
+    assert [r["sample"] for r in rows] == ["#0", data[1].id, data[2].id, "#3"]
+    assert rows[3]["error"] == "record 3 is broken; mend it."
+    assert summary["n"] == 4
+    assert summary["broken"] == 2
+    assert summary["gIoU"] == pytest.approx(whole["gIoU"] / 2)
+    assert summary["cIoU"] == whole["cIoU"]
+    assert summary["tokens"] == whole["tokens"]
+    assert summary["strata"].keys() == whole["strata"].keys()
 
 
 def test_nothing_that_can_be_read_has_no_tokens():
@@ -203,18 +210,17 @@ def test_nothing_that_can_be_read_has_no_tokens():
             raise BrokenRecord("it is broken; mend it.")
 
     summary, _ = evaluate(Policy.load(), None, Worn([1, 2]), dr2seg_prompt)
-    assert (
-        summary["gIoU"] == 0
-        and summary["tokens"] is None
-        and summary["broken"] == 2
-        and summary["strata"] == {}
-    )
+    assert summary["gIoU"] == 0
+    assert summary["tokens"] is None
+    assert summary["broken"] == 2
+    assert summary["strata"] == {}
 
 
 def test_bootstrap_covers_the_mean():
     values = np.random.default_rng(0).normal(3, 1, 400)
     low, high = percentile_interval(values)
-    assert low < 3 < high and 0.15 < high - low < 0.25  # about 4 / sqrt(400)
+    assert low < 3 < high
+    assert 0.15 < high - low < 0.25  # about 4 / sqrt(400)
 
 
 def test_truth_drawn_by_an_oracle_scores_one():
@@ -225,7 +231,9 @@ def test_truth_drawn_by_an_oracle_scores_one():
     data = [MiniReasonSeg("val")[i] for i in range(4)]
     summary, rows = evaluate(Policy.load(), Oracle(), data, dr2seg_prompt)
     drawn = [r for r in rows if r["format"]]
-    assert len(rows) == 4 and drawn and all(r["iou"] == 1 for r in drawn)
+    assert len(rows) == 4
+    assert drawn
+    assert all(r["iou"] == 1 for r in drawn)
 
 
 def test_same_answers_in_any_batch_size():
@@ -262,20 +270,17 @@ def test_a_run_leaves_predictions_and_summary(whole):
         read_json(whole / "results.json"),
         MiniReasonSeg("val"),
     )
-    assert [r["sample"] for r in rows] == [data[i].id for i in range(7)] and all(
-        len(r["query"]) and len(r["text"]) for r in rows
-    )
+    assert [r["sample"] for r in rows] == [data[i].id for i in range(7)]
+    assert all(len(r["query"]) and len(r["text"]) for r in rows)
     for i, r in enumerate(rows):
         drawn = coco.decode(r["rle"]) > 0
         assert (r["i"], r["u"]) == ((drawn & data[i].mask).sum(), (drawn | data[i].mask).sum())
-    assert results["gIoU"] == pytest.approx(np.mean([r["i"] / r["u"] for r in rows])) and results[
-        "cIoU"
-    ] == pytest.approx(sum(r["i"] for r in rows) / sum(r["u"] for r in rows))
-    assert (
-        results["evaluation"]
-        == dict(data="mini", format="MiniReasonSeg", split="val", protocol="lisa")
-        and results["n"] == 7
+    assert results["gIoU"] == pytest.approx(np.mean([r["i"] / r["u"] for r in rows]))
+    assert results["cIoU"] == pytest.approx(sum(r["i"] for r in rows) / sum(r["u"] for r in rows))
+    assert results["evaluation"] == dict(
+        data="mini", format="MiniReasonSeg", split="val", protocol="lisa"
     )
+    assert results["n"] == 7
     assert sum(v["n"] for v in results["strata"]["difficulty"].values()) == 7
 
 
@@ -299,10 +304,12 @@ def test_stopped_after_a_batch_and_resumed_is_unbroken_to_the_byte(
         run = run_evaluation(EvaluateConfig(**SMALL), tmp_path / "run")
     except KeyboardInterrupt:
         run = Run.open(tmp_path / "run")
-    assert run.status == "interrupted" and not (run.folder / "results.json").exists()
+    assert run.status == "interrupted"
+    assert not (run.folder / "results.json").exists()
     first = (run.folder / "predictions.jsonl").read_bytes()
     run_evaluation(EvaluateConfig(**SMALL), run.folder, resume=True)
-    assert bytes_of(run.folder) == bytes_of(whole) and bytes_of(run.folder)[0].startswith(first)
+    assert bytes_of(run.folder) == bytes_of(whole)
+    assert bytes_of(run.folder)[0].startswith(first)
     assert sum(written) == 7, "nothing was asked twice"
 
 
@@ -340,11 +347,9 @@ def test_several_processes_give_the_predictions_of_one_to_the_byte(
     "Seven samples are three batches and a half: with two processes one has less to do in the last round, with three two have nothing."
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = run_evaluation(EvaluateConfig(**SMALL, processes=processes), tmp_path / "run")
-    assert (
-        run.status == "done"
-        and bytes_of(run.folder) == bytes_of(alone)
-        and run.info["parameters"]["processes"] == processes
-    )
+    assert run.status == "done"
+    assert bytes_of(run.folder) == bytes_of(alone)
+    assert run.info["parameters"]["processes"] == processes
     assert run_evaluation(EvaluateConfig(**SMALL), tmp_path / "one").info["status"] == "done", (
         "this process is still one of its own"
     )
@@ -372,7 +377,8 @@ def test_killed_with_all_its_processes_and_resumed_with_another_number(
     deadline = time.time() + 30
     while Run.open(folder).status == "running" and time.time() < deadline:
         time.sleep(0.1)
-    assert Run.open(folder).status == "failed" and not (folder / "results.json").exists()
+    assert Run.open(folder).status == "failed"
+    assert not (folder / "results.json").exists()
     rows = (folder / "predictions.jsonl").read_bytes().count(b"\n")
     if rows < 4:  # the stop file is looked at after each round, here of three
         timer = threading.Timer(0, stop_when, [folder, rows])
@@ -450,7 +456,10 @@ def reasonseg(root, n):
     "A ReasonSeg split of the world's scenes as polygons, with pixels to ignore, one file without polygons and one broken."
     folder = root / "ReasonSeg" / "val"
     folder.mkdir(parents=True)
-    corners = lambda x1, y1, x2, y2: [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
+
+    def corners(x1, y1, x2, y2):
+        return [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
+
     for i, s in enumerate(MiniReasonSeg("val", n)):
         Image.fromarray(s.image).save(folder / f"{i:03}.jpg", quality=95)
         shapes = [dict(label="target", points=corners(*t.box)) for t in s.targets] + [
@@ -518,16 +527,14 @@ def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
             i_, u_ = (true & drawn & ~ignored).sum(), ((true | drawn) & ~ignored).sum()
             assert (r["i"], r["u"]) == (i_, u_), (protocol, i)
             I, U, total = I + i_, U + u_, total + (i_ / u_ if u_ else 1)
-        assert (
-            results["n"] == 200
-            and results["broken"] == 1
-            and results["evaluation"]["protocol"] == protocol
-            and results["evaluation"]["format"] == "ReasonSeg"
-        )
-        assert results["gIoU"] == pytest.approx(total / 200) and results["cIoU"] == pytest.approx(
-            I / U
-        )
-        assert results["N_acc"] == 1 and set(results["strata"]["query"]) == {"long", "short"}
+        assert results["n"] == 200
+        assert results["broken"] == 1
+        assert results["evaluation"]["protocol"] == protocol
+        assert results["evaluation"]["format"] == "ReasonSeg"
+        assert results["gIoU"] == pytest.approx(total / 200)
+        assert results["cIoU"] == pytest.approx(I / U)
+        assert results["N_acc"] == 1
+        assert set(results["strata"]["query"]) == {"long", "short"}
 
 
 # ---- adapters
@@ -552,7 +559,8 @@ def test_an_adapter_changes_the_answers(adapter, whole, tmp_path):
     rows = read_jsonl(run.folder / "predictions.jsonl")
     assert [r["text"] for r in rows] != [
         r["text"] for r in read_jsonl(whole / "predictions.jsonl")[:2]
-    ] and run.info["parameters"]["adapter"] == str(adapter)
+    ]
+    assert run.info["parameters"]["adapter"] == str(adapter)
     theirs, _ = evaluate(
         Policy.load().load_adapter(adapter),
         load_segmenter("grabcut"),
@@ -700,11 +708,9 @@ def test_a_checkpoint_that_is_not_whole_is_one_sentence(sharded, harm, at_once, 
         return
     with pytest.raises(ValueError) as told:
         load_policy(str(folder))
-    assert (
-        f"model {folder} " in str(told.value)
-        and later in str(told.value)
-        and "\n" not in str(told.value)
-    )
+    assert f"model {folder} " in str(told.value)
+    assert later in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_a_checkpoint_of_several_files_answers_as_its_one(sharded):
@@ -813,16 +819,13 @@ def test_the_command(tmp_path, capsys):
     ]
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert (
-        "mini, split val, protocol lisa" in out and "| all | 3 |" in out and "| difficulty: " in out
-    )
-    assert (
-        main([*args, "--resume"]) == 2 and "only a run that ended early" in capsys.readouterr().err
-    )
-    assert (
-        main(["run", "evaluate", "-p", "adapter", str(tmp_path)]) == 2
-        and "holds no adapter; name a checkpoint" in capsys.readouterr().err
-    )
+    assert "mini, split val, protocol lisa" in out
+    assert "| all | 3 |" in out
+    assert "| difficulty: " in out
+    assert main([*args, "--resume"]) == 2
+    assert "only a run that ended early" in capsys.readouterr().err
+    assert main(["run", "evaluate", "-p", "adapter", str(tmp_path)]) == 2
+    assert "holds no adapter; name a checkpoint" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_judged_as_it_was_trained(adapter, tmp_path, capsys):
@@ -874,10 +877,8 @@ def test_a_checkpoint_is_judged_as_it_was_trained(adapter, tmp_path, capsys):
         max_question_tokens=300,
     )
     assert recorded.items() >= taken.items()
-    assert (
-        "100.0 % of the questions got an answer that max_new_tokens cut short" in out
-        and read_json(tmp_path / "run" / "results.json")["cut"] == 1
-    )
+    assert "100.0 % of the questions got an answer that max_new_tokens cut short" in out
+    assert read_json(tmp_path / "run" / "results.json")["cut"] == 1
 
 
 def test_how_the_split_was_made_is_in_the_results():

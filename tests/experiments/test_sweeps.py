@@ -35,7 +35,8 @@ def swept(tmp_path_factory):
 
 def test_every_arm_ran_and_the_broken_one_is_named(swept):
     run, _, failed = swept
-    assert set(failed) == {"bad"} and run_status(run.folder / "bad") == "failed"
+    assert set(failed) == {"bad"}
+    assert run_status(run.folder / "bad") == "failed"
     assert run_status(run.folder / "vr-s0") == run_status(run.folder / "vr-s1") == "done"
 
 
@@ -48,7 +49,8 @@ def test_table_of_the_arms(swept):
         results["visionreasoner"][0]["before"],
     )
     tokens = [r["after"]["tokens"] for r in results["visionreasoner"]]
-    assert len(table.rows) == 2 and table.rows[1][2].startswith(f"{sum(tokens) / 2:.1f}")
+    assert len(table.rows) == 2
+    assert table.rows[1][2].startswith(f"{sum(tokens) / 2:.1f}")
 
 
 def test_done_runs_are_left_alone(swept):

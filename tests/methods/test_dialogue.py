@@ -65,10 +65,10 @@ def test_vision_reasoner_byte_for_byte():
 def test_dr2seg_differs_only_in_the_tags():
     ours, theirs = dr2seg_prompt("x"), visionreasoner_prompt("x")
     assert ours.split("Output the thinking")[0] == theirs.split("Output the thinking")[0]
-    assert ours.endswith(f"<answer>{EXAMPLE}</answer>") and theirs.endswith(
-        f"<answer>{EXAMPLE}</answer>"
-    )
-    assert "in <description> </description>" in ours and "description" not in theirs
+    assert ours.endswith(f"<answer>{EXAMPLE}</answer>")
+    assert theirs.endswith(f"<answer>{EXAMPLE}</answer>")
+    assert "in <description> </description>" in ours
+    assert "description" not in theirs
     assert (
         parse_response(ours[ours.index("i.e., ") :]).description
         == "description of the target object(s) here"
@@ -102,18 +102,17 @@ def test_head_and_tail_stand_around_the_question(template, prompt):
     ],
 )
 def test_question(query, training, evaluation):
-    assert (
-        normalize_question(query) == training and normalize_question(query, eval=True) == evaluation
-    )
+    assert normalize_question(query) == training
+    assert normalize_question(query, eval=True) == evaluation
     assert f'"{evaluation}" with bboxs' in dr2seg_prompt(query, eval=True)
 
 
 def test_chat_puts_the_image_first():
     system, user = chat_messages("hello")
-    assert (
-        system == {"role": "system", "content": SYSTEM} and SYSTEM == "You are a helpful assistant."
-    )
-    assert user["role"] == "user" and user["content"] == [
+    assert system == {"role": "system", "content": SYSTEM}
+    assert SYSTEM == "You are a helpful assistant."
+    assert user["role"] == "user"
+    assert user["content"] == [
         {"type": "image"},
         {"type": "text", "text": "hello"},
     ]
@@ -185,7 +184,8 @@ def test_reasoning_is_the_think_block_or_everything(text, want):
 
 def test_parse_answer_reads_the_example():
     a, b = parse_answer(EXAMPLE)
-    assert (a.box, a.point, a.mask) == ((10, 100, 200, 210), (30, 110), None) and (
+    assert (a.box, a.point, a.mask) == ((10, 100, 200, 210), (30, 110), None)
+    assert (
         b.box,
         b.point,
     ) == ((225, 296, 706, 786), (302, 410))
@@ -195,7 +195,8 @@ def test_floats_further_keys_and_white_space_are_fine():
     (one,) = parse_answer(
         ' [ {"label": {"x": [1]}, "point_2d":[2.5, 3e0],\n"bbox_2d":[1.0,2,3,4]} ] '
     )
-    assert one.box == (1.0, 2, 3, 4) and one.point == (2.5, 3.0)
+    assert one.box == (1.0, 2, 3, 4)
+    assert one.point == (2.5, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,8 @@ def test_floats_further_keys_and_white_space_are_fine():
     ],
 )
 def test_malformed_answers_are_empty(text):
-    assert parse_answer(text) == [] and parse_targets(load_json(text)) is None
+    assert parse_answer(text) == []
+    assert parse_targets(load_json(text)) is None
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,8 @@ def test_numbers_that_are_no_coordinates(value):
 
 
 def test_an_empty_list_is_an_answer():
-    assert parse_targets(load_json("[]")) == [] and parse_answer("[]") == []
+    assert parse_targets(load_json("[]")) == []
+    assert parse_answer("[]") == []
 
 
 @pytest.mark.parametrize(
@@ -295,11 +298,9 @@ def test_long_tag_soup_is_linear(piece):
 
 @given(st.text() | soup)
 def test_any_text_is_survived(text):
-    assert (
-        isinstance(parse_response(text), Parsed)
-        and isinstance(parse_answer(text), list)
-        and isinstance(reasoning_text(text), str)
-    )
+    assert isinstance(parse_response(text), Parsed)
+    assert isinstance(parse_answer(text), list)
+    assert isinstance(reasoning_text(text), str)
 
 
 @given(
@@ -323,7 +324,8 @@ def test_any_json_is_survived(data):
 
 def test_format_answer_bytes():
     targets = [Target((10, 100, 200, 210), (30, 110)), Target((225, 296, 706, 786), (302, 410))]
-    assert format_answer(targets) == EXAMPLE and format_answer([]) == "[]"
+    assert format_answer(targets) == EXAMPLE
+    assert format_answer([]) == "[]"
 
 
 targets = st.lists(
@@ -339,7 +341,8 @@ words = st.text("abc .,\n", max_size=30)
 def test_written_and_read_again(think, description, targets):
     text = format_response(think, description, targets)
     parsed = parse_response(text)
-    assert parsed.think == think and parsed.description == (description and description.strip())
+    assert parsed.think == think
+    assert parsed.description == (description and description.strip())
     assert [(t.box, t.point) for t in parse_answer(parsed.answer)] == [
         (t.box, t.point) for t in targets
     ]

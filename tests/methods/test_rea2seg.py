@@ -109,7 +109,10 @@ def test_attention_equals_what_the_model_itself_returns(tiny, samples):
     ours = answer_attention(tiny, tiny.prefill(texts, seen), said)
     assert ours.shape == (2, said.shape[1] - 1, ids.shape[1] + said.shape[1] - 1)
     assert torch.allclose(ours.sum(-1), torch.ones(ours.shape[:2]), atol=1e-5)
-    squash = lambda s: cv2.resize(s.image, (112, 112), interpolation=cv2.INTER_AREA)
+
+    def squash(s):
+        return cv2.resize(s.image, (112, 112), interpolation=cv2.INTER_AREA)
+
     images = tiny.processor.image_processor(
         [squash(s) for s in some], do_resize=False, return_tensors="pt"
     )
@@ -140,7 +143,9 @@ def test_grid_is_the_coordinates_attention_to_the_image(tiny, samples):
     by_hand = np.mean(
         [rows[t - 1, columns].numpy() for t, o in enumerate(on) if o], axis=0
     ).reshape(7, 7)  # token t was written at t - 1
-    assert grid.shape == (7, 7) and np.allclose(grid, by_hand, atol=1e-6) and 0 < grid.sum() < 1
+    assert grid.shape == (7, 7)
+    assert np.allclose(grid, by_hand, atol=1e-6)
+    assert 0 < grid.sum() < 1
 
 
 def test_implementation_is_restored_even_after_an_error(tiny, samples):
@@ -217,11 +222,13 @@ def test_heat_map_by_hand():
     grid[1, 3] = 2.0
     heat = heat_map(grid, (100, 80))
     y, x = np.unravel_index(heat.argmax(), heat.shape)
-    assert heat.shape == (80, 100) and heat.min() == 0 and heat.max() == 1
-    assert abs(x - 69.5) <= 1 and abs(y - 29.5) <= 1  # the centre of cell (3, 1)
-    assert not heat_map(np.full((4, 5), 0.3), (100, 80)).any() and np.allclose(
-        heat_map(grid * 7, (100, 80)), heat, atol=1e-6
-    )
+    assert heat.shape == (80, 100)
+    assert heat.min() == 0
+    assert heat.max() == 1
+    assert abs(x - 69.5) <= 1
+    assert abs(y - 29.5) <= 1  # the centre of cell (3, 1)
+    assert not heat_map(np.full((4, 5), 0.3), (100, 80)).any()
+    assert np.allclose(heat_map(grid * 7, (100, 80)), heat, atol=1e-6)
     assert attention_overlay(np.full((80, 100, 3), 200, np.uint8), heat).dtype == np.uint8
 
 
@@ -229,16 +236,16 @@ def test_peaks_and_regions_of_three_hills():
     heat = np.maximum.reduce([hill(20, 20, 5, 1.0), hill(70, 30, 6, 0.7), hill(40, 75, 5, 0.015)])
     found = peaks(heat, (14, 14))
     assert [t.point for t in found] == [(20, 20), (70, 30)]  # the third is below the floor
-    assert found[0].box == (15, 15, 25, 25) and found[1].box == (
+    assert found[0].box == (15, 15, 25, 25)
+    assert found[1].box == (
         63,
         23,
         77,
         37,
     )  # half height is 1.18 sigma away
     regions = otsu_regions(heat)
-    assert [t.point for t in regions] == [(20, 20), (70, 30)] and all(
-        t.box[0] < t.point[0] < t.box[2] for t in regions
-    )
+    assert [t.point for t in regions] == [(20, 20), (70, 30)]
+    assert all(t.box[0] < t.point[0] < t.box[2] for t in regions)
 
 
 def test_a_peak_reaches_three_quarters_of_a_cell():
@@ -257,14 +264,13 @@ def test_peaks_of_a_map_are_its_local_maxima():
         heat = heat_map(rng.random((6, 6)) ** 3, (60, 60))
         found = peaks(heat, (12, 12))
         heights = [heat[t.point[1], t.point[0]] for t in found]
-        assert heights == sorted(heights, reverse=True) and heights[0] == 1
+        assert heights == sorted(heights, reverse=True)
+        assert heights[0] == 1
         for t, h in zip(found, heights):
             x, y = t.point
-            assert (
-                h == heat[max(0, y - 9) : y + 10, max(0, x - 9) : x + 10].max()
-                and t.box[0] <= x <= t.box[2]
-                and t.box[1] <= y <= t.box[3]
-            )
+            assert h == heat[max(0, y - 9) : y + 10, max(0, x - 9) : x + 10].max()
+            assert t.box[0] <= x <= t.box[2]
+            assert t.box[1] <= y <= t.box[3]
 
 
 def test_duplicates_go_and_eight_stay():
@@ -276,16 +282,15 @@ def test_duplicates_go_and_eight_stay():
             for m, s in ((a, "direct"), (empty, "peak"), (b, "region"), (disc(60, 60, 9), "peak"))
         ]
     )
-    assert [c.source for c in kept] == ["direct", "peak"] and kept[0].mask is a
+    assert [c.source for c in kept] == ["direct", "peak"]
+    assert kept[0].mask is a
     assert (
         len(distinct_candidates([Candidate(a, "direct"), Candidate(b, "peak")], overlap=0.95)) == 2
     )
     many = [Candidate(disc(8 + 9 * i, 40, 3), "peak") for i in range(10)]
-    assert (
-        distinct_candidates(many) == many[:8]
-        and len(distinct_candidates(many, limit=3)) == 3
-        and distinct_candidates([]) == []
-    )
+    assert distinct_candidates(many) == many[:8]
+    assert len(distinct_candidates(many, limit=3)) == 3
+    assert distinct_candidates([]) == []
 
 
 class Boxes(Segmenter):
@@ -314,10 +319,11 @@ def test_candidates_start_with_the_direct_answer():
         (14, 14),
         [Target((60, 60, 80, 80), (70, 70)), Target((2, 60, 20, 80), (9, 70))],
     )
-    assert found[0].source == "direct" and found[0].mask.sum() == 21 * 21 + 19 * 21
-    assert (
-        found[1].source == "regions" and found[1].mask[20, 20] and found[1].mask[30, 70]
-    )  # both at once
+    assert found[0].source == "direct"
+    assert found[0].mask.sum() == 21 * 21 + 19 * 21
+    assert found[1].source == "regions"
+    assert found[1].mask[20, 20]
+    assert found[1].mask[30, 70]  # both at once
     assert {"region", "peak"} >= {c.source for c in found[2:]}
     assert not any(
         c.source == "direct" for c in propose_candidates(Boxes(), image, heat, (14, 14), [])
@@ -342,7 +348,9 @@ def test_a_second_drawing_is_prompted_by_the_first():
         [Target((0, 0, 95, 95), (3, 3)), Target((1, 1, 9, 9), (5, 5))],
     )
     tight = refine_prompts(drawn, old)
-    assert tight[0].box == (30, 30, 50, 50) and tight[0].point == (40, 40) and tight[1] is old[1]
+    assert tight[0].box == (30, 30, 50, 50)
+    assert tight[0].point == (40, 40)
+    assert tight[1] is old[1]
 
 
 # marks and scores
@@ -352,9 +360,12 @@ def test_mark_leaves_the_candidate_alone():
     image = np.random.default_rng(0).integers(0, 200, (96, 96, 3), dtype=np.uint8)
     mask = disc(50, 40, 14)
     marked = highlight_candidate(image, mask)
-    assert np.array_equal(marked[mask], image[mask]) and (marked[0, 0] <= image[0, 0] * 0.81).all()
+    assert np.array_equal(marked[mask], image[mask])
+    assert (marked[0, 0] <= image[0, 0] * 0.81).all()
     ring = (marked == 255).all(-1)
-    assert ring.any() and not (ring & mask).any() and ring.sum() < mask.sum()
+    assert ring.any()
+    assert not (ring & mask).any()
+    assert ring.sum() < mask.sum()
     assert (highlight_candidate(image, np.zeros((96, 96), bool)) <= image * 0.81).all()
 
 
@@ -402,11 +413,9 @@ def test_reading_a_score_never_raises(text):
 
 
 def test_ties_go_to_the_first():
-    assert (
-        best_candidate([5, 5, 5]) == 0
-        and best_candidate([0, 0, 4, 4]) == 2
-        and best_candidate([]) is None
-    )
+    assert best_candidate([5, 5, 5]) == 0
+    assert best_candidate([0, 0, 4, 4]) == 2
+    assert best_candidate([]) is None
 
 
 def verdict(sample, candidates, texts):
@@ -429,25 +438,22 @@ def test_the_truth_is_chosen_when_the_scores_say_so(samples):
         sample, [wrong, Candidate(sample.mask, "peak")], ["<score>3</score>", "<score>9</score>"]
     )
     row = json.loads(json.dumps(v.row(), default=lambda a: a.tolist()))
-    assert (
-        v.iou(v.mask) == 1 == row["chosen"] == row["oracle"]
-        and row["best"] == 1
-        and row["direct"] < 0.5
-    )
+    assert v.iou(v.mask) == 1 == row["chosen"] == row["oracle"]
+    assert row["best"] == 1
+    assert row["direct"] < 0.5
     assert np.array_equal(decode_rle(row["candidates"][1]["rle"]), sample.mask)
     tied = verdict(
         sample, [wrong, Candidate(sample.mask, "peak")], ["<score>9</score>", "<score>9</score>"]
     )
-    assert tied.mask is wrong.mask and tied.row()["oracle"] == 1
+    assert tied.mask is wrong.mask
+    assert tied.row()["oracle"] == 1
 
 
 def test_without_candidates_the_mask_is_empty(samples):
     row = verdict(samples[0], [], []).row()
-    assert (
-        row["chosen"] == row["oracle"] == row["direct"] == 0
-        and row["best"] is None
-        and row["candidates"] == []
-    )
+    assert row["chosen"] == row["oracle"] == row["direct"] == 0
+    assert row["best"] is None
+    assert row["candidates"] == []
     assert cost_table(summarize_rea2seg([row])).markdown
 
 
@@ -456,9 +462,8 @@ def test_without_candidates_the_mask_is_empty(samples):
 
 def test_prompt_keeps_the_question_and_shows_the_form():
     text = scoring_prompt("Which one is Red?", eval=True)
-    assert text == SCORING[0] + "which one is red" + SCORING[1] and SCORING[1].endswith(
-        "<score>7</score>"
-    )
+    assert text == SCORING[0] + "which one is red" + SCORING[1]
+    assert SCORING[1].endswith("<score>7</score>")
 
 
 def test_a_word_level_tokenizer_learns_the_phrases(tiny):
@@ -467,7 +472,8 @@ def test_a_word_level_tokenizer_learns_the_phrases(tiny):
     fresh = add_score_tokens(Policy(make_model(tokenizer), make_processor(tokenizer), 112))
     asked, said = judge_example(JUDGE_SEEDS, load_segmenter("embedded"))[1:]
     ids = fresh.tokenizer(asked + said)["input_ids"]
-    assert fresh.tokenizer.unk_token_id not in ids and fresh.tokenizer.decode(ids) == asked + said
+    assert fresh.tokenizer.unk_token_id not in ids
+    assert fresh.tokenizer.decode(ids) == asked + said
     assert len({*fresh.tokenizer.convert_tokens_to_ids(list(SCORE_TOKENS))}) == len(SCORE_TOKENS)
     for text in (
         dr2seg_prompt("which object has twelve corners"),
@@ -484,19 +490,21 @@ def test_lessons_are_honest(segmenter):
         picture, asked, said = judge_example(JUDGE_SEEDS + i, segmenter)
         q = draw_problem(JUDGE_SEEDS + i).question
         points.append(read_score(said))
-        assert asked == scoring_prompt(q.text) and all(fact in said for fact in q.reason)
+        assert asked == scoring_prompt(q.text)
+        assert all(fact in said for fact in q.reason)
         assert tokenizer.unk_token_id not in tokenizer(find_block(said, "think"))["input_ids"]
-        assert ("no, that does not fit" in said) == (points[-1] == 0) and (
-            "but not as well" in said
-        ) == (0 < points[-1] < 8)
-    assert {0, 10} <= set(points) and len(set(points)) > 4
+        assert ("no, that does not fit" in said) == (points[-1] == 0)
+        assert ("but not as well" in said) == (0 < points[-1] < 8)
+    assert {0, 10} <= set(points)
+    assert len(set(points)) > 4
 
 
 def test_spoiled_boxes_hold_their_point():
     rng = np.random.default_rng(0)
     for _ in range(100):
         t = spoil_prompt(rng, Target((20, 30, 60, 50), (40, 40)))
-        assert t.box[0] <= t.point[0] <= t.box[2] and t.box[1] <= t.point[1] <= t.box[3]
+        assert t.box[0] <= t.point[0] <= t.box[2]
+        assert t.box[1] <= t.point[1] <= t.box[3]
 
 
 def test_training_moves_the_adapter_alone_and_it_survives_saving(segmenter, tmp_path):
@@ -517,9 +525,8 @@ def test_training_moves_the_adapter_alone_and_it_survives_saving(segmenter, tmp_
         lr=1e-2,
         log=lambda s, row: losses.append(row["loss"]),
     )
-    assert losses[-1] < losses[0] and all(
-        "lora" in n or "trainable_tokens" in n for n, _ in policy.trainable()
-    )
+    assert losses[-1] < losses[0]
+    assert all("lora" in n or "trainable_tokens" in n for n, _ in policy.trainable())
     again = add_score_tokens(fresh()).load_adapter(save_judge(policy, tmp_path / "scorer"))
     seen, text = policy.encode([lessons[0][0]]), [lessons[0][1]]
     with torch.no_grad():
@@ -537,7 +544,8 @@ def test_the_scorer_that_ships(segmenter):
     quality = judge_quality(
         load_judge(), [judge_example(JUDGE_SEEDS + 500_000 + i, segmenter) for i in range(96)]
     )
-    assert quality["format"] > 0.97 and quality["apart"] > 0.6
+    assert quality["format"] > 0.97
+    assert quality["apart"] > 0.6
 
 
 def test_a_missing_scorer_is_named(monkeypatch, tmp_path):
@@ -565,7 +573,8 @@ def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tin
             ValueError, match="model nobody/nothing cannot be loaded .*connect to the hub"
         ) as told:
             run_rea2seg(config, tmp_path / "none")
-        assert "\n" not in str(told.value) and not (tmp_path / "none").exists()
+        assert "\n" not in str(told.value)
+        assert not (tmp_path / "none").exists()
 
 
 # the whole
@@ -576,14 +585,11 @@ def test_four_samples_from_end_to_end(segmenter, samples):
     for sample in samples:
         v = rea2seg(policy, scorer, segmenter, sample, dr2seg_prompt)
         row = v.row()
-        assert (
-            1 <= len(v.candidates) <= 8
-            and len(v.said) == len(v.candidates)
-            and row["oracle"] >= max(row["chosen"], row["direct"])
-        )
-        assert any(np.array_equal(v.mask, c.mask) for c in v.candidates) and all(
-            0 <= s <= 10 for s in v.scores
-        )
+        assert 1 <= len(v.candidates) <= 8
+        assert len(v.said) == len(v.candidates)
+        assert row["oracle"] >= max(row["chosen"], row["direct"])
+        assert any(np.array_equal(v.mask, c.mask) for c in v.candidates)
+        assert all(0 <= s <= 10 for s in v.scores)
         for i, a in enumerate(v.candidates):
             assert all(ratio(*iou(a.mask, b.mask)) <= 0.8 for b in v.candidates[:i])
 
@@ -594,21 +600,18 @@ def test_scored_in_one_batch_as_alone(segmenter, samples):
         Candidate(disc(112, 112, 20, 224), "peak")
     ]
     together = [r.text for r in score_candidates(scorer, sample.image, sample.query, some)]
-    assert (
-        together
-        == [score_candidates(scorer, sample.image, sample.query, [c])[0].text for c in some]
-        and score_candidates(scorer, sample.image, sample.query, []) == []
-    )
+    assert together == [
+        score_candidates(scorer, sample.image, sample.query, [c])[0].text for c in some
+    ]
+    assert score_candidates(scorer, sample.image, sample.query, []) == []
 
 
 def test_a_policy_may_score_itself_and_babble(tiny, segmenter, samples):
     "Random weights say nothing that can be read: all scores 0, and nothing raises."
     row = rea2seg(tiny, tiny, segmenter, samples[0], dr2seg_prompt, max_new_tokens=8).row()
-    assert (
-        row["direct"] == 0
-        and all(c["score"] == 0 for c in row["candidates"])
-        and (row["best"] in (0, None))
-    )
+    assert row["direct"] == 0
+    assert all(c["score"] == 0 for c in row["candidates"])
+    assert row["best"] in (0, None)
 
 
 def test_a_run_goes_on_where_it_was(tmp_path):
@@ -619,15 +622,16 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     (cut.folder / "predictions.jsonl").write_text(lines[0] + lines[1][:50])
     cut.finish("interrupted")
     done = run_rea2seg(config, tmp_path / "cut", resume=True)
-    strip = lambda run: [
-        {k: v for k, v in r.items() if k != "seconds"}
-        for r in read_jsonl(run.folder / "predictions.jsonl")
-    ]
-    assert (
-        strip(done) == strip(whole)
-        and len(strip(whole)) == 3
-        and "oracle gIoU" in read_json(done.folder / "results.json")["table"]
-    )
+
+    def strip(run):
+        return [
+            {k: v for k, v in r.items() if k != "seconds"}
+            for r in read_jsonl(run.folder / "predictions.jsonl")
+        ]
+
+    assert strip(done) == strip(whole)
+    assert len(strip(whole)) == 3
+    assert "oracle gIoU" in read_json(done.folder / "results.json")["table"]
     rows = read_jsonl(done.folder / "predictions.jsonl")
     find = {s.id: s for s in MiniReasonSeg("val", 3)}
     assert gallery(
@@ -653,10 +657,8 @@ def test_the_experiment_runs_from_the_command_line(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        "chosen gIoU" in done.stdout
-        and (tmp_path / "run" / "candidates.png").stat().st_size > 10_000
-    )
+    assert "chosen gIoU" in done.stdout
+    assert (tmp_path / "run" / "candidates.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

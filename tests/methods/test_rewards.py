@@ -210,7 +210,8 @@ def test_only_the_first_answer_block_counts():
 
 
 def test_answer_format_of_no_answer():
-    assert answer_format(None) == 0 and score_terms("<think>a</think>", [MUG])["answer_format"] == 0
+    assert answer_format(None) == 0
+    assert score_terms("<think>a</think>", [MUG])["answer_format"] == 0
 
 
 # VisionReasoner: accuracy
@@ -394,30 +395,34 @@ def test_at_most_120_objects_a_side():
 
 def test_thresholds_scale_with_the_frame():
     truth = Target((40, 40, 80, 80), (60, 60))
-    shifted = lambda d: says(item([v + d for v in truth.box], truth.point))
-    moved = lambda d: says(item(truth.box, (60 + d, 60)))
-    assert (
-        acc(shifted(1), [truth], frame=112) == 3 and acc(shifted(2), [truth], frame=112) == 2
-    )  # 10·112/840 = 1.33
-    assert (
-        acc(moved(3), [truth], frame=112) == 3 and acc(moved(4), [truth], frame=112) == 2
-    )  # 30·112/840 = 4, strict
-    assert (
-        acc(shifted(9), [truth]) == 2 and acc(shifted(10), [truth]) == 1
-    )  # 840 when nothing is said; IoU 32²/2338 < 1/2
-    assert (
-        acc(shifted(19), [truth], frame=1680) == 2 and acc(shifted(20), [truth], frame=1680) == 1
-    )  # the point is on the edge
-    wide = lambda x: says(item((40, 40, 400, 80), (x, 60)))
-    assert (
-        acc(wide(119), [truth], frame=1680) == 1 and acc(wide(120), [truth], frame=1680) == 0
-    )  # 60 px
+
+    def shifted(d):
+        return says(item([v + d for v in truth.box], truth.point))
+
+    def moved(d):
+        return says(item(truth.box, (60 + d, 60)))
+
+    assert acc(shifted(1), [truth], frame=112) == 3
+    assert acc(shifted(2), [truth], frame=112) == 2  # 10·112/840 = 1.33
+    assert acc(moved(3), [truth], frame=112) == 3
+    assert acc(moved(4), [truth], frame=112) == 2  # 30·112/840 = 4, strict
+    assert acc(shifted(9), [truth]) == 2
+    assert acc(shifted(10), [truth]) == 1  # 840 when nothing is said; IoU 32²/2338 < 1/2
+    assert acc(shifted(19), [truth], frame=1680) == 2
+    assert acc(shifted(20), [truth], frame=1680) == 1  # the point is on the edge
+
+    def wide(x):
+        return says(item((40, 40, 400, 80), (x, 60)))
+
+    assert acc(wide(119), [truth], frame=1680) == 1
+    assert acc(wide(120), [truth], frame=1680) == 0  # 60 px
 
 
 def test_targets_may_be_numpy():
     truth = Target(tuple(np.array(MUG.box)), tuple(np.array(MUG.point)))
     r = vision_reasoner(says(GOOD), [truth])
-    assert r == dict(format=3, non_repeat=1, accuracy=3) and type(r["accuracy"]) is float
+    assert r == dict(format=3, non_repeat=1, accuracy=3)
+    assert type(r["accuracy"]) is float
 
 
 # VisionReasoner: non-repeat
@@ -471,7 +476,8 @@ def zero(box="[100,200,300,400]", one="[150,300]", two="[250,300]", target=(PAIR
 
 
 def test_seg_zero_all_right():
-    assert zero() == ALL and zero(one="[250,300]", two="[150,300]") == ALL  # either pairing
+    assert zero() == ALL
+    assert zero(one="[250,300]", two="[150,300]") == ALL  # either pairing
 
 
 @pytest.mark.parametrize(
@@ -505,11 +511,9 @@ def test_seg_zero_all_right():
 )
 def test_seg_zero_by_hand(box, one, two, wrong):
     got = zero(box, one, two)
-    assert (
-        {k for k, v in got.items() if not v} == wrong
-        and set(got) == set(ALL)
-        and set(got.values()) <= {0, 1}
-    )
+    assert {k for k, v in got.items() if not v} == wrong
+    assert set(got) == set(ALL)
+    assert set(got.values()) <= {0, 1}
 
 
 def test_seg_zero_reads_the_first_braces_with_something_in_them():
@@ -524,19 +528,13 @@ def test_seg_zero_reads_the_first_braces_with_something_in_them():
 
 
 def test_seg_zero_frame_caption_and_targets():
-    assert (
-        zero("[101,201,301,401]", frame=84) == ALL | dict(box=0)
-        and zero("[100,200,301,401]", frame=84) == ALL
-    )  # 10·84/840 = 1
-    assert (
-        zero(one="[150,310]", two="[250,310]", frame=84)["points"] == 0
-        and zero(one="[150,310]", two="[250,309]", frame=84)["points"] == 1
-    )
+    assert zero("[101,201,301,401]", frame=84) == ALL | dict(box=0)
+    assert zero("[100,200,301,401]", frame=84) == ALL  # 10·84/840 = 1
+    assert zero(one="[150,310]", two="[250,310]", frame=84)["points"] == 0
+    assert zero(one="[150,310]", two="[250,309]", frame=84)["points"] == 1
     text = "<think>a</think><answer>b</answer>"
-    assert (
-        thinking_format(text + "\n<caption>c</caption>", CAPTIONED) == 1
-        and thinking_format(text, CAPTIONED) == 0
-    )
+    assert thinking_format(text + "\n<caption>c</caption>", CAPTIONED) == 1
+    assert thinking_format(text, CAPTIONED) == 0
     assert (
         seg_zero("<think>a</think><caption>c</caption><answer>b</answer>", [PAIR], caption=True)[
             "thinking_format"
@@ -584,7 +582,9 @@ def test_pixelthink_broadcasts():
 
 
 def test_description_reward_by_hand():
-    second = lambda *targets: format_response("So it is.", None, targets)
+    def second(*targets):
+        return format_response("So it is.", None, targets)
+
     near = Target((110, 210, 310, 410), (0, 0))
     assert description_reward(second(near), [MUG]) == 1  # the point does not matter, nor do 10 px
     assert description_reward(second(SPOON), [MUG]) == 0
@@ -673,7 +673,8 @@ def test_length_reward_settings_of_the_ablation():
 def test_length_reward_broadcasts():
     out = length_reward(torch.tensor([[30], [50]]), torch.tensor([10, 40, 60]))
     close(out, [[1, 0, 0], [0.5, 0.5, 0]])
-    assert length_reward([1, 2], 0).shape == (2,) and length_reward(1, 0).shape == ()
+    assert length_reward([1, 2], 0).shape == (2,)
+    assert length_reward(1, 0).shape == ()
     assert length_reward(torch.tensor([30.0, 50], dtype=torch.float64), 1).dtype == torch.float64
 
 
@@ -746,9 +747,8 @@ def in_range(r):
 def test_any_text_is_scored_within_range(text, target, description):
     assert in_range(vision_reasoner(text, target, description=description))
     assert description_reward(text, target) in (0, 1)
-    assert set(seg_zero(text, target).values()) <= {0, 1} and set(
-        seg_zero(text, target, caption=True).values()
-    ) <= {0, 1}
+    assert set(seg_zero(text, target).values()) <= {0, 1}
+    assert set(seg_zero(text, target, caption=True).values()) <= {0, 1}
 
 
 @given(
@@ -766,19 +766,19 @@ def test_any_text_is_scored_within_range(text, target, description):
 )
 def test_any_json_is_scored_within_range(data):
     text = f"<think>x</think><answer>{json.dumps(data)}</answer>"
-    assert (
-        in_range(vision_reasoner(text, [MUG]))
-        and set(seg_zero(text, [PAIR]).values()) <= {0, 1}
-        and description_reward(text, [MUG]) in (0, 1)
-    )
+    assert in_range(vision_reasoner(text, [MUG]))
+    assert set(seg_zero(text, [PAIR]).values()) <= {0, 1}
+    assert description_reward(text, [MUG]) in (0, 1)
 
 
 @given(near, near, st.randoms())
 def test_the_order_of_objects_does_not_matter(predicted, target, random):
-    score = lambda p, t: (
-        vision_reasoner(format_response("x", None, p), t, frame=112),
-        description_reward(format_response("x", None, p), t),
-    )
+    def score(p, t):
+        return (
+            vision_reasoner(format_response("x", None, p), t, frame=112),
+            description_reward(format_response("x", None, p), t),
+        )
+
     p, t = random.sample(predicted, len(predicted)), random.sample(target, len(target))
     assert score(p, t) == score(predicted, target)
 
@@ -810,9 +810,8 @@ def test_accuracy_against_numpy_and_all_matchings(predicted, target):
 def test_saying_the_truth_is_right(target):
     text = format_response("x", None, target)
     well = [t for t in target if t.box[0] <= t.box[2] and t.box[1] <= t.box[3]]
-    assert acc(text, target) >= 1 and (
-        len(well) < len(target) or description_reward(text, target) == 1
-    )
+    assert acc(text, target) >= 1
+    assert len(well) < len(target) or description_reward(text, target) == 1
 
 
 @given(st.integers(0, 3000), st.integers(0, 3000), st.integers(0, 200), st.floats(0, 1))
@@ -830,9 +829,8 @@ def test_length_reward_range_and_monotonicity(n1, n2, anchor, gamma):
 def test_conditional_length_never_takes(group):
     r_len, r_acc = torch.tensor(group).T
     out = conditional_length(r_len, r_acc)
-    assert (out >= r_len).all() and (
-        out == (r_len if (r_acc > 0).any() else torch.ones_like(r_len))
-    ).all()
+    assert (out >= r_len).all()
+    assert (out == (r_len if (r_acc > 0).any() else torch.ones_like(r_len))).all()
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=3))
@@ -868,10 +866,10 @@ def test_matched_is_the_best_of_all_matchings(scores):
 )
 def test_hostile_text_neither_raises_nor_hangs(text):
     start = perf_counter()
-    assert in_range(vision_reasoner(text, [MUG])) and in_range(
-        vision_reasoner(text, [MUG] * 200, description=True)
-    )
-    assert set(seg_zero(text, [PAIR]).values()) <= {0, 1} and description_reward(text, [MUG]) in (
+    assert in_range(vision_reasoner(text, [MUG]))
+    assert in_range(vision_reasoner(text, [MUG] * 200, description=True))
+    assert set(seg_zero(text, [PAIR]).values()) <= {0, 1}
+    assert description_reward(text, [MUG]) in (
         0,
         1,
     )

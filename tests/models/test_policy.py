@@ -39,7 +39,10 @@ from dr2seg_lib.rollouts.two_stage import second_pass
 
 def qwen3(tokenizer, template=CHAT_TEMPLATE):
     "A small Qwen3-VL of random weights, two of its vision layers feeding DeepStack."
-    token = lambda name: tokenizer.convert_tokens_to_ids(name)
+
+    def token(name):
+        return tokenizer.convert_tokens_to_ids(name)
+
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -126,7 +129,10 @@ def plain_logprobs(policy, samples, texts, seen, done):
     "The oracle: one padded forward of the model's own `forward` for every answer, the prompt repeated."
     ids, attention = policy.tokenize(texts, seen)
     n = len(done.ids) // len(texts)
-    squash = lambda s: cv2.resize(s.image, (112, 112), interpolation=cv2.INTER_AREA)
+
+    def squash(s):
+        return cv2.resize(s.image, (112, 112), interpolation=cv2.INTER_AREA)
+
     images = policy.processor.image_processor(
         [squash(s) for s in samples for _ in range(n)], do_resize=False, return_tensors="pt"
     )
@@ -162,7 +168,8 @@ def test_answers_that_end_at_once(policy, asked):
     _, texts, seen, _ = asked
     prefix, ids = policy.prefill(texts, seen), torch.tensor([[1], [2], [3], [4], [5], [6]])
     logp = policy.logprobs(prefix, ids, torch.ones(6, 1, dtype=torch.bool))
-    assert logp.shape == (6, 1) and torch.allclose(
+    assert logp.shape == (6, 1)
+    assert torch.allclose(
         logp[:, 0], prefix.logits.log_softmax(-1).repeat_interleave(2, 0).gather(1, ids)[:, 0]
     )
     logp.sum().backward()
@@ -195,9 +202,8 @@ def test_second_prompt_reads_only_its_text(policy, asked):
         policy.prefill(again, [seen[i] for i in of], prefix, of),
         policy.prefill(again, [seen[i] for i in of]),
     )
-    assert (short.logits - whole.logits).abs().max() < 1e-5 and torch.equal(
-        short.start, whole.start
-    )
+    assert (short.logits - whole.logits).abs().max() < 1e-5
+    assert torch.equal(short.start, whole.start)
     assert torch.equal(
         policy.generate(short, 2, 16, seed=3).ids, policy.generate(whole, 2, 16, seed=3).ids
     )
@@ -220,7 +226,8 @@ def test_reference_is_the_adapter_off(policy, asked):
         still = policy.logprobs(policy.prefill(texts, seen), done.ids, done.mask)
     with policy.adapter.disable_adapter():
         plain = plain_logprobs(policy, samples, texts, seen, done)
-    assert (still - plain).abs().max() < 1e-5 and not still.requires_grad
+    assert (still - plain).abs().max() < 1e-5
+    assert not still.requires_grad
 
 
 def test_full_tuning_keeps_a_frozen_reference():
@@ -232,9 +239,8 @@ def test_full_tuning_keeps_a_frozen_reference():
         policy.trainable()[5][1].add_(1.0)
     with policy.reference():
         assert policy.model.model.language_model is not live
-    assert policy.model.model.language_model is live and all(
-        "language_model" in n or "lm_head" in n for n, _ in policy.trainable()
-    )
+    assert policy.model.model.language_model is live
+    assert all("language_model" in n or "lm_head" in n for n, _ in policy.trainable())
 
 
 def test_look_mask_by_hand():
@@ -253,9 +259,8 @@ def test_an_answer_depends_on_its_own_seed_alone(policy, asked):
     together = policy.generate(prefix, 4, 24, seed=seeds)
     alone = policy.generate(prefix.rows(torch.tensor([1])), 4, 24, seed=seeds[4:8])
     T = min(together.ids.shape[1], alone.ids.shape[1])
-    assert torch.equal(together.ids[4:8, :T], alone.ids[:, :T]) and not torch.equal(
-        together.ids[:4], together.ids[4:8]
-    )
+    assert torch.equal(together.ids[4:8, :T], alone.ids[:, :T])
+    assert not torch.equal(together.ids[:4], together.ids[4:8])
 
 
 def test_draws_follow_the_distribution(policy, asked):
@@ -281,7 +286,8 @@ def test_qwen3_vl_speaks_in_thousandths_and_needs_its_deep_features(tmp_path):
     policy, sample = Policy.load(str(tmp_path)), MiniReasonSeg("val")[0]
     assert (policy.frame, policy.side) == (1000, 112)
     seen = policy.encode([sample.image])
-    assert len(seen[0].deep) == 2 and seen[0].deep[0].shape == seen[0].tokens.shape == (49, 64)
+    assert len(seen[0].deep) == 2
+    assert seen[0].deep[0].shape == seen[0].tokens.shape == (49, 64)
     whole, blind = (
         policy.prefill(["what is red"], seen),
         policy.prefill(["what is red"], [EncodedImage(seen[0].tokens, seen[0].grid)]),
@@ -304,7 +310,7 @@ def test_attention_changes_time_not_answers():
     for attention in ("sdpa", "eager"):
         policy = Policy.load(attention=attention).add_lora(4, 4)
         torch.manual_seed(0)
-        for name, p in policy.trainable():
+        for _name, p in policy.trainable():
             torch.nn.init.normal_(p, std=0.02)
         visual = policy.model.model.visual
         assert (
@@ -329,11 +335,9 @@ def test_attention_changes_time_not_answers():
         own = visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output
         assert (found[attention][0] - own).abs().max() < 1e-5
     (tokens_a, ids_a, scores_a, grads_a), (tokens_b, ids_b, scores_b, grads_b) = found.values()
-    assert (
-        (tokens_a - tokens_b).abs().max() < 1e-5
-        and torch.equal(ids_a, ids_b)
-        and (scores_a - scores_b).abs().max() < 1e-4
-    )
+    assert (tokens_a - tokens_b).abs().max() < 1e-5
+    assert torch.equal(ids_a, ids_b)
+    assert (scores_a - scores_b).abs().max() < 1e-4
     assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(grads_a, grads_b))
 
 
@@ -345,11 +349,9 @@ def test_flash_goes_to_the_vision_tower_alone(monkeypatch):
         {k: v.replace("flash_attention_2", "eager") for k, v in ATTENTION_KINDS["flash"].items()},
     )
     core = Policy.load(attention="flash").model.model
-    assert (
-        ATTENTION_KINDS["flash"]["vision_config"] == "eager"
-        and core.visual.config._attn_implementation == "eager"
-        and core.language_model.config._attn_implementation == "sdpa"
-    )
+    assert ATTENTION_KINDS["flash"]["vision_config"] == "eager"
+    assert core.visual.config._attn_implementation == "eager"
+    assert core.language_model.config._attn_implementation == "sdpa"
 
 
 # text that spells special tokens
@@ -454,7 +456,10 @@ def control_ids(policy):
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: ascii(t)[:24])
 def test_no_special_token_is_read_from_a_text(asker, picture, text):
     control = control_ids(asker)
-    count = lambda ids: [sum(i == c for i in ids) for c in sorted(control)]
+
+    def count(ids):
+        return [sum(i == c for i in ids) for c in sorted(control)]
+
     for prompt in (dr2seg_prompt, visionreasoner_prompt, scoring_prompt):
         assert count(placed(asker, prompt(text), picture)) == count(
             placed(asker, prompt("the cup"), picture)
@@ -466,7 +471,8 @@ def test_hostile_text_is_asked_in_both_passes(asker, picture, text):
     first = asker.prefill([dr2seg_prompt(text), dr2seg_prompt("the cup")], [picture] * 2)
     second = asker.prefill([visionreasoner_prompt(text)], [picture], first, torch.tensor([0]))
     whole = asker.prefill([visionreasoner_prompt(text)], [picture])
-    assert first.logits.isfinite().all() and (second.logits - whole.logits).abs().max() < 1e-4
+    assert first.logits.isfinite().all()
+    assert (second.logits - whole.logits).abs().max() < 1e-4
     assert torch.equal(second.start, whole.start)
 
 
@@ -498,7 +504,8 @@ def test_a_sampled_answer_may_spell_or_hold_special_tokens(asker, picture, text)
         asker.prefill([dr2seg_prompt(text)], [picture]),
         one.tokens,
     )
-    assert seen.shape == (len(one.tokens), 7, 7) and np.isfinite(seen).all()
+    assert seen.shape == (len(one.tokens), 7, 7)
+    assert np.isfinite(seen).all()
     grid = attention_grid(
         asker,
         dr2seg_prompt(text),
@@ -517,7 +524,8 @@ def test_every_token_can_be_sampled(asker, picture):
         every, torch.ones_like(every, dtype=torch.bool), *torch.zeros(3, *every.shape)
     )
     (one,) = to_responses(asker, done)
-    assert "".join(one.tokens) == one.text and "<|image_pad|>" in one.text
+    assert "".join(one.tokens) == one.text
+    assert "<|image_pad|>" in one.text
     assert (
         asker.logprobs(asker.prefill([dr2seg_prompt("the cup")], [picture]), done.ids, done.mask)
         .isfinite()
@@ -576,7 +584,8 @@ def test_a_description_that_is_too_long_is_none(asker, picture, monkeypatch):
     ((none, some),) = second_pass(
         asker, [picture], prefix, first, visionreasoner_prompt, 8, 1.0, [0, 1]
     )
-    assert none is None and some is not None
+    assert none is None
+    assert some is not None
 
 
 def test_a_template_without_the_text_or_the_image_is_told(picture):

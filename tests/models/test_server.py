@@ -126,7 +126,9 @@ class Engine(ThreadingHTTPServer):
         )
         picture, text = user["content"]
         kind, data = picture["image_url"]["url"].split(",", 1)
-        assert kind == "data:image/png;base64" and body["logprobs"] and body["return_token_ids"]
+        assert kind == "data:image/png;base64"
+        assert body["logprobs"]
+        assert body["return_token_ids"]
         image = np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
         chat = policy.processor.apply_chat_template(
             [system, dict(role="user", content=[dict(type="image"), text])],
@@ -275,13 +277,12 @@ def test_greedy_answers_are_those_of_the_local_engine(engine, tmp_path):
         answered(local, longest=160),
         answered(ServedPolicy(local, engine.url, "embedded", tmp_path), longest=160),
     )
-    assert same(ours, theirs) and (ours.ids == local.tokenizer.eos_token_id).any()
+    assert same(ours, theirs)
+    assert (ours.ids == local.tokenizer.eos_token_id).any()
     for name in "logp", "entropy", "margin":
         assert ((getattr(ours, name) - getattr(theirs, name)) * ours.mask).abs().max() < 1e-3
-    assert (
-        abs(logprob_gap(theirs)) < 1e-5
-        and ((theirs.theirs - theirs.logp) * theirs.mask).abs().max() < 1e-3
-    )
+    assert abs(logprob_gap(theirs)) < 1e-5
+    assert ((theirs.theirs - theirs.logp) * theirs.mask).abs().max() < 1e-3
     assert [r.text for r in to_responses(local, ours)] == [
         r.text for r in to_responses(local, theirs)
     ]
@@ -293,7 +294,8 @@ def test_sampled_answers_with_the_same_seeds_are_the_same(engine, tmp_path):
     seeds = [100, 101, 102, 200, 201, 202, 300, 301, 302]
     served = ServedPolicy(local, engine.url + "/v1/", "embedded", tmp_path)
     sampled = answered(served, 3, 1.0, seeds)
-    assert same(answered(local, 3, 1.0, seeds), sampled) and len(engine.log) == 3
+    assert same(answered(local, 3, 1.0, seeds), sampled)
+    assert len(engine.log) == 3
     assert not same(sampled, answered(served, 3, 1.0, [s + 50 for s in seeds]))
     greedy = answered(served, 2)
     assert torch.equal(greedy.ids[::2], greedy.ids[1::2])
@@ -303,34 +305,31 @@ def test_an_adapter_by_name_changes_the_answers(engine, tmp_path):
     local = noisy(Policy.load())
     with ServedPolicy(local, engine.url, "embedded", tmp_path / "served") as served:
         first = served.name
-        assert (
-            first in engine.policies
-            and first.startswith("dr2seg-")
-            and (tmp_path / "served" / first / "adapter_model.safetensors").is_file()
-        )
+        assert first in engine.policies
+        assert first.startswith("dr2seg-")
+        assert (tmp_path / "served" / first / "adapter_model.safetensors").is_file()
         one = answered(served)
-        assert (
-            same(one, answered(local))
-            and not same(one, answered(Policy.load()))
-            and abs(logprob_gap(one)) < 1e-4
-        )
+        assert same(one, answered(local))
+        assert not same(one, answered(Policy.load()))
+        assert abs(logprob_gap(one)) < 1e-4
         served.load_lora_adapter()
         assert served.name == first, "what has not changed keeps its name"
         with torch.no_grad():
             for _, p in local.trainable():
                 p.mul_(-1.5)
         served.load_lora_adapter()
-        assert (
-            served.name != first
-            and set(engine.policies) == {"policy", served.name}
-            and not (tmp_path / "served" / first).exists()
-        )
-        assert same(answered(served), answered(local)) and not same(answered(served), one)
+        assert served.name != first
+        assert set(engine.policies) == {"policy", served.name}
+        assert not (tmp_path / "served" / first).exists()
+        assert same(answered(served), answered(local))
+        assert not same(answered(served), one)
         with ServedPolicy(local, engine.url, "embedded", tmp_path / "other") as other:
             assert other.name == served.name, "two processes with the same bytes"
-    assert set(engine.policies) == {"policy"} and not (tmp_path / "served").exists()
+    assert set(engine.policies) == {"policy"}
+    assert not (tmp_path / "served").exists()
     loads = [name for path, name in engine.log if path == "/v1/load_lora_adapter"]
-    assert len(loads) == 3 and len(set(loads)) == 2
+    assert len(loads) == 3
+    assert len(set(loads)) == 2
 
 
 def test_two_passes_and_all_requests_at_once(engine, tmp_path):
@@ -344,7 +343,8 @@ def test_two_passes_and_all_requests_at_once(engine, tmp_path):
         60,
         seed=0,
     )
-    assert [len(g.first) for g in rolled.groups] == [3, 3] and all(
+    assert [len(g.first) for g in rolled.groups] == [3, 3]
+    assert all(
         len(r.entropy) == len(r.tokens) and "".join(r.tokens) == r.text
         for g in rolled.groups
         for r in g.first
@@ -360,9 +360,8 @@ def test_two_passes_and_all_requests_at_once(engine, tmp_path):
         seed=0,
     )
     said = [r.parsed.description for r in done.groups[0].first]
-    assert any(said) and [r is not None for r in done.groups[0].second] == [
-        d is not None for d in said
-    ]
+    assert any(said)
+    assert [r is not None for r in done.groups[0].second] == [d is not None for d in said]
     assert len(engine.log) == 2 + 1 + len({d for d in said if d}), (
         "one request for a description, however many gave it"
     )
@@ -384,21 +383,23 @@ def test_training_by_a_server(engine, tmp_path):
     )
     run = train(config, tmp_path / "run")
     rows = run.metrics()
-    assert (
-        [r["step"] for r in rows] == [1, 2]
-        and all(abs(r["mismatch"]) < 1e-4 and r["grad_norm"] > 0 for r in rows)
-        and "adapter" in rows[0]["seconds"]
-    )
+    assert [r["step"] for r in rows] == [1, 2]
+    assert all(abs(r["mismatch"]) < 1e-4 and r["grad_norm"] > 0 for r in rows)
+    assert "adapter" in rows[0]["seconds"]
     trained = load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors"))
     assert any(v.abs().sum() > 0 for k, v in trained.items() if "lora_B" in k)
     loads, asked = (
         [name for path, name in engine.log if path == p]
         for p in ("/v1/load_lora_adapter", "/v1/chat/completions")
     )
-    assert len(loads) == len(set(loads)) == 3 and list(dict.fromkeys(asked)) == loads, (
+    assert len(loads) == len(set(loads)) == 3, (
         "the start, and the adapter after each of two updates"
     )
-    assert set(engine.policies) == {"policy"} and not list(run.folder.glob("served*"))
+    assert list(dict.fromkeys(asked)) == loads, (
+        "the start, and the adapter after each of two updates"
+    )
+    assert set(engine.policies) == {"policy"}
+    assert not list(run.folder.glob("served*"))
     checkpoint = str(latest_checkpoint(run.folder))
     ways = [
         run_evaluation(
@@ -410,7 +411,8 @@ def test_training_by_a_server(engine, tmp_path):
         for i, s in enumerate(("", engine.url))
     ]
     ours, theirs = ([r["text"] for r in read_jsonl(w.folder / "predictions.jsonl")] for w in ways)
-    assert ours == theirs and len(ours) == 3
+    assert ours == theirs
+    assert len(ours) == 3
 
 
 def test_a_run_whose_server_died_goes_on_when_it_is_back(engine, tmp_path, monkeypatch):
@@ -438,16 +440,19 @@ def test_a_run_whose_server_died_goes_on_when_it_is_back(engine, tmp_path, monke
     ):
         m.setattr(Run, "log", log_and_cut)
         train(config, tmp_path / "run")
-    assert Run.open(tmp_path / "run").status == "failed" and len(engine.policies) == 2, (
-        "unloading failed as well"
-    )
+    assert Run.open(tmp_path / "run").status == "failed", "unloading failed as well"
+    assert len(engine.policies) == 2, "unloading failed as well"
     engine.fresh()  # started again, it knows no adapter
     resumed = train(config, tmp_path / "run", resume=True)
-    timeless = lambda run: [
-        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
-        for r in run.metrics()
-    ]
-    assert timeless(resumed) == timeless(whole) and len(engine.policies) == 1
+
+    def timeless(run):
+        return [
+            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
+            for r in run.metrics()
+        ]
+
+    assert timeless(resumed) == timeless(whole)
+    assert len(engine.policies) == 1
 
 
 def test_two_runs_do_not_take_each_other_s_adapter(engine, tmp_path):
@@ -464,10 +469,8 @@ def test_two_runs_do_not_take_each_other_s_adapter(engine, tmp_path):
 def test_what_passes_is_asked_again(engine, tmp_path):
     served = ServedPolicy(Policy.load(), engine.url, "embedded", tmp_path)
     engine.troubles = ["cut", 503, 429, 500, 502, 504]
-    assert (
-        same(answered(served, longest=5), answered(Policy.load(), longest=5))
-        and len(engine.log) == 3 + 6
-    )
+    assert same(answered(served, longest=5), answered(Policy.load(), longest=5))
+    assert len(engine.log) == 3 + 6
     engine.troubles = [503] * 30
     with pytest.raises(
         ValueError,
@@ -502,14 +505,14 @@ def test_other_trouble_is_told_at_once(engine, tmp_path):
     )
     with pytest.raises(ValueError, match=f"server: {engine.url} does not answer with token ids"):
         answered(served, longest=5)
-    off = lambda c: (
-        c
-        | dict(
+
+    def off(c):
+        return c | dict(
             logprobs=dict(
                 content=[t | dict(logprob=t["logprob"] - 3) for t in c["logprobs"]["content"]]
             )
         )
-    )
+
     engine.change = lambda reply: reply | dict(choices=[off(c) for c in reply["choices"]])
     with pytest.raises(
         ValueError, match=r"answers by other weights \(its log-probabilities are -3.0 nats off\)"
@@ -536,13 +539,10 @@ def test_adapters_that_a_server_does_not_take(engine, tmp_path):
     norm.adapter.save_pretrained(str(tmp_path / "norm"))
     with pytest.raises(ValidationError, match="holds more than LoRA"):
         EvaluateConfig(server=engine.url, adapter=str(tmp_path / "norm"))
-    assert (
-        all(
-            path != "/v1/load_lora_adapter" or name.startswith("dr2seg-")
-            for path, name in engine.log
-        )
-        and len(engine.log) == 1
+    assert all(
+        path != "/v1/load_lora_adapter" or name.startswith("dr2seg-") for path, name in engine.log
     )
+    assert len(engine.log) == 1
 
 
 NOWHERE = "http://127.0.0.1:9"
@@ -598,11 +598,9 @@ def test_another_model_is_told(engine, tmp_path, capsys):
         == 2
     )
     told = capsys.readouterr().err
-    assert (
-        told.startswith(f"dr2seg: server: {engine.url} has policy, not embedded")
-        and len(told.splitlines()) == 1
-        and not (tmp_path / "run").exists()
-    )
+    assert told.startswith(f"dr2seg: server: {engine.url} has policy, not embedded")
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 # special tokens, the key, and servers that are none
@@ -625,7 +623,8 @@ def test_a_text_that_spells_special_tokens_is_answered_by_the_policy_itself(engi
     for n, temperature, seeds in ((1, 0.0, None), (3, 1.0, list(range(12)))):
         engine.log.clear()
         sampled = ask(served, n, temperature, seeds)
-        assert same(ask(local, n, temperature, seeds), sampled) and abs(logprob_gap(sampled)) < 1e-4
+        assert same(ask(local, n, temperature, seeds), sampled)
+        assert abs(logprob_gap(sampled)) < 1e-4
         assert len(engine.log) == 2, (
             "the plain text, and the one whose surrogate has become a question mark"
         )
@@ -640,7 +639,8 @@ def test_a_description_that_spells_special_tokens_goes_through_the_second_pass(e
         second = second_pass(
             served, seen, served.prefill(TEXTS[:1], seen), first, visionreasoner_prompt, 8, 1.0, [0]
         )
-    assert second[0][0] is not None and not engine.log
+    assert second[0][0] is not None
+    assert not engine.log
 
 
 def test_a_key_travels_to_its_server_and_nowhere_else(engine, tmp_path, monkeypatch, capsys):
@@ -658,7 +658,8 @@ def test_a_key_travels_to_its_server_and_nowhere_else(engine, tmp_path, monkeypa
         max_new_tokens=20,
     )
     run = train(config, tmp_path / "run")
-    assert run.status == "done" and engine.log
+    assert run.status == "done"
+    assert engine.log
     assert not [
         p for p in run.folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()
     ]
@@ -726,7 +727,8 @@ def test_what_is_no_address_is_told(given):
         ValueError, match="is no address; give one such as http://localhost:8000"
     ) as told:
         server_address(given)
-    assert len(str(told.value)) < 400 and str(told.value).isprintable()
+    assert len(str(told.value)) < 400
+    assert str(told.value).isprintable()
 
 
 GOOD = dict(object="chat.completion", model="policy", prompt_token_ids=[], choices=[])
@@ -784,9 +786,14 @@ def says(body="", status="200 OK", headers=""):
 
 def reply(*answers, prompt=None, **changed):
     "A well-formed reply, by and large."
-    made = lambda ids, logp: dict(
-        index=0, token_ids=ids, logprobs=dict(content=[dict(token="x", logprob=p) for p in logp])
-    )
+
+    def made(ids, logp):
+        return dict(
+            index=0,
+            token_ids=ids,
+            logprobs=dict(content=[dict(token="x", logprob=p) for p in logp]),
+        )
+
     return json.dumps(
         dict(
             GOOD,
@@ -1068,7 +1075,9 @@ def test_whatever_a_server_says_is_one_sentence(name, tmp_path, monkeypatch):
         bounded(ask)
     player.close()
     sentence = str(error.value)
-    assert SECRET not in sentence and sentence.isprintable() and len(sentence) < 500
+    assert SECRET not in sentence
+    assert sentence.isprintable()
+    assert len(sentence) < 500
     posts = sum(b"POST" in head for head in player.requests)
     repeated = "with 500" in told or (LOST in told and posts != 1)
     assert posts == (3 if repeated else 1)
@@ -1091,7 +1100,8 @@ def test_a_hostile_list_of_models_is_one_sentence(name, monkeypatch):
     with pytest.raises(ValueError, match=f"^server: {player.url} ") as error:
         bounded(lambda: list_models(player.url, patience=1.5))
     player.close()
-    assert str(error.value).isprintable() and len(str(error.value)) < 500
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -1117,7 +1127,8 @@ def test_a_strange_list_of_models_is_one_sentence(data):
     ) as error:
         served_name(player.url, "embedded")
     player.close()
-    assert str(error.value).isprintable() and len(str(error.value)) < 700
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 700
 
 
 @pytest.mark.parametrize(
@@ -1135,7 +1146,8 @@ def test_a_redirect_takes_the_key_nowhere(status, tmp_path, monkeypatch):
     ):
         answered(served, longest=5)
     player.close(), trap.close()
-    assert not trap.requests and any(SECRET.encode() in head for head in player.requests)
+    assert not trap.requests
+    assert any(SECRET.encode() in head for head in player.requests)
 
 
 def test_a_notebook_whose_loop_runs_may_ask(engine):
@@ -1186,10 +1198,8 @@ def test_control_tokens_in_an_answer_of_a_server_are_text(engine, tmp_path):
         done = served.generate(prefix, 1, 40, 0.0)
     (one,) = to_responses(served, done)
     player.close()
-    assert (
-        one.parsed.description == "the<|image_pad|>"
-        and served.logprobs(prefix, done.ids, done.mask).isfinite().all()
-    )
+    assert one.parsed.description == "the<|image_pad|>"
+    assert served.logprobs(prefix, done.ids, done.mask).isfinite().all()
     with torch.no_grad():
         second = second_pass(served, seen, prefix, [[one]], visionreasoner_prompt, 8, 1.0, [0])
     assert second[0][0] is not None, "by the policy itself, since the server is gone"

@@ -35,7 +35,8 @@ def test_tokenizer_gives_every_lesson_back_byte_for_byte(tokenizer):
         page = _draw_page(seed)
         for text in training_example(rng, page, 0.5, 0.2):
             ids = tokenizer(text)["input_ids"]
-            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.unk_token_id not in ids
 
 
 def test_tokenizer_of_the_weights_is_the_one_made_here(tokenizer):
@@ -48,7 +49,9 @@ def test_prompts_are_short(tokenizer):
 
 def test_soft_labels():
     rows = soft_number_labels(1.0)
-    assert np.allclose(rows.sum(1), 1) and rows[40].argmax() == 40 and rows[40, 39] == rows[40, 41]
+    assert np.allclose(rows.sum(1), 1)
+    assert rows[40].argmax() == 40
+    assert rows[40, 39] == rows[40, 41]
     assert (soft_number_labels(0).argmax(1) == torch.arange(WORLD_FRAME + 1)).all()
 
 
@@ -59,7 +62,8 @@ def test_near_numbers_begin_alike(tokenizer):
         torch.nn.functional.cosine_similarity(rows[:-1], rows[1:]),
         torch.nn.functional.cosine_similarity(rows[:-20], rows[20:]),
     )
-    assert close[0].min() > close[1].max() and close[0].max() < 0.999
+    assert close[0].min() > close[1].max()
+    assert close[0].max() < 0.999
 
 
 def test_the_experiment_makes_a_policy_that_loads(tmp_path):
@@ -89,7 +93,8 @@ def test_the_experiment_makes_a_policy_that_loads(tmp_path):
         Run.open(tmp_path / "run").metrics(),
         read_json(tmp_path / "run" / "results.json")["quality"],
     )
-    assert rows[-1]["stage"] == "finish" and set(quality) == {
+    assert rows[-1]["stage"] == "finish"
+    assert set(quality) == {
         "referring",
         "implicit",
         "implicit, no description",
@@ -98,11 +103,9 @@ def test_the_experiment_makes_a_policy_that_loads(tmp_path):
 
 def test_stages_run_linearly():
     s = CurriculumStage("x", 10, implicit=(0.2, 0.6))
-    assert (
-        s.at(0)["implicit"] == 0.2
-        and s.at(0.5)["implicit"] == pytest.approx(0.4)
-        and len({s.name for s in CURRICULUM}) == len(CURRICULUM)
-    )
+    assert s.at(0)["implicit"] == 0.2
+    assert s.at(0.5)["implicit"] == pytest.approx(0.4)
+    assert len({s.name for s in CURRICULUM}) == len(CURRICULUM)
 
 
 def test_weights_are_small():

@@ -40,9 +40,8 @@ def test_shape_and_record(policy, rolled):
     )
     for g in rolled.groups:
         for one, two in zip(g.first, g.second):
-            assert "".join(one.tokens) == one.text and len(one.tokens) == len(one.entropy) == len(
-                one.margin
-            )
+            assert "".join(one.tokens) == one.text
+            assert len(one.tokens) == len(one.entropy) == len(one.margin)
             assert one.think_tokens == len(
                 policy.tokenizer(reasoning_text(one.text), add_special_tokens=False)["input_ids"]
             )
@@ -64,7 +63,9 @@ def shown(policy):
 
 
 def test_second_pass_depends_on_image_and_description_alone(policy, shown):
-    said = lambda text: Response(text, parse_response(text), [text], [0.0], [1.0], 1)
+    def said(text):
+        return Response(text, parse_response(text), [text], [0.0], [1.0], 1)
+
     two_chains = [
         [
             said(f"<think>{t}</think><description>the red ball</description><answer>[]</answer>")
@@ -78,9 +79,8 @@ def test_second_pass_depends_on_image_and_description_alone(policy, shown):
         return visionreasoner_prompt(d)
 
     greedy = second_pass(policy, *shown, two_chains, prompt, 64, 0, None)
-    assert (
-        asked == ["the red ball"] and greedy[0][0].text == greedy[0][1].text
-    )  # one prompt, read once for both
+    assert asked == ["the red ball"]
+    assert greedy[0][0].text == greedy[0][1].text  # one prompt, read once for both
 
 
 def test_no_description_no_second_pass(policy, shown):
@@ -104,7 +104,8 @@ def test_one_pass_recipes_ask_once(policy):
     rolled = generate_rollouts(
         policy, SAMPLES[:1], visionreasoner_prompt, None, n=2, seed=0, clock=clock
     )
-    assert rolled.groups[0].second == [None, None] and set(clock) == {"first", "second"}
+    assert rolled.groups[0].second == [None, None]
+    assert set(clock) == {"first", "second"}
 
 
 def test_answer_entropy_looks_inside_the_answer_alone():
@@ -131,7 +132,8 @@ def test_padding_after_the_end_is_dropped(policy):
     done = policy.generate(prefix, 2, 200, seed=0)
     assert done.mask.sum(1).min() < done.ids.shape[1]
     for r, m in zip(to_responses(policy, done), done.mask):
-        assert len(r.tokens) in (m.sum() - 1, m.sum()) and "<|im_end|>" not in r.text
+        assert len(r.tokens) in (m.sum() - 1, m.sum())
+        assert "<|im_end|>" not in r.text
 
 
 def test_a_group_depends_on_its_own_seeds_alone(policy, rolled):
@@ -140,7 +142,10 @@ def test_a_group_depends_on_its_own_seeds_alone(policy, rolled):
     alone = generate_rollouts(
         policy, SAMPLES[1:2], dr2seg_prompt, visionreasoner_prompt, n=n, seed=3 + 2 * n
     )
-    texts = lambda group: [r and r.text for r in group.first + group.second]
+
+    def texts(group):
+        return [r and r.text for r in group.first + group.second]
+
     assert texts(alone.groups[0]) == texts(rolled.groups[1])
 
 
@@ -188,9 +193,11 @@ def test_training_asks_hostile_questions_and_passes_over_those_too_long(hostile,
         "sample train-3: its question of 100,000 characters has more than 512 tokens; shorten it, or raise max_question_tokens."
     }
     asked = {r["query"] for r in read_jsonl(run.folder / "rollouts.jsonl")}
-    assert asked <= {*QUERIES[:3]} and len(run.metrics()) == 2
+    assert asked <= {*QUERIES[:3]}
+    assert len(run.metrics()) == 2
     results = read_json(run.folder / "results.json")
-    assert results["before"]["n"] == 4 and results["before"]["broken"] == 1
+    assert results["before"]["n"] == 4
+    assert results["before"]["broken"] == 1
 
 
 def test_the_limit_is_that_of_the_configuration(hostile, tmp_path):
@@ -215,5 +222,6 @@ def test_evaluation_counts_a_question_that_is_too_long_as_a_miss(hostile, tmp_pa
         "",
         "sample val-3: its question of 100,000 characters has m",
     ]
-    assert rows[3]["iou"] == 0 and read_json(run.folder / "results.json")["broken"] == 1
+    assert rows[3]["iou"] == 0
+    assert read_json(run.folder / "results.json")["broken"] == 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "less than 1 GiB"

@@ -102,10 +102,8 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path):
             (run.folder / "metrics.jsonl").symlink_to("/dev/full")
             run.log({"step": 1})
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    assert (
-        run_status(tmp_path / "run") == "failed"
-        and "free space" in read_json(tmp_path / "run" / "run.json")["error"]
-    )
+    assert run_status(tmp_path / "run") == "failed"
+    assert "free space" in read_json(tmp_path / "run" / "run.json")["error"]
 
     def full(folder):
         raise RuntimeError("file write failed")
@@ -121,9 +119,9 @@ def test_rows_are_strict_json(tmp_path):
     with Run.create(tmp_path / "r", {"lr": float("inf")}, bar=False) as run:
         run.log({"step": 1, "kl": float("nan")})
     text = (tmp_path / "r/metrics.jsonl").read_text() + (tmp_path / "r/run.json").read_text()
-    assert (
-        "NaN" not in text and "Infinity" not in text and run.metrics() == [{"step": 1, "kl": None}]
-    )
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert run.metrics() == [{"step": 1, "kl": None}]
 
 
 # ---- how a run ends
@@ -139,22 +137,22 @@ def test_a_killed_writer_reads_failed_and_can_be_resumed(tmp_path):
         Run.resume(folder)
     process.kill()
     process.wait()
-    assert run_status(folder) == "failed" and read_json(folder / "run.json")["status"] == "running"
+    assert run_status(folder) == "failed"
+    assert read_json(folder / "run.json")["status"] == "running"
     assert Run.open(folder).metrics() == [{"step": 1}]
     with Run.resume(folder, bar=False) as run:
         run.log({"step": 2})
-    assert (
-        run.status == "done"
-        and run.metrics() == [{"step": 1}, {"step": 2}]
-        and len(run.info["resumed"]) == 1
-    )
+    assert run.status == "done"
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    assert len(run.info["resumed"]) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_the_run_after_its_step(tmp_path, number):
     process = start(BUSY, tmp_path / "run")
     process.send_signal(number)
-    assert process.wait(60) == 0 and run_status(tmp_path / "run") == "interrupted"
+    assert process.wait(60) == 0
+    assert run_status(tmp_path / "run") == "interrupted"
 
 
 def test_a_second_signal_interrupts_at_once(tmp_path):
@@ -162,7 +160,8 @@ def test_a_second_signal_interrupts_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) != 0 and read_json(tmp_path / "run/run.json")["status"] == "interrupted"
+    assert process.wait(30) != 0
+    assert read_json(tmp_path / "run/run.json")["status"] == "interrupted"
 
 
 def test_handlers_are_given_back(tmp_path):
@@ -230,7 +229,8 @@ def test_steps_are_logged_once(tmp_path):
             run.log({"step": 3})
         run.truncate_after(1)
         run.log({"step": 2})
-        assert [r["step"] for r in run.metrics()] == [1, 2] and len(run.rollouts()) == 2
+        assert [r["step"] for r in run.metrics()] == [1, 2]
+        assert len(run.rollouts()) == 2
         run.truncate_after(0)
         run.log({"step": 1})
 
@@ -267,7 +267,8 @@ def fill(text):
 def test_checkpoints_keep_the_newest(tmp_path):
     for step in 5, 10, 15, 20:
         path = save_checkpoint(tmp_path, step, fill(str(step)), keep=3)
-    assert path.name == "step-000020" and latest_checkpoint(tmp_path) == path
+    assert path.name == "step-000020"
+    assert latest_checkpoint(tmp_path) == path
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-000010",
         "step-000015",
@@ -365,14 +366,15 @@ def test_a_second_sigterm_ends_whatever_the_process_is_at(call, tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    assert process.poll() is None and run_status(tmp_path / "run") == "running", (
-        "the first one only asks"
-    )
+    assert process.poll() is None, "the first one only asks"
+    assert run_status(tmp_path / "run") == "running", "the first one only asks"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == -signal.SIGTERM and run_status(tmp_path / "run") == "failed"
+    assert process.wait(10) == -signal.SIGTERM
+    assert run_status(tmp_path / "run") == "failed"
     with Run.resume(tmp_path / "run", bar=False) as run:
         run.log({"step": 2})
-    assert run.metrics() == [{"step": 1}, {"step": 2}] and run.status == "done"
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    assert run.status == "done"
 
 
 def test_a_process_dies_with_the_one_that_started_it(tmp_path):
@@ -416,12 +418,13 @@ def test_a_bad_record_is_named_and_listed_beside_the_good(text, words, tmp_path)
     for ask in run_status, Run.open, Run.resume, lambda f: update_record(f, seed=1):
         with pytest.raises(ValueError, match="bad/run.json") as told:
             ask(tmp_path / "bad")
-        assert words in str(told.value) and "\n" not in str(told.value)
+        assert words in str(told.value)
+        assert "\n" not in str(told.value)
     bad, good = list_runs(tmp_path)
     assert (good["status"], good["step"]) == ("done", 1)
-    assert (
-        bad["status"] == "unreadable" and "bad/run.json" in bad["error"] and words in bad["error"]
-    )
+    assert bad["status"] == "unreadable"
+    assert "bad/run.json" in bad["error"]
+    assert words in bad["error"]
 
 
 @pytest.mark.parametrize(
@@ -491,7 +494,8 @@ def test_a_resume_records_what_it_changes_and_refuses_the_rest(tmp_path):
         run.stopped = True
     with pytest.raises(ValueError, match="run: the run was started with rank = 32, not 8"):
         Run.resume(tmp_path / "run", False, TrainFields(rank=8))
-    assert run.status == "interrupted" and run.info["resumed"] == []
+    assert run.status == "interrupted"
+    assert run.info["resumed"] == []
     with Run.resume(tmp_path / "run", False, TrainFields(lr=1e-4, checkpoint_every=5)) as run:
         run.stopped = True
     with Run.resume(tmp_path / "run", False, TrainFields(lr=1e-4, checkpoint_every=5)) as run:
@@ -549,9 +553,8 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(tmp_path):
     assert latest_checkpoint(tmp_path) == find_resumable_checkpoint(tmp_path) == kept
     for step in 2, 3, 4:
         last = save_checkpoint(tmp_path, step, fill("x"))
-    assert list_checkpoints(tmp_path) == [last, last.with_name("step-000003")] and all(
-        p.is_dir() for p in strange
-    )
+    assert list_checkpoints(tmp_path) == [last, last.with_name("step-000003")]
+    assert all(p.is_dir() for p in strange)
     with pytest.raises(OSError, match="checkpoint of step 9 cannot be written.*step-000009"):
         save_checkpoint(tmp_path, 9, fill("9"))
 
@@ -594,9 +597,8 @@ def test_checkpoints_have_the_permissions_of_the_umask(tmp_path):
         path = save_checkpoint(tmp_path, 1, private)
     finally:
         os.umask(before)
-    assert {oct(p.stat().st_mode & 0o777) for p in path.iterdir()} == {"0o640"} and sorted(
-        p.name for p in path.iterdir()
-    ) == ["adapter", "manifest.json"]
+    assert {oct(p.stat().st_mode & 0o777) for p in path.iterdir()} == {"0o640"}
+    assert sorted(p.name for p in path.iterdir()) == ["adapter", "manifest.json"]
 
 
 # ---- a disk that is full
@@ -617,7 +619,9 @@ def small_disk(tmp_path):
 
 
 def test_on_a_full_disk_no_line_is_half_and_the_run_goes_on_later(small_disk):
-    row = lambda step: {"step": step, "text": "x" * 3000}
+    def row(step):
+        return {"step": step, "text": "x" * 3000}
+
     with pytest.raises(
         OSError,
         match="metrics.jsonl cannot be written .No space left on device.; free space or grant permission, then resume",
@@ -625,15 +629,14 @@ def test_on_a_full_disk_no_line_is_half_and_the_run_goes_on_later(small_disk):
         with Run.create(small_disk / "run", {}, bar=False) as run:
             for step in itertools.count(1):
                 run.log(row(step))
-    assert (
-        run.status == "failed"
-        and (run.folder / "metrics.jsonl").read_bytes().endswith(b"\n")
-        and len(run.metrics()) == step - 1
-    )
+    assert run.status == "failed"
+    assert (run.folder / "metrics.jsonl").read_bytes().endswith(b"\n")
+    assert len(run.metrics()) == step - 1
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
     with Run.resume(run.folder, bar=False) as run:
         run.log(row(step))
-    assert run.status == "done" and [r["step"] for r in run.metrics()] == list(range(1, step + 1))
+    assert run.status == "done"
+    assert [r["step"] for r in run.metrics()] == list(range(1, step + 1))
 
 
 def test_on_a_full_disk_the_last_checkpoint_stays_whole(small_disk):

@@ -59,9 +59,8 @@ def test_all_that_is_left_out_is_taken_from_the_run(checkpoint):
 def test_what_is_given_has_precedence(checkpoint, name):
     given = EvaluateFields.model_fields[name].default
     found, sentence = inherit(dict(adapter=checkpoint, **{name: given}))
-    assert (
-        found == TRAINED | dict(adapter=checkpoint, **{name: given}) and f"{name} " not in sentence
-    )
+    assert found == TRAINED | dict(adapter=checkpoint, **{name: given})
+    assert f"{name} " not in sentence
 
 
 def test_empty_means_left_out(checkpoint):
@@ -106,7 +105,8 @@ def test_a_record_that_cannot_be_read_leaves_the_defaults_and_says_so(
         write(tmp_path / checkpoint, None, text)
     given = dict(adapter=checkpoint, recipe="dr2seg")
     found, sentence = inherit(given)
-    assert found == given and why in sentence
+    assert found == given
+    assert why in sentence
     assert sentence.endswith(
         "the defaults hold where nothing is given (model, segmenter, dtype, max_new_tokens, max_question_tokens)"
     )
@@ -120,14 +120,10 @@ def test_code_that_a_record_names_is_not_run(checkpoint, tmp_path, capsys):
         match="runs/x was trained by code of a file, recipe .*evil.py:r; look at it, then name it by recipe",
     ):
         inherit(dict(adapter=checkpoint))
-    assert (
-        main(["run", "evaluate", "-p", "adapter", checkpoint]) == 2
-        and "code of a file" in capsys.readouterr().err
-    )
-    assert (
-        main(["segment", "photo.jpg", "what?", "--adapter", checkpoint]) == 2
-        and "code of a file" in capsys.readouterr().err
-    )
+    assert main(["run", "evaluate", "-p", "adapter", checkpoint]) == 2
+    assert "code of a file" in capsys.readouterr().err
+    assert main(["segment", "photo.jpg", "what?", "--adapter", checkpoint]) == 2
+    assert "code of a file" in capsys.readouterr().err
     assert not (tmp_path / "canary").exists()
     assert inherit(dict(adapter=checkpoint, recipe="mine.py:r"))[0]["recipe"] == "mine.py:r", (
         "named by hand, it is the user's"
@@ -153,10 +149,8 @@ def test_a_run_is_found_from_any_folder(checkpoint, tmp_path, monkeypatch, cwd, 
 def test_an_adapter_that_lies_in_no_run_leaves_the_defaults(tmp_path, checkpoint):
     (tmp_path / checkpoint).rename(tmp_path / "copied")
     found, sentence = inherit(dict(adapter=str(tmp_path / "copied")))
-    assert (
-        found == dict(adapter=str(tmp_path / "copied"))
-        and "lies in no run; the defaults hold" in sentence
-    )
+    assert found == dict(adapter=str(tmp_path / "copied"))
+    assert "lies in no run; the defaults hold" in sentence
 
 
 @pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "\0"])

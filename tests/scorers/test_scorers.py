@@ -64,7 +64,10 @@ TINY = dict(
     vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8),
     text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
 )
-box = lambda *b: Target(b, (0, 0))
+
+
+def box(*b):
+    return Target(b, (0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +85,12 @@ def samples():
 
 def test_embedded_on_held_out_scenes(clip):
     found = preferences(clip, range(VAL + 300, VAL + 360))
-    assert found["targets"]["n"] == 60 and found["things"]["n"] > 200
+    assert found["targets"]["n"] == 60
+    assert found["things"]["n"] > 200
     for kind, q in found.items():
-        assert q["whole"] >= 0.9 and q["other"] >= 0.9 and q["refused"] >= 0.8, (kind, q)
+        assert q["whole"] >= 0.9, (kind, q)
+        assert q["other"] >= 0.9, (kind, q)
+        assert q["refused"] >= 0.8, (kind, q)
 
 
 def test_weights_are_small_and_half_precision():
@@ -98,7 +104,8 @@ def test_weights_are_small_and_half_precision():
 
 
 def test_it_is_open_clips_own_class_in_float32(clip):
-    assert type(clip.model) is open_clip.CLIP and not clip.model.training
+    assert type(clip.model) is open_clip.CLIP
+    assert not clip.model.training
     assert {p.dtype for p in clip.model.parameters()} == {torch.float32}
 
 
@@ -107,7 +114,10 @@ def test_what_a_policy_says_of_a_target(clip, samples):
     won = []
     for i in range(40):
         p = draw_problem(VAL + 100 + i)
-        size = lambda t: f"a {t.size} {t.colour} {t.shape}"
+
+        def size(t):
+            return f"a {t.size} {t.colour} {t.shape}"
+
         s = similarities(
             clip,
             [p.sample("x")],
@@ -131,7 +141,8 @@ def test_cosines_are_positive(clip, samples):
             for t in map(draw_problem, range(VAL, VAL + 4))
         ],
     )
-    assert min(s.s1.min(), s.s2.min()) > 0 and max(s.s1.max(), s.s2.max()) < 1
+    assert min(s.s1.min(), s.s2.min()) > 0
+    assert max(s.s1.max(), s.s2.max()) < 1
 
 
 # Vectors
@@ -139,12 +150,10 @@ def test_cosines_are_positive(clip, samples):
 
 def test_vectors_are_unit_and_need_no_gradient(clip, samples):
     for v in clip.images([s.image for s in samples]), clip.texts(["a red ball", "the blue star"]):
-        assert (
-            v.dtype == torch.float32
-            and v.shape[1] == 128
-            and not v.requires_grad
-            and torch.allclose(v.norm(dim=1), torch.ones(len(v)), atol=1e-5)
-        )
+        assert v.dtype == torch.float32
+        assert v.shape[1] == 128
+        assert not v.requires_grad
+        assert torch.allclose(v.norm(dim=1), torch.ones(len(v)), atol=1e-5)
 
 
 def test_vectors_are_open_clips(clip, samples):
@@ -154,9 +163,8 @@ def test_vectors_are_open_clips(clip, samples):
             clip.preprocess(Image.fromarray(samples[0].image))[None], normalize=True
         )
         text = clip.model.encode_text(clip.tokenizer(["the red ball"]), normalize=True)
-    assert torch.allclose(image, clip.images([samples[0].image]), atol=1e-5) and torch.allclose(
-        text, clip.texts(["the red ball"]), atol=1e-5
-    )
+    assert torch.allclose(image, clip.images([samples[0].image]), atol=1e-5)
+    assert torch.allclose(text, clip.texts(["the red ball"]), atol=1e-5)
 
 
 def test_company_does_not_matter(clip, samples):
@@ -165,9 +173,8 @@ def test_company_does_not_matter(clip, samples):
     pictures = [s.image for s in samples] * 2
     assert torch.allclose(clip.images(pictures[::-1]), alone.images(pictures).flip(0), atol=1e-5)
     words = [f"the {c} ball" for c in ("red", "blue", "green")] * 30
-    assert torch.allclose(clip.texts(words), alone.texts(words), atol=1e-5) and clip.texts(
-        words
-    ).shape == (90, 128)
+    assert torch.allclose(clip.texts(words), alone.texts(words), atol=1e-5)
+    assert clip.texts(words).shape == (90, 128)
 
 
 def test_nothing_in_nothing_out(clip):
@@ -202,12 +209,11 @@ def test_each_content_is_encoded_once():
     scorer, rng = counted(), np.random.default_rng(0)
     a, b = rng.integers(0, 255, (2, 4, 4, 3), dtype=np.uint8)
     first = scorer.images([a, b, a.copy()])
-    assert (
-        scorer.model.seen == [2]
-        and torch.equal(first[0], first[2])
-        and not torch.equal(first[0], first[1])
-    )
-    assert torch.equal(scorer.images([b, a]), first[[1, 0]]) and scorer.model.seen == [2]
+    assert scorer.model.seen == [2]
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(scorer.images([b, a]), first[[1, 0]])
+    assert scorer.model.seen == [2]
 
 
 def test_same_bytes_in_another_shape_are_another_picture():
@@ -233,10 +239,10 @@ def test_the_cache_is_bounded_and_never_wrong():
         p + np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * i for i, p in enumerate(pictures)
     ]
     once = scorer.images(pictures)
-    assert len(scorer._kept) == 3 and scorer.model.seen == [2] * 4
-    assert (
-        torch.equal(scorer.images(pictures[::-1]), once.flip(0)) and sum(scorer.model.seen) == 8 + 5
-    )
+    assert len(scorer._kept) == 3
+    assert scorer.model.seen == [2] * 4
+    assert torch.equal(scorer.images(pictures[::-1]), once.flip(0))
+    assert sum(scorer.model.seen) == 8 + 5
 
 
 def test_pictures_of_a_step_are_encoded_once(clip, samples):
@@ -268,11 +274,9 @@ def test_long_text_is_the_mean_of_its_windows(clip, samples):
     long = "the red ball " * 30 + "a small blue star " * 30
     whole = similarities(clip, samples[:1], [[long]])
     parts = similarities(clip, samples[:1], [clip.windows(long)])
-    assert (
-        len(clip.windows(long)) == 3
-        and torch.allclose(whole.s1, parts.s1.mean(1, keepdim=True), atol=1e-5)
-        and whole.tokens.item() == 212
-    )
+    assert len(clip.windows(long)) == 3
+    assert torch.allclose(whole.s1, parts.s1.mean(1, keepdim=True), atol=1e-5)
+    assert whole.tokens.item() == 212
 
 
 @pytest.mark.parametrize(
@@ -299,18 +303,17 @@ def test_long_text_is_the_mean_of_its_windows(clip, samples):
 )
 def test_any_text_has_a_score(clip, samples, text):
     s = similarities(clip, samples[:1], [[text]])
-    assert (
-        torch.isfinite(s.s1).all()
-        and torch.isfinite(s.s2).all()
-        and s.tokens.item() == (clip.tokens(text) if text else 0)
-    )
+    assert torch.isfinite(s.s1).all()
+    assert torch.isfinite(s.s2).all()
+    assert s.tokens.item() == (clip.tokens(text) if text else 0)
     assert torch.isfinite(discriminative(s.s1, s.s2, "binary", s.tokens)).all()
 
 
 @settings(max_examples=60)
 @given(text=st.text(max_size=200))
 def test_no_text_raises(clip, text):
-    assert clip.tokens(text) >= 2 and torch.isfinite(clip.texts(clip.windows(text))).all()
+    assert clip.tokens(text) >= 2
+    assert torch.isfinite(clip.texts(clip.windows(text))).all()
 
 
 def test_tokenizer_knows_the_words_and_the_bytes(clip):
@@ -318,19 +321,16 @@ def test_tokenizer_knows_the_words_and_the_bytes(clip):
         for word in draw_problem(VAL + i).question.text.replace(",", "").split():
             assert clip.tokens(word) == 3, word
     assert clip.tokenizer.decode(clip._ids("grün ☺ xyz")).split() == ["grün", "☺", "xyz"]
-    assert (
-        clip.tokenizer(["x"]).shape == (1, 77)
-        and clip.tokenizer.vocab_size == clip.model.vocab_size
-    )
+    assert clip.tokenizer(["x"]).shape == (1, 77)
+    assert clip.tokenizer.vocab_size == clip.model.vocab_size
 
 
 def test_merges_are_repeatable(tmp_path):
     texts = [draw_problem(i).question.text for i in range(50)]
     assert make_merges(texts) == make_merges(texts)
     a, b = (write_merges(tmp_path / name, make_merges(texts)) for name in "ab")
-    assert (tmp_path / "a" / MERGES).read_bytes() == (
-        tmp_path / "b" / MERGES
-    ).read_bytes() and a.encoder == b.encoder
+    assert (tmp_path / "a" / MERGES).read_bytes() == (tmp_path / "b" / MERGES).read_bytes()
+    assert a.encoder == b.encoder
     assert all(len(a.encode(w)) == 1 for t in texts for w in t.replace(",", "").split())
 
 
@@ -339,9 +339,8 @@ def test_merges_are_repeatable(tmp_path):
 
 def test_region_by_hand():
     image = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(5, 6, 3)
-    assert np.array_equal(
-        target_crop(image, [box(1, 2, 3, 4)]), image[2:5, 1:4]
-    ) and np.array_equal(target_crop(image, [box(0, 0, 5, 4)]), image)
+    assert np.array_equal(target_crop(image, [box(1, 2, 3, 4)]), image[2:5, 1:4])
+    assert np.array_equal(target_crop(image, [box(0, 0, 5, 4)]), image)
     assert np.array_equal(target_crop(image, [box(0, 0, 1, 1), box(4, 3, 4, 3)]), image[0:4, 0:5])
     assert target_crop(image, []) is image
 
@@ -353,7 +352,8 @@ wild = st.one_of(st.integers(-(10**6), 10**6), st.floats(), st.just(10**400))
 def test_any_box_gives_a_crop(boxes):
     image = np.zeros((7, 9, 3), np.uint8)
     h, w, _ = target_crop(image, [Target(b, (0, 0)) for b in boxes]).shape
-    assert 1 <= h <= 7 and 1 <= w <= 9
+    assert 1 <= h <= 7
+    assert 1 <= w <= 9
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,8 @@ def test_degenerate_boxes_score(clip, samples, b):
 
 def test_without_targets_no_caption_wins(clip, samples):
     s = similarities(clip, [replace(samples[0], targets=())], [["a red ball", "the blue star"]])
-    assert torch.equal(s.s1, s.s2) and discriminative(s.s1, s.s2).sum() == 0
+    assert torch.equal(s.s1, s.s2)
+    assert discriminative(s.s1, s.s2).sum() == 0
 
 
 # s1 and s2
@@ -385,9 +386,8 @@ def test_similarities_by_hand(clip, samples):
                 clip.texts([text])[0],
                 clip.images([target_crop(samples[i].image, samples[i].targets), samples[i].image]),
             )
-            assert s.s1[i, j].item() == pytest.approx(float(t @ roi), abs=1e-5) and s.s2[
-                i, j
-            ].item() == pytest.approx(float(t @ whole), abs=1e-5)
+            assert s.s1[i, j].item() == pytest.approx(float(t @ roi), abs=1e-5)
+            assert s.s2[i, j].item() == pytest.approx(float(t @ whole), abs=1e-5)
     assert s.tokens.tolist() == [[5, 0, 0], [6, 5, 3]]
 
 
@@ -399,7 +399,9 @@ def test_a_missing_or_endless_caption_earns_nothing(clip, samples):
 
 def test_all_captions_missing(clip, samples):
     s = similarities(clip, samples[:2], [[None], [""]])
-    assert s.s1.eq(0).all() and s.tokens.eq(0).all() and s.s1.shape == (2, 1)
+    assert s.s1.eq(0).all()
+    assert s.tokens.eq(0).all()
+    assert s.s1.shape == (2, 1)
 
 
 # Loading
@@ -426,7 +428,8 @@ def test_a_checkpoint_under_its_models_name(tiny, samples):
         )
     assert torch.allclose(scorer.texts(["a photo of a cat"]), want, atol=1e-5)
     s = similarities(scorer, samples[:2], [["a cat"], ["a dog " * 90]])
-    assert torch.isfinite(s.s1).all() and s.tokens.tolist() == [[4], [182]]
+    assert torch.isfinite(s.s1).all()
+    assert s.tokens.tolist() == [[4], [182]]
     assert len(scorer.images([np.zeros((1, 90, 3), np.uint8)])) == 1
 
 
@@ -461,11 +464,9 @@ def test_a_folder_with_a_tokenizer_of_the_hub(tmp_path, samples):
         tmp_path / SCORER_FILES[1],
     )
     scorer, long = load_scorer(str(tmp_path), device="cpu"), "the red ball " * 40
-    assert (
-        scorer.tokens("the red ball") == 5
-        and scorer.tokens(long) == 122
-        and " ".join(w.strip() for w in scorer.windows(long)) == long.strip()
-    )
+    assert scorer.tokens("the red ball") == 5
+    assert scorer.tokens(long) == 122
+    assert " ".join(w.strip() for w in scorer.windows(long)) == long.strip()
     assert torch.isfinite(similarities(scorer, samples[:1], [["the red ball", long]]).s1).all()
 
 
@@ -482,18 +483,18 @@ def test_openais_tag_asks_for_quickgelu(monkeypatch):
         asked.clear()
         with pytest.raises(ValueError, match="no network"):
             load_scorer(f"ViT-B-32:{tag}")
-        assert (
-            asked["pretrained"] == tag
-            and asked["model"] == "ViT-B-32"
-            and asked.get("force_quick_gelu") is quick
-        )
+        assert asked["pretrained"] == tag
+        assert asked["model"] == "ViT-B-32"
+        assert asked.get("force_quick_gelu") is quick
 
 
 def one_sentence(name, error, *words):
     with pytest.raises(error) as e:
         load_scorer(name, device="cpu")
     said = str(e.value)
-    assert "\n" not in said and len(said) < 420 and all(w in said for w in words), said
+    assert "\n" not in said, said
+    assert len(said) < 420, said
+    assert all(w in said for w in words), said
 
 
 @pytest.mark.parametrize(
@@ -554,9 +555,10 @@ def test_corrupt_folder(tmp_path, name):
 
 red, blue = SceneObject("ball", "red", 50, 50, 25), SceneObject("star", "blue", 150, 150, 14)
 small = replace(red, r=14.0, x=90)
-shows = lambda *things: ScorerPicture(
-    np.zeros((SCORER_SIZE, SCORER_SIZE, 3), np.uint8), things, things
-)
+
+
+def shows(*things):
+    return ScorerPicture(np.zeros((SCORER_SIZE, SCORER_SIZE, 3), np.uint8), things, things)
 
 
 def test_what_is_true_of_which_picture():
@@ -571,9 +573,8 @@ def test_what_is_true_of_which_picture():
         caption_fit(captions, pictures),
         torch.tensor([[1, 0, 1, 0.05], [0, 1, 0, 0.05], [1, 0, 1, 0.05], [0, 0, 0, 1]]),
     ), "its own picture always counts"
-    assert caption_fit(captions[2:3], [shows(red)]).item() == 1 and caption_fit(
-        [captions[2], captions[1]], [shows(red), shows(small)]
-    )[0].tolist() == [1, 0]
+    assert caption_fit(captions[2:3], [shows(red)]).item() == 1
+    assert caption_fit([captions[2], captions[1]], [shows(red), shows(small)])[0].tolist() == [1, 0]
 
 
 def test_captions_are_true():
@@ -582,12 +583,11 @@ def test_captions_are_true():
         page = draw_page(seed)
         for picture in (page.whole, *page.each, page.two):
             c = draw_caption(rng, page, picture)
-            assert (
-                set(c.named) == set(picture.named) <= set(picture.inside)
-                and "a orange" not in c.text
-            )
+            assert set(c.named) == set(picture.named) <= set(picture.inside)
+            assert "a orange" not in c.text
             for t in c.named:
-                assert t.colour in c.text and t.shape in c.text
+                assert t.colour in c.text
+                assert t.shape in c.text
             if c.sized:
                 assert all(t.size in c.text for t in c.named)
 
@@ -595,9 +595,8 @@ def test_captions_are_true():
 def test_a_page_is_what_the_scorer_will_see(clip):
     page = draw_page(WARM_START)
     p = page.puzzle
-    assert np.array_equal(
-        page.whole.pixels, preprocess_picture(p.scene.picture())
-    ) and page.whole.pixels.shape == (SCORER_SIZE, SCORER_SIZE, 3)
+    assert np.array_equal(page.whole.pixels, preprocess_picture(p.scene.picture()))
+    assert page.whole.pixels.shape == (SCORER_SIZE, SCORER_SIZE, 3)
     target = Target.of(p.scene.masks()[0])
     assert np.array_equal(
         page.each[0].pixels, preprocess_picture(target_crop(p.scene.picture(), [target]))
@@ -624,11 +623,9 @@ def test_loss_prefers_the_truth():
 def test_lessons_are_pairs():
     rng, pages = np.random.default_rng(0), [draw_page(WARM_START + i) for i in range(3)]
     captions, pictures = draw_scorer_batch(rng, pages, 2, 2)
-    assert (
-        len(captions) == len(pictures)
-        and 6 <= len(captions) <= 8
-        and all(set(c.named) == set(p.named) for c, p in zip(captions, pictures))
-    )
+    assert len(captions) == len(pictures)
+    assert 6 <= len(captions) <= 8
+    assert all(set(c.named) == set(p.named) for c, p in zip(captions, pictures))
 
 
 def test_training_is_repeatable_and_learns(tmp_path):
@@ -646,7 +643,10 @@ def test_training_is_repeatable_and_learns(tmp_path):
         return rows, (tmp_path / name / SCORER_FILES[1]).read_bytes()
 
     (a, wa), (b, wb), (c, _) = figures("a", 0), figures("b", 0), figures("c", 1)
-    assert a == b and wa == wb and a != c and a[-1]["loss"] < a[0]["loss"]
+    assert a == b
+    assert wa == wb
+    assert a != c
+    assert a[-1]["loss"] < a[0]["loss"]
 
 
 def test_experiment_makes_a_scorer(tmp_path):
@@ -702,9 +702,8 @@ def test_caption_of(text, said):
 
 
 def test_ratio_by_hand():
-    assert similarity_ratio([0.3, 0.2], [0.2, 0.4]).tolist() == pytest.approx(
-        [1.5, 0.5]
-    ) and similarity_ratio([0.3, 0, 0.2], [0, 0, -0.5]).tolist() == pytest.approx([30, 0, 20])
+    assert similarity_ratio([0.3, 0.2], [0.2, 0.4]).tolist() == pytest.approx([1.5, 0.5])
+    assert similarity_ratio([0.3, 0, 0.2], [0, 0, -0.5]).tolist() == pytest.approx([30, 0, 20])
 
 
 def answered(i, text, tokens=5, **tags):
@@ -731,7 +730,8 @@ def test_rows_by_hand(clip, samples):
     ]
     kept = json.dumps(rows)
     found = discrimination_rows(clip, rows, samples, batch=3)
-    assert json.dumps(rows) == kept and [r["sample"] for r in found] == [r["sample"] for r in rows]
+    assert json.dumps(rows) == kept
+    assert [r["sample"] for r in found] == [r["sample"] for r in rows]
     s = similarities(
         clip,
         samples,
@@ -746,12 +746,10 @@ def test_rows_by_hand(clip, samples):
         assert (r["s1"], r["s2"], r["ts1"], r["ts2"]) == pytest.approx(
             (s.s1[i, 0].item(), s.s2[i, 0].item(), s.s1[i, 1].item(), s.s2[i, 1].item()), abs=1e-5
         )
-        assert r["snr"] == pytest.approx(r["s1"] / max(r["s2"], 0.01)) and r[
-            "tsnr"
-        ] == pytest.approx(r["ts1"] / max(r["ts2"], 0.01))
-    assert [r["caption_tokens"] for r in found] == [5, 5, 0, 92] and found[3]["s1"] == found[3][
-        "snr"
-    ] == 0 != found[3]["ts1"]
+        assert r["snr"] == pytest.approx(r["s1"] / max(r["s2"], 0.01))
+        assert r["tsnr"] == pytest.approx(r["ts1"] / max(r["ts2"], 0.01))
+    assert [r["caption_tokens"] for r in found] == [5, 5, 0, 92]
+    assert found[3]["s1"] == found[3]["snr"] == 0 != found[3]["ts1"]
     json.dumps(found)
 
 
@@ -761,14 +759,11 @@ def test_summary_by_hand():
         dict(s1=0.2, s2=0.4, snr=0.5, ts1=0.1, ts2=0.2, tsnr=0.5, caption_tokens=0),
     ]
     found = discrimination_table(rows)
-    assert (
-        [found[k] for k in DISCRIMINATION] == pytest.approx([30, 30, 1.25, 20, 25, 0.75])
-        and found["prefers"] == found["captions"] == 0.5
-        and found["n"] == 2
-    )
-    assert all(
-        lo <= found[k] <= hi for k in DISCRIMINATION for lo, hi in [found[f"{k}_ci"]]
-    ) and found["SNR_ci"] == pytest.approx([0.5, 2.0])
+    assert [found[k] for k in DISCRIMINATION] == pytest.approx([30, 30, 1.25, 20, 25, 0.75])
+    assert found["prefers"] == found["captions"] == 0.5
+    assert found["n"] == 2
+    assert all(lo <= found[k] <= hi for k in DISCRIMINATION for lo, hi in [found[f"{k}_ci"]])
+    assert found["SNR_ci"] == pytest.approx([0.5, 2.0])
 
 
 def test_samples_must_be_those_of_the_rows(clip, samples):
@@ -802,10 +797,8 @@ def test_strata_in_the_papers_order():
         ("logic", "hard"),
         ("new", "easy"),
     ]
-    assert (
-        list(split_strata(rows, ["difficulty"])) == [("easy",), ("medium",), ("hard",)]
-        and len(split_strata(rows, ["difficulty"])[("easy",)]) == 3
-    )
+    assert list(split_strata(rows, ["difficulty"])) == [("easy",), ("medium",), ("hard",)]
+    assert len(split_strata(rows, ["difficulty"])[("easy",)]) == 3
     assert list(split_strata([dict(tags={})], ["kind"])) == [(None,)]
 
 
@@ -822,21 +815,18 @@ def test_table_has_a_line_for_every_method_in_every_stratum():
         ("hard", "seg_zero", "2"),
         ("hard", "dpad", "2"),
     ]
-    assert (
-        t.rows[1][3].startswith("15.0 ± ")
-        and t.rows[2][5] == "30.0 ± 0.0"
-        and t.rows[1][5] == "–"
-        and t.head[:4] == ["difficulty", "method", "n", "tokens"]
-    )
+    assert t.rows[1][3].startswith("15.0 ± ")
+    assert t.rows[2][5] == "30.0 ± 0.0"
+    assert t.rows[1][5] == "–"
+    assert t.head[:4] == ["difficulty", "method", "n", "tokens"]
 
 
 def test_scatter_shows_every_sample_and_the_band():
     rows = [answered(i, "", tokens=t) for i, t in enumerate((2, 4, 9))]
     ax = token_strata_plot(dict(dpad=rows), by=["difficulty"]).axes[0]
     dots, band, line = ax.collections
-    assert (
-        sorted(dots.get_offsets()[:, 1].tolist()) == [2, 4, 9] and line.get_segments()[0][0][1] == 5
-    )
+    assert sorted(dots.get_offsets()[:, 1].tolist()) == [2, 4, 9]
+    assert line.get_segments()[0][0][1] == 5
     assert sorted({round(y, 6) for y in band.get_paths()[0].vertices[:, 1]}) == pytest.approx(
         [5 - np.std([2, 4, 9]), 5 + np.std([2, 4, 9])], abs=1e-5
     )
@@ -851,4 +841,5 @@ def test_scatter_shows_every_sample_and_the_band():
         )
         == 2
     )
-    assert token_strata_plot({}).axes and similarity_scatter({}).axes
+    assert token_strata_plot({}).axes
+    assert similarity_scatter({}).axes

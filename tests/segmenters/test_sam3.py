@@ -87,28 +87,21 @@ PHRASES = [
 
 def test_many_phrases_cost_one_look_and_draw_what_each_draws_alone(sam3, image, looks):
     masks = sam3.masks(image, PHRASES)
-    assert (
-        looks == [1]
-        and all(m.shape == image.shape[:2] and m.dtype == bool for m in masks)
-        and len(masks) == len(PHRASES) > sam3.batch
-    )
+    assert looks == [1]
+    assert all(m.shape == image.shape[:2] and m.dtype == bool for m in masks)
+    assert len(masks) == len(PHRASES) > sam3.batch
     looks.clear()
-    assert (
-        all(np.array_equal(m, sam3.masks(image, [p])[0]) for m, p in zip(masks, PHRASES))
-        and len(looks) == len(PHRASES) - 2
-    )
-    assert np.array_equal(
-        sam3.segment(image, PHRASES[:2]), masks[0] | masks[1]
-    ) and not np.array_equal(masks[0], masks[1])
+    assert all(np.array_equal(m, sam3.masks(image, [p])[0]) for m, p in zip(masks, PHRASES))
+    assert len(looks) == len(PHRASES) - 2
+    assert np.array_equal(sam3.segment(image, PHRASES[:2]), masks[0] | masks[1])
+    assert not np.array_equal(masks[0], masks[1])
 
 
 def test_nothing_said_nothing_drawn(sam3, image, looks):
-    assert (
-        sam3.masks(image, []) == []
-        and not np.any(sam3.masks(image, ["", " \n"]))
-        and not sam3.segment(image, []).any()
-        and looks == []
-    )
+    assert sam3.masks(image, []) == []
+    assert not np.any(sam3.masks(image, ["", " \n"]))
+    assert not sam3.segment(image, []).any()
+    assert looks == []
 
 
 def test_nothing_found_nothing_drawn(sam3, image):
@@ -130,14 +123,13 @@ def test_a_phrase_is_cut_behind_its_thirtieth_token(sam3, image):
     )
     a, b, c = sam3.masks(image, ["r" * 30, "r" * 30 + " and balls", "z" * 30])
     hook.remove()
-    assert (
-        read[0].shape == (3, 32)
-        and read[0][0].equal(read[0][1])
-        and read[0][:, 0].eq(start).all()
-        and read[0][:, -1].eq(end).all()
-        and read[0][:, 1:-1].ne(end).all()
-    )
-    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    assert read[0].shape == (3, 32)
+    assert read[0][0].equal(read[0][1])
+    assert read[0][:, 0].eq(start).all()
+    assert read[0][:, -1].eq(end).all()
+    assert read[0][:, 1:-1].ne(end).all()
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
 
 
 def test_a_phrase_that_spells_the_end_is_read_on(sam3, image):
@@ -168,9 +160,8 @@ def test_it_draws_what_the_processor_would(sam3, image):
     found = sam3.processor.post_process_instance_segmentation(out, target_sizes=[image.shape[:2]])[
         0
     ]
-    assert len(found["masks"]) == 8 and np.array_equal(
-        found["masks"].any(0).numpy(), sam3.masks(image, ["red ball"])[0]
-    )
+    assert len(found["masks"]) == 8
+    assert np.array_equal(found["masks"].any(0).numpy(), sam3.masks(image, ["red ball"])[0])
 
 
 def test_a_box_draws_one_of_the_instances(sam3, image, looks):
@@ -179,7 +170,9 @@ def test_a_box_draws_one_of_the_instances(sam3, image, looks):
         image,
         [*(Target(b, (60, 60)) for b in boxes), Target((200, 10, -5, 1e99), (float("nan"), 5))],
     )
-    assert looks == [1] and len(masks) == 4 and any(m.any() for m in masks)
+    assert looks == [1]
+    assert len(masks) == 4
+    assert any(m.any() for m in masks)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes):
         with torch.no_grad():
             out = sam3.model(
@@ -225,10 +218,8 @@ def test_what_of_an_answer_is_the_phrase(text, query, want):
 
 def test_a_segmenter_is_prompted_with_what_it_takes(sam3):
     text = format_response("x", "the mug", [Target((10, 20, 30, 40), (20, 30))])
-    assert (
-        segmenter_prompts(sam3, text, "q", 112, (224, 56)) == ["the mug"]
-        and segmenter_prompts(sam3, "", "q", 112, (9, 9)) == []
-    )
+    assert segmenter_prompts(sam3, text, "q", 112, (224, 56)) == ["the mug"]
+    assert segmenter_prompts(sam3, "", "q", 112, (9, 9)) == []
     (target,) = segmenter_prompts(load_segmenter("grabcut"), text, "q", 112, (224, 56))
     assert target.box == (20, 10, 60, 20)
 
@@ -278,7 +269,8 @@ def test_the_layouts_of_the_hub(folder, sam3, image, tmp_path):
     )
     want = sam3.masks(image, PHRASES[:2])
     for name in "shards", "video":
-        assert is_sam3(str(tmp_path / name)) and all(
+        assert is_sam3(str(tmp_path / name))
+        assert all(
             np.array_equal(a, b)
             for a, b in zip(
                 load_segmenter(str(tmp_path / name), "cpu").masks(image, PHRASES[:2]), want
@@ -292,12 +284,10 @@ def refused(name, *words):
     with pytest.raises(ValueError) as e:
         load_segmenter(str(name), device="cpu")
     said = str(e.value)
-    assert (
-        said.startswith("segmenter: ")
-        and "\n" not in said
-        and len(said) < 460
-        and all(w in said for w in (str(name), *words))
-    ), said
+    assert said.startswith("segmenter: "), said
+    assert "\n" not in said, said
+    assert len(said) < 460, said
+    assert all(w in said for w in (str(name), *words)), said
 
 
 def change(path, **values):
@@ -369,10 +359,10 @@ def answered(description, targets=OK, tokens=20):
 
 def test_drawn_reward_by_hand():
     earned = mask_reward([[0, 0.25], [0.5, 0.75]])
-    assert earned["accuracy"].tolist() == [[0, 0.75], [1.5, 2.25]] and earned[
-        "description"
-    ].tolist() == [[0, 0], [0, 1]]
-    assert mask_reward(1)["accuracy"] == 3 and mask_reward([])["accuracy"].shape == (0,)
+    assert earned["accuracy"].tolist() == [[0, 0.75], [1.5, 2.25]]
+    assert earned["description"].tolist() == [[0, 0], [0, 1]]
+    assert mask_reward(1)["accuracy"] == 3
+    assert mask_reward([])["accuracy"].shape == (0,)
 
 
 def test_terms_by_hand(folder, sam3, monkeypatch, looks):
@@ -393,7 +383,8 @@ def test_terms_by_hand(folder, sam3, monkeypatch, looks):
     )
     terms, total = replace(dr2seg_sam3, segmenter="there").reward(group, 112)
     shared = ratio(*iou(ball, star))
-    assert looks == [1] and list(terms) == [
+    assert looks == [1]
+    assert list(terms) == [
         "thinking_format",
         "answer_format",
         "non_repeat",
@@ -401,22 +392,17 @@ def test_terms_by_hand(folder, sam3, monkeypatch, looks):
         "description",
         "length",
     ]
-    assert (
-        terms["accuracy"].tolist() == pytest.approx([3, 3 * shared, 0, 0])
-        and terms["description"].tolist() == [1, shared > 0.5, 0, 0]
-        and terms["length"].tolist() == [1, 0.5, 0, 0]
-    )
-    assert terms["thinking_format"].tolist() == [1, 1, 0, 1] and total.tolist() == pytest.approx(
-        [8, (4 + 3 * shared + (shared > 0.5)) * 0.5, 0, 0]
-    )
+    assert terms["accuracy"].tolist() == pytest.approx([3, 3 * shared, 0, 0])
+    assert terms["description"].tolist() == [1, shared > 0.5, 0, 0]
+    assert terms["length"].tolist() == [1, 0.5, 0, 0]
+    assert terms["thinking_format"].tolist() == [1, 1, 0, 1]
+    assert total.tolist() == pytest.approx([8, (4 + 3 * shared + (shared > 0.5)) * 0.5, 0, 0])
     alone, total = replace(dr2seg_sam3_desc, segmenter="there").reward(
         replace(group, second=[None] * 4), 112
     )
-    assert (
-        alone == {k: alone[k] for k in terms if k != "length"}
-        and alone["accuracy"].equal(terms["accuracy"])
-        and total.tolist() == pytest.approx([8, 4 + 3 * shared + (shared > 0.5), 3, 2])
-    )
+    assert alone == {k: alone[k] for k in terms if k != "length"}
+    assert alone["accuracy"].equal(terms["accuracy"])
+    assert total.tolist() == pytest.approx([8, 4 + 3 * shared + (shared > 0.5), 3, 2])
     nothing = Group(replace(sample, targets=()), [answered(None), answered(None, [])], [None] * 2)
     assert replace(dr2seg_sam3, segmenter="there").reward(nothing, 112)[0]["accuracy"].tolist() == [
         0,
@@ -426,12 +412,10 @@ def test_terms_by_hand(folder, sam3, monkeypatch, looks):
 
 def test_other_recipes_ask_no_segmenter():
     asking = [r.name for r in METHODS.values() if r.segmenter]
-    assert (
-        asking == ["dr2seg_sam3_desc", "dr2seg_sam3"]
-        and all(METHODS[n].described for n in asking)
-        and dr2seg.described
-        and not dpad.described
-    )
+    assert asking == ["dr2seg_sam3_desc", "dr2seg_sam3"]
+    assert all(METHODS[n].described for n in asking)
+    assert dr2seg.described
+    assert not dpad.described
 
 
 # With everything else
@@ -463,12 +447,10 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
         run.metrics()[0],
         read_json(run.folder / "results.json"),
     )
-    assert (
-        run.status == "done"
-        and loaded == [1]
-        and row["tokens_second"] is not None
-        and {"before", "after"} <= set(results)
-    )
+    assert run.status == "done"
+    assert loaded == [1]
+    assert row["tokens_second"] is not None
+    assert {"before", "after"} <= set(results)
     data, n = {s.id: s for s in (MiniReasonSeg("train")[i] for i in range(64))}, 0
     for r in run.rollouts():
         n += (said := segmenter_phrase(r["first"]["text"])) != ""
@@ -478,7 +460,8 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
         assert r["terms"]["accuracy"] == pytest.approx(
             3 * ratio(*iou(sam3.masks(sample.image, [said])[0], sample.mask))
         )
-    assert n and row["accuracy"] == pytest.approx(row["terms"]["accuracy"] / 3)
+    assert n
+    assert row["accuracy"] == pytest.approx(row["terms"]["accuracy"] / 3)
 
 
 def test_what_is_missing_is_said_before_anything_starts(folder, tmp_path, monkeypatch, capsys):
@@ -504,11 +487,9 @@ def test_what_is_missing_is_said_before_anything_starts(folder, tmp_path, monkey
         )
         == 2
     )
-    assert (
-        "grabcut is not SAM 3" in (said := capsys.readouterr().err)
-        and said.count("\n") == 1
-        and not (tmp_path / "run").exists()
-    )
+    assert "grabcut is not SAM 3" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
     monkeypatch.setattr(MiniReasonSeg, "masked", False, raising=False)
     with pytest.raises(
         ValidationError,
@@ -530,24 +511,20 @@ def test_an_evaluation_draws_the_description_or_the_question(folder, sam3, tmp_p
         rows, data = read_jsonl(run.folder / "predictions.jsonl"), MiniReasonSeg("val")
         for i, r in enumerate(rows):
             said = segmenter_phrase(r["text"], r["query"])
-            assert np.array_equal(decode_rle(r["rle"]), sam3.segment(data[i].image, [said])) and (
-                not said or (said == r["query"]) == (recipe == "visionreasoner")
-            )
-        assert read_json(run.folder / "results.json")["n"] == 2 and any(
-            segmenter_phrase(r["text"], r["query"]) for r in rows
-        )
+            assert np.array_equal(decode_rle(r["rle"]), sam3.segment(data[i].image, [said]))
+            assert not said or (said == r["query"]) == (recipe == "visionreasoner")
+        assert read_json(run.folder / "results.json")["n"] == 2
+        assert any(segmenter_phrase(r["text"], r["query"]) for r in rows)
 
 
 def test_a_photograph(folder, sam3):
     image = MiniReasonSeg("val")[0].image
     found = segment_photo(image, MiniReasonSeg("val")[0].query, segmenter=str(folder))
     said = segmenter_phrase(found.response.text)
-    assert (
-        said
-        and len(found.targets) == 1
-        and np.array_equal(found.mask, sam3.segment(image, [said]))
-        and found.targets[0].mask[found.targets[0].point[::-1]]
-    )
+    assert said
+    assert len(found.targets) == 1
+    assert np.array_equal(found.mask, sam3.segment(image, [said]))
+    assert found.targets[0].mask[found.targets[0].point[::-1]]
     assert np.array_equal(
         segment_photo(image, box="0,0,223,199", segmenter=str(folder)).mask,
         sam3.segment(image, [Target((0, 0, 223, 199), (9, 9))]),

@@ -32,7 +32,10 @@ from dr2seg_lib.segmenters.loading import EMBEDDED_SEGMENTER, load_segmenter
 from dr2seg_lib.segmenters.sam2 import Sam2Segmenter, Sam2Size, save_sam2
 
 VAL = SPLIT_SEEDS["val"][0]
-overlap = lambda a, b: ratio(*iou(a, b))
+
+
+def overlap(a, b):
+    return ratio(*iou(a, b))
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +56,10 @@ def scene():
 
 def test_embedded_on_held_out_scenes(sam):
     exact, off = (object_ious(sam, range(VAL + 100, VAL + 114), jitter=j) for j in (0, 4))
-    assert (
-        len(exact) >= 60
-        and exact.mean() >= 0.9
-        and off.mean() >= 0.85
-        and (exact > 0.5).mean() > 0.98
-    )
+    assert len(exact) >= 60
+    assert exact.mean() >= 0.9
+    assert off.mean() >= 0.85
+    assert (exact > 0.5).mean() > 0.98
 
 
 def test_weights_are_small_and_half_precision():
@@ -72,9 +73,8 @@ def test_weights_are_small_and_half_precision():
 def test_masks_are_one_per_object_at_the_image_size(segmenter, scene):
     image, targets = scene
     masks = segmenter.masks(image, targets)
-    assert len(masks) == len(targets) and all(
-        m.shape == image.shape[:2] and m.dtype == bool for m in masks
-    )
+    assert len(masks) == len(targets)
+    assert all(m.shape == image.shape[:2] and m.dtype == bool for m in masks)
     assert np.array_equal(segmenter.segment(image, targets), np.any(masks, axis=0))
     assert all(overlap(m, t.mask) > 0.5 for m, t in zip(masks, targets))
 
@@ -91,7 +91,9 @@ def test_objects_do_not_depend_on_their_company(sam, scene):
 def test_no_objects_no_mask(segmenter, scene):
     assert segmenter.masks(scene[0], []) == []
     mask = segmenter.segment(scene[0], [])
-    assert mask.shape == (SIDE, SIDE) and mask.dtype == bool and not mask.any()
+    assert mask.shape == (SIDE, SIDE)
+    assert mask.dtype == bool
+    assert not mask.any()
 
 
 def test_image_that_is_not_square(segmenter, scene):
@@ -101,7 +103,8 @@ def test_image_that_is_not_square(segmenter, scene):
     whole = [t for t in targets if t.box[3] < SIDE - 48]
     assert whole
     for m, t in zip(segmenter.masks(low, whole), whole):
-        assert m.shape == low.shape[:2] and overlap(m, t.mask[: SIDE - 40]) > 0.5
+        assert m.shape == low.shape[:2]
+        assert overlap(m, t.mask[: SIDE - 40]) > 0.5
 
 
 def test_the_same_twice(segmenter, scene):
@@ -130,7 +133,10 @@ wild = st.one_of(st.integers(-(10**6), 10**6), st.floats(width=32), st.just(10**
 )
 def test_in_frame_holds_any_prompt(box, point, w, h):
     (x1, y1, x2, y2), (x, y) = clip_prompt(Target(box, point), (w, h))
-    assert 0 <= x1 <= x2 <= w - 1 and 0 <= y1 <= y2 <= h - 1 and 0 <= x <= w - 1 and 0 <= y <= h - 1
+    assert 0 <= x1 <= x2 <= w - 1
+    assert 0 <= y1 <= y2 <= h - 1
+    assert 0 <= x <= w - 1
+    assert 0 <= y <= h - 1
 
 
 @given(st.tuples(*[st.integers(0, 49)] * 4), st.tuples(*[st.integers(0, 49)] * 2))
@@ -174,7 +180,8 @@ def test_grabcut_takes_any_prompt_on_any_image(box, point, w, h, flat):
     (x1, y1, x2, y2), _ = clip_prompt(Target(box, point), (w, h))
     outside = np.ones((h, w), bool)
     outside[y1 : y2 + 1, x1 : x2 + 1] = False
-    assert mask.any() and not (mask & outside).any()
+    assert mask.any()
+    assert not (mask & outside).any()
 
 
 def test_grabcut_on_scenes():
@@ -188,10 +195,10 @@ def test_grabcut_gives_the_box_when_there_is_nothing_to_find():
 
 
 def test_names():
-    assert isinstance(load_segmenter("grabcut"), GrabCutSegmenter) and isinstance(
-        load_segmenter(device="cpu"), Sam2Segmenter
-    )
-    assert issubclass(GrabCutSegmenter, Segmenter) and issubclass(Sam2Segmenter, Segmenter)
+    assert isinstance(load_segmenter("grabcut"), GrabCutSegmenter)
+    assert isinstance(load_segmenter(device="cpu"), Sam2Segmenter)
+    assert issubclass(GrabCutSegmenter, Segmenter)
+    assert issubclass(Sam2Segmenter, Segmenter)
 
 
 @pytest.mark.parametrize("name", ["sam9", "sam3", "", "weights.pt"])
@@ -199,7 +206,8 @@ def test_unknown_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is not known; use embedded, grabcut, a hub id") as e:
         load_segmenter(name)
-    assert "\n" not in str(e.value) and repr(name) in str(e.value)
+    assert "\n" not in str(e.value)
+    assert repr(name) in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +265,8 @@ def test_missing_files(tmp_path):
             match=f"{name} is missing: make the segmenter's weights with .*warmstart_segmenter.ipynb",
         ) as e:
             load_segmenter(str(folder))
-        assert str(folder / name) in str(e.value) and "\n" not in str(e.value)
+        assert str(folder / name) in str(e.value)
+        assert "\n" not in str(e.value)
 
 
 def test_a_checkpoint_of_metas_under_its_own_name(tmp_path):
@@ -266,10 +275,8 @@ def test_a_checkpoint_of_metas_under_its_own_name(tmp_path):
     model = build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="cpu")
     torch.save({"model": model.state_dict()}, tmp_path / "sam2.1_hiera_tiny.pt")
     sam = load_segmenter(str(tmp_path / "sam2.1_hiera_tiny.pt"), device="cpu")
-    assert (
-        sam.predictor._bb_feat_sizes == [(256, 256), (128, 128), (64, 64)]
-        and sam.predictor.model.image_size == 1024
-    )
+    assert sam.predictor._bb_feat_sizes == [(256, 256), (128, 128), (64, 64)]
+    assert sam.predictor.model.image_size == 1024
     assert sam.segment(
         np.zeros((40, 60, 3), np.uint8),
         [Target((5, 5, 30, 30), (9, 9)), Target((1, 1, 9, 9), (4, 4))],
@@ -293,14 +300,18 @@ def test_prompts_err_by_no_more_than_asked():
     rng, mask = np.random.default_rng(0), draw_problem(WARM_START).scene.masks()[0]
     true = Target.of(mask)
     errors = [np.abs(np.array(draw_prompt(mask, rng, jitter=4).box) - true.box) for _ in range(200)]
-    assert np.max(errors) == 4 and 0.2 < np.mean([not e.any() for e in errors]) < 0.4
+    assert np.max(errors) == 4
+    assert 0.2 < np.mean([not e.any() for e in errors]) < 0.4
     same = jitter_prompt(true, rng, 0)
-    assert same.box == true.box and same.point == true.point and same.mask is mask
+    assert same.box == true.box
+    assert same.point == true.point
+    assert same.mask is mask
 
 
 def test_batch_has_the_objects_of_its_scenes():
     images, prompts = draw_batch([WARM_START, WARM_START + 1], np.random.default_rng(0), objects=2)
-    assert len(images) == len(prompts) == 2 and all(len(some) == 2 for some in prompts)
+    assert len(images) == len(prompts) == 2
+    assert all(len(some) == 2 for some in prompts)
     for image, seed in zip(images, (WARM_START, WARM_START + 1)):
         assert np.array_equal(image, draw_problem(seed).scene.picture())
 
@@ -312,7 +323,8 @@ def test_overlap_loss_prefers_the_truth():
         overlap_loss(s * 20, truth).item()
         for s in (truth * 2 - 1, truth * 0 - 1, truth * 0 + 1, 1 - truth * 2)
     )
-    assert right < 1e-3 < min(empty, full) and max(empty, full) < inverse
+    assert right < 1e-3 < min(empty, full)
+    assert max(empty, full) < inverse
 
 
 def test_only_the_best_mask_is_drawn_at_full_resolution():
@@ -374,8 +386,11 @@ def test_training_is_repeatable_and_learns():
         return rows, model.state_dict()
 
     (a, wa), (b, wb), (c, _) = figures(0), figures(0), figures(1)
-    assert a == b and all(torch.equal(wa[k], wb[k]) for k in wa) and a != c
-    assert [r["step"] for r in a] == list(range(1, 7)) and a[-1]["loss"] < a[0]["loss"]
+    assert a == b
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    assert a != c
+    assert [r["step"] for r in a] == list(range(1, 7))
+    assert a[-1]["loss"] < a[0]["loss"]
 
 
 def test_experiment_makes_a_segmenter(tmp_path):

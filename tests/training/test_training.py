@@ -52,7 +52,10 @@ SMALL = dict(
     checkpoint_every=1,
 )
 TOGETHER = SMALL | dict(prompts=4, eval_samples=5, record=4)
-timeless = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+
+
+def timeless(row):
+    return {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +97,8 @@ def test_rows_and_records_hold_what_the_contract_says(whole):
         "description",
         "length",
     }
-    assert "".join(record["first"]["tokens"]) == record["first"]["text"] and len(
-        record["first"]["entropy"]
-    ) == len(record["first"]["tokens"])
+    assert "".join(record["first"]["tokens"]) == record["first"]["text"]
+    assert len(record["first"]["entropy"]) == len(record["first"]["tokens"])
     t = record["terms"]
     assert record["reward"] == pytest.approx(
         (
@@ -108,7 +110,8 @@ def test_rows_and_records_hold_what_the_contract_says(whole):
         )
         * t["length"]
     )
-    assert len(whole.rollouts()) == 2 * 2 * 3 and whole.info["frame"] == 112
+    assert len(whole.rollouts()) == 2 * 2 * 3
+    assert whole.info["frame"] == 112
 
 
 @pytest.mark.parametrize(
@@ -131,12 +134,12 @@ def test_resume_is_bit_exact(settings, tmp_path):
     )
     save_checkpoint(tmp_path / "broken", 1, lambda d: save_state(policy, optimizer, d))
     resumed = train(config, tmp_path / "broken", resume=True)
-    assert timeless(row) == timeless(unbroken.metrics()[0]) and timeless(
-        resumed.metrics()[0]
-    ) == timeless(unbroken.metrics()[1])
+    assert timeless(row) == timeless(unbroken.metrics()[0])
+    assert timeless(resumed.metrics()[0]) == timeless(unbroken.metrics()[1])
     for path in latest_checkpoint(unbroken.folder).glob("*.safetensors"):
         a, b = load_file(str(path)), load_file(str(latest_checkpoint(resumed.folder) / path.name))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_chunks_change_memory_only(tmp_path):
@@ -148,9 +151,8 @@ def test_chunks_change_memory_only(tmp_path):
         )
         for c in (1, 2)
     ]
-    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4) and rows[0][
-        "loss"
-    ] == pytest.approx(rows[1]["loss"], abs=1e-6)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -163,27 +165,34 @@ def alone(tmp_path_factory):
 )
 def test_two_processes_give_the_metrics_of_one(tmp_path, alone, memory):
     one, two = alone, train(TrainConfig(**TOGETHER | memory | dict(processes=2)), tmp_path / "two")
-    numbers = lambda row: (
-        {k: v for k, v in row.items() if isinstance(v, float) and k != "tokens_per_second"}
-        | row["terms"]
-    )
+
+    def numbers(row):
+        return {
+            k: v for k, v in row.items() if isinstance(v, float) and k != "tokens_per_second"
+        } | row["terms"]
+
     assert [numbers(r) for r in two.metrics()] == [
         pytest.approx(numbers(r), abs=1e-5) for r in one.metrics()
     ]
-    said = lambda run: [
-        (
-            r["step"],
-            r["sample"],
-            r["rollout"],
-            r["first"]["text"],
-            r["second"] and r["second"]["text"],
-        )
-        for r in run.rollouts()
-    ]
-    assert said(two) == said(one) and len(said(one)) == 2 * 4 * 3
+
+    def said(run):
+        return [
+            (
+                r["step"],
+                r["sample"],
+                r["rollout"],
+                r["first"]["text"],
+                r["second"] and r["second"]["text"],
+            )
+            for r in run.rollouts()
+        ]
+
+    assert said(two) == said(one)
+    assert len(said(one)) == 2 * 4 * 3
     for when in ("before", "after"):
         a, b = (read_json(run.folder / "results.json")[when] for run in (one, two))
-        assert a["n"] == b["n"] == 5 and a["gIoU"] == pytest.approx(b["gIoU"], abs=1e-5)
+        assert a["n"] == b["n"] == 5
+        assert a["gIoU"] == pytest.approx(b["gIoU"], abs=1e-5)
     a, b = (
         load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors"))
         for run in (one, two)
@@ -215,11 +224,9 @@ def test_stop_file_ends_after_the_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "log", log_then_stop)
     run = train(TrainConfig(**SMALL | dict(steps=5)), tmp_path / "run")
-    assert (
-        run.status == "interrupted"
-        and len(run.metrics()) == 1
-        and latest_checkpoint(run.folder).name == "step-000001"
-    )
+    assert run.status == "interrupted"
+    assert len(run.metrics()) == 1
+    assert latest_checkpoint(run.folder).name == "step-000001"
 
 
 def test_saved_adapter_is_plain_peft(whole):
@@ -228,9 +235,8 @@ def test_saved_adapter_is_plain_peft(whole):
     ours = Policy.load().load_adapter(latest_checkpoint(whole.folder))
     theirs = PeftModel.from_pretrained(Policy.load().model, str(latest_checkpoint(whole.folder)))
     a, b = ours.adapter.state_dict(), theirs.state_dict()
-    assert any("lora_B" in k and v.abs().sum() > 0 for k, v in a.items()) and all(
-        torch.equal(a[k], b[k]) for k in a
-    )
+    assert any("lora_B" in k and v.abs().sum() > 0 for k, v in a.items())
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_user_recipe_trains_by_name(tmp_path):
@@ -242,11 +248,9 @@ def test_a_user_recipe_trains_by_name(tmp_path):
     finally:
         del METHODS["mine"]
     row = run.metrics()[0]
-    assert (
-        row["reward"] == pytest.approx(row["terms"]["accuracy"])
-        and row["tokens_second"] is None
-        and row["kl"] == 0
-    )
+    assert row["reward"] == pytest.approx(row["terms"]["accuracy"])
+    assert row["tokens_second"] is None
+    assert row["kl"] == 0
 
 
 MINE = """
@@ -292,7 +296,8 @@ def test_a_file_without_the_recipe_is_told(code, name, says, tmp_path):
 def test_questions_are_a_permutation_of_the_data():
     config, data = TrainConfig(prompts=4), list(range(8))
     epoch = [sample_batch(data, config, s)[0] for s in (1, 2)]
-    assert sorted(sum(epoch, [])) == data and sample_batch(data, config, 3)[0] != epoch[0]
+    assert sorted(sum(epoch, [])) == data
+    assert sample_batch(data, config, 3)[0] != epoch[0]
 
 
 class Worn(list):
@@ -315,9 +320,8 @@ def test_the_next_question_stands_in_for_a_broken_one(bad):
         samples, skipped = sample_batch(data, config, step)
         after = [i for i in order[4 * (step - 1) :] if i not in bad]
         assert samples == after[:4], "whatever was broken, a step starts at its own place"
-        assert set(skipped) <= {f"record {i} is broken; mend it." for i in bad} and bool(
-            skipped
-        ) == any(i in bad for i in order[4 * step - 4 : 4 * step])
+        assert set(skipped) <= {f"record {i} is broken; mend it." for i in bad}
+        assert bool(skipped) == any(i in bad for i in order[4 * step - 4 : 4 * step])
 
 
 def test_nothing_that_can_be_read_is_an_error_and_strict_is_at_once():
@@ -362,13 +366,14 @@ def test_a_run_goes_on_past_broken_records_and_tells_them(own, tmp_path):
         read_json(run.folder / "results.json"),
         [s for row in run.metrics() for s in row.get("skipped", [])],
     )
-    assert (
-        results["skipped"] == {told[0]: len(told)}
-        and "data.jsonl:3: the image cannot be decoded" in told[0]
-    )
-    assert results["before"]["n"] == results["after"]["n"] == 4 and results["after"]["broken"] == 1
+    assert results["skipped"] == {told[0]: len(told)}
+    assert "data.jsonl:3: the image cannot be decoded" in told[0]
+    assert results["before"]["n"] == results["after"]["n"] == 4
+    assert results["after"]["broken"] == 1
     (missed,) = [r for r in read_jsonl(run.folder / "predictions_after.jsonl") if "error" in r]
-    assert missed["iou"] == 0 and missed["sample"] == "#2" and "val-2.png" not in str(told)
+    assert missed["iou"] == 0
+    assert missed["sample"] == "#2"
+    assert "val-2.png" not in str(told)
 
     with Run.create(tmp_path / "broken", config.model_dump(), bar=False):
         pass
@@ -393,14 +398,10 @@ def test_one_text_a_file_is_drawn_anew_in_each_pass(tmp_path):
     config = TrainConfig(data=str(tmp_path), texts="one", prompts=4, eval_samples=0)
     data = load_data(config.data, "train")
     passes = [[s.query for s in sample_batch(data, config, step)[0]] for step in (1, 2, 3)]
-    assert (
-        all(sorted(q[0] for q in p) == list("0123") for p in passes)
-        and len({tuple(sorted(p)) for p in passes}) == 3
-    )
-    assert (
-        passes == [[s.query for s in sample_batch(data, config, step)[0]] for step in (1, 2, 3)]
-        and len(data) == 24
-    )
+    assert all(sorted(q[0] for q in p) == list("0123") for p in passes)
+    assert len({tuple(sorted(p)) for p in passes}) == 3
+    assert passes == [[s.query for s in sample_batch(data, config, step)[0]] for step in (1, 2, 3)]
+    assert len(data) == 24
     with pytest.raises(
         ValidationError,
         match='data: .* has no split "val"; use one of train. Name a set for the evaluation by eval_data',
@@ -452,7 +453,8 @@ def test_presets_are_the_papers_settings(tmp_path):
             Image.new("RGB", (8, 8)).save(folder / f"{i}.jpg")
             (folder / f"{i}.json").write_text(json.dumps(dict(text=["a", "b", "c"], shapes=[])))
     few = TrainConfig(**load_preset("reasonseg_few_shot", data=str(tmp_path)))
-    assert few.steps == 5 * 14 and (
+    assert few.steps == 5 * 14
+    assert (
         few.recipe,
         few.texts,
         few.anchor,
@@ -475,17 +477,16 @@ def test_presets_are_the_papers_settings(tmp_path):
     assert load_preset("reasonseg_few_shot", data=str(tmp_path), prompts=8)["steps"] == 5 * 29
     assert "steps" not in load_preset("reasonseg_few_shot", data=str(tmp_path), prompts="many")
     seven = TrainConfig(**load_preset("visionreasoner_7k", data="mini", eval_data="mini"))
-    assert seven.recipe == "dr2seg_desc" and seven.steps == len(load_data("mini", "train")) // 16
+    assert seven.recipe == "dr2seg_desc"
+    assert seven.steps == len(load_data("mini", "train")) // 16
     assert METHODS["dr2seg_desc"].total is sum_terms, "no length factor"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="lower lr"):
         train(TrainConfig(**SMALL | dict(lr=1e30, steps=4)), tmp_path / "run")
-    assert (
-        Run.open(tmp_path / "run").status == "failed"
-        and "lower lr" in read_json(tmp_path / "run/run.json")["error"]
-    )
+    assert Run.open(tmp_path / "run").status == "failed"
+    assert "lower lr" in read_json(tmp_path / "run/run.json")["error"]
 
 
 def test_bf16_weights_with_few_projections(tmp_path):
@@ -504,11 +505,9 @@ def test_bf16_weights_with_few_projections(tmp_path):
         tmp_path / "run",
     )
     saved = load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors"))
-    assert (
-        len(saved) == 4 * 2 * 2
-        and all(v.dtype == torch.float32 for v in saved.values())
-        and any("v_proj" in k and "lora_B" in k and v.any() for k, v in saved.items())
-    )
+    assert len(saved) == 4 * 2 * 2
+    assert all(v.dtype == torch.float32 for v in saved.values())
+    assert any("v_proj" in k and "lora_B" in k and v.any() for k, v in saved.items())
     with pytest.raises(ValidationError, match="bfloat16 would lose the small steps"):
         TrainConfig(dtype="bfloat16")
     with pytest.raises(ValidationError, match="targets"):
@@ -530,11 +529,9 @@ def test_every_method_of_the_field_trains(recipe, terms, tmp_path):
         tmp_path / "run",
     )
     row = run.metrics()[0]
-    assert (
-        set(row["terms"]) >= terms
-        and row["terms"]["thinking_format"] > 0.7 < row["terms"]["answer_format"]
-        and 0 < row["accuracy"] <= 1
-    )
+    assert set(row["terms"]) >= terms
+    assert row["terms"]["thinking_format"] > 0.7 < row["terms"]["answer_format"]
+    assert 0 < row["accuracy"] <= 1
     assert (row["tokens_second"] is not None) == recipe.startswith("dr2seg")
 
 
@@ -621,9 +618,8 @@ def garbage_after(path):
 def test_a_resume_goes_back_to_where_the_rows_are_whole(harm, goes_back_to, name, cut_off, ended):
     harm(cut_off / name)
     run = train(TrainConfig(**ENDED), cut_off, resume=True)
-    assert run.status == "done" and [timeless(r) for r in run.metrics()] == [
-        timeless(r) for r in ended.metrics()
-    ]
+    assert run.status == "done"
+    assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in ended.metrics()]
     assert run.rollouts() == ended.rollouts()
     same = [
         a == b
@@ -656,9 +652,8 @@ def test_a_run_of_an_older_version_goes_on(cut_off, ended):
     older(cut_off)
     without_last(cut_off / "metrics.jsonl")
     run = train(TrainConfig(**ENDED), cut_off, resume=True)
-    assert [timeless(r) for r in run.metrics()] == [
-        timeless(r) for r in ended.metrics()
-    ] and run.rollouts() == ended.rollouts()
+    assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in ended.metrics()]
+    assert run.rollouts() == ended.rollouts()
 
 
 @pytest.mark.parametrize(
@@ -767,16 +762,18 @@ def test_a_new_rate_is_in_force_after_a_resume(cut_off, ended):
     assert [r["lr"] for r in run.metrics()] == [
         pytest.approx(lr) for lr in (1e-3, 1e-3 * 2 / 3, 1e-5 / 3)
     ]
-    moved = lambda end: max(
-        float((end[k] - start[k]).abs().max()) for k in start if "norm" not in k
-    )
+
+    def moved(end):
+        return max(float((end[k] - start[k]).abs().max()) for k in start if "norm" not in k)
+
     assert moved(weights(run.folder)) == pytest.approx(
         moved(weights(ended.folder)) / 100, rel=0.1
     ), "AdamW moves by its rate"
     assert run.info["resumed"][0]["changed"] == dict(
         lr=[1e-3, 1e-5], norm_lr=[0.02, 2e-4], weight_decay=[0.01, 0.5]
     )
-    assert run.info["parameters"]["lr"] == 1e-5 and run.info["parameters"]["rank"] == 4
+    assert run.info["parameters"]["lr"] == 1e-5
+    assert run.info["parameters"]["rank"] == 4
     policy, recipe, optimizer, accelerator = build_training_state(slow)
     load_state(policy, optimizer, latest_checkpoint(run.folder))
     assert [(g["base"], g["weight_decay"]) for g in optimizer.param_groups] == [
@@ -850,7 +847,8 @@ def test_after_a_loss_that_is_no_number_the_run_goes_on_with_a_lower_rate(tmp_pa
         tmp_path / "run" / "checkpoints", ignore_errors=True
     )  # one with weights of 1e27 is finite, and of no use
     run = train(TrainConfig(**SMALL | dict(lr=1e-3, steps=4)), tmp_path / "run", resume=True)
-    assert run.status == "done" and [r["step"] for r in run.metrics()] == [1, 2, 3, 4]
+    assert run.status == "done"
+    assert [r["step"] for r in run.metrics()] == [1, 2, 3, 4]
     tame = train(TrainConfig(**SMALL | dict(lr=1e-3, steps=4)), tmp_path / "tame")
     assert [timeless(r) for r in run.metrics()] == [timeless(r) for r in tame.metrics()], (
         "nothing of the wild run is left"

@@ -111,7 +111,8 @@ def test_the_command_ends_well_and_reports(trained):
     out, code, _ = trained
     assert code == 0
     assert run_status(out) == "done"
-    assert (out / "report.html").is_file() and not (out / "error.log").exists()
+    assert (out / "report.html").is_file()
+    assert not (out / "error.log").exists()
 
 
 def test_the_report_draws_the_true_box_and_no_iou(trained):
@@ -122,8 +123,10 @@ def test_the_report_draws_the_true_box_and_no_iou(trained):
     assert len(re.findall(r'class="l-truth given"', rollouts)) == 4, (
         "one for each picture of two groups of two"
     )
-    assert "IoU –" in rollouts and not re.search(r"IoU \d", rollouts)
-    assert "l-missed" not in rollouts and "l-extra" not in rollouts
+    assert "IoU –" in rollouts
+    assert not re.search(r"IoU \d", rollouts)
+    assert "l-missed" not in rollouts
+    assert "l-extra" not in rollouts
     assert evaluated == (re.search(r"IoU \d", html) is not None), (
         "held-out samples with masks keep theirs"
     )
@@ -132,13 +135,15 @@ def test_the_report_draws_the_true_box_and_no_iou(trained):
 def test_the_inspector_shows_box_and_point(trained):
     out, _, _ = trained
     view = inspect(out)
-    assert view.shown["image"] and view.shown["truth"] is None and view.shown["note"] == ""
+    assert view.shown["image"]
+    assert view.shown["truth"] is None
+    assert view.shown["note"] == ""
     sample = view.run.sample("rollouts", 0)
     assert view.shown["given"][0]["box"] == pytest.approx(sample.targets[0].box, abs=0.06)
     answer = view.run.answer("rollouts", 0, 0)
-    assert (
-        answer["iou"] is None and answer["note"] == "" and sum(answer["runs"]) == SIZE[0] * SIZE[1]
-    )
+    assert answer["iou"] is None
+    assert answer["note"] == ""
+    assert sum(answer["runs"]) == SIZE[0] * SIZE[1]
     assert view.still()._repr_mimebundle_()[0]["image/png"]
     json.dumps(
         {k: v for k, v in view.get_state().items() if k in ("about", "index", "shown")},
@@ -149,6 +154,8 @@ def test_the_inspector_shows_box_and_point(trained):
 def test_ask_about_a_sample_without_masks(tmp_path):
     sample = open_data(write(tmp_path / "x.parquet", "vision_reasoner", 1), "train")[0]
     view = Playground(about=sample, max_new_tokens=8)
-    assert view.picture["truth"] is None and view.picture["given"][0]["box"]
+    assert view.picture["truth"] is None
+    assert view.picture["given"][0]["box"]
     view._asked(view, dict(ask="segment", box=sample.targets[0].box), [])
-    assert view.drawn["iou"] is None and view.still()._repr_mimebundle_()[0]["image/png"]
+    assert view.drawn["iou"] is None
+    assert view.still()._repr_mimebundle_()[0]["image/png"]

@@ -107,10 +107,12 @@ def pages(outcomes, what):
 
 def test_every_outcome_is_a_page_or_one_sentence(outcomes):
     said = [e for e in outcomes.values() if isinstance(e, Exception)]
-    assert len(outcomes) == N * len(PAGES) and said
+    assert len(outcomes) == N * len(PAGES)
+    assert said
     for e in said:
         text = str(e)
-        assert len(text) < 2000 and re.search(r"does not exist|; |has no figures", text), text
+        assert len(text) < 2000, text
+        assert re.search(r"does not exist|; |has no figures", text), text
 
 
 def test_the_report_and_the_views_are_made_of_every_folder(outcomes):
@@ -137,7 +139,8 @@ def test_html_is_whole_and_holds_no_script(outcomes):
     ]
     for html in found:
         page = Reader(html)
-        assert not page.open and not {"script", "iframe", "math", "object"} & set(page.tags)
+        assert not page.open
+        assert not {"script", "iframe", "math", "object"} & set(page.tags)
         assert all(
             link.startswith(("data:image/webp;base64,", "data:image/png;base64,", "#"))
             for link in page.links
@@ -195,7 +198,8 @@ def test_the_watch_sees_a_script_that_runs(tab, raw):
     found, noted = load(
         tab, f"<!doctype html><title>x</title><body><textarea></textarea><p>{raw}</p>"
     )
-    assert found["run"] and any("pwned" in n for n in noted)
+    assert found["run"]
+    assert any("pwned" in n for n in noted)
 
 
 @needs_browser
@@ -232,9 +236,10 @@ def test_nothing_runs_in_markdown(outcomes, tab):
             for line in text.splitlines()
             if line.startswith("|")
         ]
-        assert set(rows) == {len(COLUMN_TITLES) + 1} and tab.locator("tr").count() == len(
-            rows
-        ) - sum(line.startswith("| --- |") for line in text.splitlines())
+        assert set(rows) == {len(COLUMN_TITLES) + 1}
+        assert tab.locator("tr").count() == len(rows) - sum(
+            line.startswith("| --- |") for line in text.splitlines()
+        )
 
 
 VIEW = """([source, state]) => {
@@ -287,14 +292,10 @@ def test_nothing_runs_in_jupyterlab(tab, tmp_path):
             f"() => document.querySelectorAll('.dr2seg').length === {3 * len(folders)}"
         )
         page.wait_for_timeout(1000)
-        assert (
-            page.locator(".jp-RenderedMarkdown table").count() >= len(folders)
-            and page.locator(".jp-RenderedHTMLCommon table").count() > 0
-        )
-        assert (
-            not page.evaluate("() => window.__pwned !== undefined || document.title === 'pwned'")
-            and not noted
-        )
+        assert page.locator(".jp-RenderedMarkdown table").count() >= len(folders)
+        assert page.locator(".jp-RenderedHTMLCommon table").count() > 0
+        assert not page.evaluate("() => window.__pwned !== undefined || document.title === 'pwned'")
+        assert not noted
         assert page.evaluate(
             "() => [...document.querySelectorAll('.jp-OutputArea-output *')].every(e => [...e.attributes].every(a => !/^on/i.test(a.name)))"
         )
@@ -391,7 +392,8 @@ def test_a_name_in_latex_is_text():
     for word in hostile.WORDS:
         text = latex_text(word)
         bare = re.sub(r"\\[{}]", "", text)  # an escaped brace needs no other
-        assert "\n" not in text and bare.count("{") == bare.count("}")
+        assert "\n" not in text
+        assert bare.count("{") == bare.count("}")
         assert not re.search(r"(?<!\\)[&%#_]", text)
         assert not re.search(
             r"\\(?!textbackslash|textasciitilde|textasciicircum|textless|textgreater|[&%$#_{}])",
@@ -406,9 +408,11 @@ def test_a_string_for_a_number_is_named(tmp_path):
     files["results.json"]["after"]["gIoU"] = "much"
     hostile.write(tmp_path / "run", files)
     html = write_report(tmp_path / "run", cards=1).read_text()
-    assert "metrics.jsonl, line 2: field &#34;reward&#34; is" in html and "make it a number" in html
+    assert "metrics.jsonl, line 2: field &#34;reward&#34; is" in html
+    assert "make it a number" in html
     assert "results.json: field &#34;after.gIoU&#34; is &#39;much&#39;; make it a number" in html
-    assert 'id="training"' in html and "2 of 3 steps" in html
+    assert 'id="training"' in html
+    assert "2 of 3 steps" in html
     with pytest.raises(
         ValueError,
         match='results.json: field "after.gIoU" is .much.; make it a number, or leave the run out',
@@ -486,10 +490,8 @@ def test_looking_fetches_nothing(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     view = inspect(folder)
-    assert (
-        "someone/set is not on this disk, and looking fetches nothing" in view.shown["note"]
-        and view.shown["image"] is None
-    )
+    assert "someone/set is not on this disk, and looking fetches nothing" in view.shown["note"]
+    assert view.shown["image"] is None
     assert "photo-1" in write_report(folder, cards=1).read_text()
 
 
@@ -508,4 +510,5 @@ def test_split_and_cut_answers_are_told(tmp_path):
     assert "2.0 % of the answers were cut at 192 tokens; raise max_new_tokens" in html
     del files["results.json"]["cut"], files["results.json"]["evaluation"]["split_note"]
     html = write_report(hostile.write(tmp_path / "eval", files), cards=1).read_text()
-    assert "were cut" not in html and "held out" not in html
+    assert "were cut" not in html
+    assert "held out" not in html

@@ -81,9 +81,8 @@ def test_run_lengths_and_back(shape):
     rng = np.random.default_rng(shape[0])
     for mask in (rng.random(shape) < 0.5, np.zeros(shape, bool), np.ones(shape, bool)):
         lengths = row_run_lengths(mask)
-        assert (mask_from_runs(lengths, shape[::-1]) == mask).all() and all(
-            n > 0 for n in lengths[1:]
-        )
+        assert (mask_from_runs(lengths, shape[::-1]) == mask).all()
+        assert all(n > 0 for n in lengths[1:])
         assert json.loads(json.dumps(lengths)) == lengths
 
 
@@ -91,12 +90,10 @@ def test_large_pictures_shrink_with_everything_on_them():
     image, mask = np.zeros((600, 2400, 3), np.uint8), np.zeros((600, 2400), bool)
     mask[300:, 1200:] = True
     small = fit_picture(mask)
-    assert (
-        fit_picture(image).shape == (256, 1024, 3)
-        and small.dtype == bool
-        and small[128:, 512:].all()
-        and small.sum() == 128 * 512
-    )
+    assert fit_picture(image).shape == (256, 1024, 3)
+    assert small.dtype == bool
+    assert small[128:, 512:].all()
+    assert small.sum() == 128 * 512
     assert prompt_shapes([Target((1200, 300, 2399, 599), (1800, 450))], (2400, 600), (1024, 256))[
         0
     ]["box"][:2] == [512.0, 128.0]
@@ -110,10 +107,8 @@ def test_terms_make_the_reward(whole, other):
         for row in (r for g in it.groups["rollouts"] for r in g):
             paid = sum(v * row["terms"]["length"] for k, v in row["terms"].items() if k != "length")
             assert paid == pytest.approx(row["reward"])
-    assert (
-        factor_of([dict(terms=dict(a=1.0, b=-0.5), reward=0.5)]) == ""
-        and factor_of([dict(terms=dict(a=1.0, b=2.0), reward=7.0)]) is None
-    )
+    assert factor_of([dict(terms=dict(a=1.0, b=-0.5), reward=0.5)]) == ""
+    assert factor_of([dict(terms=dict(a=1.0, b=2.0), reward=7.0)]) is None
     assert (
         factor_of(
             [
@@ -146,11 +141,9 @@ def test_groups_and_fields(whole):
         "kind",
     } <= set(index)
     evaluation = field_columns(it.groups["evaluation"])
-    assert (
-        set(evaluation["when"]) == {"before", "after"}
-        and "iou" in evaluation
-        and "step" not in evaluation
-    )
+    assert set(evaluation["when"]) == {"before", "after"}
+    assert "iou" in evaluation
+    assert "step" not in evaluation
 
 
 def test_frame_of_the_policy(whole, tmp_path):
@@ -176,7 +169,8 @@ def test_what_a_model_says_is_escaped(tmp_path):
         shown = rollout_entry(dict(sample=BAD, query=BAD) | row, 0)
         for html in (shown[k] for k in ("first", "second", "description") if k in shown):
             page = Reader(html)
-            assert not page.open and not {"script", "img"} & set(page.tags)
+            assert not page.open
+            assert not {"script", "img"} & set(page.tags)
 
 
 # ---- folders that are not whole
@@ -186,11 +180,9 @@ def test_a_missing_file_is_said(whole, tmp_path):
     copied(whole, tmp_path)
     (tmp_path / "rollouts.jsonl").unlink()
     widget = inspect(tmp_path)
-    assert (
-        widget.about["missing"] == "Not shown: rollouts.jsonl is not there."
-        and widget.source == "evaluation"
-        and widget.shown["entries"]
-    )
+    assert widget.about["missing"] == "Not shown: rollouts.jsonl is not there."
+    assert widget.source == "evaluation"
+    assert widget.shown["entries"]
     (tmp_path / "run.json").unlink()
     assert (
         "run.json is not there; rollouts.jsonl is not there" in inspect(tmp_path).about["missing"]
@@ -206,13 +198,14 @@ def test_a_cut_file_is_said(whole, tmp_path):
     assert (
         widget.about["missing"]
         == "Not shown: run.json is not valid JSON; rollouts.jsonl, line 28 is cut short."
-        and widget.shown["entries"][0]["prompts"]
     )
+    assert widget.shown["entries"][0]["prompts"]
 
 
 def test_nothing_and_nowhere(tmp_path):
     widget = inspect(tmp_path)
-    assert widget.shown == {} and widget._repr_mimebundle_()[0]["image/png"].startswith(b"\x89PNG")
+    assert widget.shown == {}
+    assert widget._repr_mimebundle_()[0]["image/png"].startswith(b"\x89PNG")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; check"):
         inspect(tmp_path / "nowhere")
 
@@ -229,15 +222,11 @@ def test_a_picture_that_cannot_be_had(whole, tmp_path):
         | dict(data=str(tmp_path / "gone")),
     )
     widget = inspect(tmp_path)
-    assert (
-        widget.shown["image"] is None
-        and "the picture of photo-7 cannot be had" in widget.shown["note"]
-        and len(widget.shown["entries"]) == 8
-    )
-    assert (
-        widget.still()._repr_mimebundle_()[0]["image/png"]
-        and "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
-    )
+    assert widget.shown["image"] is None
+    assert "the picture of photo-7 cannot be had" in widget.shown["note"]
+    assert len(widget.shown["entries"]) == 8
+    assert widget.still()._repr_mimebundle_()[0]["image/png"]
+    assert "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
 
 
 def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
@@ -293,36 +282,35 @@ def test_a_thousand_rollouts_open_in_two_seconds(thousand):
     began = time.process_time()
     widget = inspect(thousand)
     opened = time.process_time() - began
-    assert len(widget.index["rollouts"]["group"]) == 1000 and opened < 2, f"{opened:.2f} s"
+    assert len(widget.index["rollouts"]["group"]) == 1000, f"{opened:.2f} s"
+    assert opened < 2, f"{opened:.2f} s"
     times = []
     for at in range(1, 30):
         began = time.process_time()
         widget.at = at
         times.append(time.process_time() - began)
-    assert widget.shown["at"] == 29 and max(times) < 0.2, f"{max(times):.3f} s"
+    assert widget.shown["at"] == 29, f"{max(times):.3f} s"
+    assert max(times) < 0.2, f"{max(times):.3f} s"
 
 
 def test_traits_and_messages(whole):
     widget, sent = inspect(whole), []
     widget.send = lambda content, buffers=None: sent.append(content)
     widget._asked(widget, dict(ask="mask", source="rollouts", at=1, rollout=2), [])
-    assert (
-        sent[0]["mask"] == "rollouts/1/2"
-        and sum(sent[0]["runs"]) == 224 * 224
-        and 0 <= sent[0]["iou"] <= 1
-    )
+    assert sent[0]["mask"] == "rollouts/1/2"
+    assert sum(sent[0]["runs"]) == 224 * 224
+    assert 0 <= sent[0]["iou"] <= 1
     assert ("rollouts", 1, 2) in widget.run.masks
     widget.rollout = 6
     widget.source = "evaluation"
-    assert widget.at == widget.rollout == 0 and [e["name"] for e in widget.shown["entries"]] == [
+    assert widget.at == widget.rollout == 0
+    assert [e["name"] for e in widget.shown["entries"]] == [
         "before",
         "after",
     ]
     stored = widget.run.groups["evaluation"][0][0]
-    assert (
-        widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
-        and encode_rle(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
-    )
+    assert widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
+    assert encode_rle(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
     widget.at = 10**6
     assert widget.shown["at"] == 15
     json.dumps(
@@ -334,10 +322,8 @@ def test_traits_and_messages(whole):
 def test_every_view_has_a_picture_for_where_no_widget_lives(whole, other):
     for widget in inspect(whole), Live(whole), compare([whole, other]):
         data, _ = widget._repr_mimebundle_()
-        assert (
-            data["image/png"].startswith(b"\x89PNG")
-            and "application/vnd.jupyter.widget-view+json" in data
-        )
+        assert data["image/png"].startswith(b"\x89PNG")
+        assert "application/vnd.jupyter.widget-view+json" in data
 
 
 def test_plain_html_shows_the_picture(whole):
@@ -424,26 +410,23 @@ def test_attention_of_every_word_of_a_pass(spoken):
     row = view.run.groups["rollouts"][0][0]
     told, grids = view.look("rollouts", 0, 0, "first")
     T = len(row["first"]["tokens"])
-    assert (
-        told["note"] == ""
-        and told["by"] == "the start's weights"
-        and told["size"] == (7, 7)
-        and len(told["share"]) == len(told["peak"]) == T
-        and len(grids) == T * 49
-    )
+    assert told["note"] == ""
+    assert told["by"] == "the start's weights"
+    assert told["size"] == (7, 7)
+    assert len(told["share"]) == len(told["peak"]) == T
+    assert len(grids) == T * 49
     shown = np.frombuffer(grids, np.uint8).reshape(T, 49)
-    assert (
-        (shown[1:].max(1) == 255).all()
-        and not shown[0].any()
-        and max(told["peak"]) == 1
-        and all(0 < s < 1 for s in told["share"][1:])
-    )
+    assert (shown[1:].max(1) == 255).all()
+    assert not shown[0].any()
+    assert max(told["peak"]) == 1
+    assert all(0 < s < 1 for s in told["share"][1:])
     said = [
         t for t, token in enumerate(row["first"]["tokens"]) if token.strip().isdigit()
     ]  # coordinates are read off the picture
     assert np.mean([told["share"][t] for t in said]) > np.mean(told["share"])
     began = time.process_time()
-    assert view.look("rollouts", 0, 0, "first")[1] == grids and time.process_time() - began < 0.05
+    assert view.look("rollouts", 0, 0, "first")[1] == grids
+    assert time.process_time() - began < 0.05
     assert view.look("rollouts", 1, 1, "first")[0]["by"] == "step 4's weights"
     json.dumps(told, allow_nan=False)
 
@@ -452,7 +435,8 @@ def test_attention_comes_within_two_seconds(spoken):
     view = inspect(spoken)
     view.look("rollouts", 0, 0, "first")
     began = time.process_time()
-    assert view.look("rollouts", 0, 1, "first")[0]["note"] == "" and time.process_time() - began < 2
+    assert view.look("rollouts", 0, 1, "first")[0]["note"] == ""
+    assert time.process_time() - began < 2
 
 
 def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
@@ -465,7 +449,8 @@ def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
     ):
         update_record(tmp_path, parameters=parameters | change)
         told, grids = inspect(tmp_path).look("rollouts", 0, 0, "first")
-        assert why in told["note"] and not grids
+        assert why in told["note"]
+        assert not grids
     update_record(tmp_path, parameters=parameters | dict(model="Qwen/Qwen2.5-VL-7B-Instruct"))
     assert inspect(tmp_path, policy="embedded").look("rollouts", 0, 0, "first")[0]["note"] == ""
 
@@ -480,9 +465,8 @@ def test_the_thread_that_looks_sends_what_it_saw(spoken):
         if sent:
             break
         time.sleep(0.1)
-    assert sent[0][0]["look"] == "rollouts/0/0/second" and len(sent[0][1][0]) == 49 * len(
-        sent[0][0]["share"]
-    )
+    assert sent[0][0]["look"] == "rollouts/0/0/second"
+    assert len(sent[0][1][0]) == 49 * len(sent[0][0]["share"])
 
 
 # ---- live
@@ -491,7 +475,8 @@ def test_the_thread_that_looks_sends_what_it_saw(spoken):
 def test_live_follows_and_stops(tmp_path):
     rng = np.random.default_rng(0)
     view = Live(tmp_path / "later", every=0.05)
-    assert view.state["status"] == "waiting" and view.thread.is_alive()
+    assert view.state["status"] == "waiting"
+    assert view.thread.is_alive()
     with Run.create(tmp_path / "later", dict(recipe="dr2seg", steps=9, seed=3), bar=False) as run:
         for step in range(1, 10):
             run.log(metrics(rng, step))
@@ -502,16 +487,12 @@ def test_live_follows_and_stops(tmp_path):
                 break
             time.sleep(0.1)
     view.thread.join(5)
-    assert (
-        step == 5
-        and view.columns["step"] == [1, 2, 3, 4, 5]
-        and view.state["status"] == "interrupted"
-        and not view.thread.is_alive()
-    )
-    assert (
-        set(view.columns) >= {"tokens", "kl", "terms.accuracy", "seconds.update"}
-        and "seconds.total" not in view.columns
-    )
+    assert step == 5
+    assert view.columns["step"] == [1, 2, 3, 4, 5]
+    assert view.state["status"] == "interrupted"
+    assert not view.thread.is_alive()
+    assert set(view.columns) >= {"tokens", "kl", "terms.accuracy", "seconds.update"}
+    assert "seconds.total" not in view.columns
 
 
 def test_curves_of_a_long_run_are_thinned():
@@ -519,11 +500,9 @@ def test_curves_of_a_long_run_are_thinned():
     rows = [metrics(rng, s) for s in range(1, 5001)]
     began = time.process_time()
     columns = training_columns(rows, 400)
-    assert (
-        time.process_time() - began < 1
-        and len(columns["step"]) == 400
-        and columns["step"][-1] == 5000
-    )
+    assert time.process_time() - began < 1
+    assert len(columns["step"]) == 400
+    assert columns["step"][-1] == 5000
     assert np.mean(columns["tokens"]) == pytest.approx(
         np.mean([r["tokens"] for r in rows]), rel=1e-2
     )
@@ -532,7 +511,8 @@ def test_curves_of_a_long_run_are_thinned():
 
 def test_a_finished_run_needs_no_thread(whole):
     view = live(whole)
-    assert view.state["status"] == "done" and not hasattr(view, "thread")
+    assert view.state["status"] == "done"
+    assert not hasattr(view, "thread")
     view.stop()
     assert not (whole / "stop").exists()
 
@@ -543,11 +523,9 @@ def test_a_finished_run_needs_no_thread(whole):
 def test_comparison(whole, other):
     view = compare([whole, other])
     page = Reader(view.html)
-    assert (
-        not page.open
-        and "dr2seg against visionreasoner" in view.html
-        and view.html.count("class=d2-chart") == 2
-    )
+    assert not page.open
+    assert "dr2seg against visionreasoner" in view.html
+    assert view.html.count("class=d2-chart") == 2
     a, b = (final_predictions(RunReader(f)) for f in (whole, other))
     won, lost = disagreements(a, b)
     assert len(won) + len(lost) == sum((x["iou"] >= 0.5) != (y["iou"] >= 0.5) for x, y in zip(a, b))
@@ -561,9 +539,8 @@ def test_comparison(whole, other):
 def test_seeds_make_a_band(whole, other, tmp_path):
     second = make_run(tmp_path / "dr2seg-2", steps=12, samples=16, seed=5)
     view = compare([whole, second, other])
-    assert {arm: len(v) for arm, v in view.arms.items()} == dict(
-        dr2seg=2, visionreasoner=1
-    ) and "the band their range" in view.html
+    assert {arm: len(v) for arm, v in view.arms.items()} == dict(dr2seg=2, visionreasoner=1)
+    assert "the band their range" in view.html
     assert set(compare(dict(one=[whole], two=[second])).arms) == {"one", "two"}
     assert list(compare([whole, second]).arms) == ["dr2seg-1", "dr2seg-2"]
     with pytest.raises(ValueError, match="two runs or more"):
@@ -573,11 +550,9 @@ def test_seeds_make_a_band(whole, other, tmp_path):
 def test_comparison_of_runs_that_are_not_whole(whole, tmp_path):
     (tmp_path / "empty").mkdir()
     view = compare([whole, tmp_path / "empty"])
-    assert (
-        "empty: Not shown: run.json is not there" in view.html
-        and "Fewer than two" in view.html
-        and not Reader(view.html).open
-    )
+    assert "empty: Not shown: run.json is not there" in view.html
+    assert "Fewer than two" in view.html
+    assert not Reader(view.html).open
 
 
 # ---- touch
@@ -596,12 +571,10 @@ def test_ask_describe_and_segment_within_two_seconds():
         began = time.process_time()
         said = view.ask()
         times.append(time.process_time() - began)
-    assert (
-        min(times) < 2
-        and view.first["tokens"] == said.think_tokens
-        and view.description == (said.parsed.description or "")
-        and view.drawn["by"] == "first pass"
-    )
+    assert min(times) < 2
+    assert view.first["tokens"] == said.think_tokens
+    assert view.description == (said.parsed.description or "")
+    assert view.drawn["by"] == "first pass"
     sample = view.sample
     for content, by in (
         (dict(ask="segment", box=sample.targets[0].box), "your box"),
@@ -610,14 +583,18 @@ def test_ask_describe_and_segment_within_two_seconds():
     ):
         began = time.process_time()
         view._asked(view, content, [])
-        assert time.process_time() - began < 2 and view.drawn["by"] == by
+        assert time.process_time() - began < 2
+        assert view.drawn["by"] == by
         if by == "your box":
             assert view.drawn["iou"] > 0.7
     began = time.process_time()
     view._asked(view, dict(ask="second", description="the yellow moon"), [])
-    assert time.process_time() - began < 2 and view.second["html"] and view.busy == ""
+    assert time.process_time() - began < 2
+    assert view.second["html"]
+    assert view.busy == ""
     view._asked(view, dict(ask="second", description=" "), [])
-    assert view.second == {} and view.busy == ""
+    assert view.second == {}
+    assert view.busy == ""
 
 
 def test_two_threads_ask_in_turn():
@@ -633,8 +610,10 @@ def test_two_threads_ask_in_turn():
         t.start()
     for t in threads:
         t.join(120)
-    assert len(said) == 2 and all(view.ask(q).text == text for q, text in said.items())
-    assert view.aside and not Playground(view.policy, about=2_000_049).aside
+    assert len(said) == 2
+    assert all(view.ask(q).text == text for q, text in said.items())
+    assert view.aside
+    assert not Playground(view.policy, about=2_000_049).aside
 
 
 def test_second_pass_is_that_of_the_rollout():
@@ -653,7 +632,8 @@ def test_second_pass_is_that_of_the_rollout():
         256,
         temperature=0,
     ).groups[0]
-    assert said.text == group.first[0].text and (view.second["text"] if view.second else None) == (
+    assert said.text == group.first[0].text
+    assert (view.second["text"] if view.second else None) == (
         group.second[0].text if group.second[0] else None
     )
 
@@ -665,11 +645,9 @@ def test_pictures_to_ask_about(tmp_path):
         str(tmp_path / "photo.png"), np.full((20, 30, 3), (255, 0, 0), np.uint8)
     )  # blue, in OpenCV's order
     sample = askable_sample(tmp_path / "photo.png")
-    assert (
-        sample.size == (30, 20)
-        and sample.image[0, 0].tolist() == [0, 0, 255]
-        and not sample.targets
-    )
+    assert sample.size == (30, 20)
+    assert sample.image[0, 0].tolist() == [0, 0, 255]
+    assert not sample.targets
     (tmp_path / "words.txt").write_text("no picture")
     with pytest.raises(FileNotFoundError, match="words.txt is no picture that can be read"):
         askable_sample(tmp_path / "words.txt")
@@ -745,12 +723,14 @@ def test_inspector_in_the_browser(lab):
 
     settled("step 1")
     lab.wait_for_timeout(300)
-    assert view.locator(".d2-card").count() == 8 and view.locator("button.d2-row").count() == 8
+    assert view.locator(".d2-card").count() == 8
+    assert view.locator("button.d2-row").count() == 8
     for layer, gone, left in ("prediction", magenta, cyan), ("truth", cyan, magenta):
         view.locator(f".d2-{layer}").click()
         lab.wait_for_timeout(150)
         drawn = browser.pixels(lab, canvas)
-        assert gone(drawn) < 20 and left(drawn) > 100
+        assert gone(drawn) < 20
+        assert left(drawn) > 100
         view.locator(f".d2-{layer}").click()
     # the bars of a rollout add up to its reward
     for row in range(8):
@@ -767,9 +747,8 @@ def test_inspector_in_the_browser(lab):
         if row == 0:
             entries = inspect(lab.folder / "dr2seg-1").shown["entries"]
             top = max(sum(v for k, v in e["terms"].items() if k != "length") for e in entries)
-        assert scale == pytest.approx(100, abs=0.1) and width / 100 * top == pytest.approx(
-            reward, abs=0.01
-        )
+        assert scale == pytest.approx(100, abs=0.1)
+        assert width / 100 * top == pytest.approx(reward, abs=0.01)
     # the slider of steps, then the keys
     slider, began = view.get_by_label("step", exact=True), time.perf_counter()
     slider.evaluate(
@@ -826,7 +805,8 @@ def test_touch_in_the_browser(lab):
         view.locator(".d2-steps section").nth(2).inner_text(),
         view.get_by_label("description"),
     )
-    assert view.locator(".heat i").count() > 5 and description.input_value()
+    assert view.locator(".heat i").count() > 5
+    assert description.input_value()
     description.fill("the blue star at the top")
     began = time.perf_counter()
     view.get_by_text("Ask again").click()
@@ -837,10 +817,13 @@ def test_touch_in_the_browser(lab):
     assert time.perf_counter() - began < 5
     box = view.locator("canvas").bounding_box()
     x1, y1, x2, y2 = sample_by_id("mini-2000049").targets[0].box
-    at = lambda x, y: (
-        box["x"] + (x + 0.5) * box["width"] / 224,
-        box["y"] + (y + 0.5) * box["height"] / 224,
-    )
+
+    def at(x, y):
+        return (
+            box["x"] + (x + 0.5) * box["width"] / 224,
+            box["y"] + (y + 0.5) * box["height"] / 224,
+        )
+
     began = time.perf_counter()
     lab.mouse.move(*at(x1, y1))
     lab.mouse.down()
@@ -852,7 +835,8 @@ def test_touch_in_the_browser(lab):
     )
     assert time.perf_counter() - began < 5
     score = float(view.locator(".d2-status").inner_text().split("IoU ")[1].split(" ")[0])
-    assert score > 0.7 and magenta(browser.pixels(lab, ".d2-ask canvas")) > 100
+    assert score > 0.7
+    assert magenta(browser.pixels(lab, ".d2-ask canvas")) > 100
     lab.mouse.click(*at((x1 + x2) / 2, (y1 + y2) / 2))
     lab.wait_for_function(
         "() => document.querySelector('.d2-ask .d2-status').textContent.includes('your point')"
@@ -878,11 +862,9 @@ def test_live_in_the_browser(lab):
         "() => document.querySelector('.d2-live .d2-pill').textContent === 'interrupted'"
     )
     steps = read_jsonl(lab.folder / "later/metrics.jsonl")
-    assert (
-        0 < len(steps) < 300
-        and run_status(lab.folder / "later") == "interrupted"
-        and not lab.errors
-    )
+    assert 0 < len(steps) < 300
+    assert run_status(lab.folder / "later") == "interrupted"
+    assert not lab.errors
 
 
 def warm(picture):
@@ -904,22 +886,26 @@ def test_where_the_model_looks_in_the_browser(lab):
     word = words.nth(
         int(peak[first : first + words.count()].argmax())
     )  # the one that looks hardest
-    says = lambda text: lab.wait_for_function(
-        "([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1].textContent.includes(t)",
-        arg=[text],
-    )
+
+    def says(text):
+        return lab.wait_for_function(
+            "([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1].textContent.includes(t)",
+            arg=[text],
+        )
+
     says("IoU")
-    pixels = lambda: browser.shown(view.locator("canvas"))
+
+    def pixels():
+        return browser.shown(view.locator("canvas"))
+
     before = pixels()
     word.hover()
     says("of its attention is on the picture")
     lab.wait_for_timeout(200)
-    assert (
-        warm(pixels()) > 300
-        and (pixels() != before).any(-1).mean() > 0.9
-        and "weights" in view.locator(".d2-status").inner_text()
-        and view.locator(".d2-seen").count() == 1
-    )
+    assert warm(pixels()) > 300
+    assert (pixels() != before).any(-1).mean() > 0.9
+    assert "weights" in view.locator(".d2-status").inner_text()
+    assert view.locator(".d2-seen").count() == 1
     view.locator("h4").hover()
     says("IoU")
     lab.wait_for_timeout(200)
@@ -936,7 +922,8 @@ def test_where_the_model_looks_in_the_browser(lab):
     assert "of its attention" in view.locator(".d2-status").inner_text() != held
     lab.keyboard.press("Escape")
     says("IoU")
-    assert view.locator(".d2-why").is_hidden() and not lab.errors
+    assert view.locator(".d2-why").is_hidden()
+    assert not lab.errors
 
 
 @needs_browser
@@ -955,7 +942,8 @@ def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
     before = browser.shown(view.locator("canvas"))
     view.locator("[data-pass=first] .heat i").nth(5).hover()
     lab.wait_for_timeout(400)
-    assert (browser.shown(view.locator("canvas")) == before).all() and not lab.errors
+    assert (browser.shown(view.locator("canvas")) == before).all()
+    assert not lab.errors
 
 
 # ---- where no widget lives
@@ -986,15 +974,15 @@ def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
         )  # beside it the first notebook may be open, as it was left
         drawn = panel.locator(".jp-OutputArea-output img")
         drawn.first.wait_for()
-        assert drawn.count() == len(stills) and panel.locator(".dr2seg").count() == 0
-        assert (
-            drawn.first.evaluate("i => i.complete && i.naturalWidth") > 400
-            and drawn.first.bounding_box()["width"] > 300
-        )
+        assert drawn.count() == len(stills)
+        assert panel.locator(".dr2seg").count() == 0
+        assert drawn.first.evaluate("i => i.complete && i.naturalWidth") > 400
+        assert drawn.first.bounding_box()["width"] > 300
         browser.plain_page(lab.folder / "elsewhere.ipynb", lab.folder / "elsewhere.html")
         other.goto((lab.folder / "elsewhere.html").as_uri())
         drawn = other.locator("img[src^='data:image/png']")
-        assert drawn.count() == len(stills) and all(
+        assert drawn.count() == len(stills)
+        assert all(
             drawn.nth(i).evaluate("i => i.complete && i.naturalWidth") > 400
             for i in range(drawn.count())
         )

@@ -38,15 +38,20 @@ def no_policy(monkeypatch):
 
 def test_a_box_and_grabcut_need_no_weights(no_policy):
     found = segment_photo(HOPPER, box=CAP, point="265,130")
-    assert not no_policy and found.asked == dict(segmenter="grabcut") and found.response is None
+    assert not no_policy
+    assert found.asked == dict(segmenter="grabcut")
+    assert found.response is None
     ys, xs = np.nonzero(found.mask)
-    assert xs.min() >= 150 and xs.max() <= 384 and ys.min() >= 18 and ys.max() <= 152
-    assert 0.4 < found.mask[18:153, 150:385].mean() < 0.95 and found.mask[130, 265], (
+    assert xs.min() >= 150
+    assert xs.max() <= 384
+    assert ys.min() >= 18
+    assert ys.max() <= 152
+    assert 0.4 < found.mask[18:153, 150:385].mean() < 0.95, (
         "the cap, neither nothing nor the whole box"
     )
-    assert not found.mask[25, 160] and not found.mask[25, 375], (
-        "the flag and the wall beside it are not"
-    )
+    assert found.mask[130, 265], "the cap, neither nothing nor the whole box"
+    assert not found.mask[25, 160], "the flag and the wall beside it are not"
+    assert not found.mask[25, 375], "the flag and the wall beside it are not"
 
 
 def test_files(tmp_path, monkeypatch):
@@ -60,7 +65,8 @@ def test_files(tmp_path, monkeypatch):
         "cap.json",
         "cap.segment.png",
         "cap.segment.json",
-    } and json.loads((tmp_path / "cap.json").read_text()) == {"mine": True}
+    }
+    assert json.loads((tmp_path / "cap.json").read_text()) == {"mine": True}
     kept = json.loads(record.read_text())
     assert (kept["photo"], kept["size"], kept["query"], kept["segmenter"], kept["response"]) == (
         "cap",
@@ -70,38 +76,36 @@ def test_files(tmp_path, monkeypatch):
         None,
     )
     (one,) = kept["objects"]
-    assert (
-        one["box"] == [150, 18, 384, 152]
-        and one["point"] == [267, 85]
-        and decode_rle(one["mask"]).sum() == one["area"] == decode_rle(kept["mask"]).sum()
-    )
-    assert (
-        decode_rle(one["mask"]).shape == (600, 512) and Image.open(png).size[0] == 546
-    )  # 600 high grows to 640, and a caption below
+    assert one["box"] == [150, 18, 384, 152]
+    assert one["point"] == [267, 85]
+    assert decode_rle(one["mask"]).sum() == one["area"] == decode_rle(kept["mask"]).sum()
+    assert decode_rle(one["mask"]).shape == (600, 512)
+    assert Image.open(png).size[0] == 546  # 600 high grows to 640, and a caption below
 
 
 def test_an_earlier_result_stays(tmp_path):
     found = segment_photo(HOPPER, box=CAP)
     (tmp_path / "grace_hopper.segment.json").write_text("of another day")
-    names = lambda **how: [p.name for p in found.save(tmp_path, **how)]
+
+    def names(**how):
+        return [p.name for p in found.save(tmp_path, **how)]
+
     assert names() == ["grace_hopper.segment-2.png", "grace_hopper.segment-2.json"]
     assert names() == ["grace_hopper.segment-3.png", "grace_hopper.segment-3.json"]
     assert (tmp_path / "grace_hopper.segment.json").read_text() == "of another day"
     assert names(overwrite=True) == ["grace_hopper.segment.png", "grace_hopper.segment.json"]
     assert (
         json.loads((tmp_path / "grace_hopper.segment.json").read_text())["photo"] == "grace_hopper"
-        and len(list(tmp_path.iterdir())) == 6
     )
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_a_long_name_and_one_that_is_no_text_are_saved(tmp_path):
     found = segment_photo(HOPPER, box=CAP)
     for name in "x" * 250, "ü" * 120, "a\udcff":
         png, record = replace(found, name=name).save(tmp_path)
-        assert (
-            Image.open(png).size[0] == 546
-            and json.loads(record.read_text())["segmenter"] == "grabcut"
-        )
+        assert Image.open(png).size[0] == 546
+        assert json.loads(record.read_text())["segmenter"] == "grabcut"
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "file/far/below"])
@@ -134,12 +138,11 @@ def test_an_adapter_brings_what_it_was_trained_with(tmp_path, monkeypatch, no_po
     )
     sample = MiniReasonSeg("val")[0]
     found = segment_photo(sample.image, sample.query)
-    assert (
-        found.asked
-        == dict(model="embedded", adapter="", recipe="visionreasoner", segmenter="grabcut")
-        and found.response.cut
-        and len(found.response.tokens) == 20
+    assert found.asked == dict(
+        model="embedded", adapter="", recipe="visionreasoner", segmenter="grabcut"
     )
+    assert found.response.cut
+    assert len(found.response.tokens) == 20
     assert (
         segment_photo(sample.image, sample.query, max_new_tokens=3, recipe="dr2seg").asked["recipe"]
         == "dr2seg"
@@ -152,18 +155,17 @@ def test_a_question_of_a_million_letters_has_a_caption_of_a_few_lines():
 
 def test_a_question_that_is_no_text_is_one_sentence(capsys):
     assert main(["segment", str(HOPPER), "what\udcff", "--box", CAP]) == 2
-    assert "the question" in (said := capsys.readouterr().err) and "is not UTF-8" in said
+    assert "the question" in (said := capsys.readouterr().err)
+    assert "is not UTF-8" in said
 
 
 def test_a_question_is_answered_as_in_evaluation(no_policy):
     sample = next(s for s in MiniReasonSeg("val") if len(s.targets) == 2)
     found = segment_photo(sample.image, sample.query)
-    assert len(no_policy) == 1 and found.asked == dict(
-        model="embedded", adapter="", recipe="dr2seg", segmenter="embedded"
-    )
-    assert found.response.parsed.description in " ".join(
-        found.record()["response"]["text"].split()
-    ) and len(found.record()["objects"]) == len(found.targets)
+    assert len(no_policy) == 1
+    assert found.asked == dict(model="embedded", adapter="", recipe="dr2seg", segmenter="embedded")
+    assert found.response.parsed.description in " ".join(found.record()["response"]["text"].split())
+    assert len(found.record()["objects"]) == len(found.targets)
     drawn = load_segmenter("embedded").segment(sample.image, found.targets)
     assert np.array_equal(drawn, found.mask)
 
@@ -171,13 +173,11 @@ def test_a_question_is_answered_as_in_evaluation(no_policy):
 def test_an_answer_without_an_object_is_nothing_found(monkeypatch):
     monkeypatch.setattr("dr2seg_lib.viewing.photo.segmenter_prompts", lambda *a: [])
     found = segment_photo(MiniReasonSeg("val")[0].image, "the elephant?")
-    assert (
-        not found.targets
-        and not found.mask.any()
-        and "nothing found" in found.note
-        and found.record()["objects"] == []
-        and found.picture().shape[1] == 640
-    )
+    assert not found.targets
+    assert not found.mask.any()
+    assert "nothing found" in found.note
+    assert found.record()["objects"] == []
+    assert found.picture().shape[1] == 640
 
 
 def test_the_picture_dims_what_was_not_asked_for():
@@ -187,8 +187,10 @@ def test_the_picture_dims_what_was_not_asked_for():
     drawn = draw_segmented(
         image, [Target((100, 100, 299, 199), (150, 150), mask)], "a title", "a note"
     )
-    assert drawn.shape[1] == 640 and drawn.shape[0] > 480
-    assert (drawn[260, 400] == 200).all() and (drawn[50, 50] < 140).all()
+    assert drawn.shape[1] == 640
+    assert drawn.shape[0] > 480
+    assert (drawn[260, 400] == 200).all()
+    assert (drawn[50, 50] < 140).all()
     assert (draw_segmented(image, [])[:480] == 200).all()
     assert draw_segmented(np.zeros((3000, 2000, 3), np.uint8), []).shape[1] == round(
         2000 * 1280 / 3000
@@ -267,7 +269,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys
     (tmp_path / "text.jpg").write_text("no picture")
     assert main(["segment", *args]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("dr2seg: ") and err.count("\n") == 1 and says in err
+    assert out == ""
+    assert err.startswith("dr2seg: ")
+    assert err.count("\n") == 1
+    assert says in err
     assert [p.name for p in tmp_path.iterdir()] == ["text.jpg"]
 
 
@@ -277,12 +282,12 @@ def test_the_command(tmp_path, capsys):
     )
     out, err = capsys.readouterr()
     note, *paths = out.splitlines()
-    assert (
-        err == ""
-        and re.fullmatch(r"1 object · [56]\.\d% of the image · segmenter grabcut", note)
-        and paths
-        == [f"{tmp_path}/new/folder/grace_hopper.segment.{kind}" for kind in ("png", "json")]
-    )
+    assert err == ""
+    assert re.fullmatch(r"1 object · [56]\.\d% of the image · segmenter grabcut", note)
+    assert paths == [
+        f"{tmp_path}/new/folder/grace_hopper.segment.{kind}" for kind in ("png", "json")
+    ]
     assert main(["segment", str(HOPPER), "what is worn on the head?", "--out", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    assert "tokens of reasoning" in out and "knows only the drawn world" in err
+    assert "tokens of reasoning" in out
+    assert "knows only the drawn world" in err

@@ -42,7 +42,8 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20)
 def test_mean_interval_is_students(v):
     m = mean_interval(v)
     lo, hi = stats.t.interval(0.95, len(v) - 1, np.mean(v), max(stats.sem(v), 1e-300))
-    assert m.mean == pytest.approx(np.mean(v)) and (m.lo, m.hi) == pytest.approx((lo, hi), abs=1e-6)
+    assert m.mean == pytest.approx(np.mean(v))
+    assert (m.lo, m.hi) == pytest.approx((lo, hi), abs=1e-6)
 
 
 def test_mean_interval_by_hand():
@@ -50,7 +51,9 @@ def test_mean_interval_by_hand():
         (2, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3))
     )
     one = mean_interval([0.5])
-    assert one.mean == 0.5 and math.isnan(one.lo) and f"{one:.2f}" == "0.50"
+    assert one.mean == 0.5
+    assert math.isnan(one.lo)
+    assert f"{one:.2f}" == "0.50"
     for f in mean_interval, bootstrap_interval:
         with pytest.raises(ValueError, match="at least one value"):
             f([])
@@ -70,10 +73,8 @@ def test_bootstrap_covers_and_repeats():
 
 
 def test_interval_formats():
-    assert (
-        f"{Interval(0.5, 0.4, 0.6):.2f}" == "0.50 ± 0.10"
-        and f"{Interval(-3, -5, -1):+.1f}" == "-3.0 ± 2.0"
-    )
+    assert f"{Interval(0.5, 0.4, 0.6):.2f}" == "0.50 ± 0.10"
+    assert f"{Interval(-3, -5, -1):+.1f}" == "-3.0 ± 2.0"
 
 
 @given(
@@ -102,9 +103,8 @@ def test_table_keeps_its_shape(rows):
     t = rows_table(rows, dict(a="", b=("B", "g")))
     assert len(t.markdown.splitlines()) == len(rows) + 2
     cells = xml.fromstring(t.html.replace(" class=num", "")).findall(".//td")
-    assert len(cells) == 2 * len(rows) and all(
-        (c.text or "") == w for c, w in zip(cells, sum(t.rows, []))
-    )
+    assert len(cells) == 2 * len(rows)
+    assert all((c.text or "") == w for c, w in zip(cells, sum(t.rows, [])))
 
 
 def test_change_is_paired():
@@ -117,13 +117,10 @@ def test_change_is_paired():
         dict(r, tokens=r["tokens"] - 7, iou=r["iou"] + 0.05, i=r["i"] + 1) for r in before[2:]
     ] + [dict(sample=99, tokens=1e9, iou=1.0, i=1, u=1)]
     assert paired_change("tokens", before, after) == pytest.approx((-7, -7, -7))
-    assert paired_change("gIoU", before, after) == pytest.approx((0.05,) * 3) and paired_change(
-        "cIoU", before, after
-    ) == pytest.approx((0.1,) * 3)
-    assert (
-        paired_change("answer_entropy", before, after) is None
-        and paired_change("tokens", [], after) is None
-    )
+    assert paired_change("gIoU", before, after) == pytest.approx((0.05,) * 3)
+    assert paired_change("cIoU", before, after) == pytest.approx((0.1,) * 3)
+    assert paired_change("answer_entropy", before, after) is None
+    assert paired_change("tokens", [], after) is None
 
 
 def test_before_after_table_without_evaluation():
@@ -149,11 +146,9 @@ def test_arms_table():
 
 def test_colours():
     c = arm_colours(["dr2seg", "mine", "visionreasoner", "yours", *"abcdef"])
-    assert (
-        c["dr2seg"] == METHOD_COLOURS["dr2seg"]
-        and c["mine"] != c["yours"]
-        and arm_colours([""])[""] == c["dr2seg"]
-    )
+    assert c["dr2seg"] == METHOD_COLOURS["dr2seg"]
+    assert c["mine"] != c["yours"]
+    assert arm_colours([""])[""] == c["dr2seg"]
 
 
 def luminance(colour):
@@ -170,19 +165,18 @@ def luminance(colour):
 def test_colours_are_seen_on_white_and_on_black(colour):
     "A contrast of 2.7 for lines on the report's white and its dark panel; WCAG asks 3 for graphics beside which nothing is written."
     light, dark, own = luminance("#ffffff"), luminance("#1b1e24"), luminance(colour)
-    assert (light + 0.05) / (own + 0.05) > 2.7 and (own + 0.05) / (dark + 0.05) > 2.7
+    assert (light + 0.05) / (own + 0.05) > 2.7
+    assert (own + 0.05) / (dark + 0.05) > 2.7
 
 
 @pytest.mark.parametrize("keep", [0, 0.6, 0.99])
 @given(v=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30))
 def test_smooth_stays_within(keep, v):
     s = moving_average(v, keep)
-    assert (
-        len(s) == len(v)
-        and s[0] == pytest.approx(v[0])
-        and min(v) - 1e-6 <= s.min()
-        and s.max() <= max(v) + 1e-6
-    )
+    assert len(s) == len(v)
+    assert s[0] == pytest.approx(v[0])
+    assert min(v) - 1e-6 <= s.min()
+    assert s.max() <= max(v) + 1e-6
     if keep == 0:
         assert s == pytest.approx(v)
 
@@ -264,7 +258,8 @@ def test_a_figure_shows_itself_once_and_sharp():
     data, meta = fig._repr_mimebundle_()
     picture = Image.open(io.BytesIO(data["image/png"]))
     assert picture.size == (2 * meta["image/png"]["width"], 2 * meta["image/png"]["height"])
-    assert picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 0
+    assert picture.mode == "RGBA"
+    assert picture.getpixel((0, 0))[3] == 0
 
 
 def test_svg_is_small_and_alone():
@@ -272,12 +267,12 @@ def test_svg_is_small_and_alone():
         training_curves(curve(range(60), answer_entropy=0.5, accuracy=0.4)), 'a "label" & more'
     )
     root = xml.fromstring(text)
-    assert (
-        root.get("aria-label") == 'a "label" & more'
-        and root.get("width") is None
-        and len(text) < 60_000
-    )
-    assert "font-family" not in text and "metadata" not in text and "url(http" not in text
+    assert root.get("aria-label") == 'a "label" & more'
+    assert root.get("width") is None
+    assert len(text) < 60_000
+    assert "font-family" not in text
+    assert "metadata" not in text
+    assert "url(http" not in text
     assert text == figure_svg(
         training_curves(curve(range(60), answer_entropy=0.5, accuracy=0.4)), 'a "label" & more'
     )
@@ -304,7 +299,8 @@ def test_overlay_paints_inside_only():
         cv2.erode(inside.astype(np.uint8), np.ones((5, 5))) > 0,
         cv2.dilate(inside.astype(np.uint8), np.ones((5, 5))) == 0,
     )
-    assert changed[core].all() and not changed[far].any()
+    assert changed[core].all()
+    assert not changed[far].any()
     assert np.array_equal(
         plain, cv2.resize(sample.image, (448, 448), interpolation=cv2.INTER_CUBIC)
     )
@@ -314,7 +310,8 @@ def test_overlay_keeps_a_hole_open():
     y, x = np.mgrid[:100, :100]
     r = np.hypot(x - 50, y - 50)
     painted = overlay(np.zeros((100, 100, 3), np.uint8), prediction=(r > 20) & (r < 40), scale=1)
-    assert not painted[50, 50].any() and painted[50, 80].any()
+    assert not painted[50, 50].any()
+    assert painted[50, 80].any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (64, 48), (600, 900)])
@@ -323,9 +320,7 @@ def test_overlay_of_any_size(shape, full):
     image, mask = np.full((*shape, 3), 90, np.uint8), np.full(shape, full)
     before = image.copy()
     out = overlay(image, mask, mask, box=(0, 0, shape[1] - 1, shape[0] - 1), point=(0, 0))
-    assert (
-        out.dtype == np.uint8
-        and max(out.shape[:2]) == max(448, *shape)
-        and np.array_equal(image, before)
-    )
+    assert out.dtype == np.uint8
+    assert max(out.shape[:2]) == max(448, *shape)
+    assert np.array_equal(image, before)
     assert max(overlay(image, mask, scale=2).shape[:2]) == 2 * max(shape)

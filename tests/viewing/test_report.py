@@ -27,7 +27,8 @@ def whole(tmp_path_factory):
 def test_whole_report(whole):
     path = write_report(whole)
     html = path.read_text()
-    assert path == whole / "report.html" and path.stat().st_size < 5_000_000
+    assert path == whole / "report.html"
+    assert path.stat().st_size < 5_000_000
     page = Reader(html)
     assert not page.open
     sections = re.findall(r"<section id=[^>]*><h2>(.*?)</h2>", html)
@@ -42,14 +43,16 @@ def test_whole_report(whole):
         "Rollouts",
         "What was asked",
     ]
-    assert "Not shown" not in html and page.tags.count("article") == 9 + 4
+    assert "Not shown" not in html
+    assert page.tags.count("article") == 9 + 4
 
 
 def test_nothing_from_outside(whole):
     html = write_report(whole).read_text()
     page = Reader(html)
     assert all(link.startswith(("data:image/webp;base64,", "#")) for link in page.links)
-    assert "script" not in page.tags and not re.search(r"@import|url\((?!#)", html)
+    assert "script" not in page.tags
+    assert not re.search(r"@import|url\((?!#)", html)
     assert set(re.findall(r"https?://[\w./]+", html)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -101,7 +104,9 @@ def test_what_a_model_says_is_escaped(whole, tmp_path):
     }
     html = report_html(run, cards=1)
     page = Reader(html)
-    assert not page.open and "script" not in page.tags and "img" not in page.tags
+    assert not page.open
+    assert "script" not in page.tags
+    assert "img" not in page.tags
     assert sum("alert(1)" in w for w in page.words) > 10
     (tmp_path / "predictions").write_text(html.encode("utf-8", "replace").decode())
 
@@ -121,7 +126,8 @@ def test_one_file_missing(whole, tmp_path, name):
         if p.name in RUN_FILES.values() and p.name != name:
             (tmp_path / p.name).write_bytes(p.read_bytes())
     html = write_report(tmp_path, cards=1).read_text()
-    assert f"Not shown: {name} is not there" in html and not Reader(html).open
+    assert f"Not shown: {name} is not there" in html
+    assert not Reader(html).open
 
 
 def test_broken_files_are_named(whole, tmp_path):
@@ -131,11 +137,9 @@ def test_broken_files_are_named(whole, tmp_path):
     (tmp_path / "results.json").write_text("{")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     html = write_report(tmp_path, cards=1).read_text()
-    assert (
-        "results.json is not valid JSON" in html
-        and "metrics.jsonl, line 2 is not valid JSON" in html
-        and str(tmp_path) not in html
-    )
+    assert "results.json is not valid JSON" in html
+    assert "metrics.jsonl, line 2 is not valid JSON" in html
+    assert str(tmp_path) not in html
 
 
 def test_empty_folder_and_no_folder(tmp_path):
@@ -159,12 +163,10 @@ def test_run_without_evaluation_or_second_pass(tmp_path):
         )
         run.results(dict(before=None, after=None))
     html = write_report(tmp_path / "vr").read_text()
-    assert (
-        "no second pass" in html
-        and html.count("<section") == 6
-        and "that evaluation did not run" in html
-        and not Reader(html).open
-    )
+    assert "no second pass" in html
+    assert html.count("<section") == 6
+    assert "that evaluation did not run" in html
+    assert not Reader(html).open
 
 
 def test_interrupted_run_says_so(tmp_path):
@@ -174,12 +176,14 @@ def test_interrupted_run_says_so(tmp_path):
             run.log(metrics(rng, 1))
             raise KeyboardInterrupt
     html = write_report(tmp_path / "cut").read_text()
-    assert '<span class="pill interrupted">interrupted</span>' in html and "1 of 60 steps" in html
+    assert '<span class="pill interrupted">interrupted</span>' in html
+    assert "1 of 60 steps" in html
 
 
 def test_sample_without_picture_shows_text_only(whole):
     html = write_report(whole, "plain.html", lookup=lambda id: None).read_text()
-    assert "<img" not in html and html.count("<article") == 13
+    assert "<img" not in html
+    assert html.count("<article") == 13
 
 
 def test_own_pictures(whole, tmp_path):
@@ -187,40 +191,37 @@ def test_own_pictures(whole, tmp_path):
     sample = sample_by_id("mini-2000000")
     large = Sample("x", np.repeat(np.repeat(sample.image, 9, 0), 9, 1), sample.query, ())
     html = write_report(whole, tmp_path / "own.html", lookup=lambda id: large).read_text()
-    assert html.count("<img") == 9 * 3 + 4 * 8 and len(html) < 2_000_000
+    assert html.count("<img") == 9 * 3 + 4 * 8
+    assert len(html) < 2_000_000
 
 
 def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
     "Best, worst and random groups: a picture with its layers for each rollout, both passes with their entropies, and bars that add up to the reward."
     html = write_report(whole).read_text()
     part = html[html.index('<section id="rollouts">') : html.index('<section id="what-was-asked">')]
-    assert (
-        re.findall(r"<h3>(.*?)</h3>", part) == ["Best", "Worst", "Drawn by lot"]
-        and part.count("<article") == 4
-        and part.count("<img") == 32
-    )
-    assert (
-        part.count("class=heat") == 64
-        and part.count("l-truth") == 32
-        and part.count("l-prompts") >= 30
-        and "l-missed" in part
-        and "l-extra" in part
-    )
+    assert re.findall(r"<h3>(.*?)</h3>", part) == ["Best", "Worst", "Drawn by lot"]
+    assert part.count("<article") == 4
+    assert part.count("<img") == 32
+    assert part.count("class=heat") == 64
+    assert part.count("l-truth") == 32
+    assert part.count("l-prompts") >= 30
+    assert "l-missed" in part
+    assert "l-extra" in part
     records = read_jsonl(whole / "rollouts.jsonl")
     groups = some_groups(records)
-    means = lambda gs: [np.mean([r["reward"] for r in g]) for g in gs]
+
+    def means(gs):
+        return [np.mean([r["reward"] for r in g]) for g in gs]
+
     every = means(group_rollouts(records))
-    assert (
-        means(groups["best"]) == [max(every)]
-        and means(groups["worst"]) == [min(every)]
-        and len({id(g[0]) for gs in groups.values() for g in gs}) == 4
-    )
+    assert means(groups["best"]) == [max(every)]
+    assert means(groups["worst"]) == [min(every)]
+    assert len({id(g[0]) for gs in groups.values() for g in gs}) == 4
     terms = dict(thinking_format=1.0, accuracy=3.0, description=1.0, length=0.4)
     bar = reward_bar(terms, "length", term_colours(terms), (0, 8))
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", bar)]
-    assert sum(widths[:-1]) * 8 / 100 == pytest.approx(5 * 0.4, abs=0.02) and sum(
-        widths
-    ) * 8 / 100 == pytest.approx(5, abs=0.02)
+    assert sum(widths[:-1]) * 8 / 100 == pytest.approx(5 * 0.4, abs=0.02)
+    assert sum(widths) * 8 / 100 == pytest.approx(5, abs=0.02)
 
 
 def candidate_row(seed, k):
@@ -282,19 +283,17 @@ def test_rea2seg_run(tmp_path):
         run.results(dict(table="", summary=dict(spatial=line, all=line)))
     html = write_report(tmp_path / "r").read_text()
     page = Reader(html)
-    assert (
-        not page.open
-        and re.findall(r"<h2>(.*?)</h2>", html) == ["The choice", "Candidates", "What was asked"]
-        and "Not shown" not in html
-        and "<h1>Rea2Seg" in html
-    )
-    assert "0.400 ± 0.100" in html and "+0.600 ± 0.100" in html and "8 of 8 questions" in html
-    assert (
-        page.tags.count("article") == 6
-        and page.tags.count("img") == 6 * 3
-        and html.count("class=picked") == 6
-        and html.count("peak it is") == 6
-    )
+    assert not page.open
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["The choice", "Candidates", "What was asked"]
+    assert "Not shown" not in html
+    assert "<h1>Rea2Seg" in html
+    assert "0.400 ± 0.100" in html
+    assert "+0.600 ± 0.100" in html
+    assert "8 of 8 questions" in html
+    assert page.tags.count("article") == 6
+    assert page.tags.count("img") == 6 * 3
+    assert html.count("class=picked") == 6
+    assert html.count("peak it is") == 6
     (tmp_path / "r/predictions.jsonl").unlink()
     assert "Not shown: predictions.jsonl is not there" in write_report(tmp_path / "r").read_text()
 
@@ -324,13 +323,12 @@ def test_evaluation_run(tmp_path):
         write_jsonl(run.folder / "predictions.jsonl", rows + [broken])
         run.results(summary(rows))
     html = write_report(tmp_path / "e", cards=1).read_text()
-    assert (
-        re.findall(r"<h2>(.*?)</h2>", html) == ["What came out", "Samples", "What was asked"]
-        and "Not shown" not in html
-        and "7 of 7 questions" in html
-        and html.count("<article") == 3
-    )
-    assert "difficulty: easy" in html and not Reader(html).open
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["What came out", "Samples", "What was asked"]
+    assert "Not shown" not in html
+    assert "7 of 7 questions" in html
+    assert html.count("<article") == 3
+    assert "difficulty: easy" in html
+    assert not Reader(html).open
 
 
 def test_conditioning_run(tmp_path):
@@ -343,13 +341,12 @@ def test_conditioning_run(tmp_path):
     ) as run:
         run.results({"start": h, BAD[:9]: h})
     html = write_report(tmp_path / "c").read_text()
-    assert (
-        "<h2>Entropy of the answer</h2>" in html
-        and "−0.050 ± 0.000" in html
-        and "+0.010 ± 0.000" in html
-        and "Not shown" not in html
-    )
-    assert not Reader(html).open and "script" not in Reader(html).tags
+    assert "<h2>Entropy of the answer</h2>" in html
+    assert "−0.050 ± 0.000" in html
+    assert "+0.010 ± 0.000" in html
+    assert "Not shown" not in html
+    assert not Reader(html).open
+    assert "script" not in Reader(html).tags
 
 
 @pytest.mark.skipif(
@@ -365,23 +362,28 @@ def test_layers_are_shown_and_hidden_in_a_browser(whole):
         page.on("pageerror", lambda e: errors.append(str(e)))
         page.on("requestfailed", lambda r: errors.append(r.url))
         page.goto(path.as_uri())
-        seen = lambda section, layer: page.locator(f"#{section} .l-{layer}").evaluate_all(
-            "es => es.filter(e => getComputedStyle(e).display !== 'none').length"
-        )
-        total = lambda section, layer: page.locator(f"#{section} .l-{layer}").count()
-        assert seen("samples", "truth") == total("samples", "truth") > 20 and seen(
-            "samples", "missed"
-        ) == 0 < total("samples", "missed")
+
+        def seen(section, layer):
+            return page.locator(f"#{section} .l-{layer}").evaluate_all(
+                "es => es.filter(e => getComputedStyle(e).display !== 'none').length"
+            )
+
+        def total(section, layer):
+            return page.locator(f"#{section} .l-{layer}").count()
+
+        assert seen("samples", "truth") == total("samples", "truth") > 20
+        assert seen("samples", "missed") == 0 < total("samples", "missed")
         page.locator("#samples .k-truth").uncheck()
         page.locator("#samples .k-difference").check()
-        assert (
-            seen("samples", "truth") == 0
-            and seen("samples", "missed") == total("samples", "missed")
-            and seen("rollouts", "truth") == total("rollouts", "truth")
-            and seen("rollouts", "missed") == 0
-        )
+        assert seen("samples", "truth") == 0
+        assert seen("samples", "missed") == total("samples", "missed")
+        assert seen("rollouts", "truth") == total("rollouts", "truth")
+        assert seen("rollouts", "missed") == 0
         assert not errors
-        ink = lambda: page.evaluate("getComputedStyle(document.body).color")
+
+        def ink():
+            return page.evaluate("getComputedStyle(document.body).color")
+
         light = ink()
         page.emulate_media(color_scheme="dark")
         assert ink() != light
@@ -395,19 +397,15 @@ def test_arms_of_an_ablation(tmp_path):
             for seed in (0, 1):
                 make_run(folder / f"{recipe}-{seed}", 6, 6, recipe, seed, end)
     html = write_report(folder).read_text()
-    assert (
-        "<h2>Arms</h2>" in html
-        and ">visionreasoner</td><td class=num>2</td>" in html
-        and "Not shown" not in html
-        and "4 runs" in html
-        and not Reader(html).open
-    )
-    assert (
-        "<h3>Before training</h3>" in html
-        and "<h2>Arms by stratum</h2>" in html
-        and "<h3>Difficulty</h3>" in html
-        and html.count("<svg") == 2
-    )
+    assert "<h2>Arms</h2>" in html
+    assert ">visionreasoner</td><td class=num>2</td>" in html
+    assert "Not shown" not in html
+    assert "4 runs" in html
+    assert not Reader(html).open
+    assert "<h3>Before training</h3>" in html
+    assert "<h2>Arms by stratum</h2>" in html
+    assert "<h3>Difficulty</h3>" in html
+    assert html.count("<svg") == 2
 
 
 def test_cards_choose_without_repetition():

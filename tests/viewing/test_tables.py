@@ -69,24 +69,16 @@ def test_published_figures_are_those_of_methods():
         for r in rs
     }
     assert len(rows) == 7 + 7 + 15 + 3 + 4 + 4 + 2 + 3 + 12
-    assert rows["ReasonSeg val", "PixelThink-7B", "ReasonSeg val"] == (46.9, 63.8, 62.6) and rows[
-        "ReasonSeg test", "DR²Seg-7B", "ReasonSeg test"
-    ] == (55.4, 64.8, 62.8)
-    assert (
-        rows["Referring expressions", "DR²Seg*", "RefCOCO testA"] == (None, 79.3, None)
-        and rows["Referring expressions", "Seg-Zero", "RefCOCO+ testA"][1] == 76.2
-    )
-    assert (
-        rows["What the reward terms do", "+ R_desc", "ReasonSeg val"] == (56.1, 67.6, None)
-        and rows["The anchor N0", "N0 = 25", "ReasonSeg val"][0] == 70.7
-    )
-    assert rows["Models of 3B", "DR²Seg-3B", "ReasonSeg"] == (23.9, 65.5, 56.8) and rows[
-        "SAM 3 as segmenter", "DR²Seg without R_len", "ReasonSeg"
-    ] == (63.7, 68.7, 64.8)
-    assert (
-        rows["Strata", "DPAD, logic", "ReasonSeg test"] == (68, 47.0, None)
-        and rows["Strata", "Seg-Zero, easy", "ReasonSeg test"][1] == 68.4
-    )
+    assert rows["ReasonSeg val", "PixelThink-7B", "ReasonSeg val"] == (46.9, 63.8, 62.6)
+    assert rows["ReasonSeg test", "DR²Seg-7B", "ReasonSeg test"] == (55.4, 64.8, 62.8)
+    assert rows["Referring expressions", "DR²Seg*", "RefCOCO testA"] == (None, 79.3, None)
+    assert rows["Referring expressions", "Seg-Zero", "RefCOCO+ testA"][1] == 76.2
+    assert rows["What the reward terms do", "+ R_desc", "ReasonSeg val"] == (56.1, 67.6, None)
+    assert rows["The anchor N0", "N0 = 25", "ReasonSeg val"][0] == 70.7
+    assert rows["Models of 3B", "DR²Seg-3B", "ReasonSeg"] == (23.9, 65.5, 56.8)
+    assert rows["SAM 3 as segmenter", "DR²Seg without R_len", "ReasonSeg"] == (63.7, 68.7, 64.8)
+    assert rows["Strata", "DPAD, logic", "ReasonSeg test"] == (68, 47.0, None)
+    assert rows["Strata", "Seg-Zero, easy", "ReasonSeg test"][1] == 68.4
     assert all(r["protocol"] == "as published" for rs in published_tables().values() for r in rs)
 
 
@@ -107,7 +99,8 @@ def test_names_of_sets(data, format, split, name):
 
 
 def test_an_evaluation_stands_in_the_table_of_its_set(run):
-    assert where(run("a", evaluation())) == ["ReasonSeg val"] and where(
+    assert where(run("a", evaluation())) == ["ReasonSeg val"]
+    assert where(
         run(
             "b",
             evaluation("Ricky06662/refcocog_test", "parquet of the hub", protocol="visionreasoner"),
@@ -138,7 +131,9 @@ def test_an_evaluation_stands_in_the_table_of_its_set(run):
 
 
 def test_an_ablation_is_a_row_an_arm(run):
-    arm = lambda *gIoU: [dict(n=512, tokens=70.0, gIoU=g, cIoU=0.5) for g in gIoU]
+    def arm(*gIoU):
+        return [dict(n=512, tokens=70.0, gIoU=g, cIoU=0.5) for g in gIoU]
+
     folder = run(
         "abl",
         dict(arms=dict(visionreasoner=arm(0.6, 0.62), dr2seg=arm(0.5), mine=arm(0.3), failed=[])),
@@ -155,28 +150,23 @@ def test_an_ablation_is_a_row_an_arm(run):
         ("ours: abl, + R_len (dr2seg)", "mini val", "512"),
         ("ours: abl, mine", "mini val", "512"),
     ]
-    assert (
-        table.rows[3][5] == "61.0 ± 12.7" and table.rows[4][5] == "50.0"
-    )  # t of one degree of freedom: 12.71 · 1.41/√2
-    assert found["The slope γ"][0].rows[-1][0] == "ours: abl, γ = 0.1" and not any(
-        r[0].startswith("ours") for r in found["The anchor N0"][0].rows
-    )
+    assert table.rows[3][5] == "61.0 ± 12.7"
+    assert table.rows[4][5] == "50.0"  # t of one degree of freedom: 12.71 · 1.41/√2
+    assert found["The slope γ"][0].rows[-1][0] == "ours: abl, γ = 0.1"
+    assert not any(r[0].startswith("ours") for r in found["The anchor N0"][0].rows)
 
 
 def test_protocols_are_never_mixed_in_silence(run):
     both = [run("a", evaluation()), run("b", evaluation(protocol="visionreasoner"))]
     note = side_by_side(both)["ReasonSeg val"][1]
-    assert (
-        "Protocols differ (as published, lisa, visionreasoner)" in note and "do not compare" in note
-    )
+    assert "Protocols differ (as published, lisa, visionreasoner)" in note
+    assert "do not compare" in note
     one = dict(
         method="ours: a", on="x", protocol="lisa", tokens=Interval(1.0), gIoU=None, cIoU=None
     )
-    assert (
-        caveats([one]) == ""
-        and caveats([one, one | dict(on="y")]).startswith("Data differ (x, y)")
-        and "Protocols differ" in caveats([one, one | dict(protocol="visionreasoner")])
-    )
+    assert caveats([one]) == ""
+    assert caveats([one, one | dict(on="y")]).startswith("Data differ (x, y)")
+    assert "Protocols differ" in caveats([one, one | dict(protocol="visionreasoner")])
     assert all(note == "" for _, note in side_by_side([]).values()), "the papers alone"
     for format in ("markdown", "latex", "html"):
         assert "Protocols differ" in format_tables(side_by_side(both), format)
@@ -189,16 +179,23 @@ def test_training_runs_are_told_with_what_is_known(run):
     assert [r[0] for r in found.rows] == [
         "ours: t, dr2seg, before training",
         "ours: t, dr2seg, after training",
-    ] and found.rows[1][1:5] == ["not recorded", "not recorded", "200", "9.0 ± 1.0"]
+    ]
+    assert found.rows[1][1:5] == ["not recorded", "not recorded", "200", "9.0 ± 1.0"]
 
 
 def test_latex_has_no_bare_specials(run):
     folder = run("a_b&c%", evaluation(), model="x/y_z#1")
     text = format_tables(side_by_side([folder]), "latex")
-    assert r"a\_b\&c\%" in text and r"y\_z\#1" in text and r"$\pm$" in text and r"$^2$" in text
-    assert not re.search(r"[²γ±−–×]", text) and text.count(r"\begin{tabular}") == text.count(
-        r"\end{tabular}"
-    ) == len(side_by_side([folder]))
+    assert r"a\_b\&c\%" in text
+    assert r"y\_z\#1" in text
+    assert r"$\pm$" in text
+    assert r"$^2$" in text
+    assert not re.search(r"[²γ±−–×]", text)
+    assert (
+        text.count(r"\begin{tabular}")
+        == text.count(r"\end{tabular}")
+        == len(side_by_side([folder]))
+    )
     assert all(
         line.count(" & ") == len(COLUMN_TITLES) - 1
         for line in text.splitlines()
@@ -209,24 +206,18 @@ def test_latex_has_no_bare_specials(run):
 
 def test_html_is_a_page_and_escapes(run):
     page = format_tables(side_by_side([run("<b>", evaluation())]), "html")
-    assert (
-        page.startswith("<!doctype html>")
-        and '<meta charset="utf-8">' in page
-        and "&lt;b&gt;" in page
-        and "<b>" not in page
-        and page.count("<table>") == page.count("</table>")
-    )
+    assert page.startswith("<!doctype html>")
+    assert '<meta charset="utf-8">' in page
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert page.count("<table>") == page.count("</table>")
 
 
 def test_the_command(run, tmp_path, capsys):
-    assert (
-        main(["tables"]) == 0
-        and "| DR²Seg* | ReasonSeg test | as published |" in capsys.readouterr().out
-    )
-    assert (
-        main(["tables", str(run("a", evaluation())), "--format", "latex"]) == 0
-        and r"ours: a, dr2seg, embedded" in capsys.readouterr().out
-    )
+    assert main(["tables"]) == 0
+    assert "| DR²Seg* | ReasonSeg test | as published |" in capsys.readouterr().out
+    assert main(["tables", str(run("a", evaluation())), "--format", "latex"]) == 0
+    assert r"ours: a, dr2seg, embedded" in capsys.readouterr().out
     for folder, says in (
         (tmp_path / "nowhere", "run.json does not exist"),
         (
@@ -237,4 +228,7 @@ def test_the_command(run, tmp_path, capsys):
     ):
         assert main(["tables", str(folder)]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith("dr2seg: ") and err.count("\n") == 1 and says in err
+        assert out == ""
+        assert err.startswith("dr2seg: ")
+        assert err.count("\n") == 1
+        assert says in err
