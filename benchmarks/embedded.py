@@ -17,8 +17,8 @@ from transformers import LogitsProcessor
 
 from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.methods.registry import METHODS
-from dr2seg_lib.models.policy import EncodedImage, Policy, resize_square
-from dr2seg_lib.models.sampling import Completions, _draws
+from dr2seg_lib.models.policy import Policy
+from dr2seg_lib.models.sampling import Completions, sampling_draws
 from dr2seg_lib.rollouts.two_stage import generate_rollouts
 from dr2seg_lib.training.batches import sample_batch
 from dr2seg_lib.training.config import TrainConfig
@@ -89,7 +89,7 @@ class Plain(Policy):
             return_dict_in_generate=True,
             output_logits=True,
             logits_processor=[
-                Drawn(_draws(seed, len(batch["input_ids"]), max_new_tokens), temperature, P)
+                Drawn(sampling_draws(seed, len(batch["input_ids"]), max_new_tokens), temperature, P)
             ],
         )
         ids, logp = out.sequences[:, P:], torch.stack(out.logits, 1).float().log_softmax(-1)

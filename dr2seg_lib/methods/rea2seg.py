@@ -25,8 +25,10 @@ from ..data.samples import Sample, Target
 from ..models.attention_maps import heat_map, image_attention
 from ..models.chat import encode_text
 from ..models.loading import load_policy
-from ..models.policy import EMBEDDED, EncodedImage, Policy
+from ..models.policy import Policy
 from ..models.prefix_cache import Prefix
+from ..models.pretrained import EMBEDDED
+from ..models.vision import EncodedImage
 from ..rollouts.parsing import find_block, segmenter_prompts, to_image_coordinates
 from ..rollouts.response import Response, to_responses
 from ..rollouts.two_stage import StageTimer

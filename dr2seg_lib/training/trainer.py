@@ -61,7 +61,7 @@ def microbatches(
     rolled: Rollouts, n: int, size: int
 ) -> list:  # of (group indices, row indices, longest answer)
     "Groups with answers of like length together, so that little is padded."
-    length = rolled.done.mask.sum(1).view(-1, n).amax(1)
+    length = rolled.completions.mask.sum(1).view(-1, n).amax(1)
     return [
         (
             c.tolist(),
@@ -90,7 +90,7 @@ def update_policy(
     clock: StageTimer,
 ) -> dict:  # loss, kl, grad_norm
     "One GRPO update, or `config.updates` of them, on a step's rollouts."
-    done, parts = rolled.done, microbatches(rolled, advantage.shape[1], config.chunk)
+    done, parts = rolled.completions, microbatches(rolled, advantage.shape[1], config.chunk)
     total, A, stats, old = (
         accelerator.reduce(done.mask.sum(), "sum"),
         advantage.flatten().to(done.ids.device),
@@ -100,7 +100,7 @@ def update_policy(
 
     def score(groups, rows, T):
         return policy.logprobs(
-            policy.prefill([rolled.texts[g] for g in groups], [rolled.seen[g] for g in groups]),
+            policy.prefill([rolled.texts[g] for g in groups], [rolled.encoded[g] for g in groups]),
             done.ids[rows, :T],
             done.mask[rows, :T],
         )
@@ -344,14 +344,14 @@ def train_step(
             config.max_new_tokens,
             config.temperature,
             seed=step_seed(config, step) + 2 * own * config.samples,
-            clock=clock,
+            timer=clock,
         )
     with clock("reward"):
         terms, reward = compute_rewards(rolled, recipe, policy.frame)
         advantage = advantages(reward, config.advantage_scale)
     stats = update_policy(policy, optimizer, accelerator, rolled, advantage, config, clock)
     if config.server:
-        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rolled.done), "mean"))
+        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rolled.completions), "mean"))
     groups, terms, reward, advantage = all_gather_groups(
         accelerator, rolled.groups, terms, reward, advantage
     )

@@ -27,10 +27,12 @@ from dr2seg_lib.methods.seg_zero import seg_zero_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.attention_maps import token_attention
 from dr2seg_lib.models.chat import chat_messages, tokenize_texts
-from dr2seg_lib.models.policy import ATTENTION_KINDS, EncodedImage, Policy
+from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.models.prefix_cache import causal_mask
+from dr2seg_lib.models.pretrained import ATTENTION_KINDS
 from dr2seg_lib.models.sampling import Completions
-from dr2seg_lib.pretraining.policy import make_model
+from dr2seg_lib.models.vision import EncodedImage
+from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import CHAT_TEMPLATE, make_processor, make_tokenizer
 from dr2seg_lib.rollouts.parsing import reasoning_text
 from dr2seg_lib.rollouts.response import to_responses
@@ -119,7 +121,7 @@ def asked(policy):
         50
     ):  # random weights may say <|image_pad|>, behind which the oracle would look for an image
         done = policy.generate(
-            policy.prefill(texts, seen), n=4, max_new_tokens=24, seed=policy.seed
+            policy.prefill(texts, seen), group_size=4, max_new_tokens=24, seed=policy.seed
         )
         if (done.ids != policy.model.config.image_token_id).all():
             return samples, texts, seen, done

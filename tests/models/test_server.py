@@ -32,8 +32,10 @@ from dr2seg_lib.evaluation.evaluate import run_evaluation
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.http_client import SERVER_KEY, post_json
-from dr2seg_lib.models.policy import EMBEDDED, Policy
-from dr2seg_lib.models.vllm_client import ServedPolicy, completion_statistics, logprob_gap
+from dr2seg_lib.models.policy import Policy
+from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.models.served_completions import completion_statistics, logprob_gap
+from dr2seg_lib.models.vllm_client import ServedPolicy
 from dr2seg_lib.models.vllm_protocol import list_models, served_name, server_address
 from dr2seg_lib.rollouts.parsing import parse_response
 from dr2seg_lib.rollouts.response import Response, to_responses
@@ -282,7 +284,7 @@ def test_greedy_answers_are_those_of_the_local_engine(engine, tmp_path):
     for name in "logp", "entropy", "margin":
         assert ((getattr(ours, name) - getattr(theirs, name)) * ours.mask).abs().max() < 1e-3
     assert abs(logprob_gap(theirs)) < 1e-5
-    assert ((theirs.theirs - theirs.logp) * theirs.mask).abs().max() < 1e-3
+    assert ((theirs.server_logp - theirs.logp) * theirs.mask).abs().max() < 1e-3
     assert [r.text for r in to_responses(local, ours)] == [
         r.text for r in to_responses(local, theirs)
     ]

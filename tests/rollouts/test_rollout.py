@@ -31,7 +31,9 @@ def policy():
 
 @pytest.fixture(scope="module")
 def rolled(policy):
-    return generate_rollouts(policy, SAMPLES, dr2seg_prompt, visionreasoner_prompt, n=4, seed=3)
+    return generate_rollouts(
+        policy, SAMPLES, dr2seg_prompt, visionreasoner_prompt, group_size=4, seed=3
+    )
 
 
 def test_shape_and_record(policy, rolled):
@@ -50,7 +52,8 @@ def test_shape_and_record(policy, rolled):
 
 def test_texts_decode_from_the_sampled_tokens(policy, rolled):
     texts = policy.tokenizer.batch_decode(
-        [row[m] for row, m in zip(rolled.done.ids, rolled.done.mask)], skip_special_tokens=True
+        [row[m] for row, m in zip(rolled.completions.ids, rolled.completions.mask)],
+        skip_special_tokens=True,
     )
     assert texts == [r.text for g in rolled.groups for r in g.first]
 
@@ -102,7 +105,7 @@ def test_no_description_no_second_pass(policy, shown):
 def test_one_pass_recipes_ask_once(policy):
     clock = StageTimer()
     rolled = generate_rollouts(
-        policy, SAMPLES[:1], visionreasoner_prompt, None, n=2, seed=0, clock=clock
+        policy, SAMPLES[:1], visionreasoner_prompt, None, group_size=2, seed=0, timer=clock
     )
     assert rolled.groups[0].second == [None, None]
     assert set(clock) == {"first", "second"}
@@ -140,7 +143,7 @@ def test_a_group_depends_on_its_own_seeds_alone(policy, rolled):
     "So that processes which share a step's questions sample what one process would."
     n = len(rolled.groups[0].first)
     alone = generate_rollouts(
-        policy, SAMPLES[1:2], dr2seg_prompt, visionreasoner_prompt, n=n, seed=3 + 2 * n
+        policy, SAMPLES[1:2], dr2seg_prompt, visionreasoner_prompt, group_size=n, seed=3 + 2 * n
     )
 
     def texts(group):

@@ -23,7 +23,7 @@ from dr2seg_lib.evaluation.discrimination import (
     similarity_ratio,
 )
 from dr2seg_lib.methods.dpad import discriminative
-from dr2seg_lib.models.policy import EMBEDDED as POLICY
+from dr2seg_lib.models.pretrained import EMBEDDED as POLICY
 from dr2seg_lib.pretraining.scorer import (
     SCORER_SIZE,
     ScorerCaption,
