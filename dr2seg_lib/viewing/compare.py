@@ -22,6 +22,7 @@ from dr2seg_lib.viewing.figures import (
     MUTED,
     Figure,
     figure_svg,
+    panels,
     short,
     training_curves,
 )
