@@ -145,10 +145,16 @@ def test_the_parameters_of_an_experiment_are_those_of_its_configuration(name, co
     assert config(**{k: found[k] for k in config.model_fields}) == config()
 
 
+@pytest.fixture(scope="module")
+def python():
+    with notebooks.kernel() as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("path", LIBRARY, **names)
-def test_library_notebook_runs(path):
-    "Each in a kernel of its own; the text that its cells show is what is committed."
-    assert not notebooks.stale_cells(path, notebooks.execute(path))
+def test_library_notebook_runs(path, python):
+    "The text that its cells show is what is committed."
+    assert not notebooks.stale_cells(path, python.execute(path))
 
 
 def test_installed_package_follows_settings():
