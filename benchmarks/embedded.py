@@ -1,9 +1,10 @@
-"""A DR²Seg step on the embedded world with the engine and without it, stage by stage; and how fast rewards are.
+"""A DR²Seg step on the embedded world with the engine and without it; and how fast rewards are.
 
-    python benchmarks/embedded.py            # A B A B on the same questions, the same draws, so the same answers
+    python benchmarks/embedded.py    # A B A B on the same questions, the same draws: same answers
 
-Without the engine every answer reads its own prompt and its own picture: in both passes (transformers' `generate`), for the
-reference and for the update (the model's own padded forward), as the public trainers do.
+Without the engine every answer goes over its own prompt and its own picture: in both passes
+(transformers' `generate`), for the reference and for the update (the model's own padded forward),
+as the public trainers do.
 """
 
 import argparse
@@ -18,38 +19,37 @@ from transformers import LogitsProcessor
 from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.models.policy import Policy
-from dr2seg_lib.models.sampling import Completions, sampling_draws
+from dr2seg_lib.models.sampling import Completions, choose_tokens, sampling_draws
+from dr2seg_lib.models.vision import EncodedImage, resize_square
 from dr2seg_lib.rollouts.two_stage import generate_rollouts
 from dr2seg_lib.training.batches import sample_batch
 from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training.trainer import build_training_state, compute_rewards, train_step
 
 
-class Drawn(LogitsProcessor):
+class SameDraws(LogitsProcessor):
     "Leaves the one token that the policy's own sampling would take."
 
-    def __init__(self, draws, temperature, prompt):
-        self.predict_mask, self.temperature, self.prompt = draws, temperature, prompt
+    def __init__(self, draws, temperature, prompt):  # prompt: its columns
+        self.draws, self.temperature, self.prompt = draws, temperature, prompt
 
     def __call__(self, ids, logits):
-        t, reached = ids.shape[1] - self.prompt, (logits / self.temperature).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(
-            reached, self.predict_mask[:, t : t + 1] * reached[:, -1:], right=True
-        ).clamp(max=reached.shape[1] - 1)
-        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
+        t = ids.shape[1] - self.prompt
+        token = choose_tokens(logits, self.temperature, self.draws[:, t : t + 1])
+        return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
-class Asked:
-    "Prompts that nobody has read yet."
+class Prompts:
+    "Prompts that no model has gone over yet."
 
-    def __init__(self, texts, seen):
-        self.texts, self.seen, self.start = texts, seen, torch.zeros(len(texts))
+    def __init__(self, texts, encoded):
+        self.texts, self.encoded, self.start = texts, encoded, torch.zeros(len(texts))
 
     def rows(self, index):
-        return Asked([self.texts[i] for i in index], [self.seen[i] for i in index])
+        return Prompts([self.texts[i] for i in index], [self.encoded[i] for i in index])
 
-    def repeat(self, n):
-        return self.rows([i for i in range(len(self.texts)) for _ in range(n)])
+    def repeat(self, group_size):
+        return self.rows(torch.arange(len(self.texts)).repeat_interleave(group_size))
 
 
 class Plain(Policy):
@@ -65,32 +65,31 @@ class Plain(Policy):
             for p, g in zip(patches, batch["image_grid_thw"])
         ]
 
-    def prefill(self, texts, seen, again=None, of=None):
-        return Asked(texts, seen)
+    def prefill(self, texts, encoded, prefix=None, rows=None):
+        return Prompts(texts, encoded)
 
-    def inputs(self, asked):
-        ids, attention = self.tokenize(asked.texts, asked.seen)
+    def inputs(self, prompts):
+        ids, attention = self.tokenize(prompts.texts, prompts.encoded)
         return dict(
             input_ids=ids,
             attention_mask=attention,
             mm_token_type_ids=(ids == self.model.config.image_token_id).int(),
-            pixel_values=torch.cat([s.deep[0] for s in asked.seen]),
-            image_grid_thw=torch.stack([s.grid for s in asked.seen]),
+            pixel_values=torch.cat([e.deep[0] for e in prompts.encoded]),
+            image_grid_thw=torch.stack([e.grid for e in prompts.encoded]),
         )
 
     @torch.no_grad()
-    def generate(self, asked, n=1, max_new_tokens=256, temperature=1.0, seed=None):
-        batch = self.inputs(asked.repeat(n))
-        P, eos = batch["input_ids"].shape[1], self.tokenizer.eos_token_id
+    def generate(self, prompts, group_size=1, max_new_tokens=256, temperature=1.0, seed=None):
+        batch = self.inputs(prompts.repeat(group_size))
+        (R, P), eos = batch["input_ids"].shape, self.tokenizer.eos_token_id
+        draws = sampling_draws(seed, R, max_new_tokens)
         out = self.model.generate(
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
-            logits_processor=[
-                Drawn(sampling_draws(seed, len(batch["input_ids"]), max_new_tokens), temperature, P)
-            ],
+            logits_processor=[SameDraws(draws, temperature, P)],
         )
         ids, logp = out.sequences[:, P:], torch.stack(out.logits, 1).float().log_softmax(-1)
         mask = (ids == eos).cumsum(1) - (ids == eos).int() == 0
@@ -103,8 +102,8 @@ class Plain(Policy):
             top[..., 0] - top[..., 1],
         )
 
-    def logprobs(self, asked, ids, mask):
-        batch = self.inputs(asked.repeat(len(ids) // len(asked.texts)))
+    def logprobs(self, prompts, ids, mask):
+        batch = self.inputs(prompts.repeat(len(ids) // len(prompts.texts)))
         P = batch["input_ids"].shape[1]
         for name, tail in (
             ("input_ids", ids),

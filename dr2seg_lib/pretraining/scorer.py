@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VISION_CONFIG', 'TEXT_CONFIG', 'PREPROCESSING', 'scorer_config', 'save_clip', 'draw_scorer_batch', 'page_texts',
-           'scorer_optimizer', 'silent', 'scorer_loss', 'train_clip']
+           'scorer_optimizer', 'scorer_loss', 'train_clip']
 
 # %% ../../nbs/pretraining/scorer.ipynb #fd018d27
 import json
@@ -74,7 +74,7 @@ def page_texts(rng, page) -> list:  # of str
     chains = [think(rng, p.scene, p.question) for think in (think_concise, think_verbose)]
     return [p.question.text, *chains]
 
-# %% ../../nbs/pretraining/scorer.ipynb #e07d1ea5
+# %% ../../nbs/pretraining/scorer.ipynb #8a2256cc
 def scorer_optimizer(model: nn.Module, lr: float, steps: int) -> tuple:  # optimizer, schedule
     "AdamW that decays matrices alone; 50 steps up, a cosine down."
 
@@ -87,11 +87,7 @@ def scorer_optimizer(model: nn.Module, lr: float, steps: int) -> tuple:  # optim
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-
-def silent(step: int, row: dict):
-    "A log that keeps nothing."
-
-# %% ../../nbs/pretraining/scorer.ipynb #a381b06b
+# %% ../../nbs/pretraining/scorer.ipynb #7d1edbc3
 def scorer_loss(model, tokenizer, transform, captions: list, pictures: list) -> torch.Tensor:
     "The loss of a batch."
     texts = model.encode_text(tokenizer([c.text for c in captions]), normalize=True)
@@ -109,7 +105,7 @@ def train_clip(
     pages: int = 24,  # scenes a step
     crops: int = 3,  # of single objects, a scene
     seed: int = 0,  # of the weights and the lessons
-    log=silent,  # called after each step with its number, from 1, and its figures
+    log=None,  # called after each step with its number, from 1, and its figures
 ) -> None:
     "Train a small CLIP from nothing on scenes of the warm start's seeds."
     settings = dict(steps=steps, lr=lr, scenes=scenes, pages=pages, crops=crops, seed=seed)
@@ -132,5 +128,6 @@ def train_clip(
         schedule.step()
         optimizer.zero_grad()
         row = dict(step=step, loss=loss.item(), scale=model.logit_scale.exp().item())
-        log(step, row | dict(lr=schedule.get_last_lr()[0]))
+        if log:
+            log(step, row | dict(lr=schedule.get_last_lr()[0]))
     save_clip(model, config, folder, **settings)
