@@ -125,7 +125,7 @@ def pair_points(
     frame: int = 840,  # side of the coordinates' frame, pixels
 ) -> int:  # 0..3
     "What a pair earns: box, corners, point."
-    return boxes_overlap(a, b) + corners_close(a, b, frame) + point_close(a, b, frame)
+    return sum((boxes_overlap(a, b), corners_close(a, b, frame), point_close(a, b, frame)))
 
 
 def accuracy(
