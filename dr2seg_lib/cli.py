@@ -52,7 +52,7 @@ class PairCommand(TyperCommand):
                 param.nargs = 2
         super().__init__(*args, params=params, **kwargs)
 
-# %% ../nbs/cli.ipynb #ef8ee2a2
+# %% ../nbs/cli.ipynb #2b4a5eb7
 @app.command("run", cls=PairCommand, context_settings={"help_option_names": []})
 def run_command(
     context: typer.Context,
@@ -65,7 +65,7 @@ def run_command(
     show_help: options.ShowHelp = False,
 ) -> int:  # exit code
     "Run an experiment's notebook into a folder."
-    from .commands.run import RunRequest, experiment_help, run_experiment
+    from dr2seg_lib.commands.run import RunRequest, experiment_help, run_experiment
 
     if show_help:
         print(context.get_help(), experiment_help(experiment), sep="\n\n")
@@ -75,11 +75,11 @@ def run_command(
     request = RunRequest(experiment, parameter or [], preset, out, resume, trust)
     return run_experiment(request)
 
-# %% ../nbs/cli.ipynb #de0b2251
+# %% ../nbs/cli.ipynb #5f487bdd
 @app.command("runs")
 def runs_command(folder: options.RunsFolder = Path("runs")) -> int:  # exit code
     "List runs and what has become of them."
-    from .commands.summary import run_lines
+    from dr2seg_lib.commands.summary import run_lines
 
     print(run_lines(folder))
     return 0
@@ -91,18 +91,18 @@ def tables_command(
     format: options.TableFormat = "markdown",
 ) -> int:  # exit code
     "Print the papers' tables with the rows of runs beside them."
-    from .viewing.paper_tables import format_tables, side_by_side
+    from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
 
     print(format_tables(side_by_side(runs or []), format))
     return 0
 
-# %% ../nbs/cli.ipynb #9896f140
+# %% ../nbs/cli.ipynb #4ea35037
 @app.command("check")
 def check_command(data: options.DataSet) -> int:  # exit code, 1 when a record is broken
     "Read a data set, count what is in it and name every broken record."
     from tqdm.auto import tqdm
 
-    from .data.checking import check_data
+    from dr2seg_lib.data.checking import check_data
 
     quiet = not sys.stderr.isatty()
     with tqdm(desc="reading", unit=" samples", mininterval=1, disable=quiet) as bar:
@@ -110,7 +110,7 @@ def check_command(data: options.DataSet) -> int:  # exit code, 1 when a record i
     print(report)
     return 1 if report.broken else 0
 
-# %% ../nbs/cli.ipynb #303cbcc1
+# %% ../nbs/cli.ipynb #9c51c81f
 @app.command("segment")
 def segment_command(
     photo: options.Photo,
@@ -128,12 +128,12 @@ def segment_command(
     overwrite: options.Overwrite = False,
 ) -> int:  # exit code
     "Segment one photo by a question, or by a box, into PHOTO.segment.png and PHOTO.segment.json."
-    from .commands.segment import PhotoParts, segment_and_save
+    from dr2seg_lib.commands.segment import PhotoParts, segment_and_save
 
     parts = PhotoParts(model, adapter, segmenter, method, dtype or "", max_new_tokens)
     return segment_and_save(photo, query, box, point, parts, attention, out, overwrite)
 
-# %% ../nbs/cli.ipynb #f5f695df
+# %% ../nbs/cli.ipynb #2c547ff1
 def usage_sentence(
     error: typer.TyperException,  # what typer says of the arguments
 ) -> str:
@@ -148,14 +148,14 @@ def file_sentence(
     error: OSError,  # from the operating system
 ) -> str:
     "A file that cannot be used."
-    from .core.parameters import brief_text
+    from dr2seg_lib.core.parameters import brief_text
 
     if not error.filename:
         return str(error)
     name = brief_text(str(error.filename), 200)
     return f"{name} cannot be used ({error.strerror}); grant permission, or name another"
 
-# %% ../nbs/cli.ipynb #5fdf69a7
+# %% ../nbs/cli.ipynb #c431fce3
 EXPECTED = typer.TyperException, ValueError, OSError, MemoryError, KeyboardInterrupt
 
 
@@ -165,7 +165,7 @@ def error_sentence(
     "What ended a command."
     from pydantic import ValidationError
 
-    from .commands.parameters import _from_pydantic
+    from dr2seg_lib.commands.parameters import _from_pydantic
 
     if isinstance(error, typer.TyperException):
         return usage_sentence(error), error.exit_code

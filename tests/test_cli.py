@@ -718,7 +718,7 @@ def test_a_record_that_may_not_be_read_is_unreadable():
         for run in "bad", "good":
             Run.create(folder / run, {}, bar=False).finish("done")
         (folder / "bad" / "run.json").chmod(0)
-        script = f"""import os, dr2seg_lib.commands.summary
+        script = f"""import encodings.utf_8_sig, os, dr2seg_lib.commands.summary
 from dr2seg_lib import cli
 os.geteuid() or os.seteuid(65534)
 cli.main(["runs", {name!r}])"""

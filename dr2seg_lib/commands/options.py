@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-# %% ../../nbs/commands/options.ipynb #99045ec8
+# %% ../../nbs/commands/options.ipynb #51748c8f
 def complete_experiment(
     incomplete: str,  # what is typed so far
 ) -> list[str]:
     "The experiments whose names start so."
-    from .commands.parameters import experiments
+    from dr2seg_lib.commands.notebooks import experiments
 
     return [name for name in experiments() if name.startswith(incomplete)]
 
@@ -28,7 +28,7 @@ def complete_preset(
     incomplete: str,  # what is typed so far
 ) -> list[str]:
     "The presets whose names start so."
-    from .core.parameters import PRESETS
+    from dr2seg_lib.core.parameters import PRESETS
 
     return [name for name in PRESETS if name.startswith(incomplete)]
 

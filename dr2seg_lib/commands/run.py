@@ -5,19 +5,15 @@
 # %% auto #0
 __all__ = ['RunRequest', 'execute_and_settle', 'claim_folder', 'run_experiment', 'experiment_help']
 
-# %% ../../nbs/commands/run.ipynb #323867e4
+# %% ../../nbs/commands/run.ipynb #ddf7ccaa
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .execute import execute_notebook, settle_record, unwritable_sentence
-from dr2seg_lib.commands.parameters import (
-    experiments,
-    find_experiment,
-    free_parameters,
-    parameters_of,
-)
+from .notebooks import experiments
+from .parameters import find_experiment, free_parameters, parameters_of
 from .prepare import prepare_run
 from .summary import run_summary
 from ..runs.status import lock_folder
