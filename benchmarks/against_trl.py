@@ -30,7 +30,8 @@ from transformers import (
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.chat import SYSTEM
-from dr2seg_lib.models.policy import Policy, lora_target_regex
+from dr2seg_lib.models.lora import lora_target_regex
+from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.pretraining.tokenizer import CHAT_TEMPLATE, make_tokenizer
 from dr2seg_lib.rollouts.parsing import Parsed
 from dr2seg_lib.rollouts.response import Response

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Response', 'to_responses', 'Group']
 
-# %% ../../nbs/rollouts/response.ipynb #46806a53
+# %% ../../nbs/rollouts/response.ipynb #9eaafc82
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,9 @@ from ..data.samples import Sample
 from ..models.chat import tokenize_texts
 from ..models.policy import Policy
 from ..models.sampling import Completions
-from .parsing import Parsed, parse_response, reasoning_text
+from .parsing import Parsed, parse_response, parsed_record, reasoning_text
 
-# %% ../../nbs/rollouts/response.ipynb #062f216d
+# %% ../../nbs/rollouts/response.ipynb #1a1e2ce4
 @dataclass(frozen=True)
 class Response:
     "One answer of the policy: text, parsed parts, and statistics of its T tokens."
@@ -52,10 +53,15 @@ class Response:
         "What rollouts.jsonl keeps of a response."
         entropy = [round(e, 4) for e in self.entropy]
         fields = dict(text=self.text, tokens=self.tokens, entropy=entropy)
-        return fields | dict(think_tokens=self.think_tokens)
+        parsed = parsed_record(self.parsed)
+        return fields | dict(think_tokens=self.think_tokens, parsed=parsed)
 
-# %% ../../nbs/rollouts/response.ipynb #8c7079a3
-def to_responses(policy: Policy, completions: Completions) -> list[Response]:  # one a row
+# %% ../../nbs/rollouts/response.ipynb #b2424afd
+def to_responses(
+    policy: Policy,
+    completions: Completions,
+    parse: Callable[[str], Parsed] = parse_response,  # what a method reads of a text
+) -> list[Response]:  # one a row
     "Sampled token rows as responses."
     eos, lengths = policy.tokenizer.eos_token_id, completions.mask.sum(1).tolist()
     sampled = [ids[:n] for ids, n in zip(completions.ids.tolist(), lengths)]
@@ -69,7 +75,7 @@ def to_responses(policy: Policy, completions: Completions) -> list[Response]:  #
     for text, parts, ids, end, (entropy, margin) in zip(
         texts, tokens, reasoning, ended, statistics
     ):
-        parsed, n = parse_response(text), len(parts)
+        parsed, n = parse(text), len(parts)
         responses.append(
             Response(text, parsed, parts, entropy[:n], margin[:n], len(ids), cut=not end)
         )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['group_descriptions', 'second_pass', 'StageTimer', 'Rollouts', 'generate_rollouts']
 
-# %% ../../nbs/rollouts/two_stage.ipynb #732a8f9f
+# %% ../../nbs/rollouts/two_stage.ipynb #d40996b7
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from ..models.policy import Policy
 from ..models.prefix_cache import Prefix
 from ..models.sampling import Completions
 from ..models.vision import EncodedImage
+from .parsing import Parsed, parse_response
 from .response import Group, Response, to_responses
 
 # %% ../../nbs/rollouts/two_stage.ipynb #6c833b09
@@ -36,7 +37,7 @@ def group_descriptions(
                 questions.setdefault((b, text), []).append((b, i))
     return questions
 
-# %% ../../nbs/rollouts/two_stage.ipynb #5647691b
+# %% ../../nbs/rollouts/two_stage.ipynb #1034507b
 def second_pass(
     policy: Policy,
     encoded: list[EncodedImage],  # B images
@@ -46,6 +47,7 @@ def second_pass(
     max_new_tokens: int,
     temperature: float,
     seeds: list[int] | None,  # one for each of the B*G answers
+    parse: Callable[[str], Parsed] = parse_response,  # what the method reads of a text
 ) -> list[list[Response | None]]:  # B lists of G
     "The second pass: the same model, asked again with the description alone (Eq. 1)."
     questions = group_descriptions(policy, first)
@@ -60,7 +62,7 @@ def second_pass(
     places = list(chain.from_iterable(questions.values()))
     seeds = seeds and [seeds[b * len(first[0]) + i] for b, i in places]
     completions = policy.generate(prefix.rows(repeats), 1, max_new_tokens, temperature, seeds)
-    for (b, i), response in zip(places, to_responses(policy, completions)):
+    for (b, i), response in zip(places, to_responses(policy, completions, parse)):
         second[b][i] = response
     return second
 
@@ -78,7 +80,7 @@ class StageTimer(dict):
                 torch.cuda.synchronize()  # a GPU may still be at what Python has left behind
             self[stage] = self.get(stage, 0.0) + time.perf_counter() - began
 
-# %% ../../nbs/rollouts/two_stage.ipynb #8a8cd2f7
+# %% ../../nbs/rollouts/two_stage.ipynb #6607f0d3
 @dataclass
 class Rollouts:
     "A step's groups, with what the update needs: prompts, encoded images, sampled tokens."
@@ -99,6 +101,7 @@ def generate_rollouts(
     temperature: float = 1.0,
     seed: int | None = None,  # answer r takes seed + 2r, its second pass seed + 2r + 1
     timer: StageTimer | None = None,  # seconds by stage are added to it
+    parse: Callable[[str], Parsed] = parse_response,  # what the method reads of a text
 ) -> Rollouts:
     "Ask every sample G times and, if the method wants it, ask again about each description."
     timer = StageTimer() if timer is None else timer
@@ -109,12 +112,13 @@ def generate_rollouts(
         texts = [prompt(s.query) for s in samples]
         prefix = policy.prefill(texts, encoded)
         completions = policy.generate(prefix, group_size, *limits, seeds)
-        flat = to_responses(policy, completions)
+        flat = to_responses(policy, completions, parse)
         first = [flat[i : i + group_size] for i in range(0, R, group_size)]
     second = [[None] * group_size for _ in first]
     with torch.no_grad(), timer("second"):
         if second_prompt:
             seeds = seeds and [s + 1 for s in seeds]
-            second = second_pass(policy, encoded, prefix, first, second_prompt, *limits, seeds)
+            inputs = policy, encoded, prefix, first, second_prompt
+            second = second_pass(*inputs, *limits, seeds, parse)
     groups = [Group(*parts) for parts in zip(samples, first, second)]
     return Rollouts(groups, texts, encoded, completions)

@@ -36,6 +36,7 @@ from dr2seg_lib.pretraining.scorer_pages import (
 )
 from dr2seg_lib.pretraining.scorer_quality import preferences
 from dr2seg_lib.pretraining.scorer_tokenizer import make_merges, write_merges
+from dr2seg_lib.rollouts.parsing import parse_response
 from dr2seg_lib.scorers.clip import (
     EMBEDDED_CLIP,
     MERGES,
@@ -695,7 +696,7 @@ def test_experiment_makes_a_scorer(tmp_path):
     ],
 )
 def test_caption_of(text, said):
-    assert response_caption(text) == said
+    assert response_caption(parse_response(text)) == said
 
 
 def test_ratio_by_hand():
