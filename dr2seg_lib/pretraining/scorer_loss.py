@@ -48,9 +48,10 @@ def contrastive_loss(
 ) -> Tensor:  # scalar
     "CLIP's loss with soft targets, and a push for cosines below the floor."
 
-    def matching(cosine, weight):
-        return F.cross_entropy(scale * cosine, weight / weight.sum(1, keepdim=True))
+    def scaled(cosine, weight):  # logits and their targets
+        return scale * cosine, weight / weight.sum(1, keepdim=True)
 
     cosine = texts @ images.T
-    both = matching(cosine, weight) + matching(cosine.T, weight.T)
+    rows, columns = scaled(cosine, weight), scaled(cosine.T, weight.T)
+    both = F.cross_entropy(*rows) + F.cross_entropy(*columns)
     return both / 2 + 20 * F.relu(COSINE_FLOOR - cosine).square().mean()
