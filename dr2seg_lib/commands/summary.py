@@ -9,7 +9,7 @@ __all__ = ['unreadable_lines', 'caution_lines', 'before_after_lines', 'run_summa
 from pathlib import Path
 
 from ..core.files import read_json
-from ..core.parameters import cut_note, split_notes
+from ..core.notes import cut_note, split_notes
 
 # %% ../../nbs/commands/summary.ipynb #3a9b753e
 def _parts(results: dict) -> dict:  # {"", "before training" or "after training": summary}

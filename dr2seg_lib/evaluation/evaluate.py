@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['answer_greedily', 'require_askable', 'try_get', 'predict_batch', 'iter_predictions', 'evaluate',
-           'truncate_to_batches', 'dataset_info', 'run_evaluation']
+           'truncate_to_batches', 'dataset_info', 'evaluated_policy', 'run_evaluation']
 
 # %% ../../nbs/evaluation/evaluate.ipynb #9321bc46
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..core.files import append_jsonl, read_jsonl
-from ..data.datasets import load_data
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
-from .config import EvaluateConfig
+from ..core.parameters import EvaluateConfig
+from .config import check_evaluation
 from .metrics import error_row, result_row, summarize
 from ..methods.registry import METHODS
 from ..models.loading import load_policy
@@ -158,15 +158,30 @@ def dataset_info(data, name: str, split: str) -> dict:
     return found | (dict(split_note=note) if note else {})
 
 
+@contextmanager
+def evaluated_policy(config: EvaluateConfig, folder: Path, crew: PartialState) -> Iterator[Policy]:
+    "The policy that answers: here, or on a server that gets the adapter from a folder of the run."
+    model, runtime = config.model, config.runtime
+    policy = load_policy(model.name, model.adapter, model.dtype, runtime.attention, crew.device)
+    policy.max_question_tokens = config.data.max_question_tokens
+    if not runtime.server:
+        yield policy
+        return
+    served = folder / f"served-{crew.process_index}"
+    with ServedPolicy(policy, runtime.server, model.name, served) as policy:
+        yield policy
+
+
 def run_evaluation(
     config: EvaluateConfig,
     out,  # the run's folder
     resume: bool = False,
 ) -> Run:
     "A whole evaluation: `predictions.jsonl`, a line a sample, and the summary in `results.json`."
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+    data = check_evaluation(config)
+    if config.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.evaluation.evaluate", config, out, resume)
-    with open_run(out, config.model_dump(), resume=resume) as run, ExitStack() as stack:
+    with open_run(out, config, resume=resume) as run, ExitStack() as stack:
         crew = PartialState(
             cpu=not torch.cuda.is_available()
         )  # said, or several processes on CPUs would not know of each other
@@ -174,25 +189,12 @@ def run_evaluation(
             crew.is_main_process,
             lambda value: broadcast_object_list([value])[0],
         )  # what the first process, which writes, knows
-        data = load_data(
-            config.data, config.split, config.samples or None, protocol=config.protocol
-        )
-        segmenter, policy = (
-            load_segmenter(config.segmenter),
-            load_policy(config.model, config.adapter, config.dtype, config.attention, crew.device),
-        )
-        policy.max_question_tokens = config.max_question_tokens
-        if config.server:
-            policy = stack.enter_context(
-                ServedPolicy(
-                    policy, config.server, config.model, run.folder / f"served-{crew.process_index}"
-                )
-            )
-        path, prompt = run.folder / "predictions.jsonl", METHODS[config.recipe].prompt
-        done = told(truncate_to_batches(path, config.batch, len(data)) if first else None)
-        for rows in iter_predictions(
-            policy, segmenter, data, prompt, config.batch, config.max_new_tokens, done, crew
-        ):
+        segmenter = load_segmenter(config.segmenter)
+        policy = stack.enter_context(evaluated_policy(config, run.folder, crew))
+        path, prompt = run.folder / "predictions.jsonl", METHODS[config.method.name].prompt
+        size, limit = config.runtime.batch_size, config.rollout.max_new_tokens
+        done = told(truncate_to_batches(path, size, len(data)) if first else None)
+        for rows in iter_predictions(policy, segmenter, data, prompt, size, limit, done, crew):
             if first:
                 append_jsonl(path, rows)
             done += len(rows)
@@ -201,7 +203,7 @@ def run_evaluation(
                 return run
         if first:
             run.results(
-                dict(evaluation=dataset_info(data, config.data, config.split))
+                dict(evaluation=dataset_info(data, config.data.name, config.data.split))
                 | summarize(read_jsonl(path))
             )
     return run

@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ..core.parameters import ExperimentParameters
+from ..core.parameters import ExperimentConfig
 from .checkpoints import find_resumable_checkpoint
 from .run_folder import Run, check_free
 from .signals import die_with_parent
@@ -60,7 +60,7 @@ class NonWriterRun(Run):
 
 def open_run(
     folder: Path,
-    parameters: ExperimentParameters
+    parameters: ExperimentConfig
     | dict,  # those of a resumed run are held against its record, unless they are a dict
     seed: int = 0,
     resume: bool = False,
@@ -69,7 +69,7 @@ def open_run(
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
     kind = Run if int(os.environ.get("RANK", 0)) == 0 else NonWriterRun
-    asked = parameters if isinstance(parameters, ExperimentParameters) else None
+    asked = parameters if isinstance(parameters, ExperimentConfig) else None
     if resume:
         return kind.resume(folder, asked=asked)
     return kind.create(folder, asked.model_dump() if asked else parameters, seed)
@@ -109,7 +109,7 @@ def _wait(process: subprocess.Popen) -> int:  # its exit status, 0 when it was a
 
 def launch_processes(
     module: str,  # called as MODULE CONFIG FOLDER [resume], CONFIG in JSON
-    config,  # a pydantic model with `processes`
+    config,  # a pydantic model with `runtime.processes`
     folder: Path,
     resume: bool = False,
 ) -> Run:
@@ -121,7 +121,7 @@ def launch_processes(
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc_per_node={config.processes}",
+        f"--nproc_per_node={config.runtime.processes}",
         "-m",
         module,
         config.model_dump_json(),
@@ -135,7 +135,7 @@ def launch_processes(
         return run
     kind, _, text = (
         run.info["error"]
-        or f"RuntimeError: one of {config.processes} processes ended with {code}; see above"
+        or f"RuntimeError: one of {config.runtime.processes} processes ended with {code}; see above"
     ).partition(": ")
     raise {e.__name__: e for e in (ValueError, FileNotFoundError, FloatingPointError, OSError)}.get(
         kind, RuntimeError

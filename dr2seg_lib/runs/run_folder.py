@@ -28,7 +28,7 @@ from dr2seg_lib.core.files import (
     write_json,
     write_jsonl,
 )
-from ..core.parameters import ExperimentParameters, changed_parameters
+from ..core.parameters import ExperimentConfig, changed_parameters
 from .checkpoints import find_resumable_checkpoint, read_manifest, step_of
 from .ledger import ROW_FILES, Ledger
 from .signals import active_runs, listen_for_signals
@@ -91,7 +91,7 @@ def new_folder(
             return folder
 
 
-def resume_record(folder: Path, asked: ExperimentParameters | None) -> dict:  # fields of the record
+def resume_record(folder: Path, asked: ExperimentConfig | None) -> dict:  # fields of the record
     "What a resume says in the record: when, with what, and what it has changed."
     record = read_record(folder)
     recorded = {n: v for n, v in record["parameters"].items() if n not in ("out", "resume")}
@@ -99,7 +99,7 @@ def resume_record(folder: Path, asked: ExperimentParameters | None) -> dict:  # 
         changed = changed_parameters(recorded, asked) if asked else {}
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
-    parameters = record["parameters"] | (asked.model_dump() if asked else {})
+    parameters = asked.model_dump() if asked else record["parameters"]
     entry = dict(
         time=current_time(), git=git_revision(), versions=package_versions(), changed=changed
     )
@@ -146,7 +146,7 @@ class Run:
 
     @classmethod
     def resume(
-        cls, folder: Path, bar: bool = True, asked: ExperimentParameters | None = None
+        cls, folder: Path, bar: bool = True, asked: ExperimentConfig | None = None
     ) -> "Run":  # with which it goes on; None: as it was
         "Goes on with a run that ended early; a line that was cut short is removed."
         read_record(folder)

@@ -11,7 +11,7 @@ from datetime import datetime
 from markupsafe import Markup
 
 from ..core.markup import fill_html, join_html
-from ..core.parameters import CUT_SHARE, split_notes
+from ..core.notes import CUT_SHARE, split_notes
 from ..core.text_table import format_cell
 from .figures import before_after_plot
 from .open_records import path_text
