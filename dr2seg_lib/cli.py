@@ -15,15 +15,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from .commands.execute import execute_notebook, settle_record, unwritable_sentence
+from .commands.notebooks import experiments
 from dr2seg_lib.commands.parameters import (
-    _from_pydantic,
     check_names_exist,
-    experiments,
-    parameters_of,
+    validation_sentence,
 )
+from .commands.parameters_cell import parameters_of
 from .commands.prepare import check_text, prepare_run
 from .commands.summary import run_summary
-from .core.parameters import brief_text, without_unsaid
+from .core.parameters import brief_text
 from .runs.listing import list_runs
 from .runs.status import lock_folder
 from .runs.verify import inherit
@@ -116,8 +116,9 @@ def segment_command(args) -> int:  # exit code
         n: getattr(args, n)
         for n in ("model", "adapter", "segmenter", "recipe", "dtype", "max_new_tokens")
     }
-    asked, sentence = inherit(asked) if args.box is None else (without_unsaid(asked), "")
-    check_names_exist(asked)
+    asked = {name: value for name, value in asked.items() if value}
+    found, sentence = inherit(asked) if args.box is None else (asked, "")
+    check_names_exist(found)
     if sentence:
         print(sentence)
     from huggingface_hub.utils.logging import set_verbosity_error as hub_quiet
@@ -290,7 +291,7 @@ def _report_errors(args) -> tuple[str | None, int]:  # sentence, exit code
     try:
         return None, args.run(args)
     except ValidationError as e:
-        return _from_pydantic(e), 2
+        return validation_sentence(e), 2
     except (ValueError, FileNotFoundError) as e:
         return str(e), 2
     except BrokenPipeError:

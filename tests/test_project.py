@@ -15,9 +15,6 @@ import notebooks
 import pytest
 from packaging.requirements import Requirement
 
-from dr2seg_lib.evaluation.config import EvaluateConfig
-from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig
-from dr2seg_lib.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -125,24 +122,6 @@ def test_no_module_imports_itself_by_a_detour():
 def test_experiment_has_one_parameters_cell(path):
     cells = json.loads(path.read_text())["cells"]
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
-
-
-@pytest.mark.parametrize(
-    "name, config",
-    [("train", TrainConfig), ("evaluate", EvaluateConfig), ("rea2seg", Rea2SegConfig)],
-)
-def test_the_parameters_of_an_experiment_are_those_of_its_configuration(name, config):
-    cells, found = (
-        json.loads((ROOT / "nbs" / "experiments" / f"{name}.ipynb").read_text())["cells"],
-        {},
-    )
-    exec(
-        "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"]),
-        {},
-        found,
-    )
-    assert set(found) - {"out", "resume"} == set(config.model_fields)
-    assert config(**{k: found[k] for k in config.model_fields}) == config()
 
 
 @pytest.mark.parametrize("path", LIBRARY, **names)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONFIG_CLASSES', 'CHECKS', 'NAMES_IN_CODE', 'config_class', 'parameter_defaults', 'old_names_in', 'check_names',
-           'spread_config', 'notebook_parameters', 'check_type', 'validation_sentence', 'validated_config',
-           'check_names_exist', 'sweep_trainings', 'check_sweep', 'configuration_of', 'check_quickly',
-           'check_machine_for', 'check_parameters']
+           'check_config', 'spread_config', 'notebook_parameters', 'check_type', 'validation_sentence',
+           'validated_config', 'check_names_exist', 'sweep_trainings', 'check_sweep', 'configuration_of',
+           'check_quickly', 'check_machine_for', 'check_parameters']
 
 # %% ../../nbs/commands/parameters.ipynb #0e5fc928
 import importlib
@@ -88,6 +88,16 @@ def check_names(notebook: Path, given: dict):
             raise ValueError(f'unknown parameter "{brief_text(name)}"; {hint}')
 
 # %% ../../nbs/commands/parameters.ipynb #df16d483
+def check_config(config):  # as typed
+    "Refuses what is no configuration: anything but names with values."
+    if not isinstance(config, dict):
+        raise ValueError(
+            f'parameter "config" takes names and values, not {brief_text(repr(config))}'
+        )
+    if not all(isinstance(name, str) for name in config):
+        raise ValueError('parameter "config": a name is no text; --help lists them')
+
+
 def spread_config(notebook: Path, given: dict) -> dict:  # {name: value}
     "What was given, the fields of `config` as if each had been typed."
     kind, declared = config_class(notebook), parameters_of(notebook)
@@ -97,6 +107,7 @@ def spread_config(notebook: Path, given: dict) -> dict:  # {name: value}
         given = nested_parameters(given, SWEEP_NAMES)
     own = {n: v for n, v in given.items() if n in declared and n != "config"}
     fields = {n: v for n, v in given.items() if n not in declared}
+    check_config(given.get("config", {}))
     config = flat_parameters(given.get("config", {}), kind.old_names)
     return own | config | flat_parameters(fields, kind.old_names)
 
@@ -163,8 +174,6 @@ def check_names_exist(values: dict):  # parameters of any experiment, in any spe
 # %% ../../nbs/commands/parameters.ipynb #2e5c31fe
 def sweep_trainings(values: dict) -> Iterator[dict]:
     "What a sweep would train, one value changed at a time."
-    if not all(isinstance(name, str) for name in values["config"]):
-        raise ValueError('parameter "config": a name is no text; use those of train')
     shared = flat_parameters(values["config"], TrainConfig.old_names)
     for name, one in dict(methods="method", seeds="seed").items():
         if not values[name]:

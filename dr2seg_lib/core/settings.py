@@ -40,12 +40,16 @@ class ModelSettings(Settings):
 
 
 class TrainedModel(ModelSettings):
+    "The policy that is trained."
+
     tune: Literal["lora", "full"] = Field(
         "lora", description="train an adapter, or all of the language model"
     )
 
 
 class EvaluatedModel(ModelSettings):
+    "The policy that answers, perhaps with an adapter."
+
     adapter: str = Field("", description="checkpoint of a training run; empty: the model as it is")
 
 # %% ../../nbs/core/settings.ipynb #f3ddb40b
@@ -200,4 +204,6 @@ class TrainingRuntime(RuntimeSettings):
 
 
 class EvaluationRuntime(RuntimeSettings):
+    "How it is computed: time and memory, not the mathematics."
+
     batch_size: int = Field(32, ge=1, description="questions asked at once")

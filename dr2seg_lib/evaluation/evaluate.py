@@ -18,9 +18,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..core.files import append_jsonl, read_jsonl
+from ..core.parameters import EvaluateConfig
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
-from ..core.parameters import EvaluateConfig
 from .config import check_evaluation
 from .metrics import error_row, result_row, summarize
 from ..methods.registry import METHODS

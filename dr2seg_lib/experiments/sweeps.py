@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ..core.parameter_names import TRAINING_NAMES, flat_parameters
+from ..core.parameters import TrainConfig
 from ..runs.run_folder import Run
 from ..runs.signals import die_with_parent
 from ..runs.status import read_results, run_status
-from ..core.parameter_names import TRAINING_NAMES, flat_parameters
-from ..core.parameters import TrainConfig
 from ..training.trainer import train
 
 # %% ../../nbs/experiments/sweeps.ipynb #6ca6f1e0
