@@ -15,7 +15,8 @@ import nbformat
 import pydantic
 import pytest
 
-from dr2seg_lib.cli import build_parser, main
+import dr2seg_lib
+from dr2seg_lib.cli import main
 from dr2seg_lib.commands.execute import PARTIAL_NOTEBOOK, explain_error
 from dr2seg_lib.commands.parameter_help import parameters_help
 from dr2seg_lib.commands.parameters import check_parameters, validated_config
@@ -26,6 +27,7 @@ from dr2seg_lib.commands.parameters_cell import (
     typed_parameters,
 )
 from dr2seg_lib.commands.prepare import prepare_run
+from dr2seg_lib.commands.run import RunRequest
 from dr2seg_lib.commands.summary import caution_lines, run_summary
 from dr2seg_lib.core.files import read_json, write_json
 from dr2seg_lib.core.notes import cut_note
@@ -258,6 +260,77 @@ def test_values_as_typed(text, value):
     assert read_value(text) == value
 
 
+# ---- the command line itself
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        ([], "missing command; see dr2seg --help"),
+        (["rnu"], "no such command 'rnu'. Did you mean 'run'?; see dr2seg --help"),
+        (["--outt"], "no such option: --outt; see dr2seg --help"),
+        (["run"], "run needs the name of an experiment; see dr2seg run --help"),
+        (["run", "train", "-p", "steps"], "option '-p' requires 2 arguments; see dr2seg --help"),
+        (["run", "a", "b"], "got unexpected extra argument(s) (b); see dr2seg run --help"),
+        (["check"], "missing argument 'DATA'; see dr2seg check --help"),
+        (
+            ["segment", "a.png", "--dtype", "half"],
+            "invalid value for '--dtype': 'half' is not one of 'float32', 'bfloat16'; "
+            "see dr2seg segment --help",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_not_understood_are_one_sentence(capsys, args, sentence):
+    assert main(args) == 2
+    assert capsys.readouterr() == ("", f"dr2seg: {sentence}\n")
+
+
+def test_a_value_may_start_with_a_minus_sign(capsys):
+    "argparse took it for an option."
+    assert main(["run", "train", "-p", "kl", "-1e999"]) == 2
+    assert "kl" in capsys.readouterr().err.partition(":")[2]
+
+
+@pytest.mark.parametrize("command", ["run", "runs", "check", "segment", "tables"])
+def test_every_command_has_help(capsys, command):
+    assert main([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert f"Usage: dr2seg {command}" in out
+    assert err == ""
+
+
+def test_help_of_an_experiment_lists_its_parameters(notebook, capsys):
+    assert main(["run", notebook(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--trust" in out
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["steps", "nap", "recipe"]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dr2seg {dr2seg_lib.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, completed",
+    [
+        ("dr2seg se", ["segment"]),
+        ("dr2seg run eval", ["evaluate"]),
+        ("dr2seg run train --pre", ["--preset"]),
+        ("dr2seg run train --preset reason", ["reasonseg_few_shot"]),
+        ("dr2seg tables --format ", ["markdown", "latex", "html"]),
+    ],
+)
+def test_the_shell_completes_words(words, completed):
+    request = dict(
+        _DR2SEG_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" "))
+    )
+    done = subprocess.run([DR2SEG], env=os.environ | request, capture_output=True, text=True)
+    assert done.stdout.split() == completed
+    assert done.stderr == ""
+
+
 # ---- quickly: before torch is imported
 
 
@@ -378,7 +451,8 @@ def test_segment_refuses_names_without_torch(tmp_path, args, says):
         (["run", "train", "-p", "lr", "inf"], 1.5),
         (["run", "evaluate", "-p", "adapter", "nope"], 1.5),
         (["runs"], 1),
-        (["--help"], 1),
+        (["--help"], 0.5),
+        (["run", "--help"], 1),
     ],
     ids=str,
 )
@@ -653,7 +727,10 @@ def test_a_record_that_may_not_be_read_is_unreadable():
         for run in "bad", "good":
             Run.create(folder / run, {}, bar=False).finish("done")
         (folder / "bad" / "run.json").chmod(0)
-        script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
+        script = f"""import encodings.utf_8_sig, os, dr2seg_lib.commands.summary
+from dr2seg_lib import cli
+os.geteuid() or os.seteuid(65534)
+cli.main(["runs", {name!r}])"""
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     lines = {Path(line.split()[0]).name: line for line in done.stdout.splitlines()}
     assert "unreadable" in lines["bad"]
@@ -978,17 +1055,13 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
         tmp_path / "run", dict(steps=5, processes=4, out="run", resume=False), bar=False
     ).finish("interrupted")
 
-    def asked(*given):
-        return prepare_run(
-            build_parser().parse_args(
-                ["run", path, "--resume", "--out", str(tmp_path / "run"), *given]
-            )
-        )[2]
+    def resumed(*pairs):
+        return prepare_run(RunRequest(path, pairs, out=tmp_path / "run", resume=True))[2]
 
-    assert asked() == dict(steps=5, processes=4)
-    assert asked("-p", "processes", "2") == dict(steps=5, processes=2)
+    assert resumed() == dict(steps=5, processes=4)
+    assert resumed(("processes", "2")) == dict(steps=5, processes=2)
     with pytest.raises(ValueError, match="was started with steps = 5, not 9"):
-        asked("-p", "steps", "9")
+        resumed(("steps", "9"))
 
 
 def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
@@ -1032,10 +1105,11 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
     "As root nothing is forbidden, so the command gives its rights away first."
     tmp_path.chmod(0o555)
-    script = f"""import os, pydantic, dr2seg_lib.training.trainer
+    script = f"""import os, pydantic, dr2seg_lib.commands.run, dr2seg_lib.training.trainer
 from dr2seg_lib import cli
 if os.geteuid() == 0: os.seteuid(65534)
-raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
+args = ["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]
+raise SystemExit(cli.main(args))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -1096,10 +1170,9 @@ def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(
 # ---- what a resume may do
 
 
-def asked(folder, *given, experiment="train"):
-    return prepare_run(
-        build_parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given])
-    )[2]
+def resumed(folder, *pairs, experiment="train", trust=False):
+    "The parameters with which a run in `folder` would go on."
+    return prepare_run(RunRequest(experiment, pairs, out=folder, resume=True, trust=trust))[2]
 
 
 @pytest.fixture
@@ -1124,9 +1197,9 @@ def ended(tmp_path):
     ],
 )
 def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
-    found = flat_parameters(asked(ended, "-p", name, str(value))["config"])
-    assert found[name] == value
-    assert found["steps"] == 9
+    parameters = flat_parameters(resumed(ended, (name, str(value)))["config"])
+    assert parameters[name] == value
+    assert parameters["steps"] == 9
 
 
 @pytest.mark.parametrize(
@@ -1149,9 +1222,9 @@ def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
     update_record(ended, status="done")
     with pytest.raises(ValueError, match="is done; only a run that ended early"):
-        asked(ended)
+        resumed(ended)
     (ended / PARTIAL_NOTEBOOK).write_text("{}")
-    assert asked(ended)["config"]["steps"] == 9
+    assert resumed(ended)["config"]["steps"] == 9
 
 
 RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.methods.dr2seg import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
@@ -1200,12 +1273,12 @@ def test_code_that_a_record_names_is_run_only_with_trust(experiment, parameters,
     assert "names code of a file, " in said
     assert "look at it, then add --trust" in said
     assert not (tmp_path / "it-ran").exists()
-    asked(tmp_path / "run", "--trust", experiment=experiment)
+    resumed(tmp_path / "run", experiment=experiment, trust=True)
     assert (tmp_path / "it-ran").exists() == (experiment == "train"), (
         "a sweep's workers load it themselves"
     )
     if experiment == "train":
-        config = asked(tmp_path / "run", "-p", "method", name)["config"]
+        config = resumed(tmp_path / "run", ("method", name))["config"]
         assert config["method"]["name"] == name, "who names the code trusts it"
 
 
@@ -1254,18 +1327,18 @@ def test_a_record_deleted_while_the_run_is_at_work_is_one_sentence(tmp_path, not
 # ---- nested names, old names, help
 
 
-def new_run(folder, *given):
-    "What papermill would be given, and where."
-    return prepare_run(build_parser().parse_args(["run", *given, "--out", str(folder)]))[2]
+def new_run(folder, experiment, *pairs):
+    "What papermill would be given."
+    return prepare_run(RunRequest(experiment, list(pairs), out=folder))[2]
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        ["-p", "lora.rank", "8", "-p", "method", "dpad"],
-        ["-p", "lora", '{"rank": 8}', "-p", "method.name", "dpad"],
-        ["-p", "config", '{"lora": {"rank": 8}}', "-p", "method", "dpad"],
-        ["-p", "rank", "8", "-p", "recipe", "dpad"],
+        [("lora.rank", "8"), ("method", "dpad")],
+        [("lora", '{"rank": 8}'), ("method.name", "dpad")],
+        [("config", '{"lora": {"rank": 8}}'), ("method", "dpad")],
+        [("rank", "8"), ("recipe", "dpad")],
     ],
     ids=["dotted", "a group", "config", "of version 0.2"],
 )
@@ -1275,18 +1348,18 @@ def test_a_field_is_set_in_the_notebooks_config(tmp_path, given):
 
 
 def test_old_names_are_told_in_one_line(tmp_path, capsys):
-    new_run(tmp_path / "run", "train", "-p", "rank", "8", "-p", "recipe", "dpad")
+    new_run(tmp_path / "run", "train", ("rank", "8"), ("recipe", "dpad"))
     assert capsys.readouterr().err == (
         "dr2seg: rank is now lora.rank, recipe is now method; "
         "the old names go with the next release\n"
     )
-    new_run(tmp_path / "run", "train", "-p", "lora.rank", "8", "-p", "data", "mini")
+    new_run(tmp_path / "run", "train", ("lora.rank", "8"), ("data", "mini"))
     assert capsys.readouterr().err == ""
 
 
 def test_a_sweep_shares_a_config(tmp_path):
     values = new_run(
-        tmp_path / "run", "ablate", "-p", "seeds", "[0]", "-p", "steps", "3", "-p", "lora.rank", "4"
+        tmp_path / "run", "ablate", ("seeds", "[0]"), ("steps", "3"), ("lora.rank", "4")
     )
     assert values["seeds"] == [0]
     assert flat_parameters(values["config"]) == {
@@ -1299,22 +1372,22 @@ def test_a_sweep_shares_a_config(tmp_path):
 def test_a_sweep_of_version_0_2_goes_on(tmp_path, capsys):
     old = dict(recipes=["dr2seg"], seeds=[0], steps=3, eval_samples=2, workers=1, vary={})
     Run.create(tmp_path / "run", old | dict(settings={"rank": 4}), bar=False).finish("interrupted")
-    values = asked(tmp_path / "run", experiment="ablate")
+    values = resumed(tmp_path / "run", experiment="ablate")
     assert values["methods"] == ["dr2seg"]
     assert flat_parameters(values["config"]) == {
         "steps": 3,
         "evaluation.samples": 2,
         "lora.rank": 4,
     }
-    assert asked(tmp_path / "run", "-p", "workers", "3", experiment="ablate")["workers"] == 3
+    assert resumed(tmp_path / "run", ("workers", "3"), experiment="ablate")["workers"] == 3
     with pytest.raises(ValueError, match="was started with lora.rank = 4, not 8"):
-        asked(tmp_path / "run", "-p", "lora.rank", "8", experiment="ablate")
+        resumed(tmp_path / "run", ("lora.rank", "8"), experiment="ablate")
 
 
 def test_a_training_of_version_0_2_goes_on(tmp_path):
     old = dict(recipe="dpad", rank=4, steps=9, lr=0.5, out="x", resume=False)
     Run.create(tmp_path / "run", old, bar=False).finish("failed")
-    found = flat_parameters(asked(tmp_path / "run", "-p", "optim.lr", "0.1")["config"])
+    found = flat_parameters(resumed(tmp_path / "run", ("optim.lr", "0.1"))["config"])
     assert found == {"method": "dpad", "lora.rank": 4, "steps": 9, "optim.lr": 0.1}
 
 

@@ -38,6 +38,7 @@ from dr2seg_lib.core.parameters import (
     first_problem,
 )
 from ..core.presets import with_preset
+from ..methods.names import method_names
 from ..runs.verify import validate_adapter, validate_model
 
 # %% ../../nbs/commands/parameters.ipynb #968be2d4
@@ -164,7 +165,7 @@ def validated_config(kind: type, values: dict):  # → kind(**values)
 # %% ../../nbs/commands/parameters.ipynb #dcd74d99
 def check_names_exist(values: dict):  # parameters of any experiment, in any spelling
     "Refuses a method, a model, a segmenter, a data set or an adapter that cannot be there."
-    if problem := find_unknown_name(values):
+    if problem := find_unknown_name(values, method_names()):
         raise ValueError(problem)
     flat = flat_parameters(values)
     validate_model(str(flat.get("model", "embedded")))

@@ -81,7 +81,8 @@ def answer_held_out(
             held_out_batch(len(data), accelerator.num_processes),
             config.rollout.max_new_tokens,
             progress=lambda i, n: run.progress(f"evaluating {when}", i, n),
-            crew=accelerator,
+            accelerator=accelerator,
+            parse=method.parse,
         )
     return rows
 

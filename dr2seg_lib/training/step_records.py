@@ -25,6 +25,7 @@ class StepOutcome(NamedTuple):
     terms: dict  # {name: [B,n]}
     reward: Tensor  # [B,n]
     advantage: Tensor  # [B,n]
+    combination: dict  # how the terms make the reward, see `Method.combination`
 
 
 def all_gather_groups(accelerator: Accelerator, outcome: StepOutcome) -> StepOutcome:
@@ -32,12 +33,13 @@ def all_gather_groups(accelerator: Accelerator, outcome: StepOutcome) -> StepOut
     if accelerator.num_processes == 1:
         return outcome
     parts = gather_object([tuple(outcome)])
-    groups, terms, reward, advantage = zip(*parts)
+    groups, terms, reward, advantage, combination = zip(*parts)
     return StepOutcome(
         sum(groups, []),
         {k: torch.cat([t[k] for t in terms]) for k in terms[0]},
         torch.cat(reward),
         torch.cat(advantage),
+        combination[0],
     )
 
 # %% ../../nbs/training/step_records.ipynb #4412b1f6
@@ -97,6 +99,7 @@ def rollout_record(step: int, outcome: StepOutcome, b: int, i: int) -> dict:
         second=second.record() if second else None,
         description=first.parsed.description,
         terms={k: v[b, i].item() for k, v in outcome.terms.items()},
+        combination=outcome.combination,
         reward=outcome.reward[b, i].item(),
         advantage=outcome.advantage[b, i].item(),
     )

@@ -97,7 +97,7 @@ def build_method(config: TrainConfig) -> Method:
     method = replace(
         load_method(asked.name), anchor=asked.anchor, gamma=asked.gamma, scorer=asked.scorer
     )
-    if method.form:
+    if method.dpad_variant:
         cached_scorer(method.scorer)
     if method.segmenter:
         method = replace(method, segmenter=config.segmenter)
@@ -158,6 +158,7 @@ def collect_rollouts(
             config.rollout.temperature,
             seed=step_seed(config, step) + 2 * first * size,
             clock=clock,
+            parse=method.parse,
         )
 
 # %% ../../nbs/training/trainer.ipynb #ff9557c0
@@ -174,7 +175,7 @@ def train_step(
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
         stats["mismatch"] = float(accelerator.reduce(logprob_gap(rollouts.done), "mean"))
-    outcome = StepOutcome(rollouts.groups, terms, reward, advantage)
+    outcome = StepOutcome(rollouts.groups, terms, reward, advantage, method.combination(terms))
     outcome = all_gather_groups(accelerator, outcome)
     row = step_metrics(step, outcome, stats, lr, clock)
     return row, rollout_records(step, outcome, config.runtime.recorded_groups)

@@ -394,7 +394,7 @@ def segment_photo(
             METHODS[who.method.name].prompt,
             who.rollout.max_new_tokens,
         )
-        prompts = segmenter_prompts(drawer, response.text, query, policy.frame, size)
+        prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, size)
 
     def placed(prompt, mask):
         return (

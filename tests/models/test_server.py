@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from dr2seg_lib.cli import main
