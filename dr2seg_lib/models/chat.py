@@ -7,7 +7,7 @@ __all__ = ['SYSTEM', 'CHARACTERS_PER_TOKEN', 'chat_messages', 'chat_frame', 'wel
            'spells_special', 'question_too_long']
 
 # %% ../../nbs/models/chat.ipynb #73814fdc
-from ..data.records import MAX_QUESTION_TOKENS
+from ..core.settings import MAX_QUESTION_TOKENS
 
 # %% ../../nbs/models/chat.ipynb #66c30263
 SYSTEM = "You are a helpful assistant."

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from ..core.parameters import PROJECTIONS
+from ..core.settings import PROJECTIONS
 
 # %% ../../nbs/models/lora.ipynb #02fe2452
 def lora_target_regex(projections: tuple = PROJECTIONS) -> str:  # a regular expression, for peft

@@ -8,7 +8,7 @@ __all__ = ['Policy']
 # %% ../../nbs/models/policy.ipynb #0a8e0d41
 import torch
 
-from ..data.records import MAX_QUESTION_TOKENS
+from ..core.settings import MAX_QUESTION_TOKENS
 from .lora import Lora
 from .parallel import Sharding
 from .prefill import Prefilling

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'ATTENTION_KINDS', 'MODEL_CLASSES', 'LOADING_MEND', 'checkpoint_source', 'model_kind', 'check_weights',
-           'check_tokenizer', 'load_pretrained', 'image_side']
+           'check_tokenizer', 'without_progress_bars', 'load_pretrained', 'image_side']
 
 # %% ../../nbs/models/pretrained.ipynb #f5333fce
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.utils import logging
 
 import dr2seg_lib
 from ..core.files import naming_load_errors
@@ -73,6 +75,19 @@ def check_tokenizer(name: str, model, processor):
             f"model {name} has not the tokenizer of its config.json; fetch tokenizer.json again"
         )
 
+# %% ../../nbs/models/pretrained.ipynb #b7a1c2d3
+@contextmanager
+def without_progress_bars(hidden: bool = True):
+    "Inside, transformers shows no progress bars; nothing changes where `hidden` is false."
+    visible = logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if visible:
+            logging.enable_progress_bar()
+
 # %% ../../nbs/models/pretrained.ipynb #ca0b8aae
 def load_pretrained(
     name: str,  # "embedded", a local folder or a hub id
@@ -82,7 +97,8 @@ def load_pretrained(
 ) -> tuple:  # model, processor
     "A model and its processor, checked."
     source, kind = checkpoint_source(name), model_kind(name)
-    with naming_load_errors(f"model {name}", LOADING_MEND):
+    named = naming_load_errors(f"model {name}", LOADING_MEND)
+    with named, without_progress_bars(name == "embedded"):
         model, report = MODEL_CLASSES[kind].from_pretrained(
             source,
             dtype=dtype,
