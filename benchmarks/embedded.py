@@ -128,42 +128,29 @@ def steps(config, turns: int, count: int) -> dict:  # {engine: metrics rows}
                 rows[name].append(train_step(state, samples, config, step)[0])
             print(f"turn {turn + 1}, {name}: {rows[name][-1]['seconds']}", flush=True)
     for a, b in zip(rows["engine"], rows["plain"]):  # the same work, or the comparison is none
-        assert (
-            abs(a["tokens"] - b["tokens"]) < 1e-6
-            and abs(a["reward"] - b["reward"]) < 1e-6
-            and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
-        ), (a, b)
+        assert abs(a["tokens"] - b["tokens"]) < 1e-6, (a, b)
+        assert abs(a["reward"] - b["reward"]) < 1e-6, (a, b)
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3, (a, b)
     return rows
 
 
-def rewards(config, repeats: int = 5) -> dict:  # {recipe: responses a CPU second}
-    "Real answers to the first 16 training questions, rewarded again and again."
-    samples, (policy, *_) = (
-        sample_batch(load_data("mini", "train"), config, 1)[0],
-        build_training_state(config),
-    )
-    out = {}
+def reward_rates(config, repeats: int = 5) -> dict:  # {method: responses a CPU second}
+    "Real answers to the first training questions, rewarded again and again."
+    samples, _ = sample_batch(load_data("mini", "train"), config, 1)
+    policy, sizes = build_training_state(config).policy, config.rollout
+    limits, rates = (sizes.group_size, sizes.max_new_tokens), {}
     for name in ("visionreasoner", "dr2seg", "seg_zero"):
-        recipe = METHODS[name]
-        rolled, taken = (
-            generate_rollouts(
-                policy,
-                samples,
-                recipe.prompt,
-                recipe.second_prompt,
-                config.rollout.group_size,
-                config.rollout.max_new_tokens,
-                seed=0,
-            ),
-            [],
-        )
+        method, seconds = METHODS[name], []
+        prompts = method.prompt, method.second_prompt
+        rollouts = generate_rollouts(policy, samples, *prompts, *limits, seed=0)
         for _ in range(repeats):
             began = time.process_time()
-            compute_rewards(rolled, recipe, policy.frame)
-            taken.append(time.process_time() - began)
-        spoken = sum(len(g.first) + sum(r is not None for r in g.second) for g in rolled.groups)
-        out[name] = round(spoken / min(taken))
-    return out
+            compute_rewards(rollouts, method, policy.frame)
+            seconds.append(time.process_time() - began)
+        second = [[r for r in g.second if r is not None] for g in rollouts.groups]
+        responses = sum(len(g.first) + len(rest) for g, rest in zip(rollouts.groups, second))
+        rates[name] = round(responses / min(seconds))
+    return rates
 
 
 def main():
@@ -177,22 +164,21 @@ def main():
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = p.parse_args()
     torch.set_num_threads(2)
-    config = TrainConfig(prompts=args.prompts, samples=args.samples, eval_samples=0)
-    rows = steps(config, args.turns, args.steps)
-    seconds, here = (
-        {name: medians([r["seconds"] for r in found]) for name, found in rows.items()},
-        machine(),
+    config = TrainConfig(
+        rollout=dict(questions_per_step=args.prompts, group_size=args.samples),
+        evaluation=dict(samples=0),
     )
+    rows = steps(config, args.turns, args.steps)
+    seconds = {name: medians([r["seconds"] for r in part]) for name, part in rows.items()}
+    here, engine = machine(), seconds["engine"]
     torch.set_num_threads(1)
     result = dict(
         machine=here,
         shape=dict(prompts=args.prompts, samples=args.samples, steps=args.steps, turns=args.turns),
         tokens=rows["engine"][0]["tokens"],
         seconds=seconds,
-        ratio={
-            k: round(seconds["plain"][k] / v, 2) for k, v in seconds["engine"].items() if v > 0.005
-        },
-        rewards_per_core_second=rewards(config),
+        ratio={k: round(seconds["plain"][k] / v, 2) for k, v in engine.items() if v > 0.005},
+        rewards_per_core_second=reward_rates(config),
     )
     args.out.mkdir(exist_ok=True)
     (args.out / "embedded.json").write_text(json.dumps(result, indent=1) + "\n")

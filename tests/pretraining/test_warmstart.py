@@ -1,4 +1,4 @@
-"The embedded policy's making: lossless tokenizer, exact batches; and the quality of the one that ships."
+"The making of the embedded policy: its tokenizer, its batches, and the quality of what ships."
 
 import subprocess
 import sys
