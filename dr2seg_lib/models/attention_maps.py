@@ -75,7 +75,7 @@ def overlapping_spans(
 
     return [overlapping(*span) for span in spans]
 
-
+# %% ../../nbs/models/attention_maps.ipynb #92ec6155
 def token_attention(
     policy: Policy,
     text: str,  # user text
@@ -105,7 +105,7 @@ def heat_map(
     span = np.ptp(heat)
     return (heat - heat.min()) / span if span > 1e-6 * np.abs(heat).max() else np.zeros_like(heat)
 
-
+# %% ../../nbs/models/attention_maps.ipynb #c9c7cbb7
 def attention_overlay(
     image: np.ndarray,  # [H,W,3] uint8
     heat: np.ndarray,  # [H,W] 0..1

@@ -46,7 +46,7 @@ def well_formed(
     "A text with a question mark for each lone surrogate, which no tokenizer and no UTF-8 takes."
     return text.encode("utf-8", "replace").decode("utf-8")
 
-
+# %% ../../nbs/models/chat.ipynb #5626f588
 def encode_text(
     tokenizer,
     texts: list,  # of str: anything
@@ -56,7 +56,7 @@ def encode_text(
     texts = [well_formed(t) for t in texts]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **options)
 
-
+# %% ../../nbs/models/chat.ipynb #af78af5b
 def tokenize_texts(
     tokenizer,
     texts: list,  # of str: anything

@@ -38,9 +38,9 @@ class Sharding:
 
     def shard(self):
         "Divide each layer's frozen weights among the processes of the default group."
-        layers = self.model.model.language_model.layers
-        trained = [{p for p in layer.parameters() if p.requires_grad} for layer in layers]
-        self.shards = [fully_shard(x, ignored_params=whole) for x, whole in zip(layers, trained)]
+        for layer in self.model.model.language_model.layers:
+            trained = {p for p in layer.parameters() if p.requires_grad}
+            self.shards.append(fully_shard(layer, ignored_params=trained))
         return self
 
     @contextmanager

@@ -36,7 +36,7 @@ def deepstack_inputs(encoded: list[EncodedImage], is_image: Tensor) -> dict:
     "Qwen3-VL's lower vision features, for its first layers; nothing for a Qwen2.5-VL."
     if not encoded[0].deep:
         return {}
-    features = [torch.cat(layer) for layer in zip(*(e.deep for e in encoded))]
+    features = list(map(torch.cat, zip(*(e.deep for e in encoded))))
     return dict(visual_pos_masks=is_image, deepstack_visual_embeds=features)
 
 # %% ../../nbs/models/prefill.ipynb #b826e99d

@@ -42,8 +42,11 @@ class DecodeCache:
     "Space for `room` more tokens behind the prompts of R rows, written one column a step."
 
     def __init__(self, layers: list, rows: Tensor, room: int):  # rows: [R] prompt of each answer
+        def copy(x):
+            return F.pad(x[rows], (0, 0, 0, room))
+
         self.at = layers[0][0].shape[2]
-        self.layers = [[F.pad(x[rows], (0, 0, 0, room)) for x in pair] for pair in layers]
+        self.layers = [(copy(k), copy(v)) for k, v in layers]
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_):
         for store, new in zip(self.layers[layer], (k, v)):

@@ -66,7 +66,7 @@ def check_weights(name: str, report: dict):  # report: transformers' of its load
             " fetch it again"
         )
 
-
+# %% ../../nbs/models/pretrained.ipynb #3d54ae9e
 def check_tokenizer(name: str, model, processor):
     "Refuse a tokenizer whose image token is not the model's."
     token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)

@@ -26,7 +26,7 @@ def token_statistics(
     entropy = -(p * logp).nan_to_num().sum(-1)
     return torch.stack([chosen, entropy, top[:, 0] - top[:, 1]])
 
-
+# %% ../../nbs/models/sampling.ipynb #a6d4aea8
 @dataclass
 class Completions:
     "R sampled answers, right-padded. Statistics are of the untempered distribution."
@@ -50,7 +50,7 @@ def sampling_draws(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.rand(R, T, generator=generator)
 
-
+# %% ../../nbs/models/sampling.ipynb #4983aecb
 def choose_tokens(
     logits: Tensor,  # [L,V]
     temperature: float,

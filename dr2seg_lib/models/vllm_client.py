@@ -51,7 +51,7 @@ def row_seeds(seed: int | list | None, rows: int) -> list:  # one a row
         return seed
     return [None if seed is None else seed + row for row in range(rows)]
 
-
+# %% ../../nbs/models/vllm_client.ipynb #9ae307dc
 def group_rows(prefix: ServedPrefix, group_size: int) -> dict:  # (text, picture): rows
     "Which rows ask the same of the same picture."
     questions = {}
@@ -72,11 +72,9 @@ def to_completions(
     "Answers of a server with the policy's own statistics."
     device, group_size = prefix.start.device, len(answers) // len(prefix.start)
     lengths = torch.tensor([len(ids) for ids, _ in answers])
-    ids, server_logp = (
-        pad_sequence([torch.tensor(a[i]) for a in answers], batch_first=True, padding_value=fill)
-        for i, fill in enumerate((policy.tokenizer.pad_token_id, 0.0))
-    )
-    ids, server_logp = ids.to(device), server_logp.to(device)
+    tokens, logprobs = (list(map(torch.tensor, part)) for part in zip(*answers))
+    ids = pad_sequence(tokens, True, policy.tokenizer.pad_token_id).to(device)
+    server_logp = pad_sequence(logprobs, True, 0.0).to(device)
     mask = (torch.arange(lengths.max()) < lengths[:, None]).to(device)
     statistics = torch.zeros(3, *ids.shape, device=device)
     for prompts in torch.arange(len(prefix.start)).split(max(1, rows // group_size)):

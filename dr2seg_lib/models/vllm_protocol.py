@@ -11,6 +11,7 @@ __all__ = ['ADDRESS_PATTERN', 'TokenId', 'server_address', 'ModelCard', 'ModelCa
 import base64
 import os
 import re
+from operator import attrgetter
 from typing import Annotated
 
 import cv2
@@ -80,7 +81,7 @@ def same_place(place: str | None, source: str) -> bool:
     folders = os.path.isdir(place) and os.path.isdir(source)
     return place == source or folders and os.path.samefile(place, source)
 
-
+# %% ../../nbs/models/vllm_protocol.ipynb #2bce4b5b
 def served_name(server: str, model: str) -> str:  # model: "embedded", a local folder or a hub id
     "The name of a model on a server; a server without it is refused in a sentence."
     url, source = server_address(server), str(EMBEDDED) if model == "embedded" else model
@@ -150,7 +151,7 @@ class Logprobs(Strict):
 
     content: Annotated[list[TokenLogprob], FailFast()]
 
-
+# %% ../../nbs/models/vllm_protocol.ipynb #2032a93d
 class ReplyChoice(Strict):
     "One sampled answer."
 
@@ -205,7 +206,7 @@ def reply_problem(
             return f"{problem}; serve the same model, without options for its sampling"
     return None
 
-
+# %% ../../nbs/models/vllm_protocol.ipynb #078670d3
 def parse_answers(
     content: bytes,  # a reply
     body: dict,  # the request

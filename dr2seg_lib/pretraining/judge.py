@@ -51,7 +51,7 @@ def draw_marked(rng, scene: Scene, q: Question) -> tuple:  # of SceneObject
         return (_pick(rng, q.targets),)
     return (_pick(rng, q.targets), other)
 
-
+# %% ../../nbs/pretraining/judge.ipynb #c085baad
 def spoil_prompt(rng, target: Target) -> Target:
     "A box that has moved and changed by up to 0.6 of its size, with a point inside."
     box = np.array(target.box, dtype=float)
@@ -78,7 +78,7 @@ def judge_chain(
     conclusion = f"so it is {describe_objects(q.targets, scene)}"
     return ". ".join([start, *q.reason, conclusion, verdict]) + "."
 
-
+# %% ../../nbs/pretraining/judge.ipynb #4327c5d5
 def shown_in(
     mask: np.ndarray,  # [H,W] bool
     shapes: dict,  # object: mask [H,W] bool
@@ -126,7 +126,7 @@ def judge_loss(
     logp = policy.logprobs(policy.prefill(texts, encoded), ids, mask)
     return -(logp * weight).sum() / weight.sum()
 
-
+# %% ../../nbs/pretraining/judge.ipynb #5fbaa853
 def encode_lessons(policy: Policy, lessons: list) -> list[EncodedImage]:
     "The marked pictures of lessons, 64 at a time."
     encoded = []
@@ -134,7 +134,7 @@ def encode_lessons(policy: Policy, lessons: list) -> list[EncodedImage]:
         encoded += policy.encode([picture for picture, _, _ in lessons[i : i + 64]])
     return encoded
 
-
+# %% ../../nbs/pretraining/judge.ipynb #ffb98d15
 def lesson_order(rng, lessons: list, steps: int, batch: int):  # yields lists of indices
     "For each step the lessons of a batch, which are of like length."
 
@@ -182,7 +182,7 @@ def train_judge(
     policy.model.set_attn_implementation("sdpa")
     return policy
 
-
+# %% ../../nbs/pretraining/judge.ipynb #c833704e
 def save_judge(policy: Policy, folder) -> Path:
     "Write the adapter in half precision as a plain peft folder."
     folder = Path(folder)
@@ -200,7 +200,7 @@ def share_apart(right: list, wrong: list) -> float | None:  # 0..1; None without
         return None
     return float(np.sign(np.subtract.outer(right, wrong)).mean() / 2 + 0.5)
 
-
+# %% ../../nbs/pretraining/judge.ipynb #e5b15b55
 def judge_quality(
     judge: Policy, lessons: list, batch: int = 64
 ) -> dict:  # n, format, exact, error, apart

@@ -32,7 +32,7 @@ def patchify(
     x = x.view(-1, g, 2, 8, g, 2, 8, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)  # B, gh, gw, 2, 2, C, 8, 8
     return x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(-1, 3 * 2 * 64)
 
-
+# %% ../../nbs/pretraining/lesson_batches.ipynb #9da6c2df
 def image_tokens(model, pages: list) -> Tensor:  # [B,49,D]
     "Image tokens of the pages' pictures."
     patches = patchify(np.stack([page.picture for page in pages])).to(model.dtype)
@@ -56,7 +56,7 @@ def chat_text(text: str) -> str:
     user = f"<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n"
     return system + user + "<|im_start|>assistant\n"
 
-
+# %% ../../nbs/pretraining/lesson_batches.ipynb #d477b56c
 def lesson_positions(start: int, L: int) -> Tensor:  # [3,L]; start: the image's first token
     "Positions of a chat of L tokens: time, row and column inside the image, one count after it."
     g = WORLD_FRAME // 16
@@ -92,7 +92,7 @@ def soft_number_labels(sigma: float) -> Tensor:  # [WORLD_FRAME+1, WORLD_FRAME+1
     v = torch.arange(WORLD_FRAME + 1.0)
     return torch.softmax(-((v[:, None] - v) ** 2) / (2 * sigma**2), 1)
 
-
+# %% ../../nbs/pretraining/lesson_batches.ipynb #f8e5ba87
 def lesson_loss(
     model,
     features: Tensor,  # [B,49,D] image tokens

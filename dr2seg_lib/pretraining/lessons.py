@@ -64,7 +64,7 @@ def listing_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, ch
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
     return "everything in this picture", _tour(rng, scene, things) + ".", things
 
-
+# %% ../../nbs/pretraining/lessons.ipynb #b305d9c1
 def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, chain, objects
     "A question that names its one or two targets."
 
@@ -77,7 +77,7 @@ def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, 
     things = things[: 2 if rng.random() < 0.2 else 1]
     return describe_objects(things, scene), think_direct(things), things
 
-
+# %% ../../nbs/pretraining/lessons.ipynb #b40b8406
 def implicit_example(rng, scene: Scene, q) -> tuple[str, str, list]:  # question, chain, objects
     "A question that needs thought: the scene's own, or half of the time another one."
     if rng.random() < 0.5:
@@ -105,7 +105,7 @@ def draw_example(
         return listing_example(rng, problem.scene), (0, 1, 0, 0)
     return referring_example(rng, problem.scene), (0.2, 0.6, 0.1, 0.1)
 
-
+# %% ../../nbs/pretraining/lessons.ipynb #7d4921d1
 def training_example(
     rng, page: LessonPage, implicit: float, listing: float = 0.0
 ) -> tuple[str, str]:  # user text, response

@@ -81,7 +81,7 @@ class CurriculumStage:
         ends = {name: getattr(self, name) for name in RAMPS}
         return {name: a + (b - a) * t for name, (a, b) in ends.items()}
 
-
+# %% ../../nbs/pretraining/policy.ipynb #ea94e580
 SEE = CurriculumStage("see", 550, 16, "vision", sigma=(1.0, 1.0), lr=(2.5, 2.5))
 FOCUS = CurriculumStage("focus", 350, 16, "vision", sigma=(1.0, 0.6), lr=(2.5, 0.1))
 NAME = CurriculumStage("name", 800, listing=(0.5, 0.3), sigma=(1.0, 0.6))
@@ -125,7 +125,7 @@ def encode_pool(model, pool: list) -> Tensor:  # [len(pool),49,D]
     "The image tokens of all pages, for stages in which the vision tower rests."
     return torch.cat([image_tokens(model, pool[k : k + 64]) for k in range(0, len(pool), 64)])
 
-
+# %% ../../nbs/pretraining/policy.ipynb #e7c10ab6
 def stage_losses(
     model,
     head: DetectionHead,

@@ -34,7 +34,7 @@ def text_sizes(tokenizer: PreTrainedTokenizerFast) -> dict:
         pad_token_id=tokenizer.pad_token_id,
     )
 
-
+# %% ../../nbs/pretraining/policy_model.ipynb #76b85c31
 VISION_SIZES = dict(
     depth=3,
     hidden_size=128,
@@ -56,7 +56,7 @@ def set_number_embeddings(model, tokenizer: PreTrainedTokenizerFast):
     length = config.initializer_range * (config.hidden_size / NUMBER_TOKENS) ** 0.5
     numbers.zero_()[:, :NUMBER_TOKENS] = length * number_waves()
 
-
+# %% ../../nbs/pretraining/policy_model.ipynb #23378de4
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     "Qwen2.5-VL with random weights at 4M parameters."
     names = dict(image="image_pad", video="video_pad")

@@ -31,7 +31,7 @@ def mean_of(values) -> float:
     "The mean of some numbers or truths."
     return float(np.mean(list(values)))
 
-
+# %% ../../nbs/pretraining/policy_quality.ipynb #6116021a
 def answer_quality(
     policy: Policy,
     samples: list,  # of Sample
@@ -44,15 +44,19 @@ def answer_quality(
     pairs = list(zip(responses, samples))
     right = [description_reward(r.text, s.scaled(policy.frame)) for r, s in pairs]
     kinds = [s.tags["kind"] for s in samples]
+
+    def of_kind(kind):
+        return mean_of(v for v, k in zip(right, kinds) if k == kind)
+
     return dict(
         format=mean_of(thinking_format(r.text, blocks) for r in responses),
         right=mean_of(right),
         tokens=mean_of(r.think_tokens for r in responses),
         answer_entropy=mean_of(r.answer_entropy for r in responses),
-        right_by_kind={k: mean_of(v for v, kind in zip(right, kinds) if kind == k) for k in KINDS},
+        right_by_kind={kind: of_kind(kind) for kind in KINDS},
     )
 
-
+# %% ../../nbs/pretraining/policy_quality.ipynb #402f1f58
 def starting_quality(policy: Policy, n: int = 512, split: str = "val") -> dict:
     "Accuracy, format, length and entropy of a policy, on both sorts of questions."
     implicit = list(MiniReasonSeg(split, n))

@@ -96,7 +96,7 @@ def scorer_loss(model, tokenizer, transform, captions: list, pictures: list) -> 
     weight = caption_fit(captions, pictures)
     return contrastive_loss(texts, images, weight, scale.clamp(max=100))
 
-
+# %% ../../nbs/pretraining/scorer.ipynb #50b87b15
 def train_clip(
     folder: Path,  # made if missing; becomes what `load_scorer` takes
     steps: int = 1000,

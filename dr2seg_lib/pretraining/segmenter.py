@@ -36,7 +36,7 @@ def jitter_prompt(
     box, point = np.array(target.box) + error[:4], np.array(target.point) + error[4:]
     return replace(target, box=tuple(box), point=tuple(point))
 
-
+# %% ../../nbs/pretraining/segmenter.ipynb #81842bca
 def object_ious(
     segmenter: Segmenter,
     seeds,  # of the scenes
@@ -63,7 +63,7 @@ def draw_prompt(
         target = replace(target, point=tuple(rng.choice(np.argwhere(mask))[::-1]))
     return jitter_prompt(target, rng, jitter if rng.random() < 0.7 else 0)
 
-
+# %% ../../nbs/pretraining/segmenter.ipynb #d2578585
 def draw_batch(
     seeds,  # of the scenes
     rng,  # numpy Generator
@@ -117,7 +117,7 @@ def overlap_loss(
     inside, outside = area_sum(nll * truth) / area_sum(truth), area_sum(nll * ground)
     return dice + inside + 3 * outside / area_sum(ground)
 
-
+# %% ../../nbs/pretraining/segmenter.ipynb #22f80891
 def segmenter_loss(
     logits: Tensor,  # [N,3,h,w]
     scores: Tensor,  # [N,3]
@@ -162,7 +162,7 @@ def segmenter_optimizers(model: nn.Module, lr: float, steps: int) -> tuple:  # t
     ]
     return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
 
-
+# %% ../../nbs/pretraining/segmenter.ipynb #f356a767
 def prompt_tensors(prompts: list, scale: float) -> tuple:  # prompts: Targets of each image
     "Owner [N], coordinates [N,3,2] in the model's input, and true masks [N,H,W] of all prompts."
     owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(list(map(len, prompts))))

@@ -51,7 +51,7 @@ JSON_PIECES = (
     '], "points_2": [',
 )
 
-
+# %% ../../nbs/pretraining/tokenizer.ipynb #2b3e38a8
 def prompt_tokens() -> list[str]:
     "Every text that is one token: of chats, of the methods' prompts, of responses."
     templates = VISIONREASONER_TEMPLATE, DR2SEG_TEMPLATE, SEG_ZERO_TEMPLATE, DPAD_TEMPLATE
@@ -75,7 +75,7 @@ def world_words() -> list[str]:
     words = (text.replace(",", " ").replace(".", " ").split() for text in texts)
     return sorted(set(chain.from_iterable(words)))
 
-
+# %% ../../nbs/pretraining/tokenizer.ipynb #1a02c19d
 def make_tokenizer() -> PreTrainedTokenizerFast:
     "A word-level tokenizer whose decoding inverts its encoding."
     numbers, marks = map(str, range(WORLD_FRAME + 1)), [*".,?!\"'-:; "]
@@ -105,7 +105,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-
+# %% ../../nbs/pretraining/tokenizer.ipynb #54f08eb2
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     "The real processor around our tokenizer; images are squares of the frame, patches 8 pixels."
     pixels = dict(shortest_edge=WORLD_FRAME**2, longest_edge=WORLD_FRAME**2)
