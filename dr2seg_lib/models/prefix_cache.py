@@ -55,7 +55,7 @@ class DecodeCache:
 
     def keep(self, rows: Tensor):  # [R'] those that go on
         "Forgets all other rows."
-        self.layers = [[x[rows] for x in pair] for pair in self.layers]
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 # %% ../../nbs/models/prefix_cache.ipynb #b3903d8e
 @dataclass

@@ -224,4 +224,5 @@ def parse_answers(
         ) from None
     if problem := reply_problem(reply, body, prompt, vocabulary):
         raise ValueError(f"server: {url} {problem}")
-    return [(c.token_ids, [t.logprob for t in c.logprobs.content]) for c in reply.choices]
+    logprobs = [list(map(attrgetter("logprob"), c.logprobs.content)) for c in reply.choices]
+    return [(c.token_ids, values) for c, values in zip(reply.choices, logprobs)]
