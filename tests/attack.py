@@ -45,7 +45,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from dr2seg_lib import cli
-from dr2seg_lib.commands.parameters import _from_pydantic
+from dr2seg_lib.commands.parameters import validation_sentence
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
@@ -104,7 +104,7 @@ def redirect(root: Path):
 def told(error: Exception) -> str:
     "What the command line would say of an error that a user can mend."
     return (
-        _from_pydantic(error)
+        validation_sentence(error)
         if isinstance(error, ValidationError)
         else " ".join(str(error).split())
     )
