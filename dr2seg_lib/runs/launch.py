@@ -74,12 +74,12 @@ def destroy_process_group():
         distributed.barrier()
         distributed.destroy_process_group()
 
-# %% ../../nbs/runs/launch.ipynb #343e9f31
+# %% ../../nbs/runs/launch.ipynb #3582b467
 def raise_interrupt(number: int, frame):
     "A signal handler: any signal is a Ctrl-C."
     raise KeyboardInterrupt
 
-
+# %% ../../nbs/runs/launch.ipynb #7a3ae01b
 def end_or_kill(
     process: subprocess.Popen,
 ) -> int:  # its exit status, 0 when it was asked to end
