@@ -93,7 +93,7 @@ def old_names_of(values: dict) -> dict:  # {old name: new name}; empty where not
     "The old names that a record may have, by what else stands in it."
     if "recipe" not in values:
         return {}
-    if "split" not in values:
+    if not {"split", "adapter"} & values.keys():
         return TRAINING_NAMES
     return REA2SEG_NAMES if "overlap" in values else EVALUATION_NAMES
 
