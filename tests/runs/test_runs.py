@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -201,6 +202,25 @@ def test_a_run_on_another_machine_is_judged_by_its_heartbeat(tmp_path):
         assert run.status == "failed"
         run.progress("training", 1, 2)
         assert run.status == "running"
+
+
+def test_a_run_of_somebody_else_can_be_asked_for_its_status():
+    "As root nothing is forbidden, so who asks gives its rights away first."
+    script = """import encodings.utf_8_sig, os, sys
+from filelock import lock_descriptor
+from dr2seg_lib.runs.status import run_status
+os.geteuid() or os.seteuid(65534)
+print(run_status(sys.argv[1]))"""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        Path(name).chmod(0o755)
+        with Run.create(folder, {}, bar=False):
+            (folder / ".lock").chmod(0o444)
+            folder.chmod(0o555)
+            command = [sys.executable, "-c", script, str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            folder.chmod(0o755)
+    assert done.stdout == "running\n", done.stderr
 
 
 # ---- what a folder takes
