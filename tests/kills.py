@@ -5,7 +5,7 @@
     python tests/kills.py --command-line 4     # `dr2seg run train`: command, kernel and all
 
 Every other kill of the first kind waits for a checkpoint to be half written. The process is forked from one that has
-imported everything, so that a life lasts seconds. `tests/test_kills.py` runs a few of each.
+imported everything, so that a life lasts seconds. `tests/runs/test_kills.py` runs a few of each.
 """
 
 import argparse
