@@ -157,7 +157,7 @@ def collect_rollouts(
             config.rollout.max_new_tokens,
             config.rollout.temperature,
             seed=step_seed(config, step) + 2 * first * size,
-            clock=clock,
+            timer=clock,
             parse=method.parse,
         )
 
@@ -174,7 +174,7 @@ def train_step(
         advantage = advantages(reward, config.method.advantage_scale)
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
-        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rollouts.done), "mean"))
+        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
     outcome = StepOutcome(rollouts.groups, terms, reward, advantage, method.combination(terms))
     outcome = all_gather_groups(accelerator, outcome)
     row = step_metrics(step, outcome, stats, lr, clock)

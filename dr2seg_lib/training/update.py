@@ -40,7 +40,7 @@ def microbatches(
     size: int,  # groups
 ) -> list[Microbatch]:
     "The step's groups, `size` at a time."
-    n, answers = advantage.shape[1], rollouts.done
+    n, answers = advantage.shape[1], rollouts.completions
     lengths = answers.mask.sum(1).view(-1, n).amax(1)
     flat = advantage.flatten().to(answers.ids.device)
     batches = []
@@ -55,7 +55,7 @@ def microbatches(
 def answer_logprobs(policy: Policy, rollouts: Rollouts, batch: Microbatch) -> Tensor:  # [R,T]
     "What the policy thinks of a microbatch's answers, token by token."
     texts = [rollouts.texts[g] for g in batch.groups]
-    images = [rollouts.seen[g] for g in batch.groups]
+    images = [rollouts.encoded[g] for g in batch.groups]
     return policy.logprobs(policy.prefill(texts, images), batch.ids, batch.mask)
 
 
@@ -134,7 +134,7 @@ def update_policy(
     "One GRPO update, or `optim.updates` of them, on a step's answers."
     optim, losses, kls, norm = config.optim, [], [], 0.0
     batches = microbatches(rollouts, advantage, config.runtime.groups_per_forward)
-    total = accelerator.reduce(rollouts.done.mask.sum(), "sum")
+    total = accelerator.reduce(rollouts.completions.mask.sum(), "sum")
     with clock("reference"), policy.reference():
         for batch in batches if optim.kl else ():
             batch.reference = answer_logprobs(policy, rollouts, batch)
