@@ -70,7 +70,7 @@ def summarize_rea2seg(
     groups["all"] = rows
     return {name: _figures_of(group) for name, group in groups.items() if group}
 
-
+# %% ../../nbs/evaluation/rea2seg.ipynb #53ae6efe
 def cost_table(summary: dict) -> Table:
     "The summary as a table, a row a dimension."
     rows = []
@@ -101,7 +101,7 @@ def load_scoring_policy(
         return policy
     return load_judge(config.scorer or "embedded")
 
-
+# %% ../../nbs/evaluation/rea2seg.ipynb #6ebd926a
 def rea2seg_results(rows: list[dict]) -> dict:  # table, summary, cut
     "What results.json keeps of all rows."
     summary = summarize_rea2seg(rows)

@@ -50,7 +50,7 @@ def dilate(
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1,) * 2)
     return cv2.dilate(mask.astype(np.uint8), kernel) > 0
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #b6834cb2
 def highlight_candidate(
     image: np.ndarray,  # [H,W,3] uint8
     mask: np.ndarray,  # [H,W] bool
@@ -81,7 +81,7 @@ def scoring_prompt(
     "The prompt that asks for a score of a marked candidate."
     return SCORING[0] + normalize_question(query, eval) + SCORING[1]
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #00e2d66e
 def read_score(text: str) -> float:  # 0..10
     "The number inside the first complete `<score>` block; 0 for anything else. Never raises."
     score = SCORE.fullmatch(find_block(text, "score") or "")
@@ -103,7 +103,7 @@ def score_candidates(
     prefix = scorer.prefill([scoring_prompt(query, eval=True)] * len(images), images)
     return to_responses(scorer, scorer.generate(prefix, 1, max_new_tokens, temperature=0))
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #79174707
 def best_candidate(scores: list[float]) -> int | None:  # index; None of none
     "The highest score; the first among equals."
     return int(np.argmax(scores)) if scores else None
@@ -124,7 +124,7 @@ def add_score_tokens(policy: Policy) -> Policy:
         )
     return policy
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #6b6f5a2e
 def load_judge(
     name: str = "embedded",  # "embedded", a local folder or a hub id
 ) -> Policy:
@@ -174,7 +174,7 @@ def candidate_rows(self: Rea2SegResult) -> list[dict]:
         rows.append(dict(source=c.source, score=score, iou=overlap, text=r.text, rle=rle))
     return rows
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #19f74908
 @patch
 def row(self: Rea2SegResult) -> dict:
     "What predictions.jsonl keeps."
@@ -210,7 +210,7 @@ def direct_answer(
     completions = policy.generate(prefix, 1, max_new_tokens, temperature=0)
     return to_responses(policy, completions)[0], images[0], prefix
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #9d306fbf
 @torch.no_grad()
 def rea2seg(
     policy: Policy,  # answers
