@@ -1,4 +1,4 @@
-"A method from outside, the one of docs/adding_a_method.md: everything learns of it from its file alone."
+"The method of docs/adding_a_method.md: everything learns of it from its file alone."
 
 import re
 from dataclasses import replace
