@@ -118,8 +118,8 @@ def run_rea2seg(
     "A row each in predictions.jsonl, the summary in results.json."
     data = load_data(config.data, config.split, config.samples)
     segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model)
-    scorer, prompt = load_scoring_policy(config, policy), METHODS[config.recipe].prompt
-    limits = config.overlap, config.candidates, config.max_new_tokens
+    scorer, method = load_scoring_policy(config, policy), METHODS[config.recipe]
+    limits = config.overlap, config.candidates, config.max_new_tokens, method.parse
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
         path = run.folder / "predictions.jsonl"
         rows = read_jsonl(path) if path.exists() else []
@@ -128,7 +128,7 @@ def run_rea2seg(
             if run.stop_requested():
                 return run
             sample = require_askable(policy, data[i])
-            rows.append(rea2seg(policy, scorer, segmenter, sample, prompt, *limits).row())
+            rows.append(rea2seg(policy, scorer, segmenter, sample, method.prompt, *limits).row())
             append_jsonl(path, rows[-1:])
             run.progress("scoring candidates", len(rows), len(data))
         run.results(rea2seg_results(rows))

@@ -27,7 +27,9 @@ from ..models.loading import load_policy
 from ..models.policy import EMBEDDED, EncodedImage, Policy
 from ..models.prefix_cache import Prefix
 from dr2seg_lib.rollouts.parsing import (
+    Parsed,
     find_block,
+    parse_response,
     parsed_record,
     segmenter_prompts,
     to_image_coordinates,
@@ -203,12 +205,13 @@ def direct_answer(
     text: str,  # user text
     image: np.ndarray,  # [H,W,3] uint8
     max_new_tokens: int,
+    parse: Callable[[str], Parsed] = parse_response,  # the method's
 ) -> tuple[Response, EncodedImage, Prefix]:
     "The policy's greedy answer, with the image and the prefix that it was given to."
     images = policy.encode([image])
     prefix = policy.prefill([text], images)
     completions = policy.generate(prefix, 1, max_new_tokens, temperature=0)
-    return to_responses(policy, completions)[0], images[0], prefix
+    return to_responses(policy, completions, parse)[0], images[0], prefix
 
 # %% ../../nbs/methods/rea2seg.ipynb #9d306fbf
 @torch.no_grad()
@@ -221,12 +224,13 @@ def rea2seg(
     overlap: float = 0.8,  # IoU above which two candidates are one
     limit: int = 8,  # candidates at most
     max_new_tokens: int = 192,
+    parse: Callable[[str], Parsed] = parse_response,  # the method's
 ) -> Rea2SegResult:
     "Answer, look where the answer looked, draw candidates, score them."
     timer, text = StageTimer(), prompt(sample.query, eval=True)
     frame, size = policy.frame, sample.size
     with timer("direct"):
-        direct, image, prefix = direct_answer(policy, text, sample.image, max_new_tokens)
+        direct, image, prefix = direct_answer(policy, text, sample.image, max_new_tokens, parse)
         prompts = segmenter_prompts(segmenter, direct.parsed, sample.query, frame, size)
         mask = segmenter.segment(sample.image, prompts)
     with timer("candidates"):
