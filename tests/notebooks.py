@@ -18,6 +18,7 @@ from nbclient.exceptions import CellExecutionError
 from dr2seg_lib.commands.execute import kernel_class
 
 SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 SILENT = re.compile(r"^#\|\s*output:\s*false", re.M)
 
 
@@ -60,10 +61,17 @@ def kernel():
         opened.close()
 
 
+def is_widget(output) -> bool:
+    "Whether an output is a widget, such as a progress bar, which nobody can see later."
+    return WIDGET in output.get("data", {}) and "image/png" not in output["data"]
+
+
 def text_of(output) -> str:
     "The text of one output; '' for a picture or a warning."
     if output.output_type == "stream":
         return output.text if output.name == "stdout" else ""
+    if is_widget(output):
+        return ""  # a progress bar
     return "".join(output.get("data", {}).get("text/plain", ""))
 
 
@@ -84,7 +92,7 @@ def write(path: Path, executed):
     for cell in executed.cells:
         if cell.cell_type != "code":
             continue
-        kept = [o for o in cell.outputs if o.get("name") != "stderr"]
+        kept = [o for o in cell.outputs if o.get("name") != "stderr" and not is_widget(o)]
         cell.outputs = [] if SILENT.search(cell.source) else kept
         cell.execution_count = None
         cell.metadata.pop("execution", None)

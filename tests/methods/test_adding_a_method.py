@@ -41,7 +41,7 @@ def name(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(name, tmp_path_factory):
-    return train(TrainConfig(**TINY, recipe=name), tmp_path_factory.mktemp("runs") / "terse-1")
+    return train(TrainConfig(**TINY, method=name), tmp_path_factory.mktemp("runs") / "terse-1")
 
 
 def test_training_pays_by_it(run):
