@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'Number', 'Share', 'Count', 'Numbers', 'Named', 'Label', 'Tags', 'Time', 'IntervalRecord', 'Measure',
-           'MAX_AREA', 'Side', 'Size', 'Row', 'Grid', 'parse_strict_json', 'LooseRecord', 'RecordedParameters',
-           'Resumed', 'RunRecord', 'ProgressRecord', 'MetricsRecord', 'ResponseRecord', 'RolloutRecord', 'RunLengths',
-           'PredictionRecord', 'CandidateRecord', 'ChoiceRecord', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord',
-           'EvaluatedRecord', 'ResultsRecord', 'EntropiesRecord']
+           'Names', 'Box', 'Point', 'MAX_AREA', 'Side', 'Size', 'Row', 'Grid', 'parse_strict_json', 'LooseRecord',
+           'RecordedParameters', 'Resumed', 'RunRecord', 'ProgressRecord', 'MetricsRecord', 'ObjectRecord',
+           'ParsedRecord', 'ResponseRecord', 'CombinationRecord', 'RolloutRecord', 'RunLengths', 'PredictionRecord',
+           'CandidateRecord', 'ChoiceRecord', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord', 'EvaluatedRecord',
+           'ResultsRecord', 'EntropiesRecord']
 
 # %% ../../nbs/viewing/record_types.ipynb #c8a82974
 import json
@@ -192,6 +193,29 @@ class MetricsRecord(LooseRecord):
     skipped: list[str] | None = None
 
 
+Names = Annotated[list[str], Field(max_length=64)]
+Box = Annotated[list[Number], Field(min_length=4, max_length=4)]
+Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class ObjectRecord(LooseRecord):
+    "An object that an answer names, in the policy's frame."
+
+    box: Box
+    point: Point
+    second: Point | None = None
+
+
+class ParsedRecord(LooseRecord):
+    "What a response says."
+
+    think: str | None = None
+    description: str | None = None
+    answer: str | None = None
+    caption: str | None = None
+    objects: list[ObjectRecord] | None = None
+
+
 class ResponseRecord(LooseRecord):
     "One response of a rollout."
 
@@ -199,6 +223,14 @@ class ResponseRecord(LooseRecord):
     tokens: list[str] | None = None
     entropy: Numbers | None = None
     think_tokens: Count | None = None
+    parsed: ParsedRecord | None = None
+
+
+class CombinationRecord(LooseRecord):
+    "How a rollout's terms make its reward."
+
+    added: Names
+    factors: Names
 
 
 class RolloutRecord(LooseRecord):
@@ -212,6 +244,7 @@ class RolloutRecord(LooseRecord):
     second: ResponseRecord | None = None
     description: str | None = None
     terms: Named
+    combination: CombinationRecord | None = None
     reward: Number
     advantage: Number
     tags: Tags | None = None
@@ -250,6 +283,7 @@ class PredictionRecord(LooseRecord):
     answer_entropy: Number | None = None
     format: Number | None = None
     targets: Count | None = None
+    parsed: ParsedRecord | None = None
     tags: Tags | None = None
     rle: RunLengths | None = None
     error: str | None = None
@@ -283,6 +317,7 @@ class ChoiceRecord(LooseRecord):
     sample: Label
     query: str
     text: str
+    parsed: ParsedRecord | None = None
     direct: Share
     chosen: Share
     oracle: Share
