@@ -107,7 +107,9 @@ def token_comparison_plot(
     a = {r["sample"]: r for r in a}
     with rc_context(FIGURE_STYLE):
         fig, axes = panels(
-            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * len(others) + 0.4, height=3.6
+            [f"{short(arm)}, tokens" for arm, _ in others],
+            width=4.2 * len(others) + 0.4,
+            height=3.6,
         )
         for ax, (arm, b) in zip(axes, others):
             pairs = [(a[r["sample"]], r) for r in b if r["sample"] in a]
