@@ -36,10 +36,15 @@ def served_paths():
 
 def imported_siblings(module: Path, names: set):
     "The modules of the same folder that a module imports."
+    package = f"dr2seg_lib.{module.parent.name}"
     for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            last = (node.module or "").rpartition(".")[2]
-            yield from names & {last, *(alias.name for alias in node.names)}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        name = "." * node.level + (node.module or "")
+        if name in (".", package):
+            yield from names & {alias.name for alias in node.names}
+        elif name.startswith(package + ".") or node.level == 1:
+            yield from names & {name.rpartition(".")[2]}
 
 
 def chapters(folder: str):
