@@ -1,11 +1,12 @@
-"""One GRPO step by this workbench and by TRL's GRPOTrainer, on the same random-weight Qwen2.5-VL and the same work.
+"""One GRPO step by this workbench and by TRL's GRPOTrainer, on the same model and work.
 
-    pip install -e ".[bench]" && python benchmarks/against_trl.py            # A B A B, one stage and two
-    python benchmarks/against_trl.py --growth                                 # one factor at a time, with a plot
-    python benchmarks/against_trl.py --memory                                 # peak memory of a two-stage step
+    pip install -e ".[bench]" && python benchmarks/against_trl.py   # A B A B, one stage and two
+    python benchmarks/against_trl.py --growth                        # one factor at a time
+    python benchmarks/against_trl.py --memory                        # peak of a two-stage step
 
-Both sides: fp32, LoRA r = 64 on the same modules, KL on, temperature 1, answers of exactly `--answer` tokens. In a
-two-stage step both ask again about as many descriptions as there are answers, all different (our worst case).
+Both sides: Qwen2.5-VL with the same random weights, fp32, LoRA r = 64 on the same modules, KL
+on, temperature 1, answers of exactly `--answer` tokens. In a two-stage step both ask again about
+as many descriptions as there are answers, all different (our worst case).
 """
 
 import argparse
@@ -60,7 +61,7 @@ SMALL = dict(
 
 
 def make(side: int, seed: int = 0, size: dict = SMALL, device: str = "cpu", dtype=torch.float32):
-    "Model and processor for side x side pictures: (side / 28)^2 image tokens; the weights are drawn where they stay."
+    "Model and processor for square pictures of (side / 28)^2 image tokens."
     tokenizer = make_tokenizer()
     ids = {
         f"{k}_token_id": tokenizer.convert_tokens_to_ids(v)
@@ -124,7 +125,7 @@ class NoEnd:
 
 
 class Ours:
-    "The workbench's own step, from its own parts; rewards are drawn, since random weights earn none."
+    "The workbench's own step; rewards are drawn, since random weights earn none."
 
     def __init__(self, args, **made):  # made: for `make`
         model, processor = make(args.side, **made)
@@ -194,7 +195,7 @@ def trl_trainer(args):
                 return super()._generate(prompts)
 
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-            if self.two_stage:  # what a user of TRL would write: one more generation, a full prompt for every description
+            if self.two_stage:  # as a user of TRL would: a full prompt for every description
                 with self.clock("second"):
                     again = [
                         [
@@ -287,7 +288,7 @@ class Theirs:
 
 
 def measure(args, stages: tuple, ours: bool = True, theirs: bool = True) -> dict:
-    "Rows of seconds, engine by engine, alternating; the first step of each turn warms up and is left out."
+    "Rows of seconds, engine by engine, alternating; the first step of each turn warms up."
     engines = dict(ours=Ours(args) if ours else None, trl=Theirs(args) if theirs else None)
     out = {}
     for turn in range(args.turns):
@@ -300,13 +301,9 @@ def measure(args, stages: tuple, ours: bool = True, theirs: bool = True) -> dict
                     if name == "trl"
                     else [engine.step(two_stage) for _ in range(args.steps)]
                 )
-                out.setdefault("two-stage" if two_stage else "one-stage", {}).setdefault(
-                    name, []
-                ).extend(rows[1:])
-                print(
-                    f"turn {turn + 1}, {'two stages' if two_stage else 'one stage'}, {name}: {rows[-1]}",
-                    flush=True,
-                )
+                stages = "two-stage" if two_stage else "one-stage"
+                out.setdefault(stages, {}).setdefault(name, []).extend(rows[1:])
+                print(f"turn {turn + 1}, {stages}, {name}: {rows[-1]}", flush=True)
     return out
 
 
@@ -331,7 +328,7 @@ def summary(measured: dict) -> dict:
 def floor(
     args, two_stage: bool
 ) -> dict:  # seconds a stage, were every product done once at the machine's full rate
-    "The least arithmetic of our step over the rate of a large matrix product: frozen weights need no gradient, so a backward is one more forward."
+    "The least arithmetic of our step over the rate of a large product; backward is one forward."
     model, _ = make(args.side)
 
     def count(m):
@@ -374,7 +371,11 @@ def floor(
 
 def machine(*packages: str) -> dict:
     cpu = next(
-        (l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")),
+        (
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
         platform.processor(),
     )
     return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__) | {
@@ -383,11 +384,12 @@ def machine(*packages: str) -> dict:
 
 
 def high_water() -> int:  # KiB; getrusage would give a child its parent's peak
-    return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def peak(name: str, args) -> float:  # MiB
-    "Peak resident memory of a process that runs one engine's two-stage steps alone, above that of one that only builds it."
+    "Peak memory of a process with one engine's steps, above that of one that only builds it."
 
     def run(steps):
         return int(

@@ -1,10 +1,12 @@
-"""One two-stage GRPO step at the papers' size on one GPU: Qwen2.5-VL-7B with random weights in bf16, LoRA r = 64, 16 questions x 8 answers, pictures of 840 x 840.
+"""One two-stage GRPO step at the papers' size on one GPU.
 
-    python benchmarks/at_scale.py                # on the GPU; writes benchmarks/results/at_scale.json
-    python benchmarks/at_scale.py --tiny         # the same path at a small size, on a CPU in seconds
+    python benchmarks/at_scale.py           # on the GPU; writes benchmarks/results/at_scale.json
+    python benchmarks/at_scale.py --tiny    # the same path at a small size, on a CPU in seconds
 
-Answers are of exactly `--answer` tokens in both stages, all descriptions different (the worst case). A prompt has 900 image
-tokens and about 110 of text. Told: seconds by stage, tokens generated a second, peak memory.
+Qwen2.5-VL-7B with random weights in bf16, LoRA r = 64, 16 questions x 8 answers, pictures of 840
+x 840. Answers are of exactly `--answer` tokens in both stages, all descriptions different (the
+worst case). A prompt has 900 image tokens and about 110 of text. Printed: seconds by stage,
+tokens generated a second, peak memory.
 """
 
 import argparse

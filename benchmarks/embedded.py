@@ -1,9 +1,10 @@
-"""A DR²Seg step on the embedded world with the engine and without it, stage by stage; and how fast rewards are.
+"""A DR²Seg step on the embedded world with the engine and without it; and how fast rewards are.
 
-    python benchmarks/embedded.py            # A B A B on the same questions, the same draws, so the same answers
+    python benchmarks/embedded.py    # A B A B on the same draws, so with the same answers
 
-Without the engine every answer reads its own prompt and its own picture: in both passes (transformers' `generate`), for the
-reference and for the update (the model's own padded forward), as the public trainers do.
+Without the engine every answer reads its own prompt and its own picture: in both passes
+(transformers' `generate`), for the reference and for the update (the model's own padded
+forward), as the public trainers do.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"A few of the kills of kills.py and cuts of powercut.py, in processes of their own: forking one that has computed would hang."
+"A few kills and power cuts, each in its own process: forking one that has computed would hang."
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def test_nothing_is_lost_when_the_power_is_cut():
 
 
 def test_a_forgotten_sync_is_found():
-    "The test itself: without the directory's sync after a rename, a power cut takes the checkpoint away."
+    "The test itself: without a folder's sync after a rename, a power cut takes the checkpoint."
     command = [
         sys.executable,
         Path(__file__).with_name("powercut.py"),
