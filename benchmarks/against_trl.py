@@ -301,9 +301,9 @@ def measure(args, stages: tuple, ours: bool = True, theirs: bool = True) -> dict
                     if name == "trl"
                     else [engine.step(two_stage) for _ in range(args.steps)]
                 )
-                stages = "two-stage" if two_stage else "one-stage"
-                out.setdefault(stages, {}).setdefault(name, []).extend(rows[1:])
-                print(f"turn {turn + 1}, {stages}, {name}: {rows[-1]}", flush=True)
+                kind = "two-stage" if two_stage else "one-stage"
+                out.setdefault(kind, {}).setdefault(name, []).extend(rows[1:])
+                print(f"turn {turn + 1}, {kind}, {name}: {rows[-1]}", flush=True)
     return out
 
 
