@@ -73,7 +73,7 @@ def grpo_loss(
     kl = masked_mean(kl_k3(logp, batch.reference), batch.mask)
     return loss + optim.kl * kl, kl
 
-# %% ../../nbs/training/update.ipynb #e7adca2a
+# %% ../../nbs/training/update.ipynb #a1013424
 def sum_gradients(policy: Policy, accelerator: Accelerator):
     "Adds up what the processes have, each from its own groups."
     if accelerator.num_processes == 1:
@@ -102,7 +102,7 @@ def optimizer_step(
         )
     return norm
 
-# %% ../../nbs/training/update.ipynb #a1013424
+# %% ../../nbs/training/update.ipynb #4325eb1c
 def accumulate_gradients(
     policy: Policy,
     accelerator: Accelerator,
@@ -121,7 +121,7 @@ def accumulate_gradients(
         kl_sum += 0.0 if kl is None else (kl * share).item()
     return loss_sum, kl_sum
 
-# %% ../../nbs/training/update.ipynb #a89c5c47
+# %% ../../nbs/training/update.ipynb #6a32f0d3
 def update_policy(
     policy: Policy,
     optimizer,
