@@ -27,10 +27,17 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from ..data.chains import VERBOSE, _tour, think_concise, think_direct, think_verbose
+from dr2seg_lib.data.chains import (
+    VERBOSE,
+    describe_places,
+    think_concise,
+    think_direct,
+    think_verbose,
+)
 from ..data.mini import SPLIT_SEEDS, WARM_START, MiniReasonSeg, draw_problem
-from ..data.questions import KINDS, _pick
+from ..data.questions import KINDS
 from ..data.samples import Target
+from ..data.scene_facts import pick_one
 from ..data.scenes import COLOURS, SHAPES, SIDE, Scene, describe_objects, object_caption
 from ..evaluation.evaluate import answer_greedily
 from ..methods.dpad import dpad_prompt
@@ -132,7 +139,7 @@ def listing_example(
 ) -> tuple[str, str, list]:  # query, chain, the things in the chain's order
     "The question about everything, which teaches where things are faster than any other."
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    return "everything in this picture", _tour(rng, scene, things) + ".", things
+    return "everything in this picture", describe_places(things) + ".", things
 
 
 def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # query, chain, things
@@ -151,7 +158,7 @@ def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # query, cha
 def implicit_example(rng, scene: Scene, q) -> tuple[str, str, list]:  # query, chain, things
     "A question that needs thought; half of the time another one on the same picture, when the scene admits one."
     if rng.random() < 0.5:
-        q = KINDS[_pick(rng, tuple(KINDS))][0](rng, scene) or q
+        q = KINDS[pick_one(rng, tuple(KINDS))][0](rng, scene) or q
     think = think_verbose if rng.random() < VERBOSE else think_concise
     return q.text + ("?" if rng.random() < 0.5 else ""), think(rng, scene, q), q.targets
 

@@ -28,9 +28,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data.chains import _tour, think_concise, think_verbose
+from ..data.chains import describe_places, think_concise, think_verbose
 from ..data.mini import WARM_START, draw_problem
-from ..data.questions import _pick
+from ..data.scene_facts import pick_one
 from ..data.samples import Target
 from ..data.scenes import COLOURS, SHAPES, Scene, describe_objects
 from ..scorers.clip import MERGES, SCORER_FILES, Scorer, target_crop
@@ -188,8 +188,8 @@ def name_things(rng, things, scene: Scene) -> ScorerCaption:
     "One or two things, in the words of a policy."
     sized, article, opening, placed = (
         has_twin(things, scene) or rng.random() < 0.5,
-        _pick(rng, ("the ", "a ", "")),
-        _pick(rng, OPENINGS),
+        pick_one(rng, ("the ", "a ", "")),
+        pick_one(rng, OPENINGS),
         rng.random() < 0.15,
     )
 
@@ -209,8 +209,8 @@ def draw_caption(rng, page: ScorerPage, picture: ScorerPicture) -> ScorerCaption
     puzzle, things = page.puzzle, [picture.named[i] for i in rng.permutation(len(picture.named))]
     if picture is page.whole:
         return ScorerCaption(
-            _pick(rng, ("", "let me look at the whole picture first. "))
-            + _tour(rng, puzzle.scene, things),
+            pick_one(rng, ("", "let me look at the whole picture first. "))
+            + describe_places(things),
             picture.named,
             True,
         )
