@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'NUMBER_HOOKS', 'parse_finite', 'parse_integer', 'no_number', 'unique_object', 'json_depth',
-           'decode_text', 'parse_json_bytes', 'replace_half_characters', 'parse_strict_json', 'load_json']
+           'decode_text', 'parse_json_text', 'replace_half_characters', 'parse_strict_json', 'load_json']
 
 # %% ../../nbs/core/json_text.ipynb #e09d56a1
 import json
@@ -80,13 +80,11 @@ def decode_text(
     raise ValueError("is not UTF-8")
 
 
-def parse_json_bytes(
-    data: bytes,  # of one JSON value
-    encodings: tuple = ("utf-8-sig",),  # tried in turn
+def parse_json_text(
+    text: str,  # of one JSON value
     unique_keys: bool = False,  # refuse an object that has a key twice
 ):  # that value, its numbers finite; a ValueError in a few words where there is none
     "What a JSON text says."
-    text = decode_text(data, encodings)
     pairs = unique_object if unique_keys else None
     try:
         return json.loads(text, object_pairs_hook=pairs, **NUMBER_HOOKS)
@@ -113,7 +111,7 @@ def parse_strict_json(
     data: bytes,  # of one JSON value
 ):  # that value; a ValueError in a few words where there is none
     "What a JSON text says: finite numbers, bounded depth, complete characters."
-    value = parse_json_bytes(data)
+    value = parse_json_text(decode_text(data))
     if json_depth(value) > MAX_DEPTH:
         raise ValueError("is nested too deeply")
     return replace_half_characters(value) if b"\\ud" in data.lower() else value

@@ -9,7 +9,7 @@ __all__ = ['result_row', 'error_row', 'aggregate', 'metrics_by_tag', 'summarize'
 import numpy as np
 
 from ..core.masks import encode_rle, iou, ratio
-from ..core.statistics import percentile_interval
+from ..core.statistics import bootstrap_interval
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
 from ..rollouts.parsing import parse_answer
@@ -64,7 +64,7 @@ def aggregate(rows: list[dict]) -> dict:
         return v[..., 0].sum(-1) / np.maximum(v[..., 1].sum(-1), 1)
 
     out = dict(n=len(rows), cIoU=float(cumulative(iu))) | (
-        dict(cIoU_ci=percentile_interval(iu, cumulative)) if len(rows) > 1 else {}
+        dict(cIoU_ci=bootstrap_interval(iu, cumulative).bounds) if len(rows) > 1 else {}
     )
     empty = [r["u"] == 0 for r in rows if r.get("targets") == 0]
     keys = dict(
@@ -76,7 +76,7 @@ def aggregate(rows: list[dict]) -> dict:
     for name, values in (found | (dict(N_acc=empty) if empty else {})).items():
         values = np.array([v for v in values if v is not None], dtype=float)
         out |= {name: float(values.mean()) if len(values) else None} | (
-            {f"{name}_ci": percentile_interval(values)} if len(values) > 1 else {}
+            {f"{name}_ci": bootstrap_interval(values).bounds} if len(values) > 1 else {}
         )
     return out
 

@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from ..core.files import append_jsonl, read_jsonl, write_jsonl
 from ..core.parameters import Rea2SegFields
-from ..core.statistics import Interval, percentile_interval
+from ..core.statistics import Interval, bootstrap_interval
 from ..core.text_table import Table, rows_table
 from ..data.datasets import load_data
 from ..data.questions import KINDS
@@ -63,7 +63,7 @@ def summarize_rea2seg(
         numbers = [row_figures(r) for r in group]
         columns = {k: np.array([n[k] for n in numbers], dtype=float) for k in REA2SEG_FIGURES}
         return dict(n=len(group)) | {
-            k: [float(v.mean()), *percentile_interval(v)] for k, v in columns.items()
+            k: list(bootstrap_interval(v)) for k, v in columns.items()
         }
 
     return {d: of(group) for d, group in (by | dict(all=rows)).items() if group}

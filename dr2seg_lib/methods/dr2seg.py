@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..core.json_text import load_json
 from ..core.masks import iou, ratio
-from ..data.records import load_json
 from .base import Method, fill_template, sum_terms
 from .terms import best_matching, boxes_overlap
 from dr2seg_lib.methods.visionreasoner import (

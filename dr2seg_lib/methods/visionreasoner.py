@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLE', 'VISIONREASONER_TEMPLATE', 'visionreasoner', 'visionreasoner_prompt', 'score_terms', 'score', 'base_terms']
 
 # %% ../../nbs/methods/visionreasoner.ipynb #36b75479
-from ..data.records import load_json
+from ..core.json_text import load_json
 from .base import Method, fill_template, stack_terms, sum_terms
 from dr2seg_lib.methods.terms import (
     BLOCKS,

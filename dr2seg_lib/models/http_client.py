@@ -23,7 +23,8 @@ from tenacity import (
     wait_fixed,
 )
 
-from ..data.records import load_json
+from ..core.json_text import load_json
+from ..core.plain_text import blank_unprintable
 
 # %% ../../nbs/models/http_client.ipynb #3bcd60a5
 SERVER_KEY = "VLLM_API_KEY"  # the environment variable with the server's key, as vLLM's own
@@ -55,9 +56,7 @@ def printable_line(text: str, longest: int = 300) -> str:
     "What may be shown of a text from elsewhere: printable characters, without our key."
     key = server_key()
     text = text.replace(key, "…") if key else text
-    return " ".join("".join(c if c.isprintable() else " " for c in text[: 100 * longest]).split())[
-        :longest
-    ]
+    return " ".join(blank_unprintable(text[: 100 * longest]).split())[:longest]
 
 
 def error_detail(

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..core.files import read_json, write_json
 from ..core.masks import iou, ratio
 from ..data.mini import WARM_START, draw_problem
-from ..data.scene_facts import Question, pick_one
 from ..data.samples import Target
+from ..data.scene_facts import Question, pick_one
 from ..data.scenes import Scene, describe_objects
 from dr2seg_lib.methods.rea2seg import (
     SCORE_TOKENS,

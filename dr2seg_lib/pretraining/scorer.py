@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from ..data.chains import describe_places, think_concise, think_verbose
 from ..data.mini import WARM_START, draw_problem
-from ..data.scene_facts import pick_one
 from ..data.samples import Target
+from ..data.scene_facts import pick_one
 from ..data.scenes import COLOURS, SHAPES, Scene, describe_objects
 from ..scorers.clip import MERGES, SCORER_FILES, Scorer, target_crop
 

@@ -10,7 +10,8 @@ __all__ = ['Parsed', 'find_block', 'parse_response', 'reasoning_text', 'parse_si
 # %% ../../nbs/rollouts/parsing.ipynb #2bba635d
 from typing import NamedTuple
 
-from ..data.records import is_number_list, load_json
+from ..core.json_text import load_json
+from ..data.records import is_number_list
 from ..data.samples import Target
 from ..segmenters.base import Segmenter
 

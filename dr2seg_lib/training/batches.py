@@ -23,7 +23,7 @@ def epoch_stream(
     "A shuffled pass over the data after another, decided by the seed, from its `at`-th question on."
 
     def a_pass(epoch):
-        return data.drawn([config.seed, epoch]) if config.texts == "one" else data
+        return data.sample_texts([config.seed, epoch]) if config.texts == "one" else data
 
     n = len(a_pass(0))
     for epoch in count(at // n):

@@ -81,7 +81,7 @@ def load_preset(
     ):  # what is no number, TrainConfig will refuse
         data = validate_data(parameters["data"], "train", "data")
         n = (
-            len(data.drawn(0))
+            len(data.sample_texts(0))
             if parameters.get("texts") == "one" and isinstance(data, ReasonSegDataset)
             else len(data)
         )

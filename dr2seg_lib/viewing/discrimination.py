@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from matplotlib import rc_context
 
-from ..core.statistics import Interval, percentile_interval
+from ..core.statistics import Interval, bootstrap_interval
 from ..core.text_table import Table, rows_table
 from dr2seg_lib.viewing.figures import (
     FIGURE_STYLE,
@@ -48,7 +48,7 @@ def discrimination_table(
     )
     for name, (key, factor) in DISCRIMINATION.items():
         values = factor * np.array([r[key] for r in rows])
-        out |= {name: float(values.mean()), f"{name}_ci": percentile_interval(values)}
+        out |= {name: float(values.mean()), f"{name}_ci": bootstrap_interval(values).bounds}
     return out
 
 # %% ../../nbs/viewing/discrimination.ipynb #6ff2c30d
@@ -85,7 +85,7 @@ def stratified_table(
         if not all(key in r for r in rows):
             return None
         values = (100 if key in ("s1", "s2") else 1) * np.array([r[key] for r in rows], dtype=float)
-        return Interval(float(values.mean()), *percentile_interval(values))
+        return bootstrap_interval(values)
 
     groups = {arm: split_strata(rows, by) for arm, rows in arms.items()}
     strata = dict.fromkeys(k for g in groups.values() for k in g)

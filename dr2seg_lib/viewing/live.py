@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import traitlets as t
 
+from ..core.json_text import parse_strict_json
 from ..runs.status import read_progress, run_status
 from dr2seg_lib.viewing.figures import (
     GREATEST,
@@ -26,7 +27,6 @@ from dr2seg_lib.viewing.record_types import (
     MetricsRecord,
     ProgressRecord,
     RunRecord,
-    parse_strict_json,
 )
 from .run_reader import term_colours
 from .view import View, notice_figure

@@ -11,7 +11,7 @@ from reprlib import repr as brief
 
 from pydantic import ValidationError
 
-from .record_types import parse_strict_json
+from ..core.json_text import parse_strict_json
 
 # %% ../../nbs/viewing/open_records.ipynb #af3ecab4
 _MEND = dict(

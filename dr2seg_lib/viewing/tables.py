@@ -38,7 +38,9 @@ def _columns(rows, names):  # [N,len(names)], NaN where a number is missing
 
 
 def _level(v):  # a mean, or for columns I and U the ratio of sums
-    return v[:, 0].mean() if v.shape[1] == 1 else v[:, 0].sum() / v[:, 1].sum()
+    if v.shape[-1] == 1:
+        return v[..., 0].mean(-1)
+    return v[..., 0].sum(-1) / v[..., 1].sum(-1)
 
 
 def paired_change(
@@ -53,7 +55,7 @@ def paired_change(
     both = np.concatenate([old, new], 1)
     both, k = both[np.isfinite(both).all(1)], old.shape[1]
     return (
-        bootstrap_interval(both, lambda v: _level(v[:, k:]) - _level(v[:, :k]))
+        bootstrap_interval(both, lambda v: _level(v[..., k:]) - _level(v[..., :k]))
         if len(both)
         else None
     )

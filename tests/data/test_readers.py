@@ -26,7 +26,7 @@ from pycocotools import mask as coco
 from dr2seg_lib.core.masks import encode_rle
 from dr2seg_lib.data.checking import check_data
 from dr2seg_lib.data.datasets import check_disjoint, open_data
-from dr2seg_lib.data.folder import FolderDataset
+from dr2seg_lib.data.folder import FOLDER_FIELDS, FolderDataset
 from dr2seg_lib.data.held_out import divide_held_out
 from dr2seg_lib.data.images import as_rgb, open_picture, read_pixels
 from dr2seg_lib.data.mask_formats import (
@@ -37,10 +37,12 @@ from dr2seg_lib.data.mask_formats import (
     rle_mask,
 )
 from dr2seg_lib.data.mini import MiniReasonSeg
-from dr2seg_lib.data.parquet import ParquetDataset, _arrow, _layout, parse_solution
+from dr2seg_lib.data.parquet import ParquetDataset
 from dr2seg_lib.data.reasonseg import ReasonSegDataset
 from dr2seg_lib.data.records import BrokenRecord, parse_json
+from dr2seg_lib.data.row_groups import file_layout, read_layout
 from dr2seg_lib.data.safe_pickle import load_plain_pickle, scan_pickle
+from dr2seg_lib.data.solutions import parse_solution
 from dr2seg_lib.evaluation.evaluate import dataset_info
 from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.methods.seg_zero import score as seg_zero
@@ -134,11 +136,11 @@ def test_drawing_again_needs_no_file(reasonseg):
     data = ReasonSegDataset(root, "train")
     assert len(data) == 10
     assert [ReasonSegDataset(root, "train", texts=s).index for s in range(9)] == [
-        data.drawn(s).index for s in range(9)
+        data.sample_texts(s).index for s in range(9)
     ]
     for file in (root / "train").glob("*.json"):
         file.unlink()
-    assert len({tuple(data.drawn([7, epoch]).index) for epoch in range(9)}) > 4
+    assert len({tuple(data.sample_texts([7, epoch]).index) for epoch in range(9)}) > 4
     assert len(data) == 10
 
 
@@ -776,7 +778,7 @@ def test_one_group_is_held(tmp_path):
     )
     hub, read = ParquetDataset(file, "test"), []
     for _s in hub:
-        read.append(hub.held[1].num_rows)
+        read.append(hub.cached[1].num_rows)
     assert read == [2] * 6
 
 
@@ -1326,7 +1328,7 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(FolderDataset.fields), json_values)
+@given(st.sampled_from(FOLDER_FIELDS), json_values)
 def test_any_value_in_any_field_is_read_or_told(tmp_path_factory, field, value):
     home = tmp_path_factory.getbasetemp() / "any"
     home.mkdir(exist_ok=True)
@@ -1434,7 +1436,7 @@ def unsplit(own):
 
 
 def images_of(data):
-    return {image for _, image, _ in data.asked()}
+    return {image for _, image, _ in data.iter_questions()}
 
 
 def test_a_tenth_of_the_images_is_held_out(unsplit):
@@ -1444,8 +1446,8 @@ def test_a_tenth_of_the_images_is_held_out(unsplit):
     assert 0 < len(held) < 15
     assert images_of(val) == held
     assert images_of(train) == {f"images/{k}.png" for k in range(60)} - held
-    assert list(test.asked()) == list(val.asked())
-    assert sorted([*train.asked(), *val.asked()]) == sorted(every.asked())
+    assert list(test.iter_questions()) == list(val.iter_questions())
+    assert sorted([*train.iter_questions(), *val.iter_questions()]) == sorted(every.iter_questions())
     assert (len(every), every.split_note) == (120, None)
     assert train.split_note == val.split_note
     assert f"{2 * len(held)} of 120 records are held out" in val.split_note
@@ -1614,14 +1616,14 @@ def test_names_alone_are_no_overlap(own, tmp_path):
 
 def test_every_reader_tells_what_it_asks(reasonseg, refcoco, tmp_path):
     root = reasonseg("a", text=("one", "two"), split="train", root=tmp_path / "rs")
-    assert list(open_data(root, "train").asked()) == [("a", "a", "one"), ("a#1", "a", "two")]
+    assert list(open_data(root, "train").iter_questions()) == [("a", "a", "one"), ("a#1", "a", "two")]
     home = refcoco([ref(), ref(2, split="val")])
-    assert list(open_data(home, "testA", level="expression").asked()) == [
+    assert list(open_data(home, "testA", level="expression").iter_questions()) == [
         (f"1#{k}", "COCO_train2014_000000000007.jpg", q)
         for k, q in enumerate(["the cup", "left thing"])
     ]
     file = parquet(tmp_path / "test-00000-of-00001.parquet", [hub_row(), hub_row(1, text=" ")])
-    assert list(open_data(file, "test").asked()) == [("7-0-0", "7", "thing 0"), None]
+    assert list(open_data(file, "test").iter_questions()) == [("7-0-0", "7", "thing 0"), None]
     for data in open_data(root, "train"), open_data(home, "val"), open_data(file, "test"):
         assert "the same question about the same image" in sentence(check_disjoint, data, data)
     assert 'sample "1"' in sentence(
@@ -2018,7 +2020,7 @@ def test_a_parquet_file_that_unfolds(tmp_path, monkeypatch, soon):
         store_schema=False,
     )
     assert file.stat().st_size < 500_000
-    monkeypatch.setattr("dr2seg_lib.data.parquet.MAX_GROUP", 2**28)
+    monkeypatch.setattr("dr2seg_lib.data.row_groups.MAX_GROUP", 2**28)
     data = open_data(file, "all")
     assert "row group 0" in sentence(data.__getitem__, 0)
 
@@ -2042,9 +2044,9 @@ def test_parquet_files_that_lie(tmp_path):
         class metadata:
             row_group = staticmethod(lambda g: type("Group", (), dict(num_rows=2**40)))
 
-    assert "declares 1,099,511,627,776 rows" in sentence(_layout, Layout, monstrous)
+    assert "declares 1,099,511,627,776 rows" in sentence(read_layout, Layout, monstrous)
     os.mkfifo(tmp_path / "pipe.parquet")
-    assert "is no file" in sentence(_arrow, _layout, tmp_path / "pipe.parquet")
+    assert "is no file" in sentence(file_layout, tmp_path / "pipe.parquet")
 
 
 @pytest.mark.parametrize("difficulty", [[1], dict(a=1), float("nan"), "x" * 2000, b"x"], ids=str)

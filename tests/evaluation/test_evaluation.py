@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from dr2seg_lib.cli import main
 from dr2seg_lib.commands.parameters import parameters_of
 from dr2seg_lib.core.files import append_jsonl, read_json, read_jsonl, write_json
-from dr2seg_lib.core.statistics import percentile_interval
+from dr2seg_lib.core.statistics import bootstrap_interval
 from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.records import BrokenRecord
@@ -218,7 +218,7 @@ def test_nothing_that_can_be_read_has_no_tokens():
 
 def test_bootstrap_covers_the_mean():
     values = np.random.default_rng(0).normal(3, 1, 400)
-    low, high = percentile_interval(values)
+    low, high = bootstrap_interval(values).bounds
     assert low < 3 < high
     assert 0.15 < high - low < 0.25  # about 4 / sqrt(400)
 

@@ -239,7 +239,7 @@ def test_the_cache_is_bounded_and_never_wrong():
         p + np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * i for i, p in enumerate(pictures)
     ]
     once = scorer.images(pictures)
-    assert len(scorer._kept) == 3
+    assert len(scorer.cache) == 3
     assert scorer.model.seen == [2] * 4
     assert torch.equal(scorer.images(pictures[::-1]), once.flip(0))
     assert sum(scorer.model.seen) == 8 + 5
@@ -249,8 +249,8 @@ def test_pictures_of_a_step_are_encoded_once(clip, samples):
     "Eight captions a sample: two pictures a sample, each text once."
     scorer = Scorer(clip.model, clip.preprocess, clip.tokenizer)
     asked = []
-    encode = scorer._encoded
-    scorer._encoded = lambda items, key, f: (asked.append(len(items)), encode(items, key, f))[1]
+    encode = scorer.encode_once
+    scorer.encode_once = lambda items, key, f: (asked.append(len(items)), encode(items, key, f))[1]
     similarities(scorer, samples, [["the red ball"] * 8] * 4)
     assert asked == [8, 1]
 
