@@ -1,4 +1,4 @@
-"Texts and pictures to cosines: the embedded CLIP, open_clip's own ways of loading, DPAD's metrics, and what is said when a scorer cannot be had."
+"Texts and pictures to cosines: the embedded CLIP, open_clip's ways of loading, DPAD's metrics."
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_it_is_open_clips_own_class_in_float32(clip):
 
 
 def test_what_a_policy_says_of_a_target(clip, samples):
-    "Size, colour and shape with an article, and two targets joined: the words of captions and descriptions."
+    "Size, colour and shape with an article, and two targets joined: words of captions."
     won = []
     for i in range(40):
         p = draw_problem(VAL + 100 + i)
@@ -157,7 +157,7 @@ def test_vectors_are_unit_and_need_no_gradient(clip, samples):
 
 
 def test_vectors_are_open_clips(clip, samples):
-    "No more than encode_image and encode_text of what open_clip's own preprocessing and tokenizer make."
+    "No more than encode_image and encode_text of what open_clip's own preprocessing makes."
     with torch.no_grad():
         image = clip.model.encode_image(
             clip.preprocess(Image.fromarray(samples[0].image))[None], normalize=True
@@ -409,7 +409,7 @@ def test_all_captions_missing(clip, samples):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    "open_clip's real classes, a small configuration of ours under a name of its own, random weights."
+    "open_clip's real classes, a small configuration under a name of its own, random weights."
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "tiny-clip.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(folder / "tiny-clip.json")
