@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file, save_file
-from sam2.build_sam import build_sam2
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import nn
 
 from ..core.files import naming_load_errors
 from .base import Segmenter, clip_prompt
+from .sam2_package import import_sam2
 
 # %% ../../nbs/segmenters/sam2.ipynb #c01d4ced
 SAM2_BASE = "configs/sam2.1/sam2.1_hiera_t.yaml"
@@ -70,7 +69,7 @@ class Sam2Size:
         }
         overrides = [hydra_override(k, v) for k, v in sizes.items()]
         options = dict(hydra_overrides_extra=overrides, apply_postprocessing=False)
-        return build_sam2(SAM2_BASE, device="cpu", **options)
+        return import_sam2("build_sam").build_sam2(SAM2_BASE, device="cpu", **options)
 
 # %% ../../nbs/segmenters/sam2.ipynb #7988fa95
 PROMPT_BATCH = 16  # prompts through the decoder at once
@@ -83,7 +82,7 @@ class Sam2Segmenter(Segmenter):
         self,
         model: nn.Module,  # a `SAM2Base` of any size, ready for inference
     ):
-        self.predictor = SAM2ImagePredictor(model)
+        self.predictor = import_sam2("sam2_image_predictor").SAM2ImagePredictor(model)
         self.predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
 
     def masks(
@@ -164,6 +163,7 @@ def load_sam2(
         what = f"{folder / 'config.json'} describes {config.get('model_type', 'no model')}"
         mend = "give a folder that `save_sam2` wrote, or one of SAM 3"
         raise ValueError(f"segmenter: {what}; {mend}.")
+    import_sam2("build_sam")  # where it is missing, the error says how to get it
     mend = "take config.json and model.safetensors of one training"
     with naming_load_errors(f"segmenter {folder}", mend):
         model = Sam2Size(**config["size"]).build()

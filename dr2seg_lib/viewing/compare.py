@@ -22,6 +22,7 @@ from dr2seg_lib.viewing.figures import (
     MUTED,
     Figure,
     figure_svg,
+    panels,
     short,
     training_curves,
 )
@@ -103,10 +104,10 @@ def token_comparison_plot(
 ) -> Figure:
     "Reasoning tokens of every sample, each further arm against the first."
     (first, a), *others = arms.items()
-    a, panels = {r["sample"]: r for r in a}, len(others)
+    a = {r["sample"]: r for r in a}
     with rc_context(FIGURE_STYLE):
         fig, axes = panels(
-            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * panels + 0.4, height=3.6
+            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * len(others) + 0.4, height=3.6
         )
         for ax, (arm, b) in zip(axes, others):
             pairs = [(a[r["sample"]], r) for r in b if r["sample"] in a]
@@ -288,7 +289,7 @@ class Comparison(View):
                 "Held-out samples",
                 Markup("<p>Fewer than two of these have been evaluated after training.</p>"),
             )
-        return out + self.with_statistics() + self.answers()
+        return out + self.measured() + self.answers()
 
     def measured(self) -> Markup:
         "Differences, and tokens sample by sample."

@@ -391,7 +391,7 @@ def segment_photo(
         (response,) = answer_greedily(
             policy, [Sample(name, image, query, ())], METHODS[who.recipe].prompt, who.max_new_tokens
         )
-        prompts = segmenter_prompts(drawer, response.text, query, policy.frame, size)
+        prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, size)
 
     def placed(prompt, mask):
         return (

@@ -24,7 +24,7 @@ from ..data.samples import Sample
 from ..methods.base import Method
 from ..methods.registry import METHODS
 from ..models.policy import Policy
-from ..rollouts.parsing import to_image_coordinates
+from ..rollouts.parsing import parsed_record, recorded_parse, to_image_coordinates
 from ..rollouts.response import Response, to_responses
 from ..rollouts.two_stage import second_pass
 from ..runs.checkpoints import latest_checkpoint
@@ -168,7 +168,8 @@ class Playground(View):
         )[0]
         self.first = self._told(said, began)
         self.segment(
-            to_image_coordinates(said.text, self.policy.frame, self.sample.size), "first pass"
+            to_image_coordinates(said.parsed.objects, self.policy.frame, self.sample.size),
+            "first pass",
         )
         self.describe(said.parsed.description or "")
         return said
@@ -221,6 +222,7 @@ class Playground(View):
             tokens=said.think_tokens,
             seconds=time.perf_counter() - began,
             text=said.text,
+            parsed=parsed_record(said.parsed),
         )
 
 # %% ../../nbs/viewing/playground.ipynb #abf40e75
@@ -266,11 +268,10 @@ def _asked(self: Playground, _, content, buffers):
                 "your box" if box else "your point",
             )
         elif what == "again" and self.first:
+            answer = self.second if content.get("pass") == "second" else self.first
             self.segment(
                 to_image_coordinates(
-                    self.second["text"] if content.get("pass") == "second" else self.first["text"],
-                    self.policy.frame,
-                    self.sample.size,
+                    recorded_parse(answer).objects, self.policy.frame, self.sample.size
                 ),
                 content["pass"] + " pass",
             )

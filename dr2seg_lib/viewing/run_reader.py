@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READER_SCHEMAS', 'TERM_COLOURS', 'segmenter_of', 'DRAWING_LOCK', 'MAX_SKIPPED', 'group_rollouts', 'pair_predictions',
-           'factor_of', 'term_colours', 'sample_by_id', 'local_data', 'truth_mask', 'truth_iou', 'RunReader',
-           'response_text', 'decode_stored_mask']
+           'term_colours', 'sample_by_id', 'local_data', 'truth_mask', 'truth_iou', 'RunReader', 'response_text',
+           'response_parse', 'decode_stored_mask']
 
 # %% ../../nbs/viewing/run_reader.ipynb #67aae076
 import re
@@ -26,7 +26,13 @@ from ..data.mask_formats import rle_mask
 from ..data.mini import draw_sample
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
-from ..rollouts.parsing import segmenter_prompts, to_image_coordinates
+from ..rollouts.combination import factor_of
+from dr2seg_lib.rollouts.parsing import (
+    Parsed,
+    recorded_parse,
+    segmenter_prompts,
+    to_image_coordinates,
+)
 from ..segmenters.loading import load_segmenter
 from ..training.batches import epoch_stream
 from .figures import OTHER_COLOURS
@@ -76,31 +82,6 @@ def pair_predictions(
     return [[rows[s] for rows in both if s in rows] for s in dict.fromkeys([*both[0], *both[1]])]
 
 # %% ../../nbs/viewing/run_reader.ipynb #10b37dd4
-def factor_of(
-    records: list,  # of rollouts.jsonl
-) -> (
-    str | None
-):  # '': the terms are summed; a name: that term multiplies the sum of the others; None: neither
-    "Which way of putting the terms together gives every recorded reward."
-
-    def made(terms, factor):
-        return sum(v or 0 for k, v in terms.items() if k != factor) * (
-            terms[factor] if factor else 1
-        )
-
-    def fits(factor):
-        return all(
-            (not factor or r["terms"].get(factor) is not None)
-            and abs(made(r["terms"], factor) - r["reward"]) < 1e-3 * max(1, abs(r["reward"]))
-            for r in records
-        )
-
-    names = list(dict.fromkeys(k for r in records for k in r["terms"]))
-    return next(
-        (k for k in ("", *reversed(names)) if fits(k)), None
-    )  # a factor comes last, of two that would do too
-
-
 TERM_COLOURS = dict(
     thinking_format="#76839a",
     answer_format="#98a4b6",
@@ -292,12 +273,13 @@ def sample(self: RunReader, source: str, at: int) -> Sample:
 
 
 @patch
-def predict_mask(self: RunReader, sample: Sample, text: str) -> np.ndarray:  # [H,W] bool
+def predict_mask(self: RunReader, sample: Sample, parsed: Parsed) -> np.ndarray:  # [H,W] bool
     "What the run's segmenter draws from a response."
     with DRAWING_LOCK:
         segmenter = segmenter_of(self.asked("segmenter", "embedded"))
         return segmenter.segment(
-            sample.image, segmenter_prompts(segmenter, text, sample.query, self.frame, sample.size)
+            sample.image,
+            segmenter_prompts(segmenter, parsed, sample.query, self.frame, sample.size),
         )
 
 
@@ -306,12 +288,11 @@ def drawn(
     self: RunReader, sample: Sample, row: dict
 ) -> tuple:  # mask [H,W] bool, or None where a large segmenter would have to draw; list of Target
     "What a row's answer comes to in its picture."
-    targets = to_image_coordinates(response_text(row), self.frame, sample.size)
+    parsed = response_parse(row)
+    targets = to_image_coordinates(parsed.objects, self.frame, sample.size)
     if "first" not in row:
         return decode_stored_mask(row), targets
-    return (
-        self.predict_mask(sample, row["first"]["text"]) if self.quick("rollouts") else None
-    ), targets
+    return (self.predict_mask(sample, parsed) if self.quick("rollouts") else None), targets
 
 
 @patch
@@ -322,7 +303,7 @@ def mask(self: RunReader, source: str, at: int, rollout: int) -> np.ndarray:  # 
         self.masks[key] = (
             decode_stored_mask(row)
             if row.get("rle")
-            else self.predict_mask(self.sample(source, at), response_text(row))
+            else self.predict_mask(self.sample(source, at), response_parse(row))
         )
     return self.masks[key]
 
@@ -336,6 +317,11 @@ def quick(self: RunReader, source: str) -> bool:
 def response_text(row: dict) -> str:
     "The first pass of a rollout's record, or the answer of a prediction."
     return row["first"]["text"] if "first" in row else row["text"]
+
+
+def response_parse(row: dict) -> Parsed:
+    "What the first pass of a rollout's record says, or the answer of a prediction."
+    return recorded_parse(row.get("first") or row)
 
 
 def decode_stored_mask(row: dict) -> np.ndarray | None:  # [H,W] bool; None: none was kept
