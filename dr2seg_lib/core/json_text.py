@@ -20,20 +20,20 @@ def parse_finite(
     value = float(digits)
     return value if math.isfinite(value) else None
 
-
+# %% ../../nbs/core/json_text.ipynb #e60ae564
 def parse_integer(
     digits: str,
 ) -> int | float | None:
     "The integer; a float where it has 20 digits or more, None where no float is so large."
     return int(digits) if len(digits) < 20 else parse_finite(digits)
 
-
+# %% ../../nbs/core/json_text.ipynb #99b988e1
 def no_number(
     word: str,  # NaN, Infinity or -Infinity
 ) -> None:
     "What Python's parser would take for a number, and JSON does not know."
 
-# %% ../../nbs/core/json_text.ipynb #1fafaf5a
+# %% ../../nbs/core/json_text.ipynb #aab51cfc
 def unique_object(
     pairs: list,  # (key, value) of a JSON object
 ) -> dict:
@@ -44,7 +44,7 @@ def unique_object(
     ((key, _),) = Counter(k for k, _ in pairs).most_common(1)
     raise ValueError(f"{brief(key)} is there twice")
 
-# %% ../../nbs/core/json_text.ipynb #2ec06fc8
+# %% ../../nbs/core/json_text.ipynb #d2e321de
 MAX_DEPTH = 64  # levels of nesting in a record of a run; ours have five
 
 
@@ -63,7 +63,7 @@ def json_depth(
         level = inner
     return depth
 
-# %% ../../nbs/core/json_text.ipynb #db5ff68e
+# %% ../../nbs/core/json_text.ipynb #38add95b
 NUMBER_HOOKS = dict(parse_float=parse_finite, parse_int=parse_integer, parse_constant=no_number)
 
 
@@ -79,7 +79,7 @@ def decode_text(
             continue
     raise ValueError("is not UTF-8")
 
-
+# %% ../../nbs/core/json_text.ipynb #09ac220c
 def parse_json_text(
     text: str,  # of one JSON value
     unique_keys: bool = False,  # refuse an object that has a key twice
@@ -93,7 +93,7 @@ def parse_json_text(
     except ValueError as e:
         raise ValueError("is not valid JSON") from e
 
-# %% ../../nbs/core/json_text.ipynb #169ffd4b
+# %% ../../nbs/core/json_text.ipynb #d33d1f62
 def replace_half_characters(
     value,  # parsed JSON
 ):
@@ -106,7 +106,7 @@ def replace_half_characters(
         return {replace_half_characters(k): replace_half_characters(v) for k, v in value.items()}
     return value
 
-
+# %% ../../nbs/core/json_text.ipynb #0644c541
 def parse_strict_json(
     data: bytes,  # of one JSON value
 ):  # that value; a ValueError in a few words where there is none
@@ -116,7 +116,7 @@ def parse_strict_json(
         raise ValueError("is nested too deeply")
     return replace_half_characters(value) if b"\\ud" in data.lower() else value
 
-# %% ../../nbs/core/json_text.ipynb #09ac220c
+# %% ../../nbs/core/json_text.ipynb #c6454211
 def load_json(
     text: str | None,  # an answer
 ):  # what the JSON says; None when it says nothing

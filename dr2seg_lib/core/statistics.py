@@ -51,7 +51,7 @@ def mean_of_rows(
     "The mean of each resampling."
     return v.mean(1)
 
-
+# %% ../../nbs/core/statistics.ipynb #bdecaf9f
 def bootstrap_interval(
     values,  # [N] or [N,K], one row a sample
     statistic: Callable = mean_of_rows,  # [B,N,...] -> [B]

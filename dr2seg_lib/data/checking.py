@@ -14,6 +14,8 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .datasets import detect_format, locate_data
 from .held_out import hash_rank, held_out_border
 from .records import MAX_QUESTION_TOKENS, BrokenRecord, shorten_line
@@ -86,7 +88,7 @@ def find_question_problem(
         mend = f"shorten it to {MAX_QUESTION_TOKENS}, or raise max_question_tokens"
         return f"has about {n:,} tokens; {mend}."
 
-
+# %% ../../nbs/data/checking.ipynb #0a4cc191
 def find_question_remark(
     query: str,
 ) -> str | None:
@@ -94,7 +96,7 @@ def find_question_remark(
     if tokens := sorted(set(SPECIAL_TOKEN.findall(query))):
         return f"holds {shorten_line(', '.join(tokens), 80)}; it is read as text, not as a token."
 
-# %% ../../nbs/data/checking.ipynb #d5235459
+# %% ../../nbs/data/checking.ipynb #61617d28
 class DataChecker:
     "What `check_data` gathers while it reads a data set."
 
@@ -103,79 +105,89 @@ class DataChecker:
         self.counts, self.broken, self.remarks = {}, Sentences(), Sentences()
         self.pictures = {}  # hash of an image: {(split, name)}
 
-    def try_open(self, f: Callable, *args, sentences: Sentences):
-        "A split or set; None if it cannot be opened, with the reason among the sentences."
+# %% ../../nbs/data/checking.ipynb #793daada
+@patch
+def try_open(self: DataChecker, f: Callable, *args, sentences: Sentences):
+    "A split or set; None if it cannot be opened, with the reason among the sentences."
+    try:
+        return f(*args)
+    except (ValueError, FileNotFoundError) as e:
+        sentences.add(str(e))
+
+# %% ../../nbs/data/checking.ipynb #ff9b82f5
+@patch
+def check_sample(self: DataChecker, s: Sample, split: str, ids: set):
+    "Whether an id is there twice, and whether a question is sound."
+    name = shorten_line(s.id, 80)
+    if s.id in ids:
+        mend = "give each record a name of its own"
+        self.broken.add(f'{self.path}: id "{name}" of split {split} is there twice; {mend}.')
+    where = f'{self.path}: the question of "{name}" of split {split}'
+    if problem := find_question_problem(s.query, self.count_tokens):
+        self.broken.add(f"{where} {problem}")
+    if remark := find_question_remark(s.query):
+        self.remarks.add(f"{where} {remark}")
+
+# %% ../../nbs/data/checking.ipynb #44d53f99
+@patch
+def check_split(self: DataChecker, split: str, progress: Callable):
+    "Reads every sample of a split."
+    data = self.try_open(self.kind, self.path, split, sentences=self.broken)
+    if data is None:
+        return
+    counts = self.counts[split] = dict.fromkeys(SPLIT_COUNTS, 0)
+    images, ids = set(), set()
+    for i, key in enumerate(data.index, 1):
+        progress(split, i, len(data))
         try:
-            return f(*args)
-        except (ValueError, FileNotFoundError) as e:
-            sentences.add(str(e))
+            image, s = data.read(key)
+        except BrokenRecord as e:
+            self.broken.add(str(e))
+            continue
+        self.check_sample(s, split, ids)
+        images.add(image)
+        ids.add(s.id)
+        digest = sha256(s.image.tobytes()).digest()[:8]
+        self.pictures.setdefault(digest, set()).add((split, image))
+        counts["samples"] += 1
+        counts["images"] = len(images)
+        counts["targets"] += len(s.targets)
+        counts["without targets"] += not s.targets
+        counts["with ignore"] += s.ignore is not None
 
-    def check_sample(self, s: Sample, split: str, ids: set):
-        "Whether an id is there twice, and whether a question is sound."
-        name = shorten_line(s.id, 80)
-        if s.id in ids:
-            mend = "give each record a name of its own"
-            self.broken.add(f'{self.path}: id "{name}" of split {split} is there twice; {mend}.')
-        where = f'{self.path}: the question of "{name}" of split {split}'
-        if problem := find_question_problem(s.query, self.count_tokens):
-            self.broken.add(f"{where} {problem}")
-        if remark := find_question_remark(s.query):
-            self.remarks.add(f"{where} {remark}")
+# %% ../../nbs/data/checking.ipynb #e2a10e4d
+@patch
+def remark_on_division(self: DataChecker):
+    "How a set without splits is divided; from here on its pictures have the divided sides."
+    data = self.try_open(self.kind, self.path, "val", sentences=self.remarks)
+    if data is None or not data.split_note:
+        return
+    self.remarks.add(f"{data.split_note}.")
+    names = {name for _, name in chain(*self.pictures.values())}
+    border = held_out_border(names)
+    side = {name: "val" if hash_rank(name) < border else "train" for name in names}
+    for digest, places in self.pictures.items():
+        self.pictures[digest] = {(side[name], name) for _, name in places}
 
-    def check_split(self, split: str, progress: Callable):
-        "Reads every sample of a split."
-        data = self.try_open(self.kind, self.path, split, sentences=self.broken)
-        if data is None:
-            return
-        counts = self.counts[split] = dict.fromkeys(SPLIT_COUNTS, 0)
-        images, ids = set(), set()
-        for i, key in enumerate(data.index, 1):
-            progress(split, i, len(data))
-            try:
-                image, s = data.read(key)
-            except BrokenRecord as e:
-                self.broken.add(str(e))
-                continue
-            self.check_sample(s, split, ids)
-            images.add(image)
-            ids.add(s.id)
-            digest = sha256(s.image.tobytes()).digest()[:8]
-            self.pictures.setdefault(digest, set()).add((split, image))
-            counts["samples"] += 1
-            counts["images"] = len(images)
-            counts["targets"] += len(s.targets)
-            counts["without targets"] += not s.targets
-            counts["with ignore"] += s.ignore is not None
+# %% ../../nbs/data/checking.ipynb #53be27b7
+@patch
+def remark_on_shared_pictures(self: DataChecker):
+    "Which splits have pictures in common."
+    common = {}
+    for places in self.pictures.values():
+        names = dict(sorted(places))
+        if len(names) > 1:
+            common.setdefault(tuple(names), []).append(next(iter(names.values())))
+    for splits, names in common.items():
+        example = shorten_line(min(names), 80)
+        what = f"{' and '.join(splits)} have {len(names):,} of the same pictures"
+        self.remarks.add(f"{what}, such as {example}.")
 
-    def remark_on_division(self):
-        "How a set without splits is divided; from here on its pictures have the divided sides."
-        data = self.try_open(self.kind, self.path, "val", sentences=self.remarks)
-        if data is None or not data.split_note:
-            return
-        self.remarks.add(f"{data.split_note}.")
-        names = {name for _, name in chain(*self.pictures.values())}
-        border = held_out_border(names)
-        side = {name: "val" if hash_rank(name) < border else "train" for name in names}
-        for digest, places in self.pictures.items():
-            self.pictures[digest] = {(side[name], name) for _, name in places}
-
-    def remark_on_shared_pictures(self):
-        "Which splits have pictures in common."
-        common = {}
-        for places in self.pictures.values():
-            names = dict(sorted(places))
-            if len(names) > 1:
-                common.setdefault(tuple(names), []).append(next(iter(names.values())))
-        for splits, names in common.items():
-            example = shorten_line(min(names), 80)
-            what = f"{' and '.join(splits)} have {len(names):,} of the same pictures"
-            self.remarks.add(f"{what}, such as {example}.")
-
-# %% ../../nbs/data/checking.ipynb #935a5e5f
+# %% ../../nbs/data/checking.ipynb #1a57e741
 def no_progress(split: str, i: int, n: int):
     "Shows nothing."
 
-
+# %% ../../nbs/data/checking.ipynb #cdd58ce8
 def check_data(
     name: str | Path,  # a path, or a data set of the hub
     progress: Callable = no_progress,  # called after each sample: split, number, of how many

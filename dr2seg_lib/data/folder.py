@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.masks import mask_box
 from .held_out import divide_held_out
@@ -49,7 +50,7 @@ def is_list_of_lists(
     "Whether this may be a polygon, good or bad."
     return isinstance(v, list) and bool(v) and all(isinstance(p, list) for p in v)
 
-
+# %% ../../nbs/data/folder.ipynb #9cf000db
 def split_masks(
     value,  # one mask or polygon, or a list of them
     field: str,  # mask or polygon
@@ -60,7 +61,7 @@ def split_masks(
         one = not all(map(is_list_of_lists, value))
     return [(field, value)] if one else [(f"{field}[{i}]", v) for i, v in enumerate(value)]
 
-# %% ../../nbs/data/folder.ipynb #74c14cb0
+# %% ../../nbs/data/folder.ipynb #53aa4a31
 def draw_png(
     folder: Path,  # of the data set
     name: str,
@@ -78,7 +79,7 @@ def draw_png(
         raise broken_record(where, field, problem, "draw it on the upright image, at its size")
     return drawn_mask(image)
 
-
+# %% ../../nbs/data/folder.ipynb #5f71e998
 def draw_mask(
     folder: Path,
     value,  # run lengths, the name of a PNG, or a polygon
@@ -93,7 +94,7 @@ def draw_mask(
         return draw_png(folder, value, size, where, field)
     return rle_mask(value, size, where, field)
 
-# %% ../../nbs/data/folder.ipynb #bbc8c922
+# %% ../../nbs/data/folder.ipynb #c994bc73
 MAX_BOXED = 2**27  # pixels of the boxes around a record's objects, where their points are sought
 
 
@@ -115,7 +116,7 @@ def list_objects(
     )
     return values
 
-
+# %% ../../nbs/data/folder.ipynb #f0150dfd
 def draw_objects(
     folder: Path,
     record: dict,
@@ -137,7 +138,7 @@ def draw_objects(
         masks.append(mask)
     return masks
 
-# %% ../../nbs/data/folder.ipynb #d40796c2
+# %% ../../nbs/data/folder.ipynb #420cec62
 FOLDER_FIELDS = "id", "image", "query", "mask", "polygon", "ignore", "tags", "split"
 
 
@@ -148,7 +149,7 @@ def names_splits(
     first = next((record for _, _, record in iter_entries(file) if record), None)
     return split_name(first) is not None
 
-
+# %% ../../nbs/data/folder.ipynb #fe1fa901
 def iter_split(
     file: Path,  # data.jsonl
     split: str,
@@ -168,7 +169,7 @@ def iter_split(
     if not exists:
         choose_split(list_split_names(file), split, file.parent)
 
-
+# %% ../../nbs/data/folder.ipynb #7f61873f
 def check_fields(
     record: dict,
     where,
@@ -187,7 +188,7 @@ def check_fields(
         mend = "name a split in every record or in none"
         raise broken_record(where, 'field "split"', "is not in the first record", mend)
 
-# %% ../../nbs/data/folder.ipynb #64dd8c83
+# %% ../../nbs/data/folder.ipynb #cfdbf382
 def read_folder_sample(
     folder: Path,
     record: dict,  # of which the fields are known
@@ -205,7 +206,7 @@ def read_folder_sample(
         ignore = draw_mask(folder, record["ignore"], size, where, "ignore")
     return Sample(record["id"], image, record["query"], targets, tags, ignore)
 
-# %% ../../nbs/data/folder.ipynb #f0150dfd
+# %% ../../nbs/data/folder.ipynb #e6ceedc3
 class FolderDataset(SplitReader):
     "A folder of one's own with data.jsonl."
 
@@ -229,26 +230,36 @@ class FolderDataset(SplitReader):
         file = path / "data.jsonl"
         return list_split_names(file) if names_splits(file) else {"all": None}
 
-    def iter_images(self) -> Iterator[tuple]:  # image, (offset, line number)
-        for at, number, record in iter_entries(self.file):
-            image = record.get("image") if record else None
-            yield image if isinstance(image, str) else f"line {number}", (at, number)
+# %% ../../nbs/data/folder.ipynb #7b693ee9
+@patch
+def iter_images(self: FolderDataset) -> Iterator[tuple]:  # image, (offset, line number)
+    for at, number, record in iter_entries(self.file):
+        image = record.get("image") if record else None
+        yield image if isinstance(image, str) else f"line {number}", (at, number)
 
-    def record(self, key) -> tuple:  # where, the record, of which the fields are known
-        where = f"{self.file}:{key[1]}"
-        record = parse_json(read_line_at(self.file, int(key[0])), where)
-        check_fields(record, where, self.with_split)
-        return where, record
+# %% ../../nbs/data/folder.ipynb #4b0c8af1
+@patch
+def record(self: FolderDataset, key) -> tuple:  # where, the record, of which the fields are known
+    where = f"{self.file}:{key[1]}"
+    record = parse_json(read_line_at(self.file, int(key[0])), where)
+    check_fields(record, where, self.with_split)
+    return where, record
 
-    def question_of(self, key) -> tuple:  # id, image, question
-        _, record = self.record(key)
-        return record["id"], record["image"], record["query"]
+# %% ../../nbs/data/folder.ipynb #09605a96
+@patch
+def question_of(self: FolderDataset, key) -> tuple:  # id, image, question
+    _, record = self.record(key)
+    return record["id"], record["image"], record["query"]
 
-    def image_data(self, key) -> bytes:
-        where, record = self.record(key)
-        file = resolve_inside(self.folder, record["image"], where, "image")
-        return read_bounded(file, where, "the image", MAX_IMAGE_BYTES)
+# %% ../../nbs/data/folder.ipynb #6612eddd
+@patch
+def image_data(self: FolderDataset, key) -> bytes:
+    where, record = self.record(key)
+    file = resolve_inside(self.folder, record["image"], where, "image")
+    return read_bounded(file, where, "the image", MAX_IMAGE_BYTES)
 
-    def read(self, key) -> tuple:  # image name, Sample
-        where, record = self.record(key)
-        return record["image"], read_folder_sample(self.folder, record, where)
+# %% ../../nbs/data/folder.ipynb #67dcb4fd
+@patch
+def read(self: FolderDataset, key) -> tuple:  # image name, Sample
+    where, record = self.record(key)
+    return record["image"], read_folder_sample(self.folder, record, where)

@@ -107,7 +107,7 @@ def as_rgb(
         grey = np.rint(np.interp(np.nan_to_num(values), [values.min(), values.max()], [0, 255]))
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
-
+# %% ../../nbs/data/images.ipynb #22db1b34
 def read_pixels(
     source: Path | bytes,  # a file, or what it holds
     where,
@@ -115,7 +115,7 @@ def read_pixels(
     "A picture as the policy is shown it."
     return as_rgb(open_picture(source, where))
 
-# %% ../../nbs/data/images.ipynb #b3f7bcdc
+# %% ../../nbs/data/images.ipynb #054e22fc
 def drawn_mask(
     image: Image.Image,  # of any mode
 ) -> np.ndarray:  # [H,W] bool

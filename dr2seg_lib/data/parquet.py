@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .held_out import divide_held_out
 from .images import read_pixels
@@ -33,7 +34,7 @@ def file_split(
     names = (file.stem, file.parent.name)
     return next((n for n in names if re.fullmatch("train|val|validation|test[AB]?", n)), "all")
 
-
+# %% ../../nbs/data/parquet.ipynb #24c10937
 def find_parquet(
     path: Path,  # a file, or a folder with files up to two folders down
 ) -> dict:  # {split: files}; {} where there are none
@@ -48,7 +49,7 @@ def find_parquet(
         splits.setdefault(file_split(file), []).append(file)
     return splits
 
-
+# %% ../../nbs/data/parquet.ipynb #dbe2505d
 def hub_split_name(
     split: str,  # as a configuration has it
     splits: dict,  # of the set
@@ -62,7 +63,7 @@ def hub_split_name(
         return "validation"
     return split
 
-# %% ../../nbs/data/parquet.ipynb #c06d61a6
+# %% ../../nbs/data/parquet.ipynb #cd50fbd3
 PARQUET_COLUMNS = {  # what a set must have: what it may have
     ("image", "text", "mask"): ("image_id", "ann_id", "difficulty"),
     ("image", "problem", "solution"): ("id", "difficulty"),
@@ -86,7 +87,7 @@ def choose_columns(
             raise ValueError(f'{file}: column "mask" is {types["mask"]}; {mend}.')
     return must, [c for c in PARQUET_COLUMNS[must] if c in names]
 
-
+# %% ../../nbs/data/parquet.ipynb #1107d0bc
 def label_columns(
     columns: list,
     layouts: list,
@@ -98,7 +99,7 @@ def label_columns(
         labels.append("image.path")
     return labels
 
-# %% ../../nbs/data/parquet.ipynb #e8af358b
+# %% ../../nbs/data/parquet.ipynb #c25abc31
 def row_label(
     row: dict,  # {column: value}
     n: int,  # number of the row
@@ -113,7 +114,7 @@ def row_label(
         return image, "-".join([*ids, str(n)])
     return image, str(n if row.get("id") is None else row["id"])
 
-
+# %% ../../nbs/data/parquet.ipynb #04d854a4
 def image_bytes(
     row: dict,  # {column: value}
     where,
@@ -125,7 +126,7 @@ def image_bytes(
     mend = "save the set with its images embedded"
     raise broken_record(where, 'column "image"', "holds no bytes", mend)
 
-
+# %% ../../nbs/data/parquet.ipynb #d1fc4ceb
 def cell_values(
     cells: dict,  # {column: pyarrow scalar}
     where,
@@ -137,7 +138,7 @@ def cell_values(
         mend = "save it as UTF-8 text or as a number"
         raise broken_record(where, "a value", f"cannot be read ({e})", mend) from None
 
-# %% ../../nbs/data/parquet.ipynb #1107d0bc
+# %% ../../nbs/data/parquet.ipynb #0b09ae84
 class ParquetDataset(SplitReader):
     "The hub's evaluation and training sets, streamed by row group."
 
@@ -162,45 +163,57 @@ class ParquetDataset(SplitReader):
             index, self.split_note = divide_held_out(self.iter_images, split, limit, path, by)
         super().__init__(index, limit)
 
-    def row(self, n: int, columns: list) -> tuple:  # where, {column: pyarrow scalar}
-        "A row; its group stays in memory until a row of another is asked for."
-        g = bisect_right(self.starts, n) - 1
-        file, group = self.groups[g]
-        if self.cached[0] != (g, columns):
-            self.cached = (g, columns), read_group(file, group, columns)
-        table, i = self.cached[1], int(n - self.starts[g])
-        return f"{file} row {n}", {c: table.column(c)[i] for c in table.column_names}
+# %% ../../nbs/data/parquet.ipynb #336433b9
+@patch
+def row(self: ParquetDataset, n: int, columns: list) -> tuple:  # where, {column: pyarrow scalar}
+    "A row; its group stays in memory until a row of another is asked for."
+    g = bisect_right(self.starts, n) - 1
+    file, group = self.groups[g]
+    if self.cached[0] != (g, columns):
+        self.cached = (g, columns), read_group(file, group, columns)
+    table, i = self.cached[1], int(n - self.starts[g])
+    return f"{file} row {n}", {c: table.column(c)[i] for c in table.column_names}
 
-    def iter_images(self) -> Iterator[tuple]:  # image, number of each row
-        for n in range(self.starts[-1]):
-            where, cells = self.row(n, self.labels)
-            yield row_label(cell_values(cells, where), n, self.masked)[0], n
-
-    def query(self, row: dict, where) -> str:
-        return read_field(row, "text" if self.masked else "problem", str, where)
-
-    def question_of(self, n: int) -> tuple:  # id, image, question
+# %% ../../nbs/data/parquet.ipynb #9819e574
+@patch
+def iter_images(self: ParquetDataset) -> Iterator[tuple]:  # image, number of each row
+    for n in range(self.starts[-1]):
         where, cells = self.row(n, self.labels)
-        row = cell_values(cells, where)
-        image, id = row_label(row, n, self.masked)
-        return id, image, self.query(row, where)
+        yield row_label(cell_values(cells, where), n, self.masked)[0], n
 
-    def image_data(self, n: int) -> bytes:
-        where, cells = self.row(n, self.columns)
-        return image_bytes(cell_values(cells, where), where)
+# %% ../../nbs/data/parquet.ipynb #e11edb20
+@patch
+def query(self: ParquetDataset, row: dict, where) -> str:
+    return read_field(row, "text" if self.masked else "problem", str, where)
 
-    def read(self, n: int) -> tuple:  # image name, Sample
-        where, cells = self.row(n, self.columns)
-        row = cell_values(cells, where)
-        image = read_pixels(image_bytes(row, where), where)
-        size, query = image.shape[1::-1], self.query(row, where)
-        tags = {} if row.get("difficulty") is None else dict(difficulty=row["difficulty"])
-        plain_tags(tags, where)
-        name, id = row_label(row, n, self.masked)
-        check_id(id, where)
-        if self.masked:
-            mask = rows_mask(cells["mask"].values, size, where)
-            targets = (Target.of(mask),) if mask.any() else ()
-        else:
-            targets = parse_solution(read_field(row, "solution", str, where), size, where)
-        return name, Sample(id, image, query, targets, tags)
+# %% ../../nbs/data/parquet.ipynb #a0df04c2
+@patch
+def question_of(self: ParquetDataset, n: int) -> tuple:  # id, image, question
+    where, cells = self.row(n, self.labels)
+    row = cell_values(cells, where)
+    image, id = row_label(row, n, self.masked)
+    return id, image, self.query(row, where)
+
+# %% ../../nbs/data/parquet.ipynb #4bedf413
+@patch
+def image_data(self: ParquetDataset, n: int) -> bytes:
+    where, cells = self.row(n, self.columns)
+    return image_bytes(cell_values(cells, where), where)
+
+# %% ../../nbs/data/parquet.ipynb #b1cfb937
+@patch
+def read(self: ParquetDataset, n: int) -> tuple:  # image name, Sample
+    where, cells = self.row(n, self.columns)
+    row = cell_values(cells, where)
+    image = read_pixels(image_bytes(row, where), where)
+    size, query = image.shape[1::-1], self.query(row, where)
+    tags = {} if row.get("difficulty") is None else dict(difficulty=row["difficulty"])
+    plain_tags(tags, where)
+    name, id = row_label(row, n, self.masked)
+    check_id(id, where)
+    if self.masked:
+        mask = rows_mask(cells["mask"].values, size, where)
+        targets = (Target.of(mask),) if mask.any() else ()
+    else:
+        targets = parse_solution(read_field(row, "solution", str, where), size, where)
+    return name, Sample(id, image, query, targets, tags)

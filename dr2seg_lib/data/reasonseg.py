@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .held_out import divide_held_out
 from .images import MAX_IMAGE_BYTES, read_pixels
@@ -49,7 +50,7 @@ def parse_shapes(
         values.append(IGNORE_VALUE if "ignore" in label else TARGET_VALUE)
     return polygons, values
 
-
+# %% ../../nbs/data/reasonseg.ipynb #6e81975f
 def paint_shapes(
     shapes: list,
     size: tuple,  # (W,H) of the image
@@ -62,7 +63,7 @@ def paint_shapes(
     targets = (Target.of(target),) if target.any() else ()
     return targets, ignore if ignore.any() else None
 
-# %% ../../nbs/data/reasonseg.ipynb #b0d98e06
+# %% ../../nbs/data/reasonseg.ipynb #84955d31
 def pick_texts(
     index: list,  # (name, number of the text), grouped by name
     seed,  # a number or a list of them
@@ -74,7 +75,7 @@ def pick_texts(
     picks = np.random.default_rng(seed).integers([len(ks) for ks in files.values()])
     return [(name, ks[pick]) for (name, ks), pick in zip(files.items(), picks)]
 
-
+# %% ../../nbs/data/reasonseg.ipynb #55ee75f0
 def text_id(
     name: str,
     k: int,  # number of the text
@@ -82,7 +83,7 @@ def text_id(
     "The id of a sample."
     return f"{name}#{k}" if k else name
 
-# %% ../../nbs/data/reasonseg.ipynb #7fcdac69
+# %% ../../nbs/data/reasonseg.ipynb #054f96a8
 REASONSEG_SPLITS = "train", "val", "test"
 
 
@@ -92,7 +93,7 @@ def has_pairs(
     "Whether there are pictures and annotations."
     return any(folder.glob("*.jpg")) and any(folder.glob("*.json"))
 
-
+# %% ../../nbs/data/reasonseg.ipynb #baef745e
 def find_splits(
     path: Path,
 ) -> dict:  # {name: folder}; {} where this is no ReasonSeg
@@ -105,7 +106,7 @@ def find_splits(
         return {}
     return {path.name if path.name in REASONSEG_SPLITS else "all": path}
 
-
+# %% ../../nbs/data/reasonseg.ipynb #97766977
 def list_names(
     folder: Path,
 ) -> list:  # of str
@@ -113,7 +114,7 @@ def list_names(
     files = (p for p in folder.iterdir() if p.suffix in (".json", ".jpg"))
     return sorted({p.stem for p in files if p.name[0] != "."})
 
-# %% ../../nbs/data/reasonseg.ipynb #ac6d918f
+# %% ../../nbs/data/reasonseg.ipynb #97203c8b
 class ReasonSegDataset(SplitReader):
     "ReasonSeg's folders (protocol `lisa`)."
 
@@ -139,55 +140,77 @@ class ReasonSegDataset(SplitReader):
             names, self.split_note = divide_held_out(lambda: pairs, split, None, path)
         super().__init__(self.choose_texts(names, split, limit, texts), limit)
 
-    def choose_texts(self, names: list, split: str, limit, texts) -> list:  # (name, number)
-        "Which texts of which files are asked."
-        if type(texts) is int:
-            return pick_texts(list(self.iter_texts(names[:limit])), texts)
-        texts = texts or ("all" if split == "train" else "first")
-        return list(islice(self.iter_texts(names, texts == "first"), limit))
+# %% ../../nbs/data/reasonseg.ipynb #25a1d4d0
+@patch
+def choose_texts(
+    self: ReasonSegDataset, names: list, split: str, limit, texts
+) -> list:  # (name, number)
+    "Which texts of which files are asked."
+    if type(texts) is int:
+        return pick_texts(list(self.iter_texts(names[:limit])), texts)
+    texts = texts or ("all" if split == "train" else "first")
+    return list(islice(self.iter_texts(names, texts == "first"), limit))
 
-    def iter_texts(self, names: list, first: bool = False) -> Iterator[tuple]:  # (name, number)
-        "The texts of the files; their first alone is known without reading them."
-        for name in names:
-            for k in range(1 if first else self.count_texts(name)):
-                yield name, k
+# %% ../../nbs/data/reasonseg.ipynb #0179d8d2
+@patch
+def iter_texts(
+    self: ReasonSegDataset, names: list, first: bool = False
+) -> Iterator[tuple]:  # (name, number)
+    "The texts of the files; their first alone is known without reading them."
+    for name in names:
+        for k in range(1 if first else self.count_texts(name)):
+            yield name, k
 
-    def sample_texts(self, seed) -> "ReasonSegDataset":  # seed: a number or a list of them
-        "The same files with one text of each."
-        reader = copy(self)
-        reader.index = pick_texts(self.index, seed)
-        return reader
+# %% ../../nbs/data/reasonseg.ipynb #8a7be13e
+@patch
+def sample_texts(
+    self: ReasonSegDataset, seed
+) -> "ReasonSegDataset":  # seed: a number or a list of them
+    "The same files with one text of each."
+    reader = copy(self)
+    reader.index = pick_texts(self.index, seed)
+    return reader
 
-    def count_texts(self, name: str) -> int:
-        "The texts of a file; a broken file counts as one, and is named when it is read."
-        try:
-            return max(1, len(read_field(self.record(name)[1], "text", list, name)))
-        except BrokenRecord:
-            return 1
+# %% ../../nbs/data/reasonseg.ipynb #b77b2913
+@patch
+def count_texts(self: ReasonSegDataset, name: str) -> int:
+    "The texts of a file; a broken file counts as one, and is named when it is read."
+    try:
+        return max(1, len(read_field(self.record(name)[1], "text", list, name)))
+    except BrokenRecord:
+        return 1
 
-    def record(self, name: str) -> tuple:  # file, annotation
-        file = self.folder / f"{name}.json"
-        if not file.is_file():
-            mend = f"put it beside {name}.jpg or remove the image"
-            raise broken_record(file, "the annotation", "does not exist", mend)
-        return file, parse_json(read_bounded(file, file), file, ("utf-8-sig", "cp1252"))
+# %% ../../nbs/data/reasonseg.ipynb #11a19f4b
+@patch
+def record(self: ReasonSegDataset, name: str) -> tuple:  # file, annotation
+    file = self.folder / f"{name}.json"
+    if not file.is_file():
+        mend = f"put it beside {name}.jpg or remove the image"
+        raise broken_record(file, "the annotation", "does not exist", mend)
+    return file, parse_json(read_bounded(file, file), file, ("utf-8-sig", "cp1252"))
 
-    def question_of(self, key: tuple) -> tuple:  # id, image, question
-        name, k = key
-        file, record = self.record(name)
-        return text_id(name, k), name, read_text_item(record, "text", k, file)
+# %% ../../nbs/data/reasonseg.ipynb #2b11f374
+@patch
+def question_of(self: ReasonSegDataset, key: tuple) -> tuple:  # id, image, question
+    name, k = key
+    file, record = self.record(name)
+    return text_id(name, k), name, read_text_item(record, "text", k, file)
 
-    def image_data(self, key: tuple) -> bytes:
-        file = self.folder / f"{key[0]}.jpg"
-        return read_bounded(file, file, "the image", MAX_IMAGE_BYTES)
+# %% ../../nbs/data/reasonseg.ipynb #6b83a457
+@patch
+def image_data(self: ReasonSegDataset, key: tuple) -> bytes:
+    file = self.folder / f"{key[0]}.jpg"
+    return read_bounded(file, file, "the image", MAX_IMAGE_BYTES)
 
-    def read(self, key: tuple) -> tuple:  # image name, Sample
-        (name, k), (where, record) = key, self.record(key[0])
-        query = read_text_item(record, "text", k, where)
-        shapes = read_field(record, "shapes", list, where)
-        image = read_pixels(where.with_name(f"{name}.jpg"), where)
-        targets, ignore = paint_shapes(shapes, image.shape[1::-1], where)
-        tags = {}
-        if "is_sentence" in record:
-            tags["query"] = "long" if read_field(record, "is_sentence", bool, where) else "short"
-        return name, Sample(text_id(name, k), image, query, targets, tags, ignore)
+# %% ../../nbs/data/reasonseg.ipynb #d73cec9a
+@patch
+def read(self: ReasonSegDataset, key: tuple) -> tuple:  # image name, Sample
+    (name, k), (where, record) = key, self.record(key[0])
+    query = read_text_item(record, "text", k, where)
+    shapes = read_field(record, "shapes", list, where)
+    image = read_pixels(where.with_name(f"{name}.jpg"), where)
+    targets, ignore = paint_shapes(shapes, image.shape[1::-1], where)
+    tags = {}
+    if "is_sentence" in record:
+        tags["query"] = "long" if read_field(record, "is_sentence", bool, where) else "short"
+    return name, Sample(text_id(name, k), image, query, targets, tags, ignore)

@@ -9,6 +9,7 @@ __all__ = ['Target', 'scale_half_up', 'Sample']
 from dataclasses import dataclass, field
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.masks import inscribed_circle, mask_box, second_deepest_point
 
@@ -67,15 +68,17 @@ class Sample:
             union |= t.mask
         return union
 
-    def scaled(
-        self,
-        frame: int,  # side of the policy's square frame, pixels
-    ) -> list:  # of Target, without masks
-        "The targets in the policy's frame, each axis scaled by itself and rounded half up."
-        per_axis = [frame / n for n in self.size]
-        targets = []
-        for t in self.targets:
-            box, point = scale_half_up(t.box, per_axis), scale_half_up(t.point, per_axis)
-            second = t.second and scale_half_up(t.second, per_axis)
-            targets.append(Target(box, point, second=second))
-        return targets
+# %% ../../nbs/data/samples.ipynb #106f86b2
+@patch
+def scaled(
+    self: Sample,
+    frame: int,  # side of the policy's square frame, pixels
+) -> list:  # of Target, without masks
+    "The targets in the policy's frame, each axis scaled by itself and rounded half up."
+    per_axis = [frame / n for n in self.size]
+    targets = []
+    for t in self.targets:
+        box, point = scale_half_up(t.box, per_axis), scale_half_up(t.point, per_axis)
+        second = t.second and scale_half_up(t.second, per_axis)
+        targets.append(Target(box, point, second=second))
+    return targets

@@ -53,7 +53,7 @@ def is_solution_item(
         return False
     return all(0 <= v <= SOLUTION_FRAME for v in box + point + (second or []))
 
-
+# %% ../../nbs/data/solutions.ipynb #c5941995
 def scale_to_image(
     values: list,  # x, y, x, y, … in the frame
     size: tuple,  # (W,H) of the image
@@ -61,7 +61,7 @@ def scale_to_image(
     "Coordinates of the 840 frame, each axis scaled by itself."
     return tuple(v * size[k % 2] / SOLUTION_FRAME for k, v in enumerate(values))
 
-
+# %% ../../nbs/data/solutions.ipynb #a7073abe
 def parse_solution(
     text: str,
     size: tuple,  # (W,H) of the image

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
+from fastcore.basics import patch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor, nn
@@ -34,14 +35,14 @@ def text_tokens(
         return tokenizer.encode(text)
     return tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False)["input_ids"]
 
-
+# %% ../../nbs/scorers/clip.ipynb #3b5e3c43
 def picture_key(
     image: np.ndarray,  # [H,W,3] uint8
 ) -> tuple:
     "What tells a picture from all others: its shape and its pixels' hash."
     return image.shape, hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
 
-# %% ../../nbs/scorers/clip.ipynb #685375b8
+# %% ../../nbs/scorers/clip.ipynb #03144fc2
 class Scorer:
     "CLIP: unit vectors of pictures and texts, whose dot product is their similarity."
 
@@ -65,22 +66,6 @@ class Scorer:
         "Unit vectors of pictures."
         return self.encode_once(images, picture_key, self.encode_images)
 
-    def texts(
-        self,
-        texts: list,  # of str; what is beyond the context is cut off
-    ) -> Tensor:  # [N,D] float32 on the CPU
-        "Unit vectors of texts."
-        return self.encode_once(texts, str, self.encode_texts)
-
-    def encode_images(self, images: tuple) -> Tensor:  # [N,D]
-        "The model's vectors of one batch of pictures."
-        pixels = torch.stack([self.preprocess(Image.fromarray(a)) for a in images])
-        return self.model.encode_image(pixels.to(self.device), normalize=True)
-
-    def encode_texts(self, texts: tuple) -> Tensor:  # [N,D]
-        "The model's vectors of one batch of texts."
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True)
-
     @torch.no_grad()
     def encode_once(self, items: list, key: Callable, encode: Callable) -> Tensor:  # [N,D]
         "The vectors of items, of which only those with a new key are encoded."
@@ -95,19 +80,45 @@ class Scorer:
             del self.cache[k]  # the oldest
         return torch.stack([vectors[k] for k in keys]) if keys else torch.empty(0, 0)
 
-    def tokens(self, text: str) -> int:
-        "The tokens of a text with its start and end, however many."
-        return len(text_tokens(self.tokenizer, text)) + 2
+# %% ../../nbs/scorers/clip.ipynb #ca02a505
+@patch
+def texts(
+    self: Scorer,
+    texts: list,  # of str; what is beyond the context is cut off
+) -> Tensor:  # [N,D] float32 on the CPU
+    "Unit vectors of texts."
+    return self.encode_once(texts, str, self.encode_texts)
 
-    def windows(self, text: str) -> list:  # of str
-        "The text in pieces that fit the context; a text that fits is its only piece."
-        ids, most = text_tokens(self.tokenizer, text), self.context - 2
-        if len(ids) <= most:
-            return [text]
-        decode = getattr(self.tokenizer, "tokenizer", self.tokenizer).decode
-        return [decode(ids[i : i + most]) for i in range(0, len(ids), most)]
+# %% ../../nbs/scorers/clip.ipynb #d1c5bbe6
+@patch
+def encode_images(self: Scorer, images: tuple) -> Tensor:  # [N,D]
+    "The model's vectors of one batch of pictures."
+    pixels = torch.stack([self.preprocess(Image.fromarray(a)) for a in images])
+    return self.model.encode_image(pixels.to(self.device), normalize=True)
 
-# %% ../../nbs/scorers/clip.ipynb #03144fc2
+# %% ../../nbs/scorers/clip.ipynb #a1866eb6
+@patch
+def encode_texts(self: Scorer, texts: tuple) -> Tensor:  # [N,D]
+    "The model's vectors of one batch of texts."
+    return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True)
+
+# %% ../../nbs/scorers/clip.ipynb #8cd726e0
+@patch
+def tokens(self: Scorer, text: str) -> int:
+    "The tokens of a text with its start and end, however many."
+    return len(text_tokens(self.tokenizer, text)) + 2
+
+# %% ../../nbs/scorers/clip.ipynb #9062e229
+@patch
+def windows(self: Scorer, text: str) -> list:  # of str
+    "The text in pieces that fit the context; a text that fits is its only piece."
+    ids, most = text_tokens(self.tokenizer, text), self.context - 2
+    if len(ids) <= most:
+        return [text]
+    decode = getattr(self.tokenizer, "tokenizer", self.tokenizer).decode
+    return [decode(ids[i : i + most]) for i in range(0, len(ids), most)]
+
+# %% ../../nbs/scorers/clip.ipynb #5f7be015
 EMBEDDED_CLIP = Path(dr2seg_lib.__file__).parent / "weights" / "scorer"
 SCORER_FILES = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's names
 MERGES = "merges.txt.gz"  # of the folder's own tokenizer, in the format of CLIP's
@@ -123,7 +134,7 @@ def check_scorer_folder(
             mend = f"make the scorer's weights with {maker}, or install the package again"
             raise FileNotFoundError(f"{folder / file} is missing: {mend}.")
 
-
+# %% ../../nbs/scorers/clip.ipynb #35d1e2ef
 def check_open_clip(
     name: str,  # as the configuration has it
     model: str,  # of open_clip
@@ -141,7 +152,7 @@ def check_open_clip(
     what = f"'{name}' names neither a checkpoint that exists nor weights"
     raise FileNotFoundError(f"scorer: {what} that open_clip knows of {model}{some}")
 
-
+# %% ../../nbs/scorers/clip.ipynb #2d2b52ab
 def resolve_scorer(
     name: str,  # as `load_scorer` takes it
 ) -> tuple:  # open_clip's model name, its `pretrained`
@@ -156,7 +167,7 @@ def resolve_scorer(
     check_open_clip(name, model, weights)
     return model, weights
 
-# %% ../../nbs/scorers/clip.ipynb #a1866eb6
+# %% ../../nbs/scorers/clip.ipynb #a9873cb3
 def load_scorer(
     name: str = "embedded",  # "embedded", "MODEL:TAG", "MODEL:PATH", "hf-hub:…" or a folder
     device: str | None = None,  # "cpu" or "cuda"; the GPU where there is one
@@ -176,7 +187,7 @@ def load_scorer(
         )
         return Scorer(clip, preprocess, open_clip.get_tokenizer(model, **tokenizer_options))
 
-# %% ../../nbs/scorers/clip.ipynb #dcc6a92c
+# %% ../../nbs/scorers/clip.ipynb #47701a13
 def target_crop(
     image: np.ndarray,  # [H,W,3] uint8
     targets: list,  # of Target, in pixels of that image
@@ -188,7 +199,7 @@ def target_crop(
     (x1, y1), (x2, y2) = boxes[:, :2].min(0).astype(int), boxes[:, 2:].max(0).astype(int)
     return image[y1 : y2 + 1, x1 : x2 + 1]
 
-# %% ../../nbs/scorers/clip.ipynb #d8840b4d
+# %% ../../nbs/scorers/clip.ipynb #714a8d5a
 class Similarity(NamedTuple):
     "Cosine of texts with their sample's region and whole picture, and the texts' length."
 
@@ -196,7 +207,7 @@ class Similarity(NamedTuple):
     s2: Tensor  # [B,n], with the whole picture
     tokens: Tensor  # [B,n] int, start and end included; 0 for a missing text
 
-
+# %% ../../nbs/scorers/clip.ipynb #7c514b77
 def text_vectors(
     scorer: Scorer,
     texts: list,  # B lists of n texts; None or '' where there is none
@@ -214,7 +225,7 @@ def text_vectors(
     rows = [torch.stack([vectors[t] for t in row]) for row in texts]
     return torch.stack(rows)
 
-# %% ../../nbs/scorers/clip.ipynb #a9873cb3
+# %% ../../nbs/scorers/clip.ipynb #9e8f5def
 def similarities(
     scorer: Scorer,
     samples: list,  # B Sample

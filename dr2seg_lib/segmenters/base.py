@@ -49,7 +49,7 @@ def clip_coordinate(
     "The nearest coordinate of an axis; NaN becomes 0, since 0 is the first argument of max."
     return min(max(0, v), n - 1)
 
-
+# %% ../../nbs/segmenters/base.ipynb #c96f3a22
 def clip_prompt(
     target: Target,  # coordinates of any kind
     size: tuple,  # (W,H), pixels

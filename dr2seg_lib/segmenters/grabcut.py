@@ -20,7 +20,7 @@ def surroundings(
     dx, dy = (x2 - x1) // 2 + 8, (y2 - y1) // 2 + 8
     return np.s_[max(0, y1 - dy) : y2 + dy + 1, max(0, x1 - dx) : x2 + dx + 1]
 
-
+# %% ../../nbs/segmenters/grabcut.ipynb #ce29869b
 def prompt_labels(
     box: tuple,  # (x1,y1,x2,y2) int
     point: tuple,  # (x,y)
@@ -34,7 +34,7 @@ def prompt_labels(
     labels = np.where(seed, cv2.GC_FGD, np.where(inside, cv2.GC_PR_FGD, cv2.GC_BGD))
     return labels.astype(np.uint8), inside, seed
 
-# %% ../../nbs/segmenters/grabcut.ipynb #055e9ab2
+# %% ../../nbs/segmenters/grabcut.ipynb #06d628f7
 def grab_cut(
     image: np.ndarray,  # [H,W,3] uint8
     box: tuple,  # (x1,y1,x2,y2), inside the image
@@ -53,7 +53,7 @@ def grab_cut(
     cut[near] = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
     return cut if cut.sum() > seed.sum() else inside > 0
 
-
+# %% ../../nbs/segmenters/grabcut.ipynb #8a00e577
 class GrabCutSegmenter(Segmenter):
     "OpenCV's GrabCut, started from box and point; needs no weights."
 

@@ -132,7 +132,7 @@ def save_sam2(
     config = dict(base=SAM2_BASE, size=asdict(size), training=training)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
-
+# %% ../../nbs/segmenters/sam2.ipynb #6d7fbe48
 def read_config(
     folder: Path,  # of a model
 ) -> dict:
@@ -147,7 +147,7 @@ def read_config(
         raise ValueError(f"segmenter: {path} is no JSON object; {mend}.")
     return config
 
-# %% ../../nbs/segmenters/sam2.ipynb #6d7fbe48
+# %% ../../nbs/segmenters/sam2.ipynb #88a1b7e8
 def load_sam2(
     folder: Path,  # holds config.json and model.safetensors
 ) -> nn.Module:  # `SAM2Base` in float32 on the CPU

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Model, Sam3Processor
@@ -32,7 +33,7 @@ def expand_maps(
     "Feature maps of one image, n times in the memory of one."
     return tuple(m.expand(n, -1, -1, -1) for m in maps)
 
-
+# %% ../../nbs/segmenters/sam3.ipynb #5b607c9e
 def repeat_features(
     features,  # Sam3VisionEncoderOutput of one image
     n: int,  # prompts
@@ -43,7 +44,7 @@ def repeat_features(
         fpn_position_encoding=expand_maps(features.fpn_position_encoding, n),
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #7902ff50
+# %% ../../nbs/segmenters/sam3.ipynb #ad0a7efd
 def unite_masks(
     masks: Tensor,  # [N,h,w] logits
     hw: tuple,  # (H,W) of the picture
@@ -55,7 +56,7 @@ def unite_masks(
         union |= mask.cpu().numpy()
     return union
 
-
+# %% ../../nbs/segmenters/sam3.ipynb #055090be
 def best_instance(
     boxes: np.ndarray,  # [N,4] in 0..1
     target: Target,  # in pixels
@@ -65,7 +66,7 @@ def best_instance(
     size = hw[::-1]
     return int(box_iou(boxes * (size * 2), [clip_prompt(target, size)[0]])[:, 0].argmax())
 
-# %% ../../nbs/segmenters/sam3.ipynb #055090be
+# %% ../../nbs/segmenters/sam3.ipynb #4dc83633
 class Sam3Segmenter(Segmenter):
     "Meta's SAM 3, prompted by phrase, or by box."
 
@@ -96,56 +97,68 @@ class Sam3Segmenter(Segmenter):
         empty = np.zeros(hw, dtype=bool)
         return [unions.get(p, empty).copy() for p in prompts]
 
-    def encode_image(self, image: np.ndarray):  # Sam3VisionEncoderOutput
-        "The features of a picture."
-        inputs = self.processor.image_processor(
-            image, input_data_format="channels_last", return_tensors="pt"
-        )
-        return self.model.get_vision_features(inputs.pixel_values.to(self.model.device))
+# %% ../../nbs/segmenters/sam3.ipynb #4ccf6624
+@patch
+def encode_image(self: Sam3Segmenter, image: np.ndarray):  # Sam3VisionEncoderOutput
+    "The features of a picture."
+    inputs = self.processor.image_processor(
+        image, input_data_format="channels_last", return_tensors="pt"
+    )
+    return self.model.get_vision_features(inputs.pixel_values.to(self.model.device))
 
-    def draw_batch(self, features, prompts: list, hw: tuple) -> dict:  # {prompt: [H,W] bool}
-        "The masks of a batch of prompts, all phrases or all boxes."
-        by_words = isinstance(prompts[0], str)
-        inputs = self.phrase_inputs(prompts) if by_words else self.box_inputs(prompts, hw)
-        inputs = {k: v.to(self.model.device) for k, v in inputs.items() if k != "original_sizes"}
-        out = self.model(vision_embeds=repeat_features(features, len(prompts)), **inputs)
-        scores = out.pred_logits.sigmoid() * out.presence_logits.sigmoid()
-        unions = {}
-        for prompt, score, masks, boxes in zip(prompts, scores, out.pred_masks, out.pred_boxes):
-            kept = (score > self.threshold).nonzero()[:, 0].cpu().numpy()
-            if isinstance(prompt, Target) and len(kept):
-                kept = kept[[best_instance(boxes[kept].cpu().numpy(), prompt, hw)]]
-            unions[prompt] = unite_masks(masks[kept], hw)
-        return unions
+# %% ../../nbs/segmenters/sam3.ipynb #c69a5633
+@patch
+def draw_batch(
+    self: Sam3Segmenter, features, prompts: list, hw: tuple
+) -> dict:  # {prompt: [H,W] bool}
+    "The masks of a batch of prompts, all phrases or all boxes."
+    by_words = isinstance(prompts[0], str)
+    inputs = self.phrase_inputs(prompts) if by_words else self.box_inputs(prompts, hw)
+    inputs = {k: v.to(self.model.device) for k, v in inputs.items() if k != "original_sizes"}
+    out = self.model(vision_embeds=repeat_features(features, len(prompts)), **inputs)
+    scores = out.pred_logits.sigmoid() * out.presence_logits.sigmoid()
+    unions = {}
+    for prompt, score, masks, boxes in zip(prompts, scores, out.pred_masks, out.pred_boxes):
+        kept = (score > self.threshold).nonzero()[:, 0].cpu().numpy()
+        if isinstance(prompt, Target) and len(kept):
+            kept = kept[[best_instance(boxes[kept].cpu().numpy(), prompt, hw)]]
+        unions[prompt] = unite_masks(masks[kept], hw)
+    return unions
 
-    def phrase_inputs(self, phrases: list) -> dict:
-        "What the model reads of phrases."
-        return self.processor.tokenizer(
-            phrases,
-            padding="max_length",
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-            split_special_tokens=True,
-        )
+# %% ../../nbs/segmenters/sam3.ipynb #ef16d9c2
+@patch
+def phrase_inputs(self: Sam3Segmenter, phrases: list) -> dict:
+    "What the model reads of phrases."
+    return self.processor.tokenizer(
+        phrases,
+        padding="max_length",
+        truncation=True,
+        max_length=self.model.config.text_config.max_position_embeddings,
+        return_tensors="pt",
+        split_special_tokens=True,
+    )
 
-    def box_inputs(self, targets: list, hw: tuple) -> dict:
-        "What the model reads of boxes, whose last pixel is within."
-        boxes = [clip_prompt(t, hw[::-1])[0] for t in targets]
-        corners = np.array(boxes, dtype=float) + (0, 0, 1, 1)
-        return self.processor(
-            text=["visual"] * len(targets),
-            input_boxes=[[c] for c in corners.tolist()],
-            original_sizes=[list(hw)] * len(targets),
-            return_tensors="pt",
-        )
+# %% ../../nbs/segmenters/sam3.ipynb #35c84a30
+@patch
+def box_inputs(self: Sam3Segmenter, targets: list, hw: tuple) -> dict:
+    "What the model reads of boxes, whose last pixel is within."
+    boxes = [clip_prompt(t, hw[::-1])[0] for t in targets]
+    corners = np.array(boxes, dtype=float) + (0, 0, 1, 1)
+    return self.processor(
+        text=["visual"] * len(targets),
+        input_boxes=[[c] for c in corners.tolist()],
+        original_sizes=[list(hw)] * len(targets),
+        return_tensors="pt",
+    )
 
-    def save(self, folder: Path):
-        "Write model and processor in the layout of transformers; the folder is made if missing."
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+# %% ../../nbs/segmenters/sam3.ipynb #a7bf2de8
+@patch
+def save(self: Sam3Segmenter, folder: Path):
+    "Write model and processor in the layout of transformers; the folder is made if missing."
+    self.model.save_pretrained(folder)
+    self.processor.save_pretrained(folder)
 
-# %% ../../nbs/segmenters/sam3.ipynb #b803289b
+# %% ../../nbs/segmenters/sam3.ipynb #e19c39c4
 def byte_tokenizer() -> CLIPTokenizer:
     "CLIP's tokenizer with a token a byte."
     letters, words = sorted(ByteLevel.alphabet()), []
@@ -154,7 +167,7 @@ def byte_tokenizer() -> CLIPTokenizer:
     words += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
-
+# %% ../../nbs/segmenters/sam3.ipynb #e15e0d6b
 def text_config(
     tokenizer: CLIPTokenizer,
     width: int,
@@ -172,7 +185,7 @@ def text_config(
         pad_token_id=tokenizer.eos_token_id,
     )
 
-
+# %% ../../nbs/segmenters/sam3.ipynb #94d1e286
 def vision_config(
     image_size: int,  # pixels, a multiple of 28
     part: dict,  # what all parts have in common
@@ -194,7 +207,7 @@ def vision_config(
         backbone_config=backbone,
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #4ccf6624
+# %% ../../nbs/segmenters/sam3.ipynb #55cb50c9
 @dataclass(frozen=True)
 class Sam3Size:
     "The sizes by which a small SAM 3 differs from `facebook/sam3`."
@@ -226,7 +239,7 @@ class Sam3Size:
             vision_config=vision_config(self.image_size, part),
         )
 
-# %% ../../nbs/segmenters/sam3.ipynb #08cb7746
+# %% ../../nbs/segmenters/sam3.ipynb #f1c54dd6
 SAM3_TYPES = "sam3", "sam3_video"
 
 
@@ -240,7 +253,7 @@ def is_sam3(
         return read_config(name).get("model_type") in SAM3_TYPES
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]*sam3[\w.-]*", name, re.IGNORECASE))
 
-# %% ../../nbs/segmenters/sam3.ipynb #94d1e286
+# %% ../../nbs/segmenters/sam3.ipynb #d2fd8da3
 def load_sam3(
     name: str,  # a folder in the layout of transformers, or a hub id
     device: str = "cpu",
