@@ -65,7 +65,7 @@ def naming_write_errors(
             mend = f"{path.parent} was deleted or moved; restore it and resume, or start anew"
         raise OSError(f"{path} cannot be written ({e.strerror or e}); {mend}") from e
 
-# %% ../../nbs/core/files.ipynb #b2bbe71d
+# %% ../../nbs/core/files.ipynb #2358566c
 def make_folder(
     path: Path,  # made with those above it
 ):
@@ -77,7 +77,7 @@ def make_folder(
         for folder in reversed(missing):
             fsync_path(folder.parent)
 
-# %% ../../nbs/core/files.ipynb #23ef1a07
+# %% ../../nbs/core/files.ipynb #5a186905
 def permit(
     folder: Path,  # of whose files, at any depth
 ):
@@ -90,7 +90,7 @@ def permit(
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
-# %% ../../nbs/core/files.ipynb #fe7d37c4
+# %% ../../nbs/core/files.ipynb #7a0f6aba
 @contextmanager
 def atomic_write(
     path: Path,  # replaced at the end of the block
@@ -111,7 +111,7 @@ def atomic_write(
         if safe:
             fsync_path(path.parent)
 
-# %% ../../nbs/core/files.ipynb #5c2a23cc
+# %% ../../nbs/core/files.ipynb #0450519e
 def write_text(
     path: Path,  # made or replaced
     text: str,
@@ -121,7 +121,7 @@ def write_text(
     with atomic_write(path, safe) as f:
         f.write(text)
 
-# %% ../../nbs/core/files.ipynb #0450519e
+# %% ../../nbs/core/files.ipynb #72d0c9cf
 def write_json(
     path: Path,  # made or replaced
     value,  # anything that `to_jsonable` takes
@@ -131,7 +131,7 @@ def write_json(
     text = json.dumps(to_jsonable(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n", safe)
 
-# %% ../../nbs/core/files.ipynb #b857a758
+# %% ../../nbs/core/files.ipynb #057f78f8
 def require_file(
     path: Path,
 ):
@@ -141,7 +141,7 @@ def require_file(
     if not path.is_file():
         raise ValueError(f"{path} is no file; restore it or remove the run")
 
-# %% ../../nbs/core/files.ipynb #c41e6b73
+# %% ../../nbs/core/files.ipynb #8f28516b
 def read_json(
     path: Path,  # of one JSON value
 ):
@@ -153,7 +153,7 @@ def read_json(
     except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run") from None
 
-# %% ../../nbs/core/files.ipynb #8f28516b
+# %% ../../nbs/core/files.ipynb #be805b36
 def json_lines(
     rows: list[dict],
 ) -> str:
@@ -161,7 +161,7 @@ def json_lines(
     lines = [json.dumps(to_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows]
     return "".join(lines)
 
-# %% ../../nbs/core/files.ipynb #8fe8e819
+# %% ../../nbs/core/files.ipynb #318118af
 def write_jsonl(
     path: Path,  # made or replaced
     rows: list[dict],
@@ -169,7 +169,7 @@ def write_jsonl(
     "Writes a complete file of rows in one move."
     write_text(path, json_lines(rows))
 
-# %% ../../nbs/core/files.ipynb #be805b36
+# %% ../../nbs/core/files.ipynb #b115a8e0
 def append_jsonl(
     path: Path,  # made where it is missing
     rows: list[dict],
@@ -191,7 +191,7 @@ def append_jsonl(
             fsync_path(path.parent)  # its name may be new
     return text
 
-# %% ../../nbs/core/files.ipynb #0fc972ce
+# %% ../../nbs/core/files.ipynb #c411f8ab
 def read_jsonl(
     path: Path,  # of rows as `append_jsonl` leaves them
 ) -> list[dict]:
@@ -211,7 +211,7 @@ def read_jsonl(
         rows.append(row)
     return rows
 
-# %% ../../nbs/core/files.ipynb #f13d271b
+# %% ../../nbs/core/files.ipynb #c987aa30
 def truncate(
     path: Path,
     length: int,  # bytes
@@ -221,7 +221,7 @@ def truncate(
         os.truncate(path, length)
         fsync_path(path)
 
-# %% ../../nbs/core/files.ipynb #d4697a73
+# %% ../../nbs/core/files.ipynb #6e91a1c0
 def cut_unfinished(
     path: Path,  # of lines
 ):
@@ -232,7 +232,7 @@ def cut_unfinished(
     if complete < len(text):
         truncate(path, complete)
 
-# %% ../../nbs/core/files.ipynb #32148a32
+# %% ../../nbs/core/files.ipynb #39680c35
 LOAD_ERRORS = (
     RuntimeError,
     ValueError,
@@ -262,7 +262,7 @@ def naming_load_errors(
         reason = shorten(str(e), 200, placeholder=" …") or type(e).__name__
         raise ValueError(f"{what} cannot be loaded ({reason}); {mend}") from None
 
-# %% ../../nbs/core/files.ipynb #89418aca
+# %% ../../nbs/core/files.ipynb #6d47315a
 def find_truncation(
     file: Path,  # of safetensors
 ) -> str | None:  # in words; None when it is complete
@@ -272,7 +272,7 @@ def find_truncation(
     except LOAD_ERRORS as e:
         return f"{file.name} is cut short or no safetensors file: {e}"
 
-# %% ../../nbs/core/files.ipynb #98e6577c
+# %% ../../nbs/core/files.ipynb #b8cd663b
 def list_shards(
     folder: Path,  # in the layout of transformers
 ) -> list[str]:  # file names; [] where there are no weights
@@ -282,7 +282,7 @@ def list_shards(
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return [single.name] if single.is_file() else []
 
-# %% ../../nbs/core/files.ipynb #8263cca7
+# %% ../../nbs/core/files.ipynb #c19f725a
 def find_checkpoint_problem(
     folder: Path,  # in the layout of transformers
 ) -> str | None:  # in words; None when there is none

@@ -93,7 +93,7 @@ def parse_json_text(
     except ValueError as e:
         raise ValueError("is not valid JSON") from e
 
-# %% ../../nbs/core/json_text.ipynb #d33d1f62
+# %% ../../nbs/core/json_text.ipynb #217daf96
 def replace_half_characters(
     value,  # parsed JSON
 ):
@@ -106,7 +106,7 @@ def replace_half_characters(
         return {replace_half_characters(k): replace_half_characters(v) for k, v in value.items()}
     return value
 
-# %% ../../nbs/core/json_text.ipynb #0644c541
+# %% ../../nbs/core/json_text.ipynb #f0865235
 def parse_strict_json(
     data: bytes,  # of one JSON value
 ):  # that value; a ValueError in a few words where there is none
@@ -116,7 +116,7 @@ def parse_strict_json(
         raise ValueError("is nested too deeply")
     return replace_half_characters(value) if b"\\ud" in data.lower() else value
 
-# %% ../../nbs/core/json_text.ipynb #c6454211
+# %% ../../nbs/core/json_text.ipynb #2d22f8e1
 def load_json(
     text: str | None,  # an answer
 ):  # what the JSON says; None when it says nothing

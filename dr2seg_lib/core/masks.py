@@ -28,7 +28,7 @@ def encode_rle(
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(size=[int(n) for n in rle["size"]], counts=rle["counts"].decode("ascii"))
 
-# %% ../../nbs/core/masks.ipynb #10ac8131
+# %% ../../nbs/core/masks.ipynb #675e205d
 def rle_codes(
     counts: str,
 ) -> np.ndarray | None:  # [characters] int, 0..63; None where the text is no such encoding
@@ -40,7 +40,7 @@ def rle_codes(
         return None
     return codes
 
-# %% ../../nbs/core/masks.ipynb #4152e349
+# %% ../../nbs/core/masks.ipynb #405f7149
 def run_lengths(
     counts: str,  # COCO's: six bits a character, of which five count
 ) -> list | None:  # of int; None where the text is no such encoding
@@ -59,14 +59,14 @@ def run_lengths(
     values[2::2] = values[2::2].cumsum()  # from the fourth number on
     return values.tolist()
 
-# %% ../../nbs/core/masks.ipynb #bbd18482
+# %% ../../nbs/core/masks.ipynb #d0346c7e
 def is_count(
     n,  # anything
 ) -> bool:
     "Whether this is a whole number of at least 0; True is none."
     return type(n) is int and n >= 0
 
-# %% ../../nbs/core/masks.ipynb #d0346c7e
+# %% ../../nbs/core/masks.ipynb #3719c236
 def is_mask_size(
     size,  # anything
 ) -> bool:
@@ -75,7 +75,7 @@ def is_mask_size(
         return False
     return size[0] * size[1] <= MAX_PIXELS
 
-# %% ../../nbs/core/masks.ipynb #3719c236
+# %% ../../nbs/core/masks.ipynb #194a1024
 def decode_rle(
     rle: dict,  # what `encode_rle` gave, or any COCO RLE, its counts a text or a list
 ) -> np.ndarray:  # [H,W] bool
@@ -95,7 +95,7 @@ def decode_rle(
         raise ValueError(f"the counts do not add up to {h * w} pixels; encode the mask again.")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(w, h).T
 
-# %% ../../nbs/core/masks.ipynb #9a8f781e
+# %% ../../nbs/core/masks.ipynb #9de90ce1
 def mask_box(
     mask: np.ndarray,  # [H,W] bool
 ) -> tuple:  # (x1,y1,x2,y2) int, inclusive pixels
@@ -105,7 +105,7 @@ def mask_box(
         raise ValueError("An empty mask has no box; check `mask.any()` first.")
     return int(xs[0]), int(ys[0]), int(xs[-1]), int(ys[-1])
 
-# %% ../../nbs/core/masks.ipynb #9de90ce1
+# %% ../../nbs/core/masks.ipynb #29893958
 def depths_squared(
     mask: np.ndarray,  # [H,W] bool, with a border of background
 ) -> np.ndarray:  # [H,W] whole numbers
@@ -115,7 +115,7 @@ def depths_squared(
     depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.rint(np.square(depth, out=depth), out=depth)
 
-# %% ../../nbs/core/masks.ipynb #8f709de3
+# %% ../../nbs/core/masks.ipynb #3c973f26
 def inscribed_circle(
     mask: np.ndarray,  # [H,W] bool
 ) -> tuple:  # (x,y) int, radius in pixels
@@ -127,14 +127,14 @@ def inscribed_circle(
     y, x = np.unravel_index(depth.argmax(), depth.shape)
     return (int(x) - 1 + x1, int(y) - 1 + y1), float(depth[y, x]) ** 0.5
 
-# %% ../../nbs/core/masks.ipynb #29893958
+# %% ../../nbs/core/masks.ipynb #43f8c6c5
 def deepest_point(
     mask: np.ndarray,  # [H,W] bool
 ) -> tuple:  # (x,y) int
     "The mask pixel with the largest Euclidean distance to the background."
     return inscribed_circle(mask)[0]
 
-# %% ../../nbs/core/masks.ipynb #43f8c6c5
+# %% ../../nbs/core/masks.ipynb #b2666d1f
 def second_deepest_point(
     mask: np.ndarray,  # [H,W] bool
     circle: tuple | None = None,  # of `inscribed_circle`, where it is known already
@@ -150,7 +150,7 @@ def second_deepest_point(
     x, y = deepest_point(rest)
     return x + x1, y + y1
 
-# %% ../../nbs/core/masks.ipynb #74d84f37
+# %% ../../nbs/core/masks.ipynb #502c4259
 def iou(
     a: np.ndarray,  # [H,W] bool
     b: np.ndarray,  # [H,W] bool
@@ -166,7 +166,7 @@ def iou(
         a, b = a & ~ignore, b & ~ignore
     return int((a & b).sum()), int((a | b).sum())
 
-# %% ../../nbs/core/masks.ipynb #5beb742a
+# %% ../../nbs/core/masks.ipynb #976d71b1
 def ratio(
     i: int,  # intersection, pixels
     u: int,  # union, pixels
@@ -174,7 +174,7 @@ def ratio(
     "I/U, and 1 where the union is 0: nothing there, nothing predicted."
     return i / u if u else 1.0
 
-# %% ../../nbs/core/masks.ipynb #502c4259
+# %% ../../nbs/core/masks.ipynb #43d94ff4
 def box_sides(
     low: np.ndarray,  # [...,2] first pixel (x,y)
     high: np.ndarray,  # [...,2] last pixel
@@ -182,7 +182,7 @@ def box_sides(
     "Width and height in inclusive pixels; 0 for a box turned inside out."
     return np.maximum(high - low + 1, 0)
 
-# %% ../../nbs/core/masks.ipynb #93bd9052
+# %% ../../nbs/core/masks.ipynb #1a73557c
 def box_iou(
     a: np.ndarray,  # [N,4] boxes (x1,y1,x2,y2), inclusive
     b: np.ndarray,  # [M,4]

@@ -12,14 +12,14 @@ def blank_unprintable(
     "A space for each character that cannot be printed."
     return "".join(c if c.isprintable() else " " for c in text)
 
-# %% ../../nbs/core/plain_text.ipynb #2eeeaf49
+# %% ../../nbs/core/plain_text.ipynb #9c7a1aa0
 def escape_unprintable(
     text: str,
 ) -> str:
     r"Its escape, such as \x1b, for each character that cannot be printed."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
-# %% ../../nbs/core/plain_text.ipynb #a6616fa6
+# %% ../../nbs/core/plain_text.ipynb #38354b86
 def shorten_line(
     text: str,
     most: int = 600,  # characters

@@ -33,7 +33,7 @@ def download_data(
         what = f"{name} is not on this disk and not to be had from the hub"
         raise FileNotFoundError(f"{what} ({type(e).__name__}); give a path.") from None
 
-# %% ../../nbs/data/datasets.ipynb #13ced81b
+# %% ../../nbs/data/datasets.ipynb #b9ebbfd3
 def locate_data(
     name: str | Path,  # a file, a folder, or a data set of the hub
 ) -> Path:
@@ -50,7 +50,7 @@ def locate_data(
     mend = "give the path of a data set, or its name on the hub"
     raise FileNotFoundError(f"{shorten_line(str(name), 300)} does not exist; {mend}.")
 
-# %% ../../nbs/data/datasets.ipynb #6e64cc86
+# %% ../../nbs/data/datasets.ipynb #abc5c552
 FORMATS = ReasonSegDataset, RefCOCODataset, FolderDataset, ParquetDataset
 FORMAT_OPTIONS = {ReasonSegDataset: {"texts"}, RefCOCODataset: {"level"}}
 
@@ -68,7 +68,7 @@ def detect_format(
     )
     raise ValueError(f"{path} is no known data set; it should hold {files}.")
 
-# %% ../../nbs/data/datasets.ipynb #d58a9761
+# %% ../../nbs/data/datasets.ipynb #acc86eb7
 def check_options(
     path: Path,
     kind: type,  # of SplitReader
@@ -87,7 +87,7 @@ def check_options(
         mend = "use visionreasoner, or give a folder in the original format"
         raise ValueError(f"protocol: {path} has lost which pixels to ignore; {mend}.")
 
-# %% ../../nbs/data/datasets.ipynb #906b01d1
+# %% ../../nbs/data/datasets.ipynb #386d729a
 def open_data(
     name: str | Path,  # a path, or a data set of the hub
     split: str,  # train, val, test, testA, …
@@ -105,7 +105,7 @@ def open_data(
         raise ValueError(f"{path} holds no samples; put some there or name another folder.")
     return data
 
-# %% ../../nbs/data/datasets.ipynb #386d729a
+# %% ../../nbs/data/datasets.ipynb #3f168f51
 def same_image(
     a: SplitReader,
     i: int,
@@ -118,7 +118,7 @@ def same_image(
     except BrokenRecord:
         return False
 
-# %% ../../nbs/data/datasets.ipynb #524dd60e
+# %% ../../nbs/data/datasets.ipynb #95467b80
 def index_questions(
     data: SplitReader,
 ) -> dict:  # {(image name, question as prompts write it): (number, id)}
@@ -130,7 +130,7 @@ def index_questions(
             places.setdefault((image, normalize_question(query, eval=True)), (i, id))
     return places
 
-# %% ../../nbs/data/datasets.ipynb #3f168f51
+# %% ../../nbs/data/datasets.ipynb #f9a297c4
 def check_disjoint(
     train: Sequence,
     evaluation: Sequence,
@@ -152,7 +152,7 @@ def check_disjoint(
                 "name other data, or set allow_overlap true."
             )
 
-# %% ../../nbs/data/datasets.ipynb #95467b80
+# %% ../../nbs/data/datasets.ipynb #fbdb23ba
 def load_data(
     name: str,  # "mini", a folder or file in a known format, or a data set of the hub
     split: str,
@@ -170,7 +170,7 @@ def load_data(
     except ValueError as e:
         raise ValueError(f"{field}: {e}") from None
 
-# %% ../../nbs/data/datasets.ipynb #f9a297c4
+# %% ../../nbs/data/datasets.ipynb #77ff4ca8
 def validate_data(
     name: str,
     split: str,

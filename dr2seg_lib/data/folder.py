@@ -79,7 +79,7 @@ def draw_png(
         raise broken_record(where, field, problem, "draw it on the upright image, at its size")
     return drawn_mask(image)
 
-# %% ../../nbs/data/folder.ipynb #5f71e998
+# %% ../../nbs/data/folder.ipynb #bbc8c922
 def draw_mask(
     folder: Path,
     value,  # run lengths, the name of a PNG, or a polygon
@@ -94,7 +94,7 @@ def draw_mask(
         return draw_png(folder, value, size, where, field)
     return rle_mask(value, size, where, field)
 
-# %% ../../nbs/data/folder.ipynb #c994bc73
+# %% ../../nbs/data/folder.ipynb #64dd8c83
 MAX_BOXED = 2**27  # pixels of the boxes around a record's objects, where their points are sought
 
 
@@ -116,7 +116,7 @@ def list_objects(
     )
     return values
 
-# %% ../../nbs/data/folder.ipynb #f0150dfd
+# %% ../../nbs/data/folder.ipynb #7a5a01c8
 def draw_objects(
     folder: Path,
     record: dict,
@@ -138,7 +138,7 @@ def draw_objects(
         masks.append(mask)
     return masks
 
-# %% ../../nbs/data/folder.ipynb #420cec62
+# %% ../../nbs/data/folder.ipynb #0deb69db
 FOLDER_FIELDS = "id", "image", "query", "mask", "polygon", "ignore", "tags", "split"
 
 
@@ -149,7 +149,7 @@ def names_splits(
     first = next((record for _, _, record in iter_entries(file) if record), None)
     return split_name(first) is not None
 
-# %% ../../nbs/data/folder.ipynb #fe1fa901
+# %% ../../nbs/data/folder.ipynb #b86b29ef
 def iter_split(
     file: Path,  # data.jsonl
     split: str,
@@ -169,7 +169,7 @@ def iter_split(
     if not exists:
         choose_split(list_split_names(file), split, file.parent)
 
-# %% ../../nbs/data/folder.ipynb #7f61873f
+# %% ../../nbs/data/folder.ipynb #3c30eaaf
 def check_fields(
     record: dict,
     where,
@@ -188,7 +188,7 @@ def check_fields(
         mend = "name a split in every record or in none"
         raise broken_record(where, 'field "split"', "is not in the first record", mend)
 
-# %% ../../nbs/data/folder.ipynb #cfdbf382
+# %% ../../nbs/data/folder.ipynb #7b693ee9
 def read_folder_sample(
     folder: Path,
     record: dict,  # of which the fields are known
@@ -206,7 +206,7 @@ def read_folder_sample(
         ignore = draw_mask(folder, record["ignore"], size, where, "ignore")
     return Sample(record["id"], image, record["query"], targets, tags, ignore)
 
-# %% ../../nbs/data/folder.ipynb #e6ceedc3
+# %% ../../nbs/data/folder.ipynb #09605a96
 class FolderDataset(SplitReader):
     "A folder of one's own with data.jsonl."
 
@@ -230,14 +230,14 @@ class FolderDataset(SplitReader):
         file = path / "data.jsonl"
         return list_split_names(file) if names_splits(file) else {"all": None}
 
-# %% ../../nbs/data/folder.ipynb #7b693ee9
+# %% ../../nbs/data/folder.ipynb #6612eddd
 @patch
 def iter_images(self: FolderDataset) -> Iterator[tuple]:  # image, (offset, line number)
     for at, number, record in iter_entries(self.file):
         image = record.get("image") if record else None
         yield image if isinstance(image, str) else f"line {number}", (at, number)
 
-# %% ../../nbs/data/folder.ipynb #4b0c8af1
+# %% ../../nbs/data/folder.ipynb #67dcb4fd
 @patch
 def record(self: FolderDataset, key) -> tuple:  # where, the record, of which the fields are known
     where = f"{self.file}:{key[1]}"
@@ -245,20 +245,20 @@ def record(self: FolderDataset, key) -> tuple:  # where, the record, of which th
     check_fields(record, where, self.with_split)
     return where, record
 
-# %% ../../nbs/data/folder.ipynb #09605a96
+# %% ../../nbs/data/folder.ipynb #5c0e1ef2
 @patch
 def question_of(self: FolderDataset, key) -> tuple:  # id, image, question
     _, record = self.record(key)
     return record["id"], record["image"], record["query"]
 
-# %% ../../nbs/data/folder.ipynb #6612eddd
+# %% ../../nbs/data/folder.ipynb #4f9cdac0
 @patch
 def image_data(self: FolderDataset, key) -> bytes:
     where, record = self.record(key)
     file = resolve_inside(self.folder, record["image"], where, "image")
     return read_bounded(file, where, "the image", MAX_IMAGE_BYTES)
 
-# %% ../../nbs/data/folder.ipynb #67dcb4fd
+# %% ../../nbs/data/folder.ipynb #ffc7e445
 @patch
 def read(self: FolderDataset, key) -> tuple:  # image name, Sample
     where, record = self.record(key)

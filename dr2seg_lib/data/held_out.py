@@ -25,7 +25,7 @@ def hash_rank(
     "Where an image stands in an order that is the same for ever: by the hash of its name."
     return int.from_bytes(sha256(image.encode("utf-8", "backslashreplace")).digest()[:6]) / 2**48
 
-# %% ../../nbs/data/held_out.ipynb #c8307bc7
+# %% ../../nbs/data/held_out.ipynb #73410ad7
 def held_out_border(
     images: Iterable[str],  # their names
 ) -> float:  # 0..1
@@ -37,7 +37,7 @@ def held_out_border(
             return HELD_OUT  # whatever follows
     return min(max(HELD_OUT, np.nextafter(lowest, 1)), highest)
 
-# %% ../../nbs/data/held_out.ipynb #853fed39
+# %% ../../nbs/data/held_out.ipynb #5559fc6a
 def describe_division(
     held: str,  # how many records of how many
     by: str,
@@ -46,7 +46,7 @@ def describe_division(
     share = f"about {100 * HELD_OUT:.0f} % of the images, at least one"
     return f"no record names a split: {held} held out, chosen by a hash of {by} ({share})"
 
-# %% ../../nbs/data/held_out.ipynb #42623124
+# %% ../../nbs/data/held_out.ipynb #b05b7ce9
 def divide_held_out(
     records: Callable,  # () -> (image, key) of each record, in order
     split: str,  # of HELD_OUT_SIDES

@@ -55,7 +55,7 @@ def draw_problem(seed: int) -> Problem:
         if question := KINDS[kind][0](rng, scene):
             return Problem(scene, question, kind)
 
-# %% ../../nbs/data/mini.ipynb #face7191
+# %% ../../nbs/data/mini.ipynb #c82ee51b
 SPLIT_SEEDS = {  # first seed, samples
     "train": (1_000_000, 100_000),
     "val": (2_000_000, 1024),
@@ -69,7 +69,7 @@ def draw_sample(seed: int) -> Sample:
     "The sample of a seed."
     return draw_problem(seed).sample(f"mini-{seed}")
 
-# %% ../../nbs/data/mini.ipynb #c82ee51b
+# %% ../../nbs/data/mini.ipynb #26584f7a
 @dataclass(frozen=True)
 class MiniReasonSeg:
     "A split of the benchmark as a sequence of samples."

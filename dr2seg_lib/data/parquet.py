@@ -49,7 +49,7 @@ def find_parquet(
         splits.setdefault(file_split(file), []).append(file)
     return splits
 
-# %% ../../nbs/data/parquet.ipynb #dbe2505d
+# %% ../../nbs/data/parquet.ipynb #24a8d014
 def hub_split_name(
     split: str,  # as a configuration has it
     splits: dict,  # of the set
@@ -63,7 +63,7 @@ def hub_split_name(
         return "validation"
     return split
 
-# %% ../../nbs/data/parquet.ipynb #cd50fbd3
+# %% ../../nbs/data/parquet.ipynb #ff298963
 PARQUET_COLUMNS = {  # what a set must have: what it may have
     ("image", "text", "mask"): ("image_id", "ann_id", "difficulty"),
     ("image", "problem", "solution"): ("id", "difficulty"),
@@ -87,7 +87,7 @@ def choose_columns(
             raise ValueError(f'{file}: column "mask" is {types["mask"]}; {mend}.')
     return must, [c for c in PARQUET_COLUMNS[must] if c in names]
 
-# %% ../../nbs/data/parquet.ipynb #1107d0bc
+# %% ../../nbs/data/parquet.ipynb #19a427e5
 def label_columns(
     columns: list,
     layouts: list,
@@ -99,7 +99,7 @@ def label_columns(
         labels.append("image.path")
     return labels
 
-# %% ../../nbs/data/parquet.ipynb #c25abc31
+# %% ../../nbs/data/parquet.ipynb #613d29bd
 def row_label(
     row: dict,  # {column: value}
     n: int,  # number of the row
@@ -114,7 +114,7 @@ def row_label(
         return image, "-".join([*ids, str(n)])
     return image, str(n if row.get("id") is None else row["id"])
 
-# %% ../../nbs/data/parquet.ipynb #04d854a4
+# %% ../../nbs/data/parquet.ipynb #962252e2
 def image_bytes(
     row: dict,  # {column: value}
     where,
@@ -126,7 +126,7 @@ def image_bytes(
     mend = "save the set with its images embedded"
     raise broken_record(where, 'column "image"', "holds no bytes", mend)
 
-# %% ../../nbs/data/parquet.ipynb #d1fc4ceb
+# %% ../../nbs/data/parquet.ipynb #656e2e97
 def cell_values(
     cells: dict,  # {column: pyarrow scalar}
     where,
@@ -138,7 +138,7 @@ def cell_values(
         mend = "save it as UTF-8 text or as a number"
         raise broken_record(where, "a value", f"cannot be read ({e})", mend) from None
 
-# %% ../../nbs/data/parquet.ipynb #0b09ae84
+# %% ../../nbs/data/parquet.ipynb #336433b9
 class ParquetDataset(SplitReader):
     "The hub's evaluation and training sets, streamed by row group."
 
@@ -163,7 +163,7 @@ class ParquetDataset(SplitReader):
             index, self.split_note = divide_held_out(self.iter_images, split, limit, path, by)
         super().__init__(index, limit)
 
-# %% ../../nbs/data/parquet.ipynb #336433b9
+# %% ../../nbs/data/parquet.ipynb #9819e574
 @patch
 def row(self: ParquetDataset, n: int, columns: list) -> tuple:  # where, {column: pyarrow scalar}
     "A row; its group stays in memory until a row of another is asked for."
@@ -174,19 +174,19 @@ def row(self: ParquetDataset, n: int, columns: list) -> tuple:  # where, {column
     table, i = self.cached[1], int(n - self.starts[g])
     return f"{file} row {n}", {c: table.column(c)[i] for c in table.column_names}
 
-# %% ../../nbs/data/parquet.ipynb #9819e574
+# %% ../../nbs/data/parquet.ipynb #e11edb20
 @patch
 def iter_images(self: ParquetDataset) -> Iterator[tuple]:  # image, number of each row
     for n in range(self.starts[-1]):
         where, cells = self.row(n, self.labels)
         yield row_label(cell_values(cells, where), n, self.masked)[0], n
 
-# %% ../../nbs/data/parquet.ipynb #e11edb20
+# %% ../../nbs/data/parquet.ipynb #a0df04c2
 @patch
 def query(self: ParquetDataset, row: dict, where) -> str:
     return read_field(row, "text" if self.masked else "problem", str, where)
 
-# %% ../../nbs/data/parquet.ipynb #a0df04c2
+# %% ../../nbs/data/parquet.ipynb #4bedf413
 @patch
 def question_of(self: ParquetDataset, n: int) -> tuple:  # id, image, question
     where, cells = self.row(n, self.labels)
@@ -194,13 +194,13 @@ def question_of(self: ParquetDataset, n: int) -> tuple:  # id, image, question
     image, id = row_label(row, n, self.masked)
     return id, image, self.query(row, where)
 
-# %% ../../nbs/data/parquet.ipynb #4bedf413
+# %% ../../nbs/data/parquet.ipynb #b1cfb937
 @patch
 def image_data(self: ParquetDataset, n: int) -> bytes:
     where, cells = self.row(n, self.columns)
     return image_bytes(cell_values(cells, where), where)
 
-# %% ../../nbs/data/parquet.ipynb #b1cfb937
+# %% ../../nbs/data/parquet.ipynb #2fc43514
 @patch
 def read(self: ParquetDataset, n: int) -> tuple:  # image name, Sample
     where, cells = self.row(n, self.columns)

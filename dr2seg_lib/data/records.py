@@ -29,7 +29,7 @@ def broken_record(
     "The error of a broken record, to be raised."
     return BrokenRecord(f"{shorten_line(f'{where}: {field} {problem}')}; {shorten_line(mend)}.")
 
-# %% ../../nbs/data/records.ipynb #909a103b
+# %% ../../nbs/data/records.ipynb #5d36566d
 KIND_NAMES = {
     str: "a text",
     list: "a list",
@@ -45,7 +45,7 @@ def is_writable(
     "Whether a text can be written as UTF-8; half of a pair of JSON's `\\ud83d\\ude00` cannot."
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
-# %% ../../nbs/data/records.ipynb #cde12995
+# %% ../../nbs/data/records.ipynb #02a3fd44
 def find_text_problem(
     text: str,
 ) -> tuple | None:  # problem, mend
@@ -55,7 +55,7 @@ def find_text_problem(
     if not is_writable(text):
         return "holds half of a character (\\ud800 to \\udfff)", "write the whole character"
 
-# %% ../../nbs/data/records.ipynb #f01ae8e3
+# %% ../../nbs/data/records.ipynb #2cbd9a39
 def read_field(
     record,  # parsed JSON, anything
     field: str,
@@ -76,7 +76,7 @@ def read_field(
         raise broken_record(where, name, *problem)
     return value
 
-# %% ../../nbs/data/records.ipynb #d3b888b6
+# %% ../../nbs/data/records.ipynb #bf080f96
 def read_text_item(
     record,  # parsed JSON, anything
     field: str,
@@ -88,7 +88,7 @@ def read_text_item(
     name = f"{field}[{k}]"
     return read_field({name: texts[k]} if k < len(texts) else {}, name, str, where)
 
-# %% ../../nbs/data/records.ipynb #67e2f590
+# %% ../../nbs/data/records.ipynb #678a7c89
 def is_number_list(
     values,  # parsed JSON, anything
     n: int,  # how many
@@ -98,7 +98,7 @@ def is_number_list(
         return False
     return all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
 
-# %% ../../nbs/data/records.ipynb #678a7c89
+# %% ../../nbs/data/records.ipynb #60b9bba1
 MAX_RECORD = 2**24  # bytes of a record's JSON; the largest masks of photographs have a tenth
 MAX_LISTS = 2**19  # lists and objects in it; an outline has one for each point
 
@@ -126,7 +126,7 @@ def read_bounded(
         raise broken_record(where, field, f"is longer than {most:,} bytes", "make it smaller")
     return data
 
-# %% ../../nbs/data/records.ipynb #60b9bba1
+# %% ../../nbs/data/records.ipynb #f3f90717
 def parse_json(
     data: bytes,
     where,  # the file, with line or row
@@ -152,7 +152,7 @@ def parse_json(
         problem = f"cannot be parsed ({e.__cause__ or e})"
         raise broken_record(where, "the JSON", problem, "correct it") from None
 
-# %% ../../nbs/data/records.ipynb #f3f90717
+# %% ../../nbs/data/records.ipynb #292ea069
 MAX_ID_LENGTH = 1000  # characters of an id, or of a tag
 MAX_TAGS = 64  # of a record
 
@@ -166,7 +166,7 @@ def check_id(
         problem, mend = f"has {len(id):,} characters", f"use {MAX_ID_LENGTH:,} or less"
         raise broken_record(where, 'field "id"', problem, mend)
 
-# %% ../../nbs/data/records.ipynb #ca903586
+# %% ../../nbs/data/records.ipynb #b83e655b
 def find_tag_problem(
     tags: dict,
 ) -> tuple | None:  # problem, mend
@@ -182,7 +182,7 @@ def find_tag_problem(
         if not isinstance(value, (str, int, float)) or infinite:
             return "holds more than texts and numbers", "make each tag one of these"
 
-# %% ../../nbs/data/records.ipynb #292ea069
+# %% ../../nbs/data/records.ipynb #d8fd90d0
 def plain_tags(
     tags: dict,
     where,
@@ -192,7 +192,7 @@ def plain_tags(
         raise broken_record(where, 'field "tags"', *problem)
     return tags
 
-# %% ../../nbs/data/records.ipynb #3d357e5b
+# %% ../../nbs/data/records.ipynb #05afd0c0
 MAX_QUESTION_TOKENS = 512  # a longer question is a mistake or an attack, and takes gigabytes
 
 

@@ -37,7 +37,7 @@ def open_parquet(
     except errors as e:
         raise broken_record(file, what, f"cannot be read ({e})", "fetch it again") from None
 
-# %% ../../nbs/data/row_groups.ipynb #4514c5ec
+# %% ../../nbs/data/row_groups.ipynb #4123e8af
 MAX_ROWS = 2**24  # of a parquet file
 
 
@@ -55,7 +55,7 @@ def read_layout(
         raise broken_record(file, what, f"declares {sum(rows):,} rows", mend)
     return {c.name: str(c.type) for c in schema}, rows
 
-# %% ../../nbs/data/row_groups.ipynb #4123e8af
+# %% ../../nbs/data/row_groups.ipynb #63dd3379
 def file_layout(
     file: Path,
 ) -> tuple:  # {column: type}, rows of each group
@@ -63,7 +63,7 @@ def file_layout(
     with open_parquet(file) as opened:
         return read_layout(opened, file)
 
-# %% ../../nbs/data/row_groups.ipynb #48ccc2ab
+# %% ../../nbs/data/row_groups.ipynb #6f165704
 MAX_GROUP = 2**31  # bytes of a row group in memory
 IMAGE_ROWS, LABEL_ROWS = 16, 4096  # rows of a piece, with images and without
 
@@ -92,7 +92,7 @@ def read_group(
             raise broken_record(file, where, problem, "fetch the file again")
         return Table.from_batches(pieces)
 
-# %% ../../nbs/data/row_groups.ipynb #6f165704
+# %% ../../nbs/data/row_groups.ipynb #da2fa920
 def rows_mask(
     rows,  # pyarrow list array, a list of pixels a row
     size: tuple,  # (W,H) of the image

@@ -81,7 +81,7 @@ def scan_pickle(
             raise refused_pickle(file, "it holds more than lists, dictionaries, numbers and texts")
     raise refused_pickle(file, "it is cut short")
 
-# %% ../../nbs/data/safe_pickle.ipynb #4781a8ef
+# %% ../../nbs/data/safe_pickle.ipynb #b6e83ed8
 UNPICKLING_ERRORS = (  # what a broken pickle may end in, by the manual of `pickle`
     pickle.UnpicklingError,
     EOFError,
@@ -105,7 +105,7 @@ class PlainUnpickler(pickle.Unpickler):
             return set
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
-# %% ../../nbs/data/safe_pickle.ipynb #b6e83ed8
+# %% ../../nbs/data/safe_pickle.ipynb #e439f16f
 def load_plain_pickle(
     file: Path,
 ):

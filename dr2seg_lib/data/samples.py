@@ -68,7 +68,7 @@ class Sample:
             union |= t.mask
         return union
 
-# %% ../../nbs/data/samples.ipynb #106f86b2
+# %% ../../nbs/data/samples.ipynb #e59e685c
 @patch
 def scaled(
     self: Sample,

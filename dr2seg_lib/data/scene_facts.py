@@ -74,17 +74,17 @@ def only_one(
     "The object of a list of one."
     return things[0] if len(things) == 1 else None
 
-# %% ../../nbs/data/scene_facts.ipynb #5bb1fdec
+# %% ../../nbs/data/scene_facts.ipynb #b060b451
 def of_colour(scene, colour: str) -> list:  # of SceneObject
     "The objects of a colour."
     return [t for t in scene.things if t.colour == colour]
 
-# %% ../../nbs/data/scene_facts.ipynb #25aa6b75
+# %% ../../nbs/data/scene_facts.ipynb #05617185
 def of_shape(scene, shape: str) -> list:  # of SceneObject
     "The objects of a shape."
     return [t for t in scene.things if t.shape == shape]
 
-# %% ../../nbs/data/scene_facts.ipynb #f870d4f0
+# %% ../../nbs/data/scene_facts.ipynb #a17e024e
 def find_extreme(
     things,  # of SceneObject
     edge: str,  # of EDGES
@@ -99,7 +99,7 @@ def find_extreme(
     first, second = sorted(things, key=position)[:2]
     return first if abs(getattr(first, axis) - getattr(second, axis)) >= gap else None
 
-# %% ../../nbs/data/scene_facts.ipynb #9734579e
+# %% ../../nbs/data/scene_facts.ipynb #3a09c0f9
 def find_nearest(
     thing: SceneObject,
     scene,

@@ -53,7 +53,7 @@ def grab_cut(
     cut[near] = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
     return cut if cut.sum() > seed.sum() else inside > 0
 
-# %% ../../nbs/segmenters/grabcut.ipynb #8a00e577
+# %% ../../nbs/segmenters/grabcut.ipynb #79658e03
 class GrabCutSegmenter(Segmenter):
     "OpenCV's GrabCut, started from box and point; needs no weights."
 
