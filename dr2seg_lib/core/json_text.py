@@ -83,11 +83,12 @@ def decode_text(
 def parse_json_text(
     text: str,  # of one JSON value
     unique_keys: bool = False,  # refuse an object that has a key twice
-):  # that value, its numbers finite; a ValueError in a few words where there is none
+    finite: bool = True,  # None for other numbers; off, and faster, where each number is checked
+):  # that value; a ValueError in a few words where there is none
     "What a JSON text says."
-    pairs = unique_object if unique_keys else None
+    pairs, numbers = unique_object if unique_keys else None, NUMBER_HOOKS if finite else {}
     try:
-        return json.loads(text, object_pairs_hook=pairs, **NUMBER_HOOKS)
+        return json.loads(text, object_pairs_hook=pairs, **numbers)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except ValueError as e:

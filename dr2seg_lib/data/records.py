@@ -147,7 +147,7 @@ def parse_json(
         problem = f"is not {' or '.join(encodings)}"
         raise broken_record(where, "the text", problem, "save it as UTF-8") from None
     try:
-        return parse_json_text(text, unique_keys=True)
+        return parse_json_text(text, unique_keys=True, finite=False)
     except ValueError as e:
         problem = f"cannot be parsed ({e.__cause__ or e})"
         raise broken_record(where, "the JSON", problem, "correct it") from None
