@@ -153,7 +153,7 @@ def read_json(
     except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run") from None
 
-# %% ../../nbs/core/files.ipynb #be805b36
+# %% ../../nbs/core/files.ipynb #bcac2027
 def json_lines(
     rows: list[dict],
 ) -> str:
@@ -161,7 +161,7 @@ def json_lines(
     lines = [json.dumps(to_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows]
     return "".join(lines)
 
-# %% ../../nbs/core/files.ipynb #318118af
+# %% ../../nbs/core/files.ipynb #0fc972ce
 def write_jsonl(
     path: Path,  # made or replaced
     rows: list[dict],
@@ -169,7 +169,7 @@ def write_jsonl(
     "Writes a complete file of rows in one move."
     write_text(path, json_lines(rows))
 
-# %% ../../nbs/core/files.ipynb #b115a8e0
+# %% ../../nbs/core/files.ipynb #ceed78e4
 def append_jsonl(
     path: Path,  # made where it is missing
     rows: list[dict],
@@ -191,7 +191,7 @@ def append_jsonl(
             fsync_path(path.parent)  # its name may be new
     return text
 
-# %% ../../nbs/core/files.ipynb #c411f8ab
+# %% ../../nbs/core/files.ipynb #65a23ccf
 def read_jsonl(
     path: Path,  # of rows as `append_jsonl` leaves them
 ) -> list[dict]:
@@ -211,7 +211,7 @@ def read_jsonl(
         rows.append(row)
     return rows
 
-# %% ../../nbs/core/files.ipynb #c987aa30
+# %% ../../nbs/core/files.ipynb #6e91a1c0
 def truncate(
     path: Path,
     length: int,  # bytes
@@ -221,7 +221,7 @@ def truncate(
         os.truncate(path, length)
         fsync_path(path)
 
-# %% ../../nbs/core/files.ipynb #6e91a1c0
+# %% ../../nbs/core/files.ipynb #89418aca
 def cut_unfinished(
     path: Path,  # of lines
 ):
@@ -232,7 +232,7 @@ def cut_unfinished(
     if complete < len(text):
         truncate(path, complete)
 
-# %% ../../nbs/core/files.ipynb #39680c35
+# %% ../../nbs/core/files.ipynb #8263cca7
 LOAD_ERRORS = (
     RuntimeError,
     ValueError,
@@ -262,7 +262,7 @@ def naming_load_errors(
         reason = shorten(str(e), 200, placeholder=" …") or type(e).__name__
         raise ValueError(f"{what} cannot be loaded ({reason}); {mend}") from None
 
-# %% ../../nbs/core/files.ipynb #6d47315a
+# %% ../../nbs/core/files.ipynb #edae31c0
 def find_truncation(
     file: Path,  # of safetensors
 ) -> str | None:  # in words; None when it is complete
@@ -272,7 +272,7 @@ def find_truncation(
     except LOAD_ERRORS as e:
         return f"{file.name} is cut short or no safetensors file: {e}"
 
-# %% ../../nbs/core/files.ipynb #b8cd663b
+# %% ../../nbs/core/files.ipynb #17cab3b0
 def list_shards(
     folder: Path,  # in the layout of transformers
 ) -> list[str]:  # file names; [] where there are no weights
@@ -282,7 +282,7 @@ def list_shards(
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return [single.name] if single.is_file() else []
 
-# %% ../../nbs/core/files.ipynb #c19f725a
+# %% ../../nbs/core/files.ipynb #64ced9f5
 def find_checkpoint_problem(
     folder: Path,  # in the layout of transformers
 ) -> str | None:  # in words; None when there is none

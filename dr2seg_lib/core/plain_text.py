@@ -19,7 +19,7 @@ def escape_unprintable(
     r"Its escape, such as \x1b, for each character that cannot be printed."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
-# %% ../../nbs/core/plain_text.ipynb #38354b86
+# %% ../../nbs/core/plain_text.ipynb #7c685b74
 def shorten_line(
     text: str,
     most: int = 600,  # characters

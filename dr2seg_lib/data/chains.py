@@ -39,7 +39,7 @@ def think_concise(
     "The facts and the conclusion, nothing else."
     return ". ".join([*q.reason, f"so it is {describe_objects(q.targets, scene)}"]) + "."
 
-# %% ../../nbs/data/chains.ipynb #7b420767
+# %% ../../nbs/data/chains.ipynb #0a1c21f0
 def think_direct(
     targets,  # of SceneObject
 ) -> str:
@@ -47,7 +47,7 @@ def think_direct(
     subject = "it is" if len(targets) == 1 else "they are"
     return f"{subject} at {' and '.join(f'the {t.place}' for t in targets)}."
 
-# %% ../../nbs/data/chains.ipynb #e404af33
+# %% ../../nbs/data/chains.ipynb #cfb30173
 def describe_places(
     things,  # of SceneObject, in the order of the list
 ) -> str:
@@ -55,7 +55,7 @@ def describe_places(
     places = [f"{object_caption(t)} at the {t.place}" for t in things]
     return f"there is {', '.join(places)}"
 
-# %% ../../nbs/data/chains.ipynb #7cb40c43
+# %% ../../nbs/data/chains.ipynb #5dff1e95
 def lookalikes(
     scene: Scene,
     targets,  # of SceneObject
@@ -65,7 +65,7 @@ def lookalikes(
     alike = [t for t in others if t.colour == first.colour or t.shape == first.shape]
     return alike or others
 
-# %% ../../nbs/data/chains.ipynb #b91491f1
+# %% ../../nbs/data/chains.ipynb #5a7a8b60
 def think_verbose(rng, scene: Scene, q: Question) -> str:
     "The whole picture, the facts, then second thoughts about what looks like the target."
     answer = describe_objects(q.targets, scene)

@@ -79,7 +79,7 @@ def draw_png(
         raise broken_record(where, field, problem, "draw it on the upright image, at its size")
     return drawn_mask(image)
 
-# %% ../../nbs/data/folder.ipynb #bbc8c922
+# %% ../../nbs/data/folder.ipynb #5f71e998
 def draw_mask(
     folder: Path,
     value,  # run lengths, the name of a PNG, or a polygon
@@ -138,7 +138,7 @@ def draw_objects(
         masks.append(mask)
     return masks
 
-# %% ../../nbs/data/folder.ipynb #0deb69db
+# %% ../../nbs/data/folder.ipynb #fe1fa901
 FOLDER_FIELDS = "id", "image", "query", "mask", "polygon", "ignore", "tags", "split"
 
 
@@ -149,7 +149,7 @@ def names_splits(
     first = next((record for _, _, record in iter_entries(file) if record), None)
     return split_name(first) is not None
 
-# %% ../../nbs/data/folder.ipynb #b86b29ef
+# %% ../../nbs/data/folder.ipynb #7f61873f
 def iter_split(
     file: Path,  # data.jsonl
     split: str,
@@ -169,7 +169,7 @@ def iter_split(
     if not exists:
         choose_split(list_split_names(file), split, file.parent)
 
-# %% ../../nbs/data/folder.ipynb #3c30eaaf
+# %% ../../nbs/data/folder.ipynb #cfdbf382
 def check_fields(
     record: dict,
     where,
@@ -188,7 +188,7 @@ def check_fields(
         mend = "name a split in every record or in none"
         raise broken_record(where, 'field "split"', "is not in the first record", mend)
 
-# %% ../../nbs/data/folder.ipynb #7b693ee9
+# %% ../../nbs/data/folder.ipynb #4b0c8af1
 def read_folder_sample(
     folder: Path,
     record: dict,  # of which the fields are known

@@ -22,7 +22,7 @@ def open_lines(
         mend = "grant permission or put it there again"
         raise broken_record(file, "the file", f"cannot be read ({e})", mend) from None
 
-# %% ../../nbs/data/jsonl.ipynb #cb30c5c0
+# %% ../../nbs/data/jsonl.ipynb #94d8174f
 def iter_lines(
     file: Path,
 ) -> Iterator[tuple]:  # offset, line number, line
@@ -37,7 +37,7 @@ def iter_lines(
             if line.strip():
                 yield start, number, line
 
-# %% ../../nbs/data/jsonl.ipynb #f6183272
+# %% ../../nbs/data/jsonl.ipynb #2400e8dc
 def read_line_at(
     file: Path,
     offset: int,  # where the line starts
@@ -47,7 +47,7 @@ def read_line_at(
         f.seek(offset)
         return f.readline(MAX_RECORD + 1)
 
-# %% ../../nbs/data/jsonl.ipynb #4e70f480
+# %% ../../nbs/data/jsonl.ipynb #3b1e359c
 def iter_entries(
     file: Path,
 ) -> Iterator[tuple]:  # offset, line number, record; None for a broken line
@@ -59,7 +59,7 @@ def iter_entries(
             record = None
         yield at, number, record if isinstance(record, dict) else None
 
-# %% ../../nbs/data/jsonl.ipynb #dabfd919
+# %% ../../nbs/data/jsonl.ipynb #a231cf1c
 def split_name(
     record: dict | None,
 ) -> str | None:
@@ -67,7 +67,7 @@ def split_name(
     split = record.get("split") if record else None
     return split if isinstance(split, str) else None
 
-# %% ../../nbs/data/jsonl.ipynb #0280032e
+# %% ../../nbs/data/jsonl.ipynb #258ff0bc
 def list_split_names(
     file: Path,
 ) -> dict:  # {split: None}

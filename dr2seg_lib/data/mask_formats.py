@@ -37,7 +37,7 @@ def rle_mask(
         problem = f"has counts that do not add up to {h * w} pixels"
         raise broken_record(where, field, problem, "encode the mask again") from None
 
-# %% ../../nbs/data/mask_formats.ipynb #19b73a8c
+# %% ../../nbs/data/mask_formats.ipynb #32cf678e
 MAX_EXTENT = 2**15  # polygons may go beyond the image, not beyond this
 MAX_POINTS = 2**17  # of a record's polygons, four times round a picture of 8192 × 8192
 
@@ -48,7 +48,7 @@ def is_point(
     "Whether this is [x, y] within the extent."
     return is_number_list(p, 2) and max(map(abs, p)) < MAX_EXTENT
 
-# %% ../../nbs/data/mask_formats.ipynb #84d8548a
+# %% ../../nbs/data/mask_formats.ipynb #9c233b5d
 def parse_polygon(
     points,  # [[x,y],…], or anything
     where,
@@ -69,7 +69,7 @@ def parse_polygon(
         raise broken_record(where, field, f"has {len(points)} points", mend)
     return np.array(points).astype(np.int32)
 
-# %% ../../nbs/data/mask_formats.ipynb #66281a7f
+# %% ../../nbs/data/mask_formats.ipynb #0c6ed1b1
 MAX_POLYGONS = 1000  # polygons or masks of a record; ReasonSeg and COCO have less than 100
 MAX_OUTLINE = 2**20  # pixels along their edges: pycocotools asks for 40 bytes and more for each
 MAX_CROSSINGS = 2**32  # edges × edges that cross a row, over all rows
@@ -82,7 +82,7 @@ def outline_length(
     "How long the edges of a closed polygon are, each along its longer axis."
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(1).sum())
 
-# %% ../../nbs/data/mask_formats.ipynb #4e61bcb5
+# %% ../../nbs/data/mask_formats.ipynb #4673f693
 def fill_crossings(
     points: np.ndarray,  # [N,2]
     height: int,  # of the image
@@ -92,7 +92,7 @@ def fill_crossings(
     first, last = (np.bincount(y, minlength=height + 1) for y in (ends.min(0), ends.max(0)))
     return float(np.square(np.cumsum(first - last), dtype=float).sum())
 
-# %% ../../nbs/data/mask_formats.ipynb #4673f693
+# %% ../../nbs/data/mask_formats.ipynb #83d10226
 def box_area(
     points: np.ndarray,  # [N,2]
     size: tuple,  # (W,H)
@@ -101,7 +101,7 @@ def box_area(
     low, high = points.min(0).clip(0, size), points.max(0).clip(0, size)
     return int(np.prod(high - low + 1))
 
-# %% ../../nbs/data/mask_formats.ipynb #3a5fcf8e
+# %% ../../nbs/data/mask_formats.ipynb #c675b3fb
 def drawing_costs(
     polygons: list,  # of [N,2]
     size: tuple,  # (W,H)
@@ -113,7 +113,7 @@ def drawing_costs(
     yield "crossings of rows", sum(fill_crossings(p, size[1]) for p in polygons), MAX_CROSSINGS
     yield "pixels to fill", sum(box_area(p, size) for p in polygons), MAX_DRAWN
 
-# %% ../../nbs/data/mask_formats.ipynb #6e86ff81
+# %% ../../nbs/data/mask_formats.ipynb #23c1e1ea
 def check_drawable(
     polygons: list,  # of [N,2]
     size: tuple,  # (W,H)
@@ -127,7 +127,7 @@ def check_drawable(
             raise broken_record(where, field, f"has {n:,.0f} {what}", mend)
     return polygons
 
-# %% ../../nbs/data/mask_formats.ipynb #27cb4140
+# %% ../../nbs/data/mask_formats.ipynb #4ee2ce53
 def paint_polygon(
     canvas: np.ndarray,  # [H,W] uint8, drawn into
     points: np.ndarray,  # [N,2] int32
@@ -137,7 +137,7 @@ def paint_polygon(
     cv2.polylines(canvas, [points], True, value, 1)
     return cv2.fillPoly(canvas, [points], value)
 
-# %% ../../nbs/data/mask_formats.ipynb #4ee2ce53
+# %% ../../nbs/data/mask_formats.ipynb #b79b7570
 def painted_area(
     points: np.ndarray,  # [N,2] int32
     size: tuple,  # (W,H)
@@ -149,7 +149,7 @@ def painted_area(
         return 0
     return cv2.countNonZero(paint_polygon(np.zeros((h, w), np.uint8), points - low, 1))
 
-# %% ../../nbs/data/mask_formats.ipynb #98fe9944
+# %% ../../nbs/data/mask_formats.ipynb #d2257fb6
 def paint_polygons(
     polygons: list,  # of [N,2] int32
     values: list,  # of 1..255, one a polygon
@@ -161,7 +161,7 @@ def paint_polygons(
         paint_polygon(canvas, polygons[i], values[i])
     return canvas
 
-# %% ../../nbs/data/mask_formats.ipynb #5d74b824
+# %% ../../nbs/data/mask_formats.ipynb #b23e6b7a
 def is_flat_polygon(
     p,  # parsed JSON, anything
 ) -> bool:
@@ -170,7 +170,7 @@ def is_flat_polygon(
         return False
     return is_number_list(p, len(p)) and max(map(abs, p)) < MAX_EXTENT
 
-# %% ../../nbs/data/mask_formats.ipynb #8336d1a1
+# %% ../../nbs/data/mask_formats.ipynb #b27dc074
 def coco_mask(
     segmentation,  # a list of [x,y,x,y,…], or run lengths
     size: tuple,  # (W,H)

@@ -35,7 +35,7 @@ def ask_colour(rng, scene) -> Question | None:
     facts = f"{like} is {t.colour}", f"the {short_name(t, scene)} is {t.colour}"
     return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #b400d8ca
+# %% ../../nbs/data/questions.ipynb #39fb79cb
 def ask_shape(rng, scene) -> Question | None:
     "An object by what its shape is good for."
     t = pick_one(rng, scene.things)
@@ -46,7 +46,7 @@ def ask_shape(rng, scene) -> Question | None:
     facts = f"a {t.shape} {use}", f"the {short_name(t, scene)} is a {t.shape}"
     return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #81a4801c
+# %% ../../nbs/data/questions.ipynb #30d6f8c2
 def ask_size(rng, scene) -> Question | None:
     "The largest or the smallest object, if a fifth larger or smaller than the next."
     big = rng.random() < 0.5
@@ -63,7 +63,7 @@ def ask_size(rng, scene) -> Question | None:
     fact = f"the {short_name(first, scene)} is the {'largest' if big else 'smallest'}"
     return Question(f"which object {pick_one(rng, words)}", (first,), (fact,))
 
-# %% ../../nbs/data/questions.ipynb #3488f76a
+# %% ../../nbs/data/questions.ipynb #2a0a4799
 def ask_corners(rng, scene) -> Question | None:
     "A shape by its corners."
     shape, count = pick_one(rng, CORNERS)
@@ -72,7 +72,7 @@ def ask_corners(rng, scene) -> Question | None:
     facts = f"a {shape} has {count}", f"the {short_name(t, scene)} is a {shape}"
     return Question(f"which object has {count}", (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #fb73124c
+# %% ../../nbs/data/questions.ipynb #8b30c70a
 def ask_edge(rng, scene) -> Question | None:
     "The object nearest to an edge of the picture."
     edge = pick_one(rng, tuple(EDGES))
@@ -81,7 +81,7 @@ def ask_edge(rng, scene) -> Question | None:
     fact = f"the {short_name(t, scene)} is closest to the {edge}"
     return Question(f"which object {pick_one(rng, EDGE_WORDS[edge])}", (t,), (fact,))
 
-# %% ../../nbs/data/questions.ipynb #8b30c70a
+# %% ../../nbs/data/questions.ipynb #0c0eb22d
 def ask_near(rng, scene) -> Question | None:
     "The nearest neighbour of an object that is named."
     a = pick_one(rng, scene.things)
@@ -95,7 +95,7 @@ def ask_near(rng, scene) -> Question | None:
     facts = f"the {name} is at the {a.place}", f"the {other} is nearest to it"
     return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #bb865f4b
+# %% ../../nbs/data/questions.ipynb #37908191
 def ask_class_extreme(rng, scene) -> Question | None:
     "Of the objects of a colour, the one nearest to an edge."
     group = of_colour(scene, pick_one(rng, scene.things).colour)
@@ -107,7 +107,7 @@ def ask_class_extreme(rng, scene) -> Question | None:
     facts = f"they are {t.colour}", f"the {short_name(t, scene)} is closest to the {edge}"
     return Question(text, (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #07aad1b4
+# %% ../../nbs/data/questions.ipynb #88608fc8
 def ask_hop(rng, scene) -> Question | None:
     "The nearest neighbour of an object that is itself paraphrased."
     a = pick_one(rng, scene.things)
@@ -121,7 +121,7 @@ def ask_hop(rng, scene) -> Question | None:
     )
     return Question(f"what lies nearest to the object coloured like {like}", (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #88608fc8
+# %% ../../nbs/data/questions.ipynb #44150184
 def ask_same_colour(rng, scene) -> Question | None:
     "The one object that shares its colour with another, which is named."
     a = pick_one(rng, scene.things)
@@ -135,7 +135,7 @@ def ask_same_colour(rng, scene) -> Question | None:
     facts = f"the {name} is {a.colour}", f"the {other} is {a.colour} too"
     return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #5ae8fb32
+# %% ../../nbs/data/questions.ipynb #4b34c2cb
 def ask_same_shape(rng, scene) -> Question | None:
     "The one object that shares its shape with another, which is named."
     a = pick_one(rng, scene.things)
@@ -146,7 +146,7 @@ def ask_same_shape(rng, scene) -> Question | None:
     facts = f"the {name} is a {a.shape}", f"the {other} is a {a.shape} too"
     return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #28425a07
+# %% ../../nbs/data/questions.ipynb #9e9dc27b
 def find_odd(
     scene,
     feature: str,  # colour or shape
@@ -158,7 +158,7 @@ def find_odd(
         return None, None
     return t, next(v for v in values if v != getattr(t, feature))
 
-# %% ../../nbs/data/questions.ipynb #9e9dc27b
+# %% ../../nbs/data/questions.ipynb #b5b13afe
 def ask_odd(rng, scene) -> Question | None:
     "The odd one out."
     texts = "which object does not belong with the others", "what is the odd one out here"
@@ -172,7 +172,7 @@ def ask_odd(rng, scene) -> Question | None:
         facts = form, f"the {short_name(t, scene)} is a {t.shape}"
         return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #b5b13afe
+# %% ../../nbs/data/questions.ipynb #51c9b19b
 def ask_exclude(rng, scene) -> Question | None:
     "Of two objects of a shape, the one without a colour."
     a = pick_one(rng, scene.things)
@@ -187,7 +187,7 @@ def ask_exclude(rng, scene) -> Question | None:
     )
     return Question(text, (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #51c9b19b
+# %% ../../nbs/data/questions.ipynb #fc5c1577
 def ask_all_colour(rng, scene) -> Question | None:
     "Both objects of a colour."
     group = of_colour(scene, pick_one(rng, scene.things).colour)
@@ -198,7 +198,7 @@ def ask_all_colour(rng, scene) -> Question | None:
     text, fact = f"which two objects have the colour of {like}", f"{like} is {colour}"
     return Question(text, tuple(group), (fact,))
 
-# %% ../../nbs/data/questions.ipynb #7122d1b1
+# %% ../../nbs/data/questions.ipynb #a18ea788
 def find_pair(
     scene,
     feature: str,  # colour or shape
@@ -208,7 +208,7 @@ def find_pair(
     group = [t for t in scene.things if values.count(getattr(t, feature)) > 1]
     return group if len(group) == 2 else None
 
-# %% ../../nbs/data/questions.ipynb #49f397eb
+# %% ../../nbs/data/questions.ipynb #9286c9e7
 def ask_pair_colour(rng, scene) -> Question | None:
     "The two objects of one colour, which is not named."
     if not (pair := find_pair(scene, "colour")):
@@ -216,7 +216,7 @@ def ask_pair_colour(rng, scene) -> Question | None:
     texts = "which two objects were painted alike", "which two objects match in colour"
     return Question(pick_one(rng, texts), tuple(pair), (f"two are {pair[0].colour}",))
 
-# %% ../../nbs/data/questions.ipynb #a92a9d00
+# %% ../../nbs/data/questions.ipynb #53efbf47
 def ask_pair_shape(rng, scene) -> Question | None:
     "The two objects of one shape, which is not named."
     if not (pair := find_pair(scene, "shape")):
@@ -225,7 +225,7 @@ def ask_pair_shape(rng, scene) -> Question | None:
     fact = f"two have the form of a {pair[0].shape}"
     return Question(pick_one(rng, texts), tuple(pair), (fact,))
 
-# %% ../../nbs/data/questions.ipynb #53efbf47
+# %% ../../nbs/data/questions.ipynb #fe4ee293
 KINDS = {  # kind: (question, query type, dimension)
     "colour": (ask_colour, "attribute", "discriminative"),
     "shape": (ask_shape, "attribute", "discriminative"),

@@ -114,7 +114,7 @@ def list_names(
     files = (p for p in folder.iterdir() if p.suffix in (".json", ".jpg"))
     return sorted({p.stem for p in files if p.name[0] != "."})
 
-# %% ../../nbs/data/reasonseg.ipynb #0179d8d2
+# %% ../../nbs/data/reasonseg.ipynb #8a7be13e
 class ReasonSegDataset(SplitReader):
     "ReasonSeg's folders (protocol `lisa`)."
 
@@ -140,7 +140,7 @@ class ReasonSegDataset(SplitReader):
             names, self.split_note = divide_held_out(lambda: pairs, split, None, path)
         super().__init__(self.choose_texts(names, split, limit, texts), limit)
 
-# %% ../../nbs/data/reasonseg.ipynb #8a7be13e
+# %% ../../nbs/data/reasonseg.ipynb #b77b2913
 @patch
 def choose_texts(
     self: ReasonSegDataset, names: list, split: str, limit, texts
@@ -151,7 +151,7 @@ def choose_texts(
     texts = texts or ("all" if split == "train" else "first")
     return list(islice(self.iter_texts(names, texts == "first"), limit))
 
-# %% ../../nbs/data/reasonseg.ipynb #b77b2913
+# %% ../../nbs/data/reasonseg.ipynb #11a19f4b
 @patch
 def iter_texts(
     self: ReasonSegDataset, names: list, first: bool = False
@@ -161,7 +161,7 @@ def iter_texts(
         for k in range(1 if first else self.count_texts(name)):
             yield name, k
 
-# %% ../../nbs/data/reasonseg.ipynb #11a19f4b
+# %% ../../nbs/data/reasonseg.ipynb #a56f3fbc
 @patch
 def sample_texts(
     self: ReasonSegDataset, seed
@@ -171,7 +171,7 @@ def sample_texts(
     reader.index = pick_texts(self.index, seed)
     return reader
 
-# %% ../../nbs/data/reasonseg.ipynb #a56f3fbc
+# %% ../../nbs/data/reasonseg.ipynb #2b11f374
 @patch
 def count_texts(self: ReasonSegDataset, name: str) -> int:
     "The texts of a file; a broken file counts as one, and is named when it is read."
@@ -180,7 +180,7 @@ def count_texts(self: ReasonSegDataset, name: str) -> int:
     except BrokenRecord:
         return 1
 
-# %% ../../nbs/data/reasonseg.ipynb #2b11f374
+# %% ../../nbs/data/reasonseg.ipynb #6b83a457
 @patch
 def record(self: ReasonSegDataset, name: str) -> tuple:  # file, annotation
     file = self.folder / f"{name}.json"

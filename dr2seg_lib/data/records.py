@@ -126,7 +126,7 @@ def read_bounded(
         raise broken_record(where, field, f"is longer than {most:,} bytes", "make it smaller")
     return data
 
-# %% ../../nbs/data/records.ipynb #f3f90717
+# %% ../../nbs/data/records.ipynb #9b338cf8
 def parse_json(
     data: bytes,
     where,  # the file, with line or row
@@ -152,7 +152,7 @@ def parse_json(
         problem = f"cannot be parsed ({e.__cause__ or e})"
         raise broken_record(where, "the JSON", problem, "correct it") from None
 
-# %% ../../nbs/data/records.ipynb #292ea069
+# %% ../../nbs/data/records.ipynb #cf9b3008
 MAX_ID_LENGTH = 1000  # characters of an id, or of a tag
 MAX_TAGS = 64  # of a record
 
@@ -166,7 +166,7 @@ def check_id(
         problem, mend = f"has {len(id):,} characters", f"use {MAX_ID_LENGTH:,} or less"
         raise broken_record(where, 'field "id"', problem, mend)
 
-# %% ../../nbs/data/records.ipynb #b83e655b
+# %% ../../nbs/data/records.ipynb #eb398035
 def find_tag_problem(
     tags: dict,
 ) -> tuple | None:  # problem, mend
@@ -182,7 +182,7 @@ def find_tag_problem(
         if not isinstance(value, (str, int, float)) or infinite:
             return "holds more than texts and numbers", "make each tag one of these"
 
-# %% ../../nbs/data/records.ipynb #d8fd90d0
+# %% ../../nbs/data/records.ipynb #03b9f648
 def plain_tags(
     tags: dict,
     where,
@@ -192,7 +192,7 @@ def plain_tags(
         raise broken_record(where, 'field "tags"', *problem)
     return tags
 
-# %% ../../nbs/data/records.ipynb #05afd0c0
+# %% ../../nbs/data/records.ipynb #50f5c1a8
 MAX_QUESTION_TOKENS = 512  # a longer question is a mistake or an attack, and takes gigabytes
 
 

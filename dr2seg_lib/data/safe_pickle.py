@@ -42,7 +42,7 @@ def refused_pickle(
     mend = "take the file of the data set's own release"
     return broken_record(file, "the pickle", f"is refused ({reason})", mend)
 
-# %% ../../nbs/data/safe_pickle.ipynb #04a019ac
+# %% ../../nbs/data/safe_pickle.ipynb #87c2d6f3
 def next_opcode(
     data: bytes,
     at: int,  # of an opcode that is not plain
@@ -60,7 +60,7 @@ def next_opcode(
     what = f"the opcode {bytes([op])!r} at byte {at}"
     raise refused_pickle(file, f"{what} is none of plain data, or its number is too large")
 
-# %% ../../nbs/data/safe_pickle.ipynb #80b8937d
+# %% ../../nbs/data/safe_pickle.ipynb #c8e9062e
 def scan_pickle(
     data: bytes,
     file,
@@ -81,7 +81,7 @@ def scan_pickle(
             raise refused_pickle(file, "it holds more than lists, dictionaries, numbers and texts")
     raise refused_pickle(file, "it is cut short")
 
-# %% ../../nbs/data/safe_pickle.ipynb #b6e83ed8
+# %% ../../nbs/data/safe_pickle.ipynb #e439f16f
 UNPICKLING_ERRORS = (  # what a broken pickle may end in, by the manual of `pickle`
     pickle.UnpicklingError,
     EOFError,
@@ -105,7 +105,7 @@ class PlainUnpickler(pickle.Unpickler):
             return set
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
-# %% ../../nbs/data/safe_pickle.ipynb #e439f16f
+# %% ../../nbs/data/safe_pickle.ipynb #0d64ac55
 def load_plain_pickle(
     file: Path,
 ):

@@ -50,7 +50,7 @@ CORNERS = (
     ("star", "five points"),
 )
 
-# %% ../../nbs/data/scene_facts.ipynb #8101f7d7
+# %% ../../nbs/data/scene_facts.ipynb #acaa188b
 @dataclass(frozen=True)
 class Question:
     "A question, the objects it means, and the facts that lead there."
@@ -59,7 +59,7 @@ class Question:
     targets: tuple[SceneObject, ...]
     reason: tuple[str, ...]
 
-# %% ../../nbs/data/scene_facts.ipynb #f507ad80
+# %% ../../nbs/data/scene_facts.ipynb #9ac43826
 def pick_one(
     rng,  # numpy Generator
     options,  # sequence
@@ -67,24 +67,24 @@ def pick_one(
     "One of the options, all equally likely."
     return options[int(rng.integers(len(options)))]
 
-# %% ../../nbs/data/scene_facts.ipynb #3ab9b7f2
+# %% ../../nbs/data/scene_facts.ipynb #5bb1fdec
 def only_one(
     things,  # sequence
 ):  # SceneObject or None
     "The object of a list of one."
     return things[0] if len(things) == 1 else None
 
-# %% ../../nbs/data/scene_facts.ipynb #b060b451
+# %% ../../nbs/data/scene_facts.ipynb #25aa6b75
 def of_colour(scene, colour: str) -> list:  # of SceneObject
     "The objects of a colour."
     return [t for t in scene.things if t.colour == colour]
 
-# %% ../../nbs/data/scene_facts.ipynb #05617185
+# %% ../../nbs/data/scene_facts.ipynb #f870d4f0
 def of_shape(scene, shape: str) -> list:  # of SceneObject
     "The objects of a shape."
     return [t for t in scene.things if t.shape == shape]
 
-# %% ../../nbs/data/scene_facts.ipynb #a17e024e
+# %% ../../nbs/data/scene_facts.ipynb #9734579e
 def find_extreme(
     things,  # of SceneObject
     edge: str,  # of EDGES
@@ -99,7 +99,7 @@ def find_extreme(
     first, second = sorted(things, key=position)[:2]
     return first if abs(getattr(first, axis) - getattr(second, axis)) >= gap else None
 
-# %% ../../nbs/data/scene_facts.ipynb #3a09c0f9
+# %% ../../nbs/data/scene_facts.ipynb #312fc4de
 def find_nearest(
     thing: SceneObject,
     scene,

@@ -40,7 +40,7 @@ def solution_items(
         solution.append((box, point, None))
     return solution
 
-# %% ../../nbs/data/solutions.ipynb #bc5f42d1
+# %% ../../nbs/data/solutions.ipynb #c5941995
 def is_solution_item(
     box: list,
     point: list,
@@ -53,7 +53,7 @@ def is_solution_item(
         return False
     return all(0 <= v <= SOLUTION_FRAME for v in box + point + (second or []))
 
-# %% ../../nbs/data/solutions.ipynb #8d8d0efe
+# %% ../../nbs/data/solutions.ipynb #a7073abe
 def scale_to_image(
     values: list,  # x, y, x, y, … in the frame
     size: tuple,  # (W,H) of the image
@@ -61,7 +61,7 @@ def scale_to_image(
     "Coordinates of the 840 frame, each axis scaled by itself."
     return tuple(v * size[k % 2] / SOLUTION_FRAME for k, v in enumerate(values))
 
-# %% ../../nbs/data/solutions.ipynb #ae80a178
+# %% ../../nbs/data/solutions.ipynb #c7b3103d
 def parse_solution(
     text: str,
     size: tuple,  # (W,H) of the image

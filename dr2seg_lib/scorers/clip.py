@@ -152,7 +152,7 @@ def check_open_clip(
     what = f"'{name}' names neither a checkpoint that exists nor weights"
     raise FileNotFoundError(f"scorer: {what} that open_clip knows of {model}{some}")
 
-# %% ../../nbs/scorers/clip.ipynb #2d2b52ab
+# %% ../../nbs/scorers/clip.ipynb #86e57f42
 def resolve_scorer(
     name: str,  # as `load_scorer` takes it
 ) -> tuple:  # open_clip's model name, its `pretrained`
@@ -167,7 +167,7 @@ def resolve_scorer(
     check_open_clip(name, model, weights)
     return model, weights
 
-# %% ../../nbs/scorers/clip.ipynb #a9873cb3
+# %% ../../nbs/scorers/clip.ipynb #ea03bdc1
 def load_scorer(
     name: str = "embedded",  # "embedded", "MODEL:TAG", "MODEL:PATH", "hf-hub:…" or a folder
     device: str | None = None,  # "cpu" or "cuda"; the GPU where there is one
@@ -187,7 +187,7 @@ def load_scorer(
         )
         return Scorer(clip, preprocess, open_clip.get_tokenizer(model, **tokenizer_options))
 
-# %% ../../nbs/scorers/clip.ipynb #b265e439
+# %% ../../nbs/scorers/clip.ipynb #9e8f5def
 def target_crop(
     image: np.ndarray,  # [H,W,3] uint8
     targets: list,  # of Target, in pixels of that image
@@ -199,7 +199,7 @@ def target_crop(
     (x1, y1), (x2, y2) = boxes[:, :2].min(0).astype(int), boxes[:, 2:].max(0).astype(int)
     return image[y1 : y2 + 1, x1 : x2 + 1]
 
-# %% ../../nbs/scorers/clip.ipynb #9e8f5def
+# %% ../../nbs/scorers/clip.ipynb #738d4139
 class Similarity(NamedTuple):
     "Cosine of texts with their sample's region and whole picture, and the texts' length."
 
@@ -207,7 +207,7 @@ class Similarity(NamedTuple):
     s2: Tensor  # [B,n], with the whole picture
     tokens: Tensor  # [B,n] int, start and end included; 0 for a missing text
 
-# %% ../../nbs/scorers/clip.ipynb #bec28479
+# %% ../../nbs/scorers/clip.ipynb #8c2d7dc8
 def text_vectors(
     scorer: Scorer,
     texts: list,  # B lists of n texts; None or '' where there is none
@@ -225,7 +225,7 @@ def text_vectors(
     rows = [torch.stack([vectors[t] for t in row]) for row in texts]
     return torch.stack(rows)
 
-# %% ../../nbs/scorers/clip.ipynb #b9f99bfd
+# %% ../../nbs/scorers/clip.ipynb #d77fefb3
 def similarities(
     scorer: Scorer,
     samples: list,  # B Sample

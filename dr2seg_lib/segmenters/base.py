@@ -41,7 +41,7 @@ class Segmenter(ABC):
         empty = np.zeros(image.shape[:2], dtype=bool)
         return np.any([empty, *self.masks(image, prompts)], axis=0)
 
-# %% ../../nbs/segmenters/base.ipynb #68ec8edd
+# %% ../../nbs/segmenters/base.ipynb #53d12606
 def clip_coordinate(
     v: float,  # of any kind
     n: int,  # pixels of the axis
@@ -49,7 +49,7 @@ def clip_coordinate(
     "The nearest coordinate of an axis; NaN becomes 0, since 0 is the first argument of max."
     return min(max(0, v), n - 1)
 
-# %% ../../nbs/segmenters/base.ipynb #c96f3a22
+# %% ../../nbs/segmenters/base.ipynb #b4e11580
 def clip_prompt(
     target: Target,  # coordinates of any kind
     size: tuple,  # (W,H), pixels

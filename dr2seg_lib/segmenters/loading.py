@@ -39,7 +39,7 @@ def load_sam2_file(
     with naming_load_errors(f"segmenter {path}", "fetch Meta's checkpoint of that name again"):
         return sam2.build_sam2(config, str(path), device=device)
 
-# %% ../../nbs/segmenters/loading.ipynb #b3cf8518
+# %% ../../nbs/segmenters/loading.ipynb #85582976
 def load_sam2_hub(
     name: str,  # a hub id of Meta's
     device: str,
@@ -50,7 +50,7 @@ def load_sam2_hub(
     with naming_load_errors(f"segmenter {name}", mend):
         return sam2.build_sam2_hf(name, device=device)
 
-# %% ../../nbs/segmenters/loading.ipynb #bd2bb7d3
+# %% ../../nbs/segmenters/loading.ipynb #c0c10c62
 EMBEDDED_SEGMENTER = Path(dr2seg_lib.__file__).parent / "weights" / "segmenter"
 
 
