@@ -53,7 +53,7 @@ PICTURE_ERRORS = (  # what broken files make Pillow raise
     Image.DecompressionBombError,
 )
 
-
+# %% ../../nbs/data/images.ipynb #4c4b103d
 def open_picture(
     source: Path | bytes,  # a file, or what it holds
     where,  # the record that names it
@@ -77,7 +77,7 @@ def open_picture(
     mend = f"save it as PNG or JPEG of at most {MAX_PIXELS:,} pixels"
     raise broken_record(where, field, cost, mend)
 
-# %% ../../nbs/data/images.ipynb #3a14e499
+# %% ../../nbs/data/images.ipynb #f2ab8188
 def resolve_inside(
     folder: Path,  # of the data set
     name: str,  # as the record has it
@@ -92,7 +92,7 @@ def resolve_inside(
     problem, mend = f"leads out of the data set ({name[:80]})", f"name a file below {folder}"
     raise broken_record(where, f'field "{field}"', problem, mend)
 
-# %% ../../nbs/data/images.ipynb #22db1b34
+# %% ../../nbs/data/images.ipynb #b3f7bcdc
 def as_rgb(
     image: Image.Image,  # of any mode
 ) -> np.ndarray:  # [H,W,3] uint8
@@ -107,7 +107,7 @@ def as_rgb(
         grey = np.rint(np.interp(np.nan_to_num(values), [values.min(), values.max()], [0, 255]))
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
-# %% ../../nbs/data/images.ipynb #c99dbfe4
+# %% ../../nbs/data/images.ipynb #054e22fc
 def read_pixels(
     source: Path | bytes,  # a file, or what it holds
     where,
@@ -115,7 +115,7 @@ def read_pixels(
     "A picture as the policy is shown it."
     return as_rgb(open_picture(source, where))
 
-# %% ../../nbs/data/images.ipynb #978f3ff3
+# %% ../../nbs/data/images.ipynb #e31a64cb
 def drawn_mask(
     image: Image.Image,  # of any mode
 ) -> np.ndarray:  # [H,W] bool

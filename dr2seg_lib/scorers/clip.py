@@ -42,7 +42,7 @@ def picture_key(
     "What tells a picture from all others: its shape and its pixels' hash."
     return image.shape, hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
 
-# %% ../../nbs/scorers/clip.ipynb #03144fc2
+# %% ../../nbs/scorers/clip.ipynb #x
 class Scorer:
     "CLIP: unit vectors of pictures and texts, whose dot product is their similarity."
 
@@ -59,26 +59,30 @@ class Scorer:
         self.context, self.batch, self.keep = tokenizer.context_length, batch, keep
         self.cache = {}  # key of a content: its vector
 
-    def images(
-        self,
-        images: list,  # of [H,W,3] uint8, any sizes
-    ) -> Tensor:  # [N,D] float32 on the CPU
-        "Unit vectors of pictures."
-        return self.encode_once(images, picture_key, self.encode_images)
+# %% ../../nbs/scorers/clip.ipynb #x
+@patch
+@torch.no_grad()
+def encode_once(self: Scorer, items: list, key: Callable, encode: Callable) -> Tensor:  # [N,D]
+    "The vectors of items, of which only those with a new key are encoded."
+    keys = [key(x) for x in items]
+    vectors = {k: self.cache[k] for k in keys if k in self.cache}
+    new = list({k: x for k, x in zip(keys, items) if k not in vectors}.items())
+    for i in range(0, len(new), self.batch):
+        new_keys, batch = zip(*new[i : i + self.batch])
+        vectors |= zip(new_keys, encode(batch).float().cpu())
+    self.cache |= vectors
+    for k in list(self.cache)[: -self.keep]:
+        del self.cache[k]  # the oldest
+    return torch.stack([vectors[k] for k in keys]) if keys else torch.empty(0, 0)
 
-    @torch.no_grad()
-    def encode_once(self, items: list, key: Callable, encode: Callable) -> Tensor:  # [N,D]
-        "The vectors of items, of which only those with a new key are encoded."
-        keys = [key(x) for x in items]
-        vectors = {k: self.cache[k] for k in keys if k in self.cache}
-        new = list({k: x for k, x in zip(keys, items) if k not in vectors}.items())
-        for i in range(0, len(new), self.batch):
-            new_keys, batch = zip(*new[i : i + self.batch])
-            vectors |= zip(new_keys, encode(batch).float().cpu())
-        self.cache |= vectors
-        for k in list(self.cache)[: -self.keep]:
-            del self.cache[k]  # the oldest
-        return torch.stack([vectors[k] for k in keys]) if keys else torch.empty(0, 0)
+# %% ../../nbs/scorers/clip.ipynb #x
+@patch
+def images(
+    self: Scorer,
+    images: list,  # of [H,W,3] uint8, any sizes
+) -> Tensor:  # [N,D] float32 on the CPU
+    "Unit vectors of pictures."
+    return self.encode_once(images, picture_key, self.encode_images)
 
 # %% ../../nbs/scorers/clip.ipynb #ca02a505
 @patch

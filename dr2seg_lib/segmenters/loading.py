@@ -53,7 +53,7 @@ def load_sam2_hub(
 # %% ../../nbs/segmenters/loading.ipynb #c0c10c62
 EMBEDDED_SEGMENTER = Path(dr2seg_lib.__file__).parent / "weights" / "segmenter"
 
-
+# %% ../../nbs/segmenters/loading.ipynb #39b47747
 def load_segmenter(
     name: str = "embedded",  # "embedded", "grabcut", a hub id, the path of a checkpoint or folder
     device: str | None = None,  # "cpu" or "cuda"; the GPU where there is one
