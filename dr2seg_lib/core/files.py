@@ -221,7 +221,7 @@ def truncate(
         os.truncate(path, length)
         fsync_path(path)
 
-# %% ../../nbs/core/files.ipynb #89418aca
+# %% ../../nbs/core/files.ipynb #53f93461
 def cut_unfinished(
     path: Path,  # of lines
 ):
@@ -232,7 +232,7 @@ def cut_unfinished(
     if complete < len(text):
         truncate(path, complete)
 
-# %% ../../nbs/core/files.ipynb #8263cca7
+# %% ../../nbs/core/files.ipynb #35c49f2e
 LOAD_ERRORS = (
     RuntimeError,
     ValueError,
@@ -249,7 +249,7 @@ LOAD_ERRORS = (
     struct.error,
 )
 
-# %% ../../nbs/core/files.ipynb #35c49f2e
+# %% ../../nbs/core/files.ipynb #61176c9d
 @contextmanager
 def naming_load_errors(
     what: str,  # its kind and name, as the sentence begins
@@ -262,7 +262,7 @@ def naming_load_errors(
         reason = shorten(str(e), 200, placeholder=" …") or type(e).__name__
         raise ValueError(f"{what} cannot be loaded ({reason}); {mend}") from None
 
-# %% ../../nbs/core/files.ipynb #b8cd663b
+# %% ../../nbs/core/files.ipynb #17cab3b0
 def find_truncation(
     file: Path,  # of safetensors
 ) -> str | None:  # in words; None when it is complete
@@ -272,7 +272,7 @@ def find_truncation(
     except LOAD_ERRORS as e:
         return f"{file.name} is cut short or no safetensors file: {e}"
 
-# %% ../../nbs/core/files.ipynb #c19f725a
+# %% ../../nbs/core/files.ipynb #64ced9f5
 def list_shards(
     folder: Path,  # in the layout of transformers
 ) -> list[str]:  # file names; [] where there are no weights
@@ -282,7 +282,7 @@ def list_shards(
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return [single.name] if single.is_file() else []
 
-# %% ../../nbs/core/files.ipynb #96b413c0
+# %% ../../nbs/core/files.ipynb #2c921859
 def find_checkpoint_problem(
     folder: Path,  # in the layout of transformers
 ) -> str | None:  # in words; None when there is none

@@ -105,7 +105,7 @@ class DataChecker:
         self.counts, self.broken, self.remarks = {}, Sentences(), Sentences()
         self.pictures = {}  # hash of an image: {(split, name)}
 
-# %% ../../nbs/data/checking.ipynb #53be27b7
+# %% ../../nbs/data/checking.ipynb #1a57e741
 @patch
 def try_open(self: DataChecker, f: Callable, *args, sentences: Sentences):
     "A split or set; None if it cannot be opened, with the reason among the sentences."
@@ -114,7 +114,7 @@ def try_open(self: DataChecker, f: Callable, *args, sentences: Sentences):
     except (ValueError, FileNotFoundError) as e:
         sentences.add(str(e))
 
-# %% ../../nbs/data/checking.ipynb #cdd58ce8
+# %% ../../nbs/data/checking.ipynb #4d17bbb4
 @patch
 def check_sample(self: DataChecker, s: Sample, split: str, ids: set):
     "Whether an id is there twice, and whether a question is sound."
@@ -128,7 +128,7 @@ def check_sample(self: DataChecker, s: Sample, split: str, ids: set):
     if remark := find_question_remark(s.query):
         self.remarks.add(f"{where} {remark}")
 
-# %% ../../nbs/data/checking.ipynb #df8fa191
+# %% ../../nbs/data/checking.ipynb #a4772cfa
 @patch
 def check_split(self: DataChecker, split: str, progress: Callable):
     "Reads every sample of a split."
@@ -155,7 +155,7 @@ def check_split(self: DataChecker, split: str, progress: Callable):
         counts["without targets"] += not s.targets
         counts["with ignore"] += s.ignore is not None
 
-# %% ../../nbs/data/checking.ipynb #be8bed8a
+# %% ../../nbs/data/checking.ipynb #09d7b5d7
 @patch
 def remark_on_division(self: DataChecker):
     "How a set without splits is divided; from here on its pictures have the divided sides."
@@ -169,7 +169,7 @@ def remark_on_division(self: DataChecker):
     for digest, places in self.pictures.items():
         self.pictures[digest] = {(side[name], name) for _, name in places}
 
-# %% ../../nbs/data/checking.ipynb #a6e22052
+# %% ../../nbs/data/checking.ipynb #1e5ab886
 @patch
 def remark_on_shared_pictures(self: DataChecker):
     "Which splits have pictures in common."
@@ -183,11 +183,11 @@ def remark_on_shared_pictures(self: DataChecker):
         what = f"{' and '.join(splits)} have {len(names):,} of the same pictures"
         self.remarks.add(f"{what}, such as {example}.")
 
-# %% ../../nbs/data/checking.ipynb #cad0cf55
+# %% ../../nbs/data/checking.ipynb #50c8e50a
 def no_progress(split: str, i: int, n: int):
     "Shows nothing."
 
-# %% ../../nbs/data/checking.ipynb #50c8e50a
+# %% ../../nbs/data/checking.ipynb #594788d0
 def check_data(
     name: str | Path,  # a path, or a data set of the hub
     progress: Callable = no_progress,  # called after each sample: split, number, of how many

@@ -188,7 +188,7 @@ def check_fields(
         mend = "name a split in every record or in none"
         raise broken_record(where, 'field "split"', "is not in the first record", mend)
 
-# %% ../../nbs/data/folder.ipynb #4b0c8af1
+# %% ../../nbs/data/folder.ipynb #09605a96
 def read_folder_sample(
     folder: Path,
     record: dict,  # of which the fields are known
@@ -206,7 +206,7 @@ def read_folder_sample(
         ignore = draw_mask(folder, record["ignore"], size, where, "ignore")
     return Sample(record["id"], image, record["query"], targets, tags, ignore)
 
-# %% ../../nbs/data/folder.ipynb #09605a96
+# %% ../../nbs/data/folder.ipynb #6612eddd
 class FolderDataset(SplitReader):
     "A folder of one's own with data.jsonl."
 
@@ -230,14 +230,14 @@ class FolderDataset(SplitReader):
         file = path / "data.jsonl"
         return list_split_names(file) if names_splits(file) else {"all": None}
 
-# %% ../../nbs/data/folder.ipynb #6612eddd
+# %% ../../nbs/data/folder.ipynb #67dcb4fd
 @patch
 def iter_images(self: FolderDataset) -> Iterator[tuple]:  # image, (offset, line number)
     for at, number, record in iter_entries(self.file):
         image = record.get("image") if record else None
         yield image if isinstance(image, str) else f"line {number}", (at, number)
 
-# %% ../../nbs/data/folder.ipynb #67dcb4fd
+# %% ../../nbs/data/folder.ipynb #5c0e1ef2
 @patch
 def record(self: FolderDataset, key) -> tuple:  # where, the record, of which the fields are known
     where = f"{self.file}:{key[1]}"
@@ -245,20 +245,20 @@ def record(self: FolderDataset, key) -> tuple:  # where, the record, of which th
     check_fields(record, where, self.with_split)
     return where, record
 
-# %% ../../nbs/data/folder.ipynb #5c0e1ef2
+# %% ../../nbs/data/folder.ipynb #4f9cdac0
 @patch
 def question_of(self: FolderDataset, key) -> tuple:  # id, image, question
     _, record = self.record(key)
     return record["id"], record["image"], record["query"]
 
-# %% ../../nbs/data/folder.ipynb #4f9cdac0
+# %% ../../nbs/data/folder.ipynb #ffc7e445
 @patch
 def image_data(self: FolderDataset, key) -> bytes:
     where, record = self.record(key)
     file = resolve_inside(self.folder, record["image"], where, "image")
     return read_bounded(file, where, "the image", MAX_IMAGE_BYTES)
 
-# %% ../../nbs/data/folder.ipynb #ffc7e445
+# %% ../../nbs/data/folder.ipynb #6a660398
 @patch
 def read(self: FolderDataset, key) -> tuple:  # image name, Sample
     where, record = self.record(key)

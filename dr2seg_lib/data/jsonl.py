@@ -59,7 +59,7 @@ def iter_entries(
             record = None
         yield at, number, record if isinstance(record, dict) else None
 
-# %% ../../nbs/data/jsonl.ipynb #a231cf1c
+# %% ../../nbs/data/jsonl.ipynb #0280032e
 def split_name(
     record: dict | None,
 ) -> str | None:
@@ -67,7 +67,7 @@ def split_name(
     split = record.get("split") if record else None
     return split if isinstance(split, str) else None
 
-# %% ../../nbs/data/jsonl.ipynb #258ff0bc
+# %% ../../nbs/data/jsonl.ipynb #276ead53
 def list_split_names(
     file: Path,
 ) -> dict:  # {split: None}

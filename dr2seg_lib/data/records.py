@@ -76,7 +76,7 @@ def read_field(
         raise broken_record(where, name, *problem)
     return value
 
-# %% ../../nbs/data/records.ipynb #bf080f96
+# %% ../../nbs/data/records.ipynb #67e2f590
 def read_text_item(
     record,  # parsed JSON, anything
     field: str,
@@ -88,7 +88,7 @@ def read_text_item(
     name = f"{field}[{k}]"
     return read_field({name: texts[k]} if k < len(texts) else {}, name, str, where)
 
-# %% ../../nbs/data/records.ipynb #678a7c89
+# %% ../../nbs/data/records.ipynb #546a8aec
 def is_number_list(
     values,  # parsed JSON, anything
     n: int,  # how many
@@ -98,7 +98,7 @@ def is_number_list(
         return False
     return all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
 
-# %% ../../nbs/data/records.ipynb #60b9bba1
+# %% ../../nbs/data/records.ipynb #c9be427b
 MAX_RECORD = 2**24  # bytes of a record's JSON; the largest masks of photographs have a tenth
 MAX_LISTS = 2**19  # lists and objects in it; an outline has one for each point
 
@@ -126,7 +126,7 @@ def read_bounded(
         raise broken_record(where, field, f"is longer than {most:,} bytes", "make it smaller")
     return data
 
-# %% ../../nbs/data/records.ipynb #9b338cf8
+# %% ../../nbs/data/records.ipynb #ca903586
 def parse_json(
     data: bytes,
     where,  # the file, with line or row
@@ -152,7 +152,7 @@ def parse_json(
         problem = f"cannot be parsed ({e.__cause__ or e})"
         raise broken_record(where, "the JSON", problem, "correct it") from None
 
-# %% ../../nbs/data/records.ipynb #cf9b3008
+# %% ../../nbs/data/records.ipynb #b83e655b
 MAX_ID_LENGTH = 1000  # characters of an id, or of a tag
 MAX_TAGS = 64  # of a record
 
@@ -166,7 +166,7 @@ def check_id(
         problem, mend = f"has {len(id):,} characters", f"use {MAX_ID_LENGTH:,} or less"
         raise broken_record(where, 'field "id"', problem, mend)
 
-# %% ../../nbs/data/records.ipynb #eb398035
+# %% ../../nbs/data/records.ipynb #d8fd90d0
 def find_tag_problem(
     tags: dict,
 ) -> tuple | None:  # problem, mend
@@ -182,7 +182,7 @@ def find_tag_problem(
         if not isinstance(value, (str, int, float)) or infinite:
             return "holds more than texts and numbers", "make each tag one of these"
 
-# %% ../../nbs/data/records.ipynb #03b9f648
+# %% ../../nbs/data/records.ipynb #05afd0c0
 def plain_tags(
     tags: dict,
     where,
@@ -192,7 +192,7 @@ def plain_tags(
         raise broken_record(where, 'field "tags"', *problem)
     return tags
 
-# %% ../../nbs/data/records.ipynb #50f5c1a8
+# %% ../../nbs/data/records.ipynb #c8c51b84
 MAX_QUESTION_TOKENS = 512  # a longer question is a mistake or an attack, and takes gigabytes
 
 

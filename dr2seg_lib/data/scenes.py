@@ -28,7 +28,7 @@ COLOURS = {
 SHAPES = ("ball", "block", "cone", "star", "heart", "cross", "ring", "moon")
 DIFFICULTY = {"easy": (3, 3), "medium": (4, 5), "hard": (6, 7)}  # fewest and most objects
 
-# %% ../../nbs/data/scenes.ipynb #bc09f3d1
+# %% ../../nbs/data/scenes.ipynb #c55a4b4b
 @dataclass(frozen=True)
 class SceneObject:
     "One object: what it is and where (centre and radius in pixels of the scene)."
@@ -52,7 +52,7 @@ class SceneObject:
         words = [("top", "", "bottom")[row], ("left", "", "right")[col]]
         return " ".join(w for w in words if w) or "center"
 
-# %% ../../nbs/data/scenes.ipynb #857e6ee9
+# %% ../../nbs/data/scenes.ipynb #5b2763fb
 def disc_outline(
     r: float = 1.0,  # radius
     dx: float = 0.0,  # centre
@@ -63,7 +63,7 @@ def disc_outline(
     a = np.linspace(0, 2 * np.pi, n, endpoint=False)
     return np.stack([r * np.cos(a) + dx, r * np.sin(a) + dy], 1)
 
-# %% ../../nbs/data/scenes.ipynb #5b2763fb
+# %% ../../nbs/data/scenes.ipynb #af0cc0f0
 def star_outline(
     n: int = 5,  # points
     inner: float = 0.42,  # radius of the corners between them
@@ -73,7 +73,7 @@ def star_outline(
     radius = np.where(np.arange(2 * n) % 2, inner, 1.08)
     return np.stack([np.cos(a), np.sin(a)], 1) * radius[:, None]
 
-# %% ../../nbs/data/scenes.ipynb #af0cc0f0
+# %% ../../nbs/data/scenes.ipynb #298e0663
 def heart_outline(
     n: int = 48,  # corners
 ) -> np.ndarray:  # [n,2]
@@ -83,7 +83,7 @@ def heart_outline(
     y = -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a))
     return np.stack([x, y - 2], 1) / 16
 
-# %% ../../nbs/data/scenes.ipynb #298e0663
+# %% ../../nbs/data/scenes.ipynb #5404b494
 def cross_outline(
     arm: float = 0.34,  # half its width
 ) -> np.ndarray:  # [12,2]
@@ -91,7 +91,7 @@ def cross_outline(
     quarter, turn = np.array([(-arm, -1), (arm, -1), (arm, -arm)]), np.array([[0, 1], [-1, 0]])
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
 
-# %% ../../nbs/data/scenes.ipynb #5404b494
+# %% ../../nbs/data/scenes.ipynb #8fb629b8
 OUTLINES = {  # shape: what is filled, what is taken away
     "ball": (disc_outline(), None),
     "block": (np.array([(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]), None),
@@ -103,7 +103,7 @@ OUTLINES = {  # shape: what is filled, what is taken away
     "moon": (disc_outline(), disc_outline(0.86, 0.48, -0.1)),
 }
 
-# %% ../../nbs/data/scenes.ipynb #4145fd9e
+# %% ../../nbs/data/scenes.ipynb #8aee6c35
 def coverage(
     thing: SceneObject,
 ) -> np.ndarray:  # [SIDE,SIDE] float32 in 0..1
@@ -118,7 +118,7 @@ def coverage(
         cv2.fillPoly(canvas, [points.round().astype(np.int32)], value, shift=4)
     return cv2.resize(canvas, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
-# %% ../../nbs/data/scenes.ipynb #a7b7d03f
+# %% ../../nbs/data/scenes.ipynb #d2578522
 def draw_ground(
     light: int,  # seed of its tone and grain
 ) -> np.ndarray:  # [SIDE,SIDE,3] float32
@@ -129,7 +129,7 @@ def draw_ground(
     glow = 1.08 - 0.26 * np.hypot(x - 0.25, y - 0.15)
     return tone * glow[..., None] + rng.normal(0, 1.6, (SIDE, SIDE, 1)).astype(np.float32)
 
-# %% ../../nbs/data/scenes.ipynb #d2578522
+# %% ../../nbs/data/scenes.ipynb #fcd8f525
 def shade_body(
     thing: SceneObject,
     box: tuple,  # slices of the picture, rows and columns
@@ -140,7 +140,7 @@ def shade_body(
     shade = 1.10 - 0.30 * np.clip(across + 0.5, 0, 1)
     return np.array(COLOURS[thing.colour], np.float32) * shade[..., None]
 
-# %% ../../nbs/data/scenes.ipynb #fcd8f525
+# %% ../../nbs/data/scenes.ipynb #589d2c1c
 def draw_object(
     image: np.ndarray,  # [SIDE,SIDE,3] float32, drawn into
     thing: SceneObject,
@@ -155,7 +155,7 @@ def draw_object(
     body = shade_body(thing, box)
     image[box] = image[box] * (1 - alpha[..., None]) + body * alpha[..., None]
 
-# %% ../../nbs/data/scenes.ipynb #589d2c1c
+# %% ../../nbs/data/scenes.ipynb #8be4cc70
 @dataclass(frozen=True)
 class Scene:
     "Objects on a softly lit ground."
@@ -174,7 +174,7 @@ class Scene:
             draw_object(image, thing)
         return np.clip(image, 0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/scenes.ipynb #a4dbc50f
+# %% ../../nbs/data/scenes.ipynb #fceccd3f
 def make_odd(
     rng,  # numpy Generator
     colours: list,  # changed
@@ -186,7 +186,7 @@ def make_odd(
     words = COLOURS if alike is colours else SHAPES
     alike[0] = rng.choice([v for v in words if v != alike[1]])
 
-# %% ../../nbs/data/scenes.ipynb #fceccd3f
+# %% ../../nbs/data/scenes.ipynb #aad32744
 def choose_objects(
     rng,  # numpy Generator
     n: int,  # objects
@@ -204,7 +204,7 @@ def choose_objects(
         colours[2] = colours[0]
     return [(str(s), str(c), bool(rng.random() < 0.5)) for s, c in zip(shapes, colours)]
 
-# %% ../../nbs/data/scenes.ipynb #b10c8a91
+# %% ../../nbs/data/scenes.ipynb #15af5b3a
 def place_objects(
     rng,  # numpy Generator
     cast: list,  # of (shape, colour, whether large)
@@ -223,7 +223,7 @@ def place_objects(
         things.append(SceneObject(shape, colour, float(x), float(y), float(r), float(turn)))
     return things
 
-# %% ../../nbs/data/scenes.ipynb #4ce13914
+# %% ../../nbs/data/scenes.ipynb #d6efc5b0
 def draw_scene(
     rng,  # numpy Generator
     kind: str,  # of question, a key of KINDS
@@ -238,7 +238,7 @@ def draw_scene(
             continue
         return Scene(tuple(things[i] for i in rng.permutation(n)), int(rng.integers(1 << 31)))
 
-# %% ../../nbs/data/scenes.ipynb #7fe68219
+# %% ../../nbs/data/scenes.ipynb #b59fa149
 def short_name(
     thing: SceneObject,
     scene: Scene,
@@ -248,14 +248,14 @@ def short_name(
     twins = [t for t in scene.things if (t.colour, t.shape) == (thing.colour, thing.shape)]
     return f"{thing.size} {name}" if len(twins) > 1 else name
 
-# %% ../../nbs/data/scenes.ipynb #43696bbb
+# %% ../../nbs/data/scenes.ipynb #fa43ba15
 def object_caption(
     thing: SceneObject,
 ) -> str:  # e.g. "a small red ball"
     "What a picture of the object alone shows."
     return f"a {thing.size} {thing.colour} {thing.shape}"
 
-# %% ../../nbs/data/scenes.ipynb #fa43ba15
+# %% ../../nbs/data/scenes.ipynb #e19cef18
 def describe_objects(
     things,  # one or two SceneObject
     scene: Scene,

@@ -42,7 +42,7 @@ def picture_key(
     "What tells a picture from all others: its shape and its pixels' hash."
     return image.shape, hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
 
-# %% ../../nbs/scorers/clip.ipynb #x
+# %% ../../nbs/scorers/clip.ipynb #03144fc2
 class Scorer:
     "CLIP: unit vectors of pictures and texts, whose dot product is their similarity."
 
@@ -59,7 +59,7 @@ class Scorer:
         self.context, self.batch, self.keep = tokenizer.context_length, batch, keep
         self.cache = {}  # key of a content: its vector
 
-# %% ../../nbs/scorers/clip.ipynb #x
+# %% ../../nbs/scorers/clip.ipynb #ca02a505
 @patch
 @torch.no_grad()
 def encode_once(self: Scorer, items: list, key: Callable, encode: Callable) -> Tensor:  # [N,D]
@@ -75,7 +75,7 @@ def encode_once(self: Scorer, items: list, key: Callable, encode: Callable) -> T
         del self.cache[k]  # the oldest
     return torch.stack([vectors[k] for k in keys]) if keys else torch.empty(0, 0)
 
-# %% ../../nbs/scorers/clip.ipynb #x
+# %% ../../nbs/scorers/clip.ipynb #d1c5bbe6
 @patch
 def images(
     self: Scorer,
@@ -84,7 +84,7 @@ def images(
     "Unit vectors of pictures."
     return self.encode_once(images, picture_key, self.encode_images)
 
-# %% ../../nbs/scorers/clip.ipynb #ca02a505
+# %% ../../nbs/scorers/clip.ipynb #a1866eb6
 @patch
 def texts(
     self: Scorer,
@@ -93,26 +93,26 @@ def texts(
     "Unit vectors of texts."
     return self.encode_once(texts, str, self.encode_texts)
 
-# %% ../../nbs/scorers/clip.ipynb #d1c5bbe6
+# %% ../../nbs/scorers/clip.ipynb #8cd726e0
 @patch
 def encode_images(self: Scorer, images: tuple) -> Tensor:  # [N,D]
     "The model's vectors of one batch of pictures."
     pixels = torch.stack([self.preprocess(Image.fromarray(a)) for a in images])
     return self.model.encode_image(pixels.to(self.device), normalize=True)
 
-# %% ../../nbs/scorers/clip.ipynb #a1866eb6
+# %% ../../nbs/scorers/clip.ipynb #9062e229
 @patch
 def encode_texts(self: Scorer, texts: tuple) -> Tensor:  # [N,D]
     "The model's vectors of one batch of texts."
     return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True)
 
-# %% ../../nbs/scorers/clip.ipynb #8cd726e0
+# %% ../../nbs/scorers/clip.ipynb #b01ed406
 @patch
 def tokens(self: Scorer, text: str) -> int:
     "The tokens of a text with its start and end, however many."
     return len(text_tokens(self.tokenizer, text)) + 2
 
-# %% ../../nbs/scorers/clip.ipynb #9062e229
+# %% ../../nbs/scorers/clip.ipynb #5f7be015
 @patch
 def windows(self: Scorer, text: str) -> list:  # of str
     "The text in pieces that fit the context; a text that fits is its only piece."
@@ -122,7 +122,7 @@ def windows(self: Scorer, text: str) -> list:  # of str
     decode = getattr(self.tokenizer, "tokenizer", self.tokenizer).decode
     return [decode(ids[i : i + most]) for i in range(0, len(ids), most)]
 
-# %% ../../nbs/scorers/clip.ipynb #5f7be015
+# %% ../../nbs/scorers/clip.ipynb #35d1e2ef
 EMBEDDED_CLIP = Path(dr2seg_lib.__file__).parent / "weights" / "scorer"
 SCORER_FILES = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's names
 MERGES = "merges.txt.gz"  # of the folder's own tokenizer, in the format of CLIP's
@@ -138,7 +138,7 @@ def check_scorer_folder(
             mend = f"make the scorer's weights with {maker}, or install the package again"
             raise FileNotFoundError(f"{folder / file} is missing: {mend}.")
 
-# %% ../../nbs/scorers/clip.ipynb #35d1e2ef
+# %% ../../nbs/scorers/clip.ipynb #2d2b52ab
 def check_open_clip(
     name: str,  # as the configuration has it
     model: str,  # of open_clip
@@ -156,7 +156,7 @@ def check_open_clip(
     what = f"'{name}' names neither a checkpoint that exists nor weights"
     raise FileNotFoundError(f"scorer: {what} that open_clip knows of {model}{some}")
 
-# %% ../../nbs/scorers/clip.ipynb #86e57f42
+# %% ../../nbs/scorers/clip.ipynb #a9873cb3
 def resolve_scorer(
     name: str,  # as `load_scorer` takes it
 ) -> tuple:  # open_clip's model name, its `pretrained`
@@ -171,7 +171,7 @@ def resolve_scorer(
     check_open_clip(name, model, weights)
     return model, weights
 
-# %% ../../nbs/scorers/clip.ipynb #ea03bdc1
+# %% ../../nbs/scorers/clip.ipynb #7bd796bc
 def load_scorer(
     name: str = "embedded",  # "embedded", "MODEL:TAG", "MODEL:PATH", "hf-hub:…" or a folder
     device: str | None = None,  # "cpu" or "cuda"; the GPU where there is one
@@ -191,7 +191,7 @@ def load_scorer(
         )
         return Scorer(clip, preprocess, open_clip.get_tokenizer(model, **tokenizer_options))
 
-# %% ../../nbs/scorers/clip.ipynb #9e8f5def
+# %% ../../nbs/scorers/clip.ipynb #8c2d7dc8
 def target_crop(
     image: np.ndarray,  # [H,W,3] uint8
     targets: list,  # of Target, in pixels of that image
@@ -203,7 +203,7 @@ def target_crop(
     (x1, y1), (x2, y2) = boxes[:, :2].min(0).astype(int), boxes[:, 2:].max(0).astype(int)
     return image[y1 : y2 + 1, x1 : x2 + 1]
 
-# %% ../../nbs/scorers/clip.ipynb #738d4139
+# %% ../../nbs/scorers/clip.ipynb #ef53d7dd
 class Similarity(NamedTuple):
     "Cosine of texts with their sample's region and whole picture, and the texts' length."
 
@@ -211,7 +211,7 @@ class Similarity(NamedTuple):
     s2: Tensor  # [B,n], with the whole picture
     tokens: Tensor  # [B,n] int, start and end included; 0 for a missing text
 
-# %% ../../nbs/scorers/clip.ipynb #8c2d7dc8
+# %% ../../nbs/scorers/clip.ipynb #7680400e
 def text_vectors(
     scorer: Scorer,
     texts: list,  # B lists of n texts; None or '' where there is none
@@ -229,7 +229,7 @@ def text_vectors(
     rows = [torch.stack([vectors[t] for t in row]) for row in texts]
     return torch.stack(rows)
 
-# %% ../../nbs/scorers/clip.ipynb #d77fefb3
+# %% ../../nbs/scorers/clip.ipynb #968b7a5c
 def similarities(
     scorer: Scorer,
     samples: list,  # B Sample

@@ -158,7 +158,7 @@ def save(self: Sam3Segmenter, folder: Path):
     self.model.save_pretrained(folder)
     self.processor.save_pretrained(folder)
 
-# %% ../../nbs/segmenters/sam3.ipynb #e19c39c4
+# %% ../../nbs/segmenters/sam3.ipynb #08cb7746
 def byte_tokenizer() -> CLIPTokenizer:
     "CLIP's tokenizer with a token a byte."
     letters, words = sorted(ByteLevel.alphabet()), []
@@ -167,7 +167,7 @@ def byte_tokenizer() -> CLIPTokenizer:
     words += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
-# %% ../../nbs/segmenters/sam3.ipynb #e15e0d6b
+# %% ../../nbs/segmenters/sam3.ipynb #bcbb32eb
 def text_config(
     tokenizer: CLIPTokenizer,
     width: int,
@@ -185,7 +185,7 @@ def text_config(
         pad_token_id=tokenizer.eos_token_id,
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #94d1e286
+# %% ../../nbs/segmenters/sam3.ipynb #813f7801
 def vision_config(
     image_size: int,  # pixels, a multiple of 28
     part: dict,  # what all parts have in common
@@ -207,7 +207,7 @@ def vision_config(
         backbone_config=backbone,
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #55cb50c9
+# %% ../../nbs/segmenters/sam3.ipynb #5767a8bd
 @dataclass(frozen=True)
 class Sam3Size:
     "The sizes by which a small SAM 3 differs from `facebook/sam3`."
@@ -239,7 +239,7 @@ class Sam3Size:
             vision_config=vision_config(self.image_size, part),
         )
 
-# %% ../../nbs/segmenters/sam3.ipynb #e15d4cb3
+# %% ../../nbs/segmenters/sam3.ipynb #ea7933e6
 SAM3_TYPES = "sam3", "sam3_video"
 
 
@@ -253,7 +253,7 @@ def is_sam3(
         return read_config(name).get("model_type") in SAM3_TYPES
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]*sam3[\w.-]*", name, re.IGNORECASE))
 
-# %% ../../nbs/segmenters/sam3.ipynb #e5b8a6d1
+# %% ../../nbs/segmenters/sam3.ipynb #6a860487
 def load_sam3(
     name: str,  # a folder in the layout of transformers, or a hub id
     device: str = "cpu",
