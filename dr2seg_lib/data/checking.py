@@ -16,9 +16,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..core.settings import MAX_QUESTION_TOKENS
 from .datasets import detect_format, locate_data
 from .held_out import hash_rank, held_out_border
-from .records import MAX_QUESTION_TOKENS, BrokenRecord, shorten_line
+from .records import BrokenRecord, shorten_line
 from .samples import Sample
 
 # %% ../../nbs/data/checking.ipynb #2afa7498
@@ -85,7 +86,7 @@ def find_question_problem(
     "Whether a question is too long, in words."
     n = count_tokens(query)
     if n > MAX_QUESTION_TOKENS:
-        mend = f"shorten it to {MAX_QUESTION_TOKENS}, or raise max_question_tokens"
+        mend = f"shorten it to {MAX_QUESTION_TOKENS}, or raise data.max_question_tokens"
         return f"has about {n:,} tokens; {mend}."
 
 # %% ../../nbs/data/checking.ipynb #61617d28

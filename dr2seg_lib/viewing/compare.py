@@ -56,7 +56,7 @@ def load_arms(
     if isinstance(runs, dict):
         return {name: [opened(r) for r in listed(v)] for name, v in runs.items()}
     each = [opened(r) for r in runs]
-    recipes = [r.asked("recipe") or r.name for r in each]
+    recipes = [r.asked("method") or r.name for r in each]
     names = recipes if len(set(recipes)) > 1 else [r.name for r in each]
     return {n: [r for r, m in zip(each, names) if m == n] for n in dict.fromkeys(names)}
 
@@ -107,7 +107,9 @@ def token_comparison_plot(
     a = {r["sample"]: r for r in a}
     with rc_context(FIGURE_STYLE):
         fig, axes = panels(
-            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * len(others) + 0.4, height=3.6
+            [f"{short(arm)}, tokens" for arm, _ in others],
+            width=4.2 * len(others) + 0.4,
+            height=3.6,
         )
         for ax, (arm, b) in zip(axes, others):
             pairs = [(a[r["sample"]], r) for r in b if r["sample"] in a]

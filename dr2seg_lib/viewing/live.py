@@ -150,7 +150,7 @@ class Live(View):
         )
         seed = None if p.get("seed") is None else f"seed {p['seed']}"
         lead = " · ".join(
-            x for x in (p.get("recipe"), p.get("data") and f"on {p['data']}", seed) if x
+            x for x in (p.get("method"), p.get("data") and f"on {p['data']}", seed) if x
         )
         self.about = dict(
             name=path_text(self.folder.resolve()),

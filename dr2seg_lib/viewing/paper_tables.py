@@ -20,6 +20,7 @@ from dr2seg_lib.core.markup import (
     latex_text,
     markdown_text,
 )
+from ..core.parameter_names import TRAINING_NAMES, flat_parameters
 from ..core.statistics import Interval, mean_interval
 from ..core.text_table import Table, rows_table
 from ..evaluation.published import AS_PUBLISHED, COLUMN_TITLES, REFERRING, published_tables
@@ -107,7 +108,7 @@ def evaluation_rows(
 ) -> list:  # p: the run's parameters; of (title, row)
     "What an evaluation run adds to the tables."
     recipe, model, adapter, segmenter = (
-        row_parameter(folder, p, k) for k in ("recipe", "model", "adapter", "segmenter")
+        row_parameter(folder, p, k) for k in ("method", "model", "model.adapter", "segmenter")
     )
     about, weights = (
         results["evaluation"],
@@ -152,8 +153,8 @@ def ablation_rows(folder: Path, p: dict, results: dict) -> list:
         for arm, f in found.items()
     ]
     given, swept = (
-        p.get("settings") or {},
-        [("The anchor N0", "anchor", "N0"), ("The slope γ", "gamma", "γ")],
+        flat_parameters(p.get("config") or {}, TRAINING_NAMES),
+        [("The anchor N0", "method.anchor", "N0"), ("The slope γ", "method.gamma", "γ")],
     )
 
     def number(v):
@@ -171,7 +172,7 @@ def ablation_rows(folder: Path, p: dict, results: dict) -> list:
 
 def training_rows(folder: Path, p: dict, results: dict) -> list:
     "What a training run adds."
-    title = method_title(p.get("recipe") or "")
+    title = method_title(p.get("method") or "")
     about, who = results.get("evaluation"), f"{path_text(folder)}, {title}"
     return [
         ("Other data", our_row(about, f"{who}, {when} training", [results[when]]))

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from matplotlib import rc_context
 
 from ..core.files import read_json
+from ..core.parameter_names import flat_parameters
 from ..data.samples import Sample
 from ..methods.base import Method
 from ..methods.registry import METHODS
@@ -61,7 +62,7 @@ def cached_policy(
         return Policy.load(str(source))
     record = path.parents[1] / "run.json"
     policy = Policy.load(
-        (read_json(record).get("parameters") or {}).get("model", "embedded")
+        flat_parameters(read_json(record).get("parameters") or {}).get("model", "embedded")
         if record.exists()
         else "embedded"
     )

@@ -16,11 +16,18 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from ..core.parameter_names import SWEEP_NAMES, flat_parameters, nested_parameters
+
 # %% ../../nbs/viewing/record_types.ipynb #49dc0b13
 class LooseRecord(BaseModel):
     "Known fields have their types; others may be there."
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    @classmethod
+    def by_todays_names(cls, value: dict) -> dict:
+        "A record with the names that its fields have today."
+        return value
 
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -67,22 +74,25 @@ Measure = Annotated[Any, AfterValidator(_measure)]
 class RecordedParameters(LooseRecord):
     "What was asked, as far as looking at the run depends on it."
 
-    recipe: str | None = None
+    method: str | None = None
     model: str | None = None
     segmenter: str | None = None
-    adapter: str | None = None
     data: str | None = None
-    eval_data: str | None = None
-    split: str | None = None
-    protocol: str | None = None
-    texts: str | None = None
     seed: Count | None = None
     steps: Count | None = None
-    prompts: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    samples: Count | None = None
-    eval_samples: Count | None = None
-    max_new_tokens: Count | None = None
-    settings: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    adapter: str | None = Field(None, alias="model.adapter")
+    split: str | None = Field(None, alias="data.split")
+    protocol: str | None = Field(None, alias="data.protocol")
+    texts: str | None = Field(None, alias="data.texts")
+    samples: Count | None = Field(None, alias="data.samples")
+    held_out: str | None = Field(None, alias="evaluation.data")
+    held_out_samples: Count | None = Field(None, alias="evaluation.samples")
+    questions_per_step: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
+        None, alias="rollout.questions_per_step"
+    )
+    group_size: Count | None = Field(None, alias="rollout.group_size")
+    max_new_tokens: Count | None = Field(None, alias="rollout.max_new_tokens")
 
 
 class Resumed(LooseRecord):
@@ -92,7 +102,16 @@ class Resumed(LooseRecord):
 
 
 class RunRecord(LooseRecord):
-    "run.json."
+    "run.json; its parameters by their dotted names, whichever version has written it."
+
+    @classmethod
+    def by_todays_names(cls, value: dict) -> dict:
+        parameters = value.get("parameters")
+        if not isinstance(parameters, dict):
+            return value
+        if "recipes" in parameters:
+            parameters = nested_parameters(parameters, SWEEP_NAMES)
+        return value | {"parameters": flat_parameters(parameters)}
 
     status: str | None = None
     parameters: RecordedParameters | None = None

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from fastcore.basics import patch
@@ -180,7 +179,7 @@ class RunReader:
         return (
             name == "rollouts.jsonl"
             or self.info.get("status") == "done"
-            and bool(self.parameters.get("eval_samples"))
+            and bool(self.parameters.get("evaluation.samples"))
         )
 
     def asked(self, name: str, default=None):
@@ -205,7 +204,7 @@ class RunReader:
         "A line on the run."
         steps, p = sorted({g[0]["step"] for g in self.groups["rollouts"]}), self.asked
         words = [
-            p("recipe"),
+            p("method"),
             p("data") and f"on {p('data')}",
             f"steps {steps[0]} to {steps[-1]}" if steps else None,
             None if p("seed") is None else f"seed {p('seed')}",
@@ -225,10 +224,9 @@ def asked_at(
     "The question of a group: of its step's, in their order, without those that training could not read."
     step = self.groups["rollouts"][at][0]["step"]
     first = next(i for i, g in enumerate(self.groups["rollouts"]) if g[0]["step"] == step)
-    config = SimpleNamespace(
-        texts=self.asked("texts", "all"), seed=self.asked("seed", 0)
-    )  # runs of before did not ask about texts
-    places = epoch_stream(self.data("rollouts"), config, (step - 1) * self.parameters["prompts"])
+    texts, seed = self.asked("data.texts", "all"), self.asked("seed", 0)
+    start = (step - 1) * self.parameters["rollout.questions_per_step"]
+    places = epoch_stream(self.data("rollouts"), texts, seed, start)
     left = at - first
     for data, i in islice(places, left + 1 + MAX_SKIPPED):
         try:
@@ -250,7 +248,9 @@ def data(self: RunReader, source: str):
             self._data[source] = load_data(local_data(p["data"]), "train")
         else:
             self._data[source] = load_data(
-                local_data(self.asked("eval_data") or p["data"]), "val", p.get("eval_samples")
+                local_data(self.asked("evaluation.data") or p["data"]),
+                "val",
+                p.get("evaluation.samples"),
             )
     return self._data[source]
 
@@ -368,7 +368,10 @@ def _answered(self: RunReader, name: str) -> Sample | None:  # of a run that onl
     try:
         if "asked" not in self._data:
             self._data["asked"] = load_data(
-                local_data(p["data"]), p["split"], p.get("samples") or None, **self._protocol()
+                local_data(p["data"]),
+                p["data.split"],
+                p.get("data.samples") or None,
+                **self._protocol(),
             )
         found = self._data["asked"][names.index(name)]
     except (OSError, ValueError, KeyError, IndexError):
@@ -378,4 +381,4 @@ def _answered(self: RunReader, name: str) -> Sample | None:  # of a run that onl
 
 @patch
 def _protocol(self: RunReader) -> dict:
-    return dict(protocol=self.asked("protocol")) if self.asked("protocol") else {}
+    return dict(protocol=self.asked("data.protocol")) if self.asked("data.protocol") else {}
