@@ -40,9 +40,7 @@ def to_jsonable(
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../../nbs/core/files.ipynb #dd72a4a2
-def fsync_path(
-    path: Path,  # of a file or a folder
-):
+def fsync_path(path: Path):
     "Forces a file, or a folder's list of names, to the disk."
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -66,10 +64,8 @@ def naming_write_errors(
         raise OSError(f"{path} cannot be written ({e.strerror or e}); {mend}") from e
 
 # %% ../../nbs/core/files.ipynb #2358566c
-def make_folder(
-    path: Path,  # made with those above it
-):
-    "Makes a folder so that no power cut takes its name away."
+def make_folder(path: Path):
+    "Makes a folder, and those above it, so that no power cut takes their names away."
     path = Path(path)
     missing = [p for p in (path, *path.parents) if not p.exists()]
     with naming_write_errors(path):
@@ -132,9 +128,7 @@ def write_json(
     write_text(path, text + "\n", safe)
 
 # %% ../../nbs/core/files.ipynb #057f78f8
-def require_file(
-    path: Path,
-):
+def require_file(path: Path):
     "Raises in a sentence unless a plain file is there."
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
@@ -142,9 +136,7 @@ def require_file(
         raise ValueError(f"{path} is no file; restore it or remove the run")
 
 # %% ../../nbs/core/files.ipynb #8f28516b
-def read_json(
-    path: Path,  # of one JSON value
-):
+def read_json(path: Path):
     "Reads one JSON value; a missing or broken file is named."
     path = Path(path)
     require_file(path)
@@ -154,9 +146,7 @@ def read_json(
         raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run") from None
 
 # %% ../../nbs/core/files.ipynb #bcac2027
-def json_lines(
-    rows: list[dict],
-) -> str:
+def json_lines(rows: list[dict]) -> str:
     "A line of JSON for each row."
     lines = [json.dumps(to_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows]
     return "".join(lines)

@@ -32,8 +32,8 @@ def open_parquet(
         raise broken_record(file, what, "is no file", "put it there again")
     errors = pa.ArrowException, OSError, KeyError, OverflowError, MemoryError, UnicodeDecodeError
     try:
-        with pq.ParquetFile(file, memory_map=True) as opened:
-            yield opened
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            yield parquet
     except errors as e:
         raise broken_record(file, what, f"cannot be read ({e})", "fetch it again") from None
 
@@ -42,14 +42,14 @@ MAX_ROWS = 2**24  # of a parquet file
 
 
 def read_layout(
-    opened,  # pyarrow ParquetFile
+    parquet,  # pyarrow ParquetFile
     file: Path,
 ) -> tuple:  # {column: type}, rows of each group
     "What a file declares: its columns, and how many rows its groups have."
-    schema, what = opened.schema_arrow, "the parquet file"
+    schema, what = parquet.schema_arrow, "the parquet file"
     if len(set(schema.names)) < len(schema.names):
         raise broken_record(file, what, "has two columns of one name", "rename one")
-    rows = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
+    rows = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) > MAX_ROWS:
         mend = f"divide it into files of at most {MAX_ROWS:,}"
         raise broken_record(file, what, f"declares {sum(rows):,} rows", mend)
@@ -60,8 +60,8 @@ def file_layout(
     file: Path,
 ) -> tuple:  # {column: type}, rows of each group
     "What a file on the disk declares."
-    with open_parquet(file) as opened:
-        return read_layout(opened, file)
+    with open_parquet(file) as parquet:
+        return read_layout(parquet, file)
 
 # %% ../../nbs/data/row_groups.ipynb #6f165704
 MAX_GROUP = 2**31  # bytes of a row group in memory
@@ -78,15 +78,17 @@ def read_group(
 
     where, pieces, size = f"row group {g}", [], 0
     batch = IMAGE_ROWS if "image" in columns else LABEL_ROWS
-    with open_parquet(file) as opened:
-        for piece in opened.iter_batches(batch, row_groups=[g], columns=columns, use_threads=False):
+    with open_parquet(file) as parquet:
+        for piece in parquet.iter_batches(
+            batch, row_groups=[g], columns=columns, use_threads=False
+        ):
             pieces.append(piece)
             size += piece.nbytes
             if size > MAX_GROUP:
                 problem = f"takes more than {MAX_GROUP:,} bytes"
                 mend = "write the file with smaller row groups"
                 raise broken_record(file, where, problem, mend)
-        rows = opened.metadata.row_group(g).num_rows
+        rows = parquet.metadata.row_group(g).num_rows
         if sum(piece.num_rows for piece in pieces) != rows:
             problem = f"does not hold the {rows} rows that it declares"
             raise broken_record(file, where, problem, "fetch the file again")

@@ -226,7 +226,9 @@ def text_vectors(
         pieces = scorer.texts(sum(windows.values(), []))  # [all windows, D]
         parts = pieces.split([len(w) for w in windows.values()])
         vectors |= {t: part.mean(0) for t, part in zip(windows, parts)}
-    rows = [torch.stack([vectors[t] for t in row]) for row in texts]
+    rows = []
+    for row in texts:
+        rows.append(torch.stack([vectors[t] for t in row]))
     return torch.stack(rows)
 
 # %% ../../nbs/scorers/clip.ipynb #968b7a5c
