@@ -191,7 +191,7 @@ def load_scorer(
         )
         return Scorer(clip, preprocess, open_clip.get_tokenizer(model, **tokenizer_options))
 
-# %% ../../nbs/scorers/clip.ipynb #8c2d7dc8
+# %% ../../nbs/scorers/clip.ipynb #d77fefb3
 def target_crop(
     image: np.ndarray,  # [H,W,3] uint8
     targets: list,  # of Target, in pixels of that image
@@ -203,7 +203,7 @@ def target_crop(
     (x1, y1), (x2, y2) = boxes[:, :2].min(0).astype(int), boxes[:, 2:].max(0).astype(int)
     return image[y1 : y2 + 1, x1 : x2 + 1]
 
-# %% ../../nbs/scorers/clip.ipynb #ef53d7dd
+# %% ../../nbs/scorers/clip.ipynb #7680400e
 class Similarity(NamedTuple):
     "Cosine of texts with their sample's region and whole picture, and the texts' length."
 
@@ -211,7 +211,7 @@ class Similarity(NamedTuple):
     s2: Tensor  # [B,n], with the whole picture
     tokens: Tensor  # [B,n] int, start and end included; 0 for a missing text
 
-# %% ../../nbs/scorers/clip.ipynb #7680400e
+# %% ../../nbs/scorers/clip.ipynb #968b7a5c
 def text_vectors(
     scorer: Scorer,
     texts: list,  # B lists of n texts; None or '' where there is none
@@ -231,7 +231,7 @@ def text_vectors(
         rows.append(torch.stack([vectors[t] for t in row]))
     return torch.stack(rows)
 
-# %% ../../nbs/scorers/clip.ipynb #968b7a5c
+# %% ../../nbs/scorers/clip.ipynb #f2c313c1
 def similarities(
     scorer: Scorer,
     samples: list,  # B Sample

@@ -114,7 +114,7 @@ class Sam2Segmenter(Segmenter):
         best = scores.reshape(-1, 3).argmax(1)
         return masks.reshape(-1, 3, *hw)[np.arange(n), best] > 0
 
-# %% ../../nbs/segmenters/sam2.ipynb #88a1b7e8
+# %% ../../nbs/segmenters/sam2.ipynb #3506a6b8
 SAM2_FILES = "config.json", "model.safetensors"
 
 
@@ -132,7 +132,7 @@ def save_sam2(
     config = dict(base=SAM2_BASE, size=asdict(size), training=training)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
-# %% ../../nbs/segmenters/sam2.ipynb #41d4f5ff
+# %% ../../nbs/segmenters/sam2.ipynb #7d64b02a
 def read_config(
     folder: Path,  # of a model
 ) -> dict:
@@ -147,7 +147,7 @@ def read_config(
         raise ValueError(f"segmenter: {path} is no JSON object; {mend}.")
     return config
 
-# %% ../../nbs/segmenters/sam2.ipynb #687689d0
+# %% ../../nbs/segmenters/sam2.ipynb #382a44b1
 def load_sam2(
     folder: Path,  # holds config.json and model.safetensors
 ) -> nn.Module:  # `SAM2Base` in float32 on the CPU

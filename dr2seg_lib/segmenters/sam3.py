@@ -239,7 +239,7 @@ class Sam3Size:
             vision_config=vision_config(self.image_size, part),
         )
 
-# %% ../../nbs/segmenters/sam3.ipynb #ea7933e6
+# %% ../../nbs/segmenters/sam3.ipynb #2c7de1d0
 SAM3_TYPES = "sam3", "sam3_video"
 
 
@@ -253,7 +253,7 @@ def is_sam3(
         return read_config(name).get("model_type") in SAM3_TYPES
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]*sam3[\w.-]*", name, re.IGNORECASE))
 
-# %% ../../nbs/segmenters/sam3.ipynb #6a860487
+# %% ../../nbs/segmenters/sam3.ipynb #fbda572b
 def load_sam3(
     name: str,  # a folder in the layout of transformers, or a hub id
     device: str = "cpu",
