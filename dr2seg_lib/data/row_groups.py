@@ -63,11 +63,11 @@ def file_layout(
     with open_parquet(file) as parquet:
         return read_layout(parquet, file)
 
-# %% ../../nbs/data/row_groups.ipynb #6f165704
+# %% ../../nbs/data/row_groups.ipynb #x
 MAX_GROUP = 2**31  # bytes of a row group in memory
 IMAGE_ROWS, LABEL_ROWS = 16, 4096  # rows of a piece, with images and without
 
-
+# %% ../../nbs/data/row_groups.ipynb #6f165704
 def read_group(
     file: Path,
     g: int,  # number of the group

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -54,22 +55,24 @@ class Sam2Size:
     window_spec: tuple = (8, 4, 14, 7)
     d_model: int = 128  # channels of neck, prompt encoder and mask decoder
 
-    def build(self) -> nn.Module:
-        "A `SAM2Base` of this size on the CPU, its weights random."
-        trunk, neck = "image_encoder.trunk.", "image_encoder.neck."
-        sizes = NO_MEMORY | {
-            "image_size": self.image_size,
-            trunk + "embed_dim": self.embed_dim,
-            trunk + "stages": list(self.stages),
-            trunk + "global_att_blocks": list(self.global_att_blocks),
-            "+" + trunk + "window_spec": list(self.window_spec),
-            neck + "d_model": self.d_model,
-            neck + "position_encoding.num_pos_feats": self.d_model,
-            neck + "backbone_channel_list": [self.embed_dim * k for k in (8, 4, 2, 1)],
-        }
-        overrides = [hydra_override(k, v) for k, v in sizes.items()]
-        options = dict(hydra_overrides_extra=overrides, apply_postprocessing=False)
-        return import_sam2("build_sam").build_sam2(SAM2_BASE, device="cpu", **options)
+# %% ../../nbs/segmenters/sam2.ipynb #x
+@patch
+def build(self: Sam2Size) -> nn.Module:
+    "A `SAM2Base` of this size on the CPU, its weights random."
+    trunk, neck = "image_encoder.trunk.", "image_encoder.neck."
+    sizes = NO_MEMORY | {
+        "image_size": self.image_size,
+        trunk + "embed_dim": self.embed_dim,
+        trunk + "stages": list(self.stages),
+        trunk + "global_att_blocks": list(self.global_att_blocks),
+        "+" + trunk + "window_spec": list(self.window_spec),
+        neck + "d_model": self.d_model,
+        neck + "position_encoding.num_pos_feats": self.d_model,
+        neck + "backbone_channel_list": [self.embed_dim * k for k in (8, 4, 2, 1)],
+    }
+    overrides = [hydra_override(k, v) for k, v in sizes.items()]
+    options = dict(hydra_overrides_extra=overrides, apply_postprocessing=False)
+    return import_sam2("build_sam").build_sam2(SAM2_BASE, device="cpu", **options)
 
 # %% ../../nbs/segmenters/sam2.ipynb #22473626
 PROMPT_BATCH = 16  # prompts through the decoder at once
@@ -100,19 +103,21 @@ class Sam2Segmenter(Segmenter):
             masks.extend(self.best_masks(prompts[i : i + PROMPT_BATCH], image.shape[:2]))
         return masks
 
-    def best_masks(
-        self,
-        prompts: list,  # N of (box, point)
-        hw: tuple,  # (H,W)
-    ) -> np.ndarray:  # [N,H,W] bool
-        "The masks of a batch of prompts on the image that was set."
-        boxes, points = (np.array(v, dtype=np.float32) for v in zip(*prompts))  # [N,4] [N,2]
-        n = len(points)
-        masks, scores, _ = self.predictor.predict(
-            points[:, None], np.ones((n, 1)), box=boxes, multimask_output=True
-        )
-        best = scores.reshape(-1, 3).argmax(1)
-        return masks.reshape(-1, 3, *hw)[np.arange(n), best] > 0
+# %% ../../nbs/segmenters/sam2.ipynb #x
+@patch
+def best_masks(
+    self: Sam2Segmenter,
+    prompts: list,  # N of (box, point)
+    hw: tuple,  # (H,W)
+) -> np.ndarray:  # [N,H,W] bool
+    "The masks of a batch of prompts on the image that was set."
+    boxes, points = (np.array(v, dtype=np.float32) for v in zip(*prompts))  # [N,4] [N,2]
+    n = len(points)
+    masks, scores, _ = self.predictor.predict(
+        points[:, None], np.ones((n, 1)), box=boxes, multimask_output=True
+    )
+    best = scores.reshape(-1, 3).argmax(1)
+    return masks.reshape(-1, 3, *hw)[np.arange(n), best] > 0
 
 # %% ../../nbs/segmenters/sam2.ipynb #3506a6b8
 SAM2_FILES = "config.json", "model.safetensors"

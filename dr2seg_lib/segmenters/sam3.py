@@ -44,7 +44,7 @@ def repeat_features(
         fpn_position_encoding=expand_maps(features.fpn_position_encoding, n),
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #ad0a7efd
+# %% ../../nbs/segmenters/sam3.ipynb #6f271d5f
 def unite_masks(
     masks: Tensor,  # [N,h,w] logits
     hw: tuple,  # (H,W) of the picture
@@ -56,7 +56,7 @@ def unite_masks(
         union |= mask.cpu().numpy()
     return union
 
-# %% ../../nbs/segmenters/sam3.ipynb #055090be
+# %% ../../nbs/segmenters/sam3.ipynb #640a28d8
 def best_instance(
     boxes: np.ndarray,  # [N,4] in 0..1
     target: Target,  # in pixels
@@ -66,7 +66,7 @@ def best_instance(
     size = hw[::-1]
     return int(box_iou(boxes * (size * 2), [clip_prompt(target, size)[0]])[:, 0].argmax())
 
-# %% ../../nbs/segmenters/sam3.ipynb #4dc83633
+# %% ../../nbs/segmenters/sam3.ipynb #4ccf6624
 class Sam3Segmenter(Segmenter):
     "Meta's SAM 3, prompted by phrase, or by box."
 
@@ -97,7 +97,7 @@ class Sam3Segmenter(Segmenter):
         empty = np.zeros(hw, dtype=bool)
         return [unions.get(p, empty).copy() for p in prompts]
 
-# %% ../../nbs/segmenters/sam3.ipynb #4ccf6624
+# %% ../../nbs/segmenters/sam3.ipynb #c69a5633
 @patch
 def encode_image(self: Sam3Segmenter, image: np.ndarray):  # Sam3VisionEncoderOutput
     "The features of a picture."
@@ -106,7 +106,7 @@ def encode_image(self: Sam3Segmenter, image: np.ndarray):  # Sam3VisionEncoderOu
     )
     return self.model.get_vision_features(inputs.pixel_values.to(self.model.device))
 
-# %% ../../nbs/segmenters/sam3.ipynb #c69a5633
+# %% ../../nbs/segmenters/sam3.ipynb #ef16d9c2
 @patch
 def draw_batch(
     self: Sam3Segmenter, features, prompts: list, hw: tuple
@@ -125,7 +125,7 @@ def draw_batch(
         unions[prompt] = unite_masks(masks[kept], hw)
     return unions
 
-# %% ../../nbs/segmenters/sam3.ipynb #ef16d9c2
+# %% ../../nbs/segmenters/sam3.ipynb #35c84a30
 @patch
 def phrase_inputs(self: Sam3Segmenter, phrases: list) -> dict:
     "What the model reads of phrases."
@@ -138,7 +138,7 @@ def phrase_inputs(self: Sam3Segmenter, phrases: list) -> dict:
         split_special_tokens=True,
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #35c84a30
+# %% ../../nbs/segmenters/sam3.ipynb #a7bf2de8
 @patch
 def box_inputs(self: Sam3Segmenter, targets: list, hw: tuple) -> dict:
     "What the model reads of boxes, whose last pixel is within."
@@ -151,14 +151,14 @@ def box_inputs(self: Sam3Segmenter, targets: list, hw: tuple) -> dict:
         return_tensors="pt",
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #a7bf2de8
+# %% ../../nbs/segmenters/sam3.ipynb #255bd00d
 @patch
 def save(self: Sam3Segmenter, folder: Path):
     "Write model and processor in the layout of transformers; the folder is made if missing."
     self.model.save_pretrained(folder)
     self.processor.save_pretrained(folder)
 
-# %% ../../nbs/segmenters/sam3.ipynb #08cb7746
+# %% ../../nbs/segmenters/sam3.ipynb #e15e0d6b
 def byte_tokenizer() -> CLIPTokenizer:
     "CLIP's tokenizer with a token a byte."
     letters, words = sorted(ByteLevel.alphabet()), []
@@ -167,7 +167,7 @@ def byte_tokenizer() -> CLIPTokenizer:
     words += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
-# %% ../../nbs/segmenters/sam3.ipynb #bcbb32eb
+# %% ../../nbs/segmenters/sam3.ipynb #94d1e286
 def text_config(
     tokenizer: CLIPTokenizer,
     width: int,
@@ -185,7 +185,7 @@ def text_config(
         pad_token_id=tokenizer.eos_token_id,
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #813f7801
+# %% ../../nbs/segmenters/sam3.ipynb #55cb50c9
 def vision_config(
     image_size: int,  # pixels, a multiple of 28
     part: dict,  # what all parts have in common
@@ -207,7 +207,7 @@ def vision_config(
         backbone_config=backbone,
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #5767a8bd
+# %% ../../nbs/segmenters/sam3.ipynb #b5133618
 @dataclass(frozen=True)
 class Sam3Size:
     "The sizes by which a small SAM 3 differs from `facebook/sam3`."
@@ -223,23 +223,25 @@ class Sam3Size:
         processor = Sam3Processor(Sam3ImageProcessor(size=side), tokenizer)
         return Sam3Segmenter(Sam3Model(self.config(tokenizer)), processor)
 
-    def config(self, tokenizer: CLIPTokenizer) -> Sam3Config:
-        "The configuration of this size."
-        mask_part = dict(
-            hidden_size=self.width, num_attention_heads=self.width // 16, initializer_range=0.2
-        )
-        part = mask_part | dict(intermediate_size=2 * self.width)
-        layers = dict(num_layers=self.layers)
-        return Sam3Config(
-            geometry_encoder_config=part | layers,
-            detr_encoder_config=part | layers,
-            detr_decoder_config=part | layers | dict(num_queries=self.queries),
-            mask_decoder_config=mask_part,
-            text_config=part | text_config(tokenizer, self.width, self.layers),
-            vision_config=vision_config(self.image_size, part),
-        )
+# %% ../../nbs/segmenters/sam3.ipynb #x
+@patch
+def config(self: Sam3Size, tokenizer: CLIPTokenizer) -> Sam3Config:
+    "The configuration of this size."
+    mask_part = dict(
+        hidden_size=self.width, num_attention_heads=self.width // 16, initializer_range=0.2
+    )
+    part = mask_part | dict(intermediate_size=2 * self.width)
+    layers = dict(num_layers=self.layers)
+    return Sam3Config(
+        geometry_encoder_config=part | layers,
+        detr_encoder_config=part | layers,
+        detr_decoder_config=part | layers | dict(num_queries=self.queries),
+        mask_decoder_config=mask_part,
+        text_config=part | text_config(tokenizer, self.width, self.layers),
+        vision_config=vision_config(self.image_size, part),
+    )
 
-# %% ../../nbs/segmenters/sam3.ipynb #2c7de1d0
+# %% ../../nbs/segmenters/sam3.ipynb #46b346f4
 SAM3_TYPES = "sam3", "sam3_video"
 
 
@@ -253,7 +255,7 @@ def is_sam3(
         return read_config(name).get("model_type") in SAM3_TYPES
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]*sam3[\w.-]*", name, re.IGNORECASE))
 
-# %% ../../nbs/segmenters/sam3.ipynb #fbda572b
+# %% ../../nbs/segmenters/sam3.ipynb #1001957e
 def load_sam3(
     name: str,  # a folder in the layout of transformers, or a hub id
     device: str = "cpu",
