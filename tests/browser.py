@@ -1,4 +1,7 @@
-"""A real JupyterLab in a real browser, for the tests and for the pictures of the README: python tests/browser.py RUN [OTHER] [--to docs]"""
+"""A real JupyterLab in a real browser, for the tests and for the pictures of the documentation.
+
+python tests/browser.py RUN [OTHER] [--to docs]
+"""
 
 import argparse
 import json
@@ -78,9 +81,8 @@ def jupyterlab(folder: Path):
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(
-                        f"JupyterLab did not start: {Path(log.name).read_text()[-2000:]}"
-                    )
+                    ending = Path(log.name).read_text()[-2000:]
+                    raise RuntimeError(f"JupyterLab did not start: {ending}") from None
                 time.sleep(0.3)
         yield address
     finally:
@@ -106,9 +108,12 @@ def browser(width=1440, height=1000):
 
 
 def command(page, name: str, args: dict | None = None, wait: bool = True):
-    "Runs a command of JupyterLab, and waits for what it does: that of a cell is over when the cell is."
+    "Runs a command of JupyterLab and waits for it: that of a cell is over when the cell is."
     page.evaluate(
-        "([name, args, wait]) => { const done = window.jupyterapp.commands.execute(name, args); return wait ? done.then(() => {}) : null }",
+        """([name, args, wait]) => {
+            const done = window.jupyterapp.commands.execute(name, args);
+            return wait ? done.then(() => {}) : null;
+        }""",
         [name, args or {}, wait],
     )
 
@@ -121,7 +126,10 @@ def opened(page, address: str, name: str):
     if page.locator("#jp-left-stack:visible").count():
         command(page, "application:toggle-left-area")
     page.wait_for_function(
-        "() => { const p = window.jupyterapp.shell.currentWidget; return p && p.sessionContext && p.sessionContext.session && p.sessionContext.session.kernel && p.sessionContext.session.kernel.status === 'idle' }"
+        """() => {
+            const panel = window.jupyterapp.shell.currentWidget;
+            return panel?.sessionContext?.session?.kernel?.status === 'idle';
+        }"""
     )
 
 
@@ -262,13 +270,9 @@ def pictures(run: Path, other: Path | None, to: Path):
             for k, v in VIEWS.items()
             if other or k != "compare"
         }
-        notebook(
-            Path(folder) / "views.ipynb",
-            [
-                "from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground",
-                *views.values(),
-            ],
-        )
+        names = dict(compare="compare", inspector="inspect", live="live", playground="Playground")
+        imports = [f"from dr2seg_lib.viewing.{m} import {name}" for m, name in names.items()]
+        notebook(Path(folder) / "views.ipynb", ["\n".join(imports), *views.values()])
         with jupyterlab(folder) as address, browser(1240) as page:
             opened(page, address, "views.ipynb")
             command(page, "notebook:run-all-cells")

@@ -366,7 +366,7 @@ raise SystemExit(cli.main({list(args)!r}))"""
             ["train", "-p", "steps", "0"],
             'parameter "steps": input should be greater than or equal to 1, not 0',
         ),
-        (["train", "-p", "recipe", "x"], "method 'x' is unknown; use one of visionreasoner"),
+        (["train", "-p", "recipe", "x"], "method 'x' is unknown; use one of dpad, "),
         (
             ["train", "-p", "method", "nowhere.py:mine"],
             "method: nowhere.py does not exist; give the path of the file that holds mine",
