@@ -19,8 +19,9 @@ from ..core.masks import iou, mask_box, ratio
 from ..data.samples import Target
 from ..models.attention_maps import image_attention
 from ..models.chat import encode_text
-from ..models.policy import EncodedImage, Policy
+from ..models.policy import Policy
 from ..models.prefix_cache import Prefix
+from ..models.vision import EncodedImage
 from ..segmenters.base import Segmenter
 
 # %% ../../nbs/methods/rea2seg_candidates.ipynb #9aba3a30

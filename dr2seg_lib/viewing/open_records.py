@@ -11,7 +11,7 @@ from reprlib import repr as brief
 
 from pydantic import ValidationError
 
-from .record_types import parse_strict_json
+from .record_types import by_todays_names, parse_strict_json
 
 # %% ../../nbs/viewing/open_records.ipynb #af3ecab4
 _MEND = dict(
@@ -139,7 +139,7 @@ def open_json(
         return {}, _told(path.name, e)
     if not isinstance(value, dict):
         return {}, f"{path.name} is {brief(value)}; make it an object"
-    value, wrong = fit_record(schema.by_todays_names(value), schema)
+    value, wrong = fit_record(by_todays_names(value, schema), schema)
     return value, _told(path.name, wrong) if wrong else ""
 
 
@@ -150,7 +150,7 @@ def read_strictly(
     "What a file of one object holds; where anything does not fit, a sentence."
     try:
         value = parse_strict_json(_bytes(path))
-        known = schema.by_todays_names(value) if isinstance(value, dict) else value
+        known = by_todays_names(value, schema) if isinstance(value, dict) else value
         return check_record(known, schema)
     except FileNotFoundError:
         wrong = f"{path} does not exist; check the run folder's name"

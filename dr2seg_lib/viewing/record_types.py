@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'Number', 'Share', 'Count', 'Numbers', 'Named', 'Label', 'Tags', 'Time', 'IntervalRecord', 'Measure',
            'Names', 'Box', 'Point', 'MAX_AREA', 'Side', 'Size', 'Row', 'Grid', 'parse_strict_json', 'LooseRecord',
-           'RecordedParameters', 'Resumed', 'RunRecord', 'ProgressRecord', 'MetricsRecord', 'ObjectRecord',
-           'ParsedRecord', 'ResponseRecord', 'CombinationRecord', 'RolloutRecord', 'RunLengths', 'PredictionRecord',
-           'CandidateRecord', 'ChoiceRecord', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord', 'EvaluatedRecord',
-           'ResultsRecord', 'EntropiesRecord']
+           'RecordedParameters', 'Resumed', 'RunRecord', 'by_todays_names', 'ProgressRecord', 'MetricsRecord',
+           'ObjectRecord', 'ParsedRecord', 'ResponseRecord', 'CombinationRecord', 'RolloutRecord', 'RunLengths',
+           'PredictionRecord', 'CandidateRecord', 'ChoiceRecord', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord',
+           'EvaluatedRecord', 'ResultsRecord', 'EntropiesRecord']
 
 # %% ../../nbs/viewing/record_types.ipynb #c8a82974
 import json
@@ -79,11 +79,6 @@ class LooseRecord(BaseModel):
     "Known fields have their types; others may be there."
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-    @classmethod
-    def by_todays_names(cls, value: dict) -> dict:
-        "A record with the names that its fields have today."
-        return value
 
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -160,15 +155,6 @@ class Resumed(LooseRecord):
 class RunRecord(LooseRecord):
     "run.json; its parameters by their dotted names, whichever version has written it."
 
-    @classmethod
-    def by_todays_names(cls, value: dict) -> dict:
-        parameters = value.get("parameters")
-        if not isinstance(parameters, dict):
-            return value
-        if "recipes" in parameters:
-            parameters = nested_parameters(parameters, SWEEP_NAMES)
-        return value | {"parameters": flat_parameters(parameters)}
-
     status: str | None = None
     parameters: RecordedParameters | None = None
     seed: Count | None = None
@@ -181,6 +167,16 @@ class RunRecord(LooseRecord):
     machine: str | None = None
     error: str | None = None
     frame: Annotated[int, Field(ge=1, le=10**5)] | None = None
+
+
+def by_todays_names(value: dict, schema: type) -> dict:  # value: of JSON
+    "A run's record with its parameters by their dotted names; any other record as it is."
+    parameters = value.get("parameters")
+    if schema is not RunRecord or not isinstance(parameters, dict):
+        return value
+    if {"recipes", "settings"} & parameters.keys():
+        parameters = nested_parameters(parameters, SWEEP_NAMES)
+    return value | {"parameters": flat_parameters(parameters)}
 
 
 class ProgressRecord(LooseRecord):

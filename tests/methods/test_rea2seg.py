@@ -54,7 +54,7 @@ from dr2seg_lib.pretraining.judge import (
     spoil_prompt,
     train_judge,
 )
-from dr2seg_lib.pretraining.policy import make_model
+from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import make_processor, make_tokenizer
 from dr2seg_lib.rollouts.parsing import find_block, parse_response
 from dr2seg_lib.rollouts.response import Response
