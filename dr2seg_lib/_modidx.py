@@ -748,6 +748,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                             'dr2seg_lib/evaluation/evaluate.py'),
                                                 'dr2seg_lib.evaluation.evaluate.answer_greedily': ( 'evaluation/evaluate.html#answer_greedily',
                                                                                                     'dr2seg_lib/evaluation/evaluate.py'),
+                                                'dr2seg_lib.evaluation.evaluate.append_predictions': ( 'evaluation/evaluate.html#append_predictions',
+                                                                                                       'dr2seg_lib/evaluation/evaluate.py'),
                                                 'dr2seg_lib.evaluation.evaluate.dataset_info': ( 'evaluation/evaluate.html#dataset_info',
                                                                                                  'dr2seg_lib/evaluation/evaluate.py'),
                                                 'dr2seg_lib.evaluation.evaluate.draw_answer': ( 'evaluation/evaluate.html#draw_answer',

@@ -65,7 +65,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, say
 
 def is_lasting(output) -> bool:
     "Whether an output is worth keeping: no warning, no widget that only lives in its kernel."
-    return output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+    data = output.get("data", {})
+    return output.get("name") != "stderr" and (WIDGET not in data or "image/png" in data)
 
 
 def text_of(output) -> str:

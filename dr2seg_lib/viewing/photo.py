@@ -393,6 +393,7 @@ def segment_photo(
             [Sample(name, image, query, ())],
             METHODS[who.method.name].prompt,
             who.rollout.max_new_tokens,
+            METHODS[who.method.name].parse,
         )
         prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, size)
 

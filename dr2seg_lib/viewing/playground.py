@@ -165,7 +165,9 @@ class Playground(View):
         self.busy = "thinking"
         self.prefix = self.policy.prefill([self.recipe.prompt(self.query, eval=True)], self.seen)
         said = to_responses(
-            self.policy, self.policy.generate(self.prefix, 1, self.longest, temperature=0)
+            self.policy,
+            self.policy.generate(self.prefix, 1, self.longest, temperature=0),
+            self.recipe.parse,
         )[0]
         self.first = self._told(said, began)
         self.segment(
@@ -197,6 +199,7 @@ class Playground(View):
             self.longest,
             0,
             None,
+            self.recipe.parse,
         )[0][0]
         self.second, self.busy = self._told(said, began), ""
         return said
