@@ -1,9 +1,10 @@
-# Four commands: make demo, make test, make lab, make clean. They set the environment up when it is missing or stale.
+# make demo, test, lab: the workbench. make check, format, docs: for those who change it.
+# Each sets the environment up when it is missing or stale.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lab clean
+.PHONY: install demo test lab check format docs clean
 
 install: $(STAMP)
 
@@ -25,6 +26,24 @@ test: install
 lab: install
 	$(BIN)/jupyter lab nbs/tours/00_tour.ipynb
 
+# The fast gate, under a minute: form, exports, packages, and the tests that take no model's time.
+QUICK := tests/test_layout.py tests/core tests/methods/test_rewards.py tests/training/test_grpo.py
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(QUICK) -q -m "not slow and not browser"
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+# The documentation site, in site/. Nothing is downloaded and no notebook is run.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build *.egg-info .pytest_cache .hypothesis
+	rm -rf build site *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find dr2seg_lib nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

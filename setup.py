@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
-    package_data={cfg["lib_name"]: ["weights/**", "static/*"]},
+    package_data={cfg["lib_name"]: ["weights/**", "viewing/templates/*", "viewing/static/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),

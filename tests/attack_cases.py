@@ -451,7 +451,7 @@ def question(case: Case) -> Callable:
     )
     return rng.choice(
         (
-            lambda: evaluate(folder),
+            lambda: evaluate_on(folder),
             command("check", folder),
             command(
                 "segment",

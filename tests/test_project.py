@@ -1,13 +1,8 @@
-"The project as a whole: notebooks, exported modules, versions and files agree."
+"The project as a whole: notebooks run, parameters, versions and files agree."
 
-import ast
 import json
-import re
-import shutil
 import subprocess
-import sys
 from configparser import ConfigParser
-from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -20,105 +15,12 @@ from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig
 from dr2seg_lib.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
 LIBRARY = [p for p in NOTEBOOKS if "#| default_exp" in p.read_text()]
 EXPERIMENTS = [p for p in NOTEBOOKS if p.parent.name == "experiments" and p not in LIBRARY]
-# A package imports only from those before it; the list is the reading order.
-ORDER = (
-    "core data runs models segmenters scorers rollouts methods evaluation training experiments "
-    "viewing commands cli pretraining"
-).split()
 names = dict(ids=lambda p: str(p.relative_to(ROOT / "nbs").with_suffix("")))
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    "A copy of what nbdev reads and writes."
-    folder = tmp_path_factory.mktemp("copy")
-    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "weights")
-    for name in "nbs", "dr2seg_lib":
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in "settings.ini", "setup.py":
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def nbdev(command, folder):
-    done = subprocess.run([BIN / command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_modules_are_what_the_notebooks_export(copy):
-    before = {p.relative_to(ROOT) for p in (ROOT / "dr2seg_lib").rglob("*.py")}
-    for path in (copy / "dr2seg_lib").rglob("*.py"):
-        if path.name != "__init__.py":
-            path.unlink()
-    nbdev("nbdev_export", copy)
-    after = {p.relative_to(copy) for p in (copy / "dr2seg_lib").rglob("*.py")}
-    assert before == after, "a module without its notebook, or the other way round"
-    stale = [str(p) for p in sorted(before) if (ROOT / p).read_text() != (copy / p).read_text()]
-    assert not stale, f"run nbdev_export: {stale} differ from their notebooks"
-
-
-def test_notebooks_are_clean(copy):
-    nbdev("nbdev_clean", copy)
-    dirty = [
-        str(p.relative_to(ROOT))
-        for p in NOTEBOOKS
-        if p.read_bytes() != (copy / p.relative_to(ROOT)).read_bytes()
-    ]
-    assert not dirty, f"run nbdev_clean: {dirty}"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, **names)
-def test_the_title_is_the_one_heading_of_first_rank(path):
-    "Prose behind a stray # would be shown as headings, line by line."
-    said = [
-        re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S)
-        for c in json.loads(path.read_text())["cells"]
-        if c["cell_type"] == "markdown"
-    ]
-    titles = [line for text in said for line in text.splitlines() if re.match(r"# |#$", line)]
-    assert titles == said[0].splitlines()[:1], f"{path.name}: {titles[1:] or titles}"
-
-
-def imports_of(path):
-    "The modules of the library that a module imports, as file paths."
-    folder, tree = path.parent, ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        base = folder.joinpath(*[".."] * (node.level - 1), *(node.module or "").split("."))
-        for name in node.names:
-            for file in (base / name.name).with_suffix(".py"), base.with_suffix(".py"):
-                if file.exists():
-                    yield file.resolve()
-                    break
-
-
-def package_of(path):
-    return path.relative_to(ROOT / "dr2seg_lib").with_suffix("").parts[0]
-
-
-MODULES = [
-    p for p in (ROOT / "dr2seg_lib").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")
-]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "dr2seg_lib")))
-def test_a_package_imports_only_from_packages_before_it(path):
-    upward = [
-        p for p in imports_of(path) if ORDER.index(package_of(p)) > ORDER.index(package_of(path))
-    ]
-    assert not upward
-
-
-def test_no_module_imports_itself_by_a_detour():
-    graph = {p: set(imports_of(p)) for p in MODULES}
-    TopologicalSorter(graph).prepare()  # raises a CycleError
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, **names)
@@ -145,10 +47,17 @@ def test_the_parameters_of_an_experiment_are_those_of_its_configuration(name, co
     assert config(**{k: found[k] for k in config.model_fields}) == config()
 
 
+@pytest.fixture(scope="module")
+def python():
+    with notebooks.kernel() as opened:
+        yield opened
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LIBRARY, **names)
-def test_library_notebook_runs(path):
-    "Each in a kernel of its own; the text that its cells show is what is committed."
-    assert not notebooks.stale_cells(path, notebooks.execute(path))
+def test_library_notebook_runs(path, python):
+    "The text that its cells show is what is committed."
+    assert not notebooks.stale_cells(path, python.execute(path))
 
 
 def test_installed_package_follows_settings():

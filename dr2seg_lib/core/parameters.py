@@ -230,7 +230,8 @@ class EvaluateFields(ExperimentParameters):
     data: str = Field("mini", description="data set: mini, a path or a hub id")
     split: str = "val"
     protocol: Literal["lisa", "visionreasoner"] = Field(
-        "lisa", description="what ignored pixels are: not counted, or foreground (METHODS §5)"
+        "lisa",
+        description="what ignored pixels are: not counted, or foreground (docs/methods.md §5)",
     )
     samples: int = Field(0, ge=0, description="only the first so many; 0: all")
     batch: int = Field(32, ge=1, description="questions asked at once: memory, not mathematics")

@@ -18,7 +18,7 @@ class Table:
     def __init__(
         self,
         rows: list,  # of dict
-        columns: dict,  # key: format spec, or (header, format spec); the keys are looked up in the rows
+        columns: dict,  # a row's key: format spec, or (header, format spec)
     ):
         titled = {key: (key, c) if isinstance(c, str) else c for key, c in columns.items()}
         self.head = [header for header, _ in titled.values()]

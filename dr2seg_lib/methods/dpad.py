@@ -25,7 +25,7 @@ def dpad_prompt(
     query: str,  # the question
     eval: bool = False,  # see `question`
 ) -> str:  # user text
-    "DPAD's prompt: Seg-Zero's, and a caption last (METHODS §2)."
+    "DPAD's prompt: Seg-Zero's, and a caption last (docs/methods.md §2)."
     return fill_template(DPAD_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/dpad.ipynb #8ac5fb98

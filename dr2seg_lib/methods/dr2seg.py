@@ -46,7 +46,7 @@ def dr2seg_prompt(
     query: str,  # the question
     eval: bool = False,  # see `question`
 ) -> str:  # user text
-    "DR²Seg's first-pass prompt: think, describe, then answer (METHODS §2)."
+    "DR²Seg's first-pass prompt: think, describe, then answer (docs/methods.md §2)."
     return fill_template(DR2SEG_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/dr2seg.ipynb #5b184aae

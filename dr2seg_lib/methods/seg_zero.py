@@ -54,7 +54,7 @@ def seg_zero_prompt(
     query: str,  # the question
     eval: bool = False,  # see `question`
 ) -> str:  # user text
-    "Seg-Zero's prompt: think, then one object with a box and two points (METHODS §2)."
+    "Seg-Zero's prompt: think, then one object with a box and two points (docs/methods.md §2)."
     return fill_template(SEG_ZERO_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/seg_zero.ipynb #8062c84f

@@ -41,7 +41,7 @@ def visionreasoner_prompt(
     query: str,  # the question, or the description in DR²Seg's second pass
     eval: bool = False,  # see `question`
 ) -> str:  # user text
-    "VisionReasoner's prompt: think, then answer (METHODS §2)."
+    "VisionReasoner's prompt: think, then answer (docs/methods.md §2)."
     return fill_template(VISIONREASONER_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/visionreasoner.ipynb #ca33f2b4

@@ -31,7 +31,7 @@ class Sam2Segmenter(Segmenter):
         self.predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
 
     def masks(self, image: np.ndarray, targets: list) -> list:  # of [H,W] bool
-        "The best-scored of three masks, per object (METHODS §5)."
+        "The best-scored of three masks, per object (docs/methods.md §5)."
         if not targets:
             return []
         self.predictor.set_image(image)

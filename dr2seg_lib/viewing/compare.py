@@ -14,7 +14,7 @@ import traitlets as t
 from markupsafe import Markup
 from matplotlib import rc_context
 
-from ..core.markup import fill_html, join_html
+from ..core.templates import render
 from ..core.text_table import Table, format_cell, rows_table
 from ..data.samples import Sample
 from dr2seg_lib.viewing.figures import (
@@ -22,13 +22,15 @@ from dr2seg_lib.viewing.figures import (
     MUTED,
     Figure,
     figure_svg,
+    panels,
     short,
     training_curves,
 )
 from .open_records import open_rows
 from .record_types import MetricsRecord
-from .report_cards import drawn_answer, response_html, stored_mask
-from .report_pictures import picture_html
+from .report_pictures import layered_picture
+from .report_samples import drawn_answer, stored_mask
+from .responses import response_parts
 from .run_reader import RunReader
 from dr2seg_lib.viewing.tables import (
     _PER_SAMPLE,
@@ -103,10 +105,10 @@ def token_comparison_plot(
 ) -> Figure:
     "Reasoning tokens of every sample, each further arm against the first."
     (first, a), *others = arms.items()
-    a, panels = {r["sample"]: r for r in a}, len(others)
+    a = {r["sample"]: r for r in a}
     with rc_context(FIGURE_STYLE):
         fig, axes = panels(
-            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * panels + 0.4, height=3.6
+            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * len(others) + 0.4, height=3.6
         )
         for ax, (arm, b) in zip(axes, others):
             pairs = [(a[r["sample"]], r) for r in b if r["sample"] in a]
@@ -171,56 +173,31 @@ def disagreements(
     return won, lost
 
 # %% ../../nbs/viewing/compare.ipynb #01d7679a
-def _told(name, row, sample):  # an arm's answer to a sample
-    mask, targets, wrong = drawn_answer(sample, row, stored_mask)
-    caption = fill_html(
-        "<b>{}</b> IoU {:.2f} · {} tokens{}",
-        name,
-        row["iou"],
-        format_cell(row.get("tokens"), ".0f"),
-        wrong,
-    )
-    return fill_html(
-        "<div>{}<div class=d2-said>{}</div></div>",
-        picture_html(sample, mask, targets, caption),
-        response_html(row["text"]),
-    )
+def _answer(arm, row, sample):  # an arm's answer to a sample
+    mask, targets, problem = drawn_answer(sample, row, stored_mask)
+    facts = dict(arm=arm, iou=row["iou"], tokens=row.get("tokens"), problem=problem)
+    picture = layered_picture(sample, mask, targets)
+    return facts | dict(picture=picture, parts=response_parts(row["text"]))
 
 
 def qualitative_pairs(
     pairs: list,  # of `disagreements`
     names: tuple,  # of the two arms
     sample_of,  # row -> Sample | None
-) -> Markup:
+) -> list:  # of cards, as the template lays them out
     "Both answers to each sample, with their masks and chains."
-
-    def card(a, b):
-        sample = sample_of(a)
-        asked = fill_html(
-            "<div><h4>{}</h4><p class=d2-meta>{}</p>{}</div>",
-            a["query"],
-            a["sample"],
-            picture_html(sample) if sample else "",
-        )
-        return fill_html(
-            '<article class="d2-card d2-trio">{}{}{}</article>',
-            asked,
-            _told(names[0], a, sample),
-            _told(names[1], b, sample),
-        )
-
-    return join_html(card(a, b) for a, b in pairs)
+    cards = []
+    for pair in pairs:
+        sample, first = sample_of(pair[0]), pair[0]
+        answers = [_answer(arm, row, sample) for arm, row in zip(names, pair)]
+        head = dict(query=first["query"], id=first["sample"], picture=layered_picture(sample))
+        cards.append(head | dict(answers=answers))
+    return cards
 
 
-def _part(title, body, note=""):
-    said = fill_html("<p class=d2-meta>{}</p>", note) if note else ""
-    return (
-        fill_html("<section><h3>{}</h3>{}{}</section>", title, said, body) if body else Markup("")
-    )
-
-
-def _chart(fig, label):
-    return fill_html("<div class=d2-chart>{}</div>", figure_svg(fig, label))
+def _part(title, note="", **body):  # a section: chart, table, text or cards
+    empty = dict(chart="", table="", text="", cards=[], columns=[])
+    return empty | dict(title=title, note=note) | body
 
 
 class Comparison(View):
@@ -265,62 +242,48 @@ class Comparison(View):
 
     def page(self) -> Markup:
         "All of it as HTML."
-        count = f"{sum(map(len, self.arms.values()))} runs"
-        out = fill_html(
-            "<div class=d2-top><b class=d2-name>{}</b><span class=d2-lead>{}</span></div>",
-            " against ".join(self.arms),
-            count,
-        )
-        out += join_html(fill_html("<p class=d2-notice>{}</p>", m) for m in self.missing)
-        if self.metrics:
-            out += _part(
-                "Training",
-                _chart(
-                    training_curves(self.metrics),
-                    "answer entropy, reasoning tokens and accuracy over training",
-                ),
-                "A line is the mean over an arm’s seeds, the band their range."
-                if any(len(v) > 1 for v in self.metrics.values())
-                else "",
-            )
+        parts = [self.curves()] if self.metrics else []
         if len(self.rows) < 2:
-            return out + _part(
-                "Held-out samples",
-                Markup("<p>Fewer than two of these have been evaluated after training.</p>"),
-            )
-        return out + self.with_statistics() + self.answers()
+            text = "Fewer than two of these have been evaluated after training."
+            parts.append(_part("Held-out samples", text=text))
+        else:
+            parts += [self.measured(), *self.answers()]
+        lead = f"{sum(map(len, self.arms.values()))} runs"
+        page = dict(name=" against ".join(self.arms), lead=lead, notices=self.missing, parts=parts)
+        return render("compare.html.j2", page=page)
 
-    def measured(self) -> Markup:
+    def curves(self) -> dict:
+        "The training curves of all arms."
+        label = "answer entropy, reasoning tokens and accuracy over training"
+        seeds = any(len(v) > 1 for v in self.metrics.values())
+        note = "A line is the mean over an arm’s seeds, the band their range." if seeds else ""
+        return _part("Training", note, chart=figure_svg(training_curves(self.metrics), label))
+
+    def measured(self) -> dict:
         "Differences, and tokens sample by sample."
         table = _part(
             "Held-out samples",
-            fill_html("<div class=d2-scroll>{}</div>", measure_differences(self.rows).html),
-            "After training; the differences are paired, ± half of the 95 % bootstrap interval over samples.",
+            "After training; the differences are paired, ± half of the 95 % bootstrap interval "
+            "over samples.",
+            table=measure_differences(self.rows).html,
         )
-        scatter = _part(
-            "Tokens, sample by sample",
-            _chart(
-                token_comparison_plot(self.rows), "reasoning tokens of each sample in both runs"
-            ),
-        )
-        return fill_html(
-            '<div class="d2-split{}">{}{}</div>',
-            " d2-wide" if len(self.rows) > 2 else "",
-            table,
-            scatter,
-        )
+        label = "reasoning tokens of each sample in both runs"
+        chart = figure_svg(token_comparison_plot(self.rows), label)
+        scatter = _part("Tokens, sample by sample", chart=chart)
+        return dict(columns=[table, scatter], wide=len(self.rows) > 2)
 
-    def answers(self) -> Markup:
+    def answers(self) -> list:
         "Where the first two arms disagree."
-        (first, second), out = list(self.rows)[:2], Markup("")
+        (first, second), parts = list(self.rows)[:2], []
         one, two = self.seeds[first][0], self.seeds[second][0]  # a chain is one seed's
-        of = f"{len(one)} samples{', of each the first seed' if len(self.seeds[first]) > 1 else ''}; right is an IoU of 0.5 or more."
+        seeds = ", of each the first seed" if len(self.seeds[first]) > 1 else ""
+        of = f"{len(one)} samples{seeds}; right is an IoU of 0.5 or more."
         for (x, y), pairs in zip(((first, second), (second, first)), disagreements(one, two)):
-            cards = qualitative_pairs(
-                pairs[: self.cards], (first, second), self.sample_of
-            ) or Markup("<p>No sample.</p>")
-            out += _part(f"{x} right, {y} wrong", cards, f"{len(pairs)} of {of}")
-        return out
+            cards = qualitative_pairs(pairs[: self.cards], (first, second), self.sample_of)
+            text = "" if cards else "No sample."
+            note = f"{len(pairs)} of {of}"
+            parts.append(_part(f"{x} right, {y} wrong", note, cards=cards, text=text))
+        return parts
 
     def still(self) -> Figure:
         return (

@@ -103,7 +103,7 @@ def still(self: Inspector) -> Figure:
 
 def inspect(
     run,  # a run's folder, or a `Run`
-    policy=None,  # whose attention is shown, see `cached_policy`; None: the run's own, where embedded
+    policy=None,  # whose attention is shown, see `cached_policy`; None: the run's own
 ) -> Inspector:
     "Look into a run, whatever state it is in."
     return Inspector(run, policy)

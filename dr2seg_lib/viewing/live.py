@@ -22,13 +22,9 @@ from dr2seg_lib.viewing.figures import (
     training_curves,
 )
 from .open_records import check_record, open_json, path_text
-from dr2seg_lib.viewing.record_types import (
-    MetricsRecord,
-    ProgressRecord,
-    RunRecord,
-    parse_strict_json,
-)
-from .run_reader import term_colours
+from .record_types import MetricsRecord, ProgressRecord, RunRecord
+from .reward_terms import term_colours
+from .strict_json import parse_strict_json
 from .view import View, notice_figure
 
 # %% ../../nbs/viewing/live.ipynb #2d60a4b5

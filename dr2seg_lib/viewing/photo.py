@@ -210,8 +210,8 @@ def segment_photo(
     adapter: str = "",  # a checkpoint
     segmenter: str = "",  # empty: grabcut for a box, else the adapter's run's, else embedded
     recipe: str = "",  # whose prompt is asked; empty: that of the adapter's run, else dr2seg
-    max_new_tokens: int = 0,  # empty: the adapter's run's, else 192 for embedded, 1,024 for any other
-    dtype: str = "",  # of the weights: float32 or bfloat16; empty: the adapter's run's, else float32
+    max_new_tokens: int = 0,  # 0: the adapter's run's, else 192 for embedded, 1,024 for others
+    dtype: str = "",  # of the weights: float32 or bfloat16; empty: the adapter's run's
     attention: str = "sdpa",  # eager, or flash for the vision tower
 ) -> SegmentedPhoto:
     "What answers a question in a photo, or what is in a box of it."

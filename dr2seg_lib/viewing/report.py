@@ -115,7 +115,7 @@ def report_html(
 def write_report(
     folder: Path,  # the run's
     out: Path = "report.html",  # a name in that folder, or a path of its own
-    lookup=None,  # sample id -> Sample | None: where pictures come from; None: from the run's own data
+    lookup=None,  # sample id -> Sample | None; None: pictures come from the run's own data
     cards: int = 3,  # samples of each kind
     seed: int = 0,  # of the samples drawn by lot
 ) -> Path:  # the report

@@ -106,7 +106,7 @@ def candidate_card(
     sample: Sample | None,  # None: no pictures
     targets: list = (),  # of Target, the direct answer's
 ) -> dict:
-    "A question: where the answer looked, every candidate with its score, and what was said of each."
+    "A question: where the answer looked, and every candidate with its score and its reason."
     scores = f"direct {row['direct']:.2f}, chosen {row['chosen']:.2f}"
     meta = [str(row["sample"]), tags_text(row), f"{scores}, best candidate {row['oracle']:.2f}"]
     places = enumerate(row["candidates"])

@@ -10,14 +10,12 @@ from pathlib import Path
 
 from .open_records import open_json, open_rows
 from dr2seg_lib.viewing.record_types import (
-    ChoiceRecord,
-    EntropiesRecord,
     MetricsRecord,
     PredictionRecord,
-    ResultsRecord,
     RolloutRecord,
     RunRecord,
 )
+from .result_types import ChoiceRecord, EntropiesRecord, ResultsRecord
 
 # %% ../../nbs/viewing/report_data.ipynb #6eab8200
 RUN_FILES = dict(

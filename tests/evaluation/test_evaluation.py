@@ -420,7 +420,7 @@ def test_under_a_launcher_of_ones_own(alone, tmp_path, monkeypatch):
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "dr2seg_lib.evaluation.evaluate.evaluate",
+        "dr2seg_lib.evaluation.evaluate",
         EvaluateConfig(**SMALL).model_dump_json(),
         str(tmp_path / "run"),
     ]

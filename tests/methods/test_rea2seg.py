@@ -559,9 +559,10 @@ def test_a_missing_scorer_is_named(monkeypatch, tmp_path):
 def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tiny):
     "By `load_policy`, which moves them to the GPU where there is one and tells a failure in a sentence."
     loaded = []
-    monkeypatch.setattr(
-        "dr2seg_lib.methods.rea2seg.load_policy", lambda name: loaded.append(name) or tiny
-    )
+    for module in "methods", "evaluation":
+        monkeypatch.setattr(
+            f"dr2seg_lib.{module}.rea2seg.load_policy", lambda name: loaded.append(name) or tiny
+        )
     run_rea2seg(
         Rea2SegConfig(model="some/model", scorer="some/scorer", samples=1, max_new_tokens=4),
         tmp_path / "run",

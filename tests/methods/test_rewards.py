@@ -1,4 +1,4 @@
-"Rewards against cases worked out by hand for every rule of METHODS §3, then properties."
+"Rewards against cases worked out by hand for every rule of docs/methods.md §3, then properties."
 
 import json
 import re

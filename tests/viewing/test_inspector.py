@@ -24,27 +24,23 @@ from dr2seg_lib.viewing.compare import (
     final_predictions,
     measure_differences,
 )
+from dr2seg_lib.viewing.group_view import rollout_entry
 from dr2seg_lib.viewing.inspector import inspect
 from dr2seg_lib.viewing.live import Live, live, training_columns
 from dr2seg_lib.viewing.playground import (
     Playground,
-    askable_sample,
-    cached_policy,
-    mask_from_runs,
     target_from_click,
 )
-from dr2seg_lib.viewing.run_reader import (
-    RunReader,
-    factor_of,
-    group_rollouts,
-    sample_by_id,
-    term_colours,
-)
-from dr2seg_lib.viewing.view import (
-    field_columns,
+from dr2seg_lib.viewing.playground_inputs import askable_sample, cached_policy
+from dr2seg_lib.viewing.reward_terms import factor_of, term_colours
+from dr2seg_lib.viewing.rollout_columns import field_columns
+from dr2seg_lib.viewing.run_groups import group_rollouts
+from dr2seg_lib.viewing.run_reader import RunReader
+from dr2seg_lib.viewing.run_samples import sample_by_id
+from dr2seg_lib.viewing.screen import (
     fit_picture,
+    mask_from_runs,
     prompt_shapes,
-    rollout_entry,
     row_run_lengths,
 )
 
@@ -226,7 +222,7 @@ def test_a_picture_that_cannot_be_had(whole, tmp_path):
     assert "the picture of photo-7 cannot be had" in widget.shown["note"]
     assert len(widget.shown["entries"]) == 8
     assert widget.still()._repr_mimebundle_()[0]["image/png"]
-    assert "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
+    assert "no mask" in widget.answer("rollouts", 0, 0)["note"]
 
 
 def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
@@ -309,7 +305,7 @@ def test_traits_and_messages(whole):
         "after",
     ]
     stored = widget.run.groups["evaluation"][0][0]
-    assert widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
+    assert widget.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
     assert encode_rle(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
     widget.at = 10**6
     assert widget.shown["at"] == 15
@@ -445,7 +441,7 @@ def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
     parameters = read_json(spoken / "run.json")["parameters"]
     for change, why in (
         (dict(model="Qwen/Qwen2.5-VL-7B-Instruct"), "is not loaded for a glance; give it"),
-        (dict(recipe="mine"), "the recipe mine is not known here; register it"),
+        (dict(recipe="mine"), "the method mine is not known here; register it"),
     ):
         update_record(tmp_path, parameters=parameters | change)
         told, grids = inspect(tmp_path).look("rollouts", 0, 0, "first")

@@ -14,9 +14,12 @@ from dr2seg_lib.rollouts.parsing import format_response
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import update_record
 from dr2seg_lib.viewing.report import report_html, write_report
-from dr2seg_lib.viewing.report_cards import reward_bar, select_samples, some_groups
 from dr2seg_lib.viewing.report_data import RUN_FILES, SHOWN_LATER, gather_run
-from dr2seg_lib.viewing.run_reader import group_rollouts, sample_by_id, term_colours
+from dr2seg_lib.viewing.report_rollouts import reward_bar, some_groups
+from dr2seg_lib.viewing.report_samples import select_samples
+from dr2seg_lib.viewing.reward_terms import term_colours
+from dr2seg_lib.viewing.run_groups import group_rollouts
+from dr2seg_lib.viewing.run_samples import sample_by_id
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +222,8 @@ def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
     assert len({id(g[0]) for gs in groups.values() for g in gs}) == 4
     terms = dict(thinking_format=1.0, accuracy=3.0, description=1.0, length=0.4)
     bar = reward_bar(terms, "length", term_colours(terms), (0, 8))
-    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", bar)]
+    widths = [segment["width"] for segment in bar]
+    assert [segment["lost"] for segment in bar] == [False, False, False, True]
     assert sum(widths[:-1]) * 8 / 100 == pytest.approx(5 * 0.4, abs=0.02)
     assert sum(widths) * 8 / 100 == pytest.approx(5, abs=0.02)
 

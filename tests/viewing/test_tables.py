@@ -62,7 +62,7 @@ def where(folder):
 
 
 def test_published_figures_are_those_of_methods():
-    "Spot checks, each typed from METHODS §7 once more."
+    "Spot checks, each typed from docs/methods.md §7 once more."
     rows = {
         (t, r["method"], r["on"]): (r["tokens"], r["gIoU"], r["cIoU"])
         for t, rs in published_tables().items()
