@@ -57,7 +57,7 @@ def load_arms(
     if isinstance(runs, dict):
         return {name: [opened(r) for r in listed(v)] for name, v in runs.items()}
     each = [opened(r) for r in runs]
-    recipes = [r.asked("recipe") or r.name for r in each]
+    recipes = [r.asked("method") or r.name for r in each]
     names = recipes if len(set(recipes)) > 1 else [r.name for r in each]
     return {n: [r for r, m in zip(each, names) if m == n] for n in dict.fromkeys(names)}
 

@@ -16,6 +16,7 @@ from dr2seg_lib.viewing.record_types import (
     RunRecord,
 )
 from .result_types import ChoiceRecord, EntropiesRecord, ResultsRecord
+from .run_parameters import asked_parameters
 
 # %% ../../nbs/viewing/report_data.ipynb #6eab8200
 RUN_FILES = dict(
@@ -55,8 +56,8 @@ def kind_of(
     info: dict,  # of run.json
 ) -> str:  # of SHOWN_LATER
     "What kind of run it is, by what was asked."
-    parameters = info.get("parameters") or {}
-    kinds = [kind for kind, name in _ASKED_BY.items() if name in parameters]
+    asked = asked_parameters(info)
+    kinds = [kind for kind, name in _ASKED_BY.items() if name in asked]
     return kinds[0] if kinds else "training"
 
 

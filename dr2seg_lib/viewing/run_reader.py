@@ -31,6 +31,7 @@ from dr2seg_lib.viewing.record_types import (
 )
 from .reward_terms import factor_of
 from .run_groups import group_rollouts, pair_predictions
+from .run_parameters import asked_parameters
 from dr2seg_lib.viewing.run_samples import (
     decode_stored_mask,
     local_data,
@@ -47,7 +48,7 @@ READER_SCHEMAS = {
 
 
 def _is_expected(name, info):  # whether a file's absence is worth a word
-    evaluates = bool((info.get("parameters") or {}).get("eval_samples"))
+    evaluates = bool(asked_parameters(info).get("eval_samples"))
     return name == "rollouts.jsonl" or info.get("status") == "done" and evaluates
 
 
@@ -75,7 +76,7 @@ class RunReader:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} does not exist; check the run folder's name")
         self.info, rows, problems = read_records(self.folder)
-        self.parameters = self.info.get("parameters") or {}
+        self.parameters = asked_parameters(self.info)
         self.missing = f"Not shown: {'; '.join(problems)}." if problems else ""
         rollouts, before, after = rows.values()
         pairs = pair_predictions(before, after)
@@ -84,10 +85,13 @@ class RunReader:
         self.terms = list(dict.fromkeys(k for r in rollouts for k in r["terms"]))
         self.masks, self._data = {}, {}
 
-    def asked(self, name: str, default=None):
-        "A parameter of the run; one that is `None` is as one that is not there."
-        value = self.parameters.get(name)
-        return default if value is None else value
+    def asked(
+        self,
+        name: str,  # of PARAMETER_NAMES
+        default=None,
+    ):
+        "A parameter of the run."
+        return self.parameters.get(name, default)
 
 # %% ../../nbs/viewing/run_reader.ipynb #70f18d19
 @patch(as_prop=True)
@@ -109,7 +113,7 @@ def lead(self: RunReader) -> str:
     steps = sorted({g[0]["step"] for g in self.groups["rollouts"]})
     data, seed = self.asked("data"), self.asked("seed")
     parts = [
-        self.asked("recipe"),
+        self.asked("method"),
         f"on {data}" if data else None,
         f"steps {steps[0]} to {steps[-1]}" if steps else None,
         None if seed is None else f"seed {seed}",
@@ -145,7 +149,7 @@ def asked_at(
     first = next(i for i, g in enumerate(groups) if g[0]["step"] == step)
     # runs of earlier versions have no parameter "texts"
     config = SimpleNamespace(texts=self.asked("texts", "all"), seed=self.asked("seed", 0))
-    places = epoch_stream(self.data("rollouts"), config, (step - 1) * self.parameters["prompts"])
+    places = epoch_stream(self.data("rollouts"), config, (step - 1) * self.parameters["questions"])
     left = at - first
     for data, i in islice(places, left + 1 + MAX_SKIPPED):
         try:

@@ -48,7 +48,7 @@ def speaker(
 # %% ../../nbs/viewing/word_attention.ipynb #2668b964
 def asked_method_name(run: RunReader) -> str:
     "The method of a run; one that this library does not know is named."
-    name = run.asked("method") or run.asked("recipe")
+    name = run.asked("method")
     if name not in METHODS:
         mend = "register it to see where the model looks"
         raise ValueError(f"the method {name} is not known here; {mend}")
