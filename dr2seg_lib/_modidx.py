@@ -1737,6 +1737,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                     'dr2seg_lib/viewing/paper_tables.py')},
             'dr2seg_lib.viewing.photo': { 'dr2seg_lib.viewing.photo.SegmentedPhoto': ( 'viewing/photo.html#segmentedphoto',
                                                                                        'dr2seg_lib/viewing/photo.py'),
+                                          'dr2seg_lib.viewing.photo.SegmentedPhoto.__repr__': ( 'viewing/photo.html#segmentedphoto.__repr__',
+                                                                                                'dr2seg_lib/viewing/photo.py'),
                                           'dr2seg_lib.viewing.photo.SegmentedPhoto._repr_png_': ( 'viewing/photo.html#segmentedphoto._repr_png_',
                                                                                                   'dr2seg_lib/viewing/photo.py'),
                                           'dr2seg_lib.viewing.photo.SegmentedPhoto.mask': ( 'viewing/photo.html#segmentedphoto.mask',

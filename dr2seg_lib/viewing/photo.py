@@ -66,7 +66,7 @@ def free_photo_names(
     return paths
 
 # %% ../../nbs/viewing/photo.ipynb #25b3e21e
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SegmentedPhoto:
     "What was found in a photo."
 
@@ -82,6 +82,9 @@ class SegmentedPhoto:
         "The union of what was found."
         nothing = np.zeros(self.image.shape[:2], bool)
         return np.any([nothing, *(t.mask for t in self.targets)], axis=0)
+
+    def __repr__(self):
+        return self.note
 
 # %% ../../nbs/viewing/photo.ipynb #4ad2c3e0
 @patch(as_prop=True)
