@@ -9,10 +9,10 @@ STAMP := .venv/.installed
 install: $(STAMP)
 
 # sam2 is built on the torch that the first line brings, so it comes second; its hash is checked.
-$(STAMP): settings.ini setup.py requirements-sam2.txt
+$(STAMP): settings.ini setup.py constraints.txt requirements-sam2.txt
 	$(PYTHON) -c "import sys; v = '%d.%d' % sys.version_info[:2]; sys.exit(sys.version_info < (3, 11) and f'Python 3.11 or newer is needed, {v} found; name one: make PYTHON=python3.11')"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -e ".[dev]"
+	$(BIN)/pip install -c constraints.txt -e ".[dev,sam2]"
 	SAM2_BUILD_CUDA=0 $(BIN)/pip install --no-deps --no-build-isolation --require-hashes -r requirements-sam2.txt
 	touch $@
 

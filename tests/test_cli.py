@@ -15,7 +15,8 @@ import nbformat
 import pydantic
 import pytest
 
-from dr2seg_lib.cli import build_parser, main
+import dr2seg_lib
+from dr2seg_lib.cli import main
 from dr2seg_lib.commands.execute import PARTIAL_NOTEBOOK, explain_error
 from dr2seg_lib.commands.parameters import (
     CONFIGS,
@@ -25,6 +26,7 @@ from dr2seg_lib.commands.parameters import (
     read_value,
 )
 from dr2seg_lib.commands.prepare import prepare_run, typed_parameters, with_preset
+from dr2seg_lib.commands.run import RunRequest
 from dr2seg_lib.commands.summary import caution_lines, run_summary
 from dr2seg_lib.core.files import read_json, write_json
 from dr2seg_lib.core.parameters import TrainFields, cut_note
@@ -258,6 +260,77 @@ def test_values_as_typed(text, value):
     assert read_value(text) == value
 
 
+# ---- the command line itself
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        ([], "missing command; see dr2seg --help"),
+        (["rnu"], "no such command 'rnu'. Did you mean 'run'?; see dr2seg --help"),
+        (["--outt"], "no such option: --outt; see dr2seg --help"),
+        (["run"], "run needs the name of an experiment; see dr2seg run --help"),
+        (["run", "train", "-p", "steps"], "option '-p' requires 2 arguments; see dr2seg --help"),
+        (["run", "a", "b"], "got unexpected extra argument(s) (b); see dr2seg run --help"),
+        (["check"], "missing argument 'DATA'; see dr2seg check --help"),
+        (
+            ["segment", "a.png", "--dtype", "half"],
+            "invalid value for '--dtype': 'half' is not one of 'float32', 'bfloat16'; "
+            "see dr2seg segment --help",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_not_understood_are_one_sentence(capsys, args, sentence):
+    assert main(args) == 2
+    assert capsys.readouterr() == ("", f"dr2seg: {sentence}\n")
+
+
+def test_a_value_may_start_with_a_minus_sign(capsys):
+    "argparse took it for an option."
+    assert main(["run", "train", "-p", "kl", "-1e999"]) == 2
+    assert "kl" in capsys.readouterr().err.partition(":")[2]
+
+
+@pytest.mark.parametrize("command", ["run", "runs", "check", "segment", "tables"])
+def test_every_command_has_help(capsys, command):
+    assert main([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert f"Usage: dr2seg {command}" in out
+    assert err == ""
+
+
+def test_help_of_an_experiment_lists_its_parameters(notebook, capsys):
+    assert main(["run", notebook(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--trust" in out
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["steps", "nap", "recipe"]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dr2seg {dr2seg_lib.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, completed",
+    [
+        ("dr2seg se", ["segment"]),
+        ("dr2seg run eval", ["evaluate"]),
+        ("dr2seg run train --pre", ["--preset"]),
+        ("dr2seg run train --preset reason", ["reasonseg_few_shot"]),
+        ("dr2seg tables --format ", ["markdown", "latex", "html"]),
+    ],
+)
+def test_the_shell_completes_words(words, completed):
+    request = dict(
+        _DR2SEG_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" "))
+    )
+    done = subprocess.run([DR2SEG], env=os.environ | request, capture_output=True, text=True)
+    assert done.stdout.split() == completed
+    assert done.stderr == ""
+
+
 # ---- quickly: before torch is imported
 
 
@@ -369,7 +442,8 @@ def test_segment_refuses_names_without_torch(tmp_path, args, says):
         (["run", "train", "-p", "lr", "inf"], 1.5),
         (["run", "evaluate", "-p", "adapter", "nope"], 1.5),
         (["runs"], 1),
-        (["--help"], 1),
+        (["--help"], 0.5),
+        (["run", "--help"], 1),
     ],
     ids=str,
 )
@@ -644,7 +718,10 @@ def test_a_record_that_may_not_be_read_is_unreadable():
         for run in "bad", "good":
             Run.create(folder / run, {}, bar=False).finish("done")
         (folder / "bad" / "run.json").chmod(0)
-        script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
+        script = f"""import encodings.utf_8_sig, os, dr2seg_lib.commands.summary
+from dr2seg_lib import cli
+os.geteuid() or os.seteuid(65534)
+cli.main(["runs", {name!r}])"""
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     lines = {Path(line.split()[0]).name: line for line in done.stdout.splitlines()}
     assert "unreadable" in lines["bad"]
@@ -969,17 +1046,13 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
         tmp_path / "run", dict(steps=5, processes=4, out="run", resume=False), bar=False
     ).finish("interrupted")
 
-    def asked(*given):
-        return prepare_run(
-            build_parser().parse_args(
-                ["run", path, "--resume", "--out", str(tmp_path / "run"), *given]
-            )
-        )[2]
+    def resumed(*pairs):
+        return prepare_run(RunRequest(path, pairs, out=tmp_path / "run", resume=True))[2]
 
-    assert asked() == dict(steps=5, processes=4)
-    assert asked("-p", "processes", "2") == dict(steps=5, processes=2)
+    assert resumed() == dict(steps=5, processes=4)
+    assert resumed(("processes", "2")) == dict(steps=5, processes=2)
     with pytest.raises(ValueError, match="was started with steps = 5, not 9"):
-        asked("-p", "steps", "9")
+        resumed(("steps", "9"))
 
 
 def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
@@ -1023,10 +1096,11 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
     "As root nothing is forbidden, so the command gives its rights away first."
     tmp_path.chmod(0o555)
-    script = f"""import os, pydantic, dr2seg_lib.training.trainer
+    script = f"""import os, pydantic, dr2seg_lib.commands.run, dr2seg_lib.training.trainer
 from dr2seg_lib import cli
 if os.geteuid() == 0: os.seteuid(65534)
-raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
+args = ["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]
+raise SystemExit(cli.main(args))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -1087,10 +1161,9 @@ def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(
 # ---- what a resume may do
 
 
-def asked(folder, *given, experiment="train"):
-    return prepare_run(
-        build_parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given])
-    )[2]
+def resumed(folder, *pairs, experiment="train", trust=False):
+    "The parameters with which a run in `folder` would go on."
+    return prepare_run(RunRequest(experiment, pairs, out=folder, resume=True, trust=trust))[2]
 
 
 @pytest.fixture
@@ -1115,9 +1188,9 @@ def ended(tmp_path):
     ],
 )
 def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
-    found = asked(ended, "-p", name, str(value))
-    assert found[name] == value
-    assert found["steps"] == 9
+    parameters = resumed(ended, (name, str(value)))
+    assert parameters[name] == value
+    assert parameters["steps"] == 9
 
 
 @pytest.mark.parametrize(
@@ -1134,9 +1207,9 @@ def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
     update_record(ended, status="done")
     with pytest.raises(ValueError, match="is done; only a run that ended early"):
-        asked(ended)
+        resumed(ended)
     (ended / PARTIAL_NOTEBOOK).write_text("{}")
-    assert asked(ended)["steps"] == 9
+    assert resumed(ended)["steps"] == 9
 
 
 RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.methods.dr2seg import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
@@ -1187,12 +1260,12 @@ def test_code_that_a_record_names_is_run_only_with_trust(experiment, parameters,
     assert "names code of a file, " in said
     assert "look at it, then add --trust" in said
     assert not (tmp_path / "it-ran").exists()
-    asked(tmp_path / "run", "--trust", experiment=experiment)
+    resumed(tmp_path / "run", experiment=experiment, trust=True)
     assert (tmp_path / "it-ran").exists() == (experiment == "train"), (
         "a sweep's workers load it themselves"
     )
     if experiment == "train":
-        assert asked(tmp_path / "run", "-p", "recipe", name)["recipe"] == name, (
+        assert resumed(tmp_path / "run", ("recipe", name))["recipe"] == name, (
             "who names the code trusts it"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import notebooks
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dr2seg_lib.evaluation.config import EvaluateConfig
 from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig
@@ -60,27 +61,66 @@ def test_library_notebook_runs(path, python):
     assert not notebooks.stale_cells(path, python.execute(path))
 
 
-def test_installed_package_follows_settings():
-    "setup.py takes everything from settings.ini, and what it asks for is what is installed."
+def settings_of(checkout):
+    "What settings.ini says."
     config = ConfigParser(delimiters=["="], interpolation=None)
-    config.read(ROOT / "settings.ini")
-    settings = config["DEFAULT"]
-    asked = [Requirement(r) for r in metadata.requires("dr2seg_lib")]
-    assert metadata.version("dr2seg_lib") == settings["version"]
-    runtime = {f"{r.name}{r.specifier}" for r in asked if r.marker is None}
-    assert runtime == set(settings["requirements"].split()), "run make install"
-    for extra in ("dev", "bench"):
-        mine = {
-            f"{r.name}{r.specifier}"
-            for r in asked
-            if r.marker and r.marker.evaluate({"extra": extra})
-        }
-        assert mine == set(settings[f"{extra}_requirements"].split())
-    here = [
-        r for r in asked if r.marker is None or r.marker.evaluate({"extra": "dev"})
-    ]  # bench is installed by who runs it
-    wrong = [str(r) for r in here if metadata.version(r.name).split("+")[0] not in r.specifier]
-    assert not wrong, f"installed in other versions: {wrong}"
+    config.read(checkout / "settings.ini")
+    return config["DEFAULT"]
+
+
+SETTINGS = settings_of(ROOT)
+EXTRAS = [f.removesuffix("_requirements") for f in SETTINGS if f.endswith("_requirements")]
+
+
+def requirements(field):
+    "{name: range} of one list of settings.ini."
+    asked = map(Requirement, SETTINGS[field].split())
+    return {canonicalize_name(r.name): r.specifier for r in asked}
+
+
+def pinned():
+    "{name: version} of constraints.txt."
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = (line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def installed_requirements(extra=None):
+    "{name: range} that the installed package asks for."
+    asked = map(Requirement, metadata.requires("dr2seg_lib"))
+    if extra:
+        chosen = [r for r in asked if r.marker and r.marker.evaluate({"extra": extra})]
+    else:
+        chosen = [r for r in asked if r.marker is None]
+    return {canonicalize_name(r.name): r.specifier for r in chosen}
+
+
+def test_the_installed_package_has_the_version_of_settings():
+    assert metadata.version("dr2seg_lib") == SETTINGS["version"]
+
+
+def test_the_installed_package_asks_for_what_settings_say():
+    assert installed_requirements() == requirements("requirements"), "run make install"
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_installed_extras_are_those_of_settings(extra):
+    assert installed_requirements(extra) == requirements(f"{extra}_requirements")
+
+
+@pytest.mark.parametrize("field", ["requirements", *(f"{e}_requirements" for e in EXTRAS)])
+def test_every_requirement_is_pinned_within_its_range(field):
+    pins = pinned()
+    outside = [n for n, specifier in requirements(field).items() if pins.get(n, "0") not in specifier]
+    assert not outside
+
+
+def test_what_is_installed_is_what_is_pinned():
+    "bench is installed by who runs it."
+    pins, fields = pinned(), ("requirements", "sam2_requirements", "dev_requirements")
+    names = set().union(*map(requirements, fields))
+    versions = {name: metadata.version(name).split("+")[0] for name in names}
+    assert versions == {name: pins[name] for name in names}
 
 
 def test_sam2_is_the_pinned_one():

@@ -193,7 +193,12 @@ def step_metrics(
 
 
 def rollout_records(
-    step: int, groups: list, terms: dict, reward: Tensor, advantage: Tensor
+    step: int,
+    groups: list,
+    terms: dict,  # {name: [B,n]}
+    reward: Tensor,  # [B,n]
+    advantage: Tensor,  # [B,n]
+    combination: dict,  # how the terms make the reward, see `Method.combination`
 ) -> list[dict]:
     "The rollout records of a step's first groups; the other arguments may have more."
     return [
@@ -207,6 +212,7 @@ def rollout_records(
             second=two.record() if two else None,
             description=one.parsed.description,
             terms={k: v[b, i].item() for k, v in terms.items()},
+            combination=combination,
             reward=reward[b, i].item(),
             advantage=advantage[b, i].item(),
         )
@@ -297,7 +303,7 @@ def build_training_state(
     recipe = replace(
         load_method(config.recipe), anchor=config.anchor, gamma=config.gamma, scorer=config.scorer
     )
-    if recipe.form:
+    if recipe.dpad_variant:
         cached_scorer(recipe.scorer)  # a wrong name is told before anything is asked
     if recipe.segmenter:
         recipe = replace(recipe, segmenter=config.segmenter)
@@ -345,6 +351,7 @@ def train_step(
             config.temperature,
             seed=step_seed(config, step) + 2 * own * config.samples,
             clock=clock,
+            parse=recipe.parse,
         )
     with clock("reward"):
         terms, reward = compute_rewards(rolled, recipe, policy.frame)
@@ -356,7 +363,7 @@ def train_step(
         accelerator, rolled.groups, terms, reward, advantage
     )
     return step_metrics(step, groups, terms, reward, stats, lr, clock), rollout_records(
-        step, groups[: config.record], terms, reward, advantage
+        step, groups[: config.record], terms, reward, advantage, recipe.combination(terms)
     )
 
 # %% ../../nbs/training/trainer.ipynb #61b12339
@@ -429,7 +436,8 @@ def evaluate_and_save(
                 min(64, math.ceil(len(data) / accelerator.num_processes)),
                 config.max_new_tokens,
                 progress=lambda i, n: run.progress(f"evaluating {when}", i, n),
-                crew=accelerator,
+                accelerator=accelerator,
+                parse=recipe.parse,
             )
         if first:
             write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)

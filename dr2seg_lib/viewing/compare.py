@@ -108,7 +108,9 @@ def token_comparison_plot(
     a = {r["sample"]: r for r in a}
     with rc_context(FIGURE_STYLE):
         fig, axes = panels(
-            [f"{short(arm)}, tokens" for arm, _ in others], width=4.2 * len(others) + 0.4, height=3.6
+            [f"{short(arm)}, tokens" for arm, _ in others],
+            width=4.2 * len(others) + 0.4,
+            height=3.6,
         )
         for ax, (arm, b) in zip(axes, others):
             pairs = [(a[r["sample"]], r) for r in b if r["sample"] in a]
@@ -177,7 +179,7 @@ def _answer(arm, row, sample):  # an arm's answer to a sample
     mask, targets, problem = drawn_answer(sample, row, stored_mask)
     facts = dict(arm=arm, iou=row["iou"], tokens=row.get("tokens"), problem=problem)
     picture = layered_picture(sample, mask, targets)
-    return facts | dict(picture=picture, parts=response_parts(row["text"]))
+    return facts | dict(picture=picture, parts=response_parts(row))
 
 
 def qualitative_pairs(

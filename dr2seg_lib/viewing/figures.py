@@ -19,17 +19,12 @@ from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure as MplFigure
 
+from ..methods.names import method_colour, method_names
+
 # %% ../../nbs/viewing/figures.ipynb #8335198d
 MUTED = "#808893"
-METHOD_COLOURS = dict(
-    visionreasoner="#c8780a",
-    dr2seg_desc="#149a80",
-    dr2seg="#5470ee",
-    dpad="#c2488f",
-    seg_zero="#7f8c2d",
-    pixelthink="#9a62d8",
-)
-OTHER_COLOURS = "#d0503f", "#1f93b8", "#a07a4a", "#6b8f5e"  # for recipes made in a notebook
+METHOD_COLOURS = {name: method_colour(name) for name in method_names() if method_colour(name)}
+OTHER_COLOURS = "#d0503f", "#1f93b8", "#a07a4a", "#6b8f5e"  # for arms without one of their own
 FIGURE_STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -69,9 +64,9 @@ FIGURE_STYLE = {
 def arm_colours(
     arms,  # names
 ) -> dict:  # name: colour
-    "A colour for every arm: the recipe's own, or the next free one; a run without a name has the colour of dr2seg."
+    "A colour for every arm: the method's own, or the next free one; without a name dr2seg's."
     spare = cycle(OTHER_COLOURS)
-    return {arm: METHOD_COLOURS.get(arm or "dr2seg") or next(spare) for arm in arms}
+    return {arm: method_colour(arm or "dr2seg") or next(spare) for arm in arms}
 
 
 class Figure(MplFigure):

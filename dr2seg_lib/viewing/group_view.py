@@ -9,14 +9,14 @@ __all__ = ['RUN_VIEW', 'UP', 'DOWN', 'rollout_entry', 'group_view', 'answer_view
 from matplotlib import rc_context
 
 from ..core.templates import render
-from ..rollouts.parsing import parse_response, to_image_coordinates
+from ..rollouts.parsing import to_image_coordinates
 from .figures import FIGURE_STYLE, METHOD_COLOURS, MUTED, Figure, overlay, short
 from .report_pictures import PAGE_SIDE
 from .report_samples import tags_text
 from .responses import pass_html
 from .reward_terms import split_terms, term_colours
 from .run_reader import RunReader
-from .run_samples import response_text, truth_iou, truth_mask
+from .run_samples import response_parse, truth_iou, truth_mask
 from dr2seg_lib.viewing.screen import (
     data_uri,
     fit_picture,
@@ -27,8 +27,8 @@ from dr2seg_lib.viewing.screen import (
 from .view import fill_lines
 
 # %% ../../nbs/viewing/group_view.ipynb #4efe8f99
-def _description(text):  # of a response
-    return render("description.html.j2", text=parse_response(text).description)
+def _description(row):
+    return render("description.html.j2", text=response_parse(row).description)
 
 
 def _prediction_entry(row):
@@ -58,14 +58,15 @@ def rollout_entry(
     number: int,  # in its group
 ) -> dict:
     "A rollout as its card and its bars need it."
-    head = dict(number=number, description=_description(response_text(row)))
+    head = dict(number=number, description=_description(row))
     return head | (_rollout_entry(row) if "first" in row else _prediction_entry(row))
 
 # %% ../../nbs/viewing/group_view.ipynb #ffc2315d
 def _picture(sample, group, frame):  # the sample as it is drawn; boxes and points of each entry
     image = fit_picture(sample.image)
     screen = image.shape[1], image.shape[0]
-    targets = [to_image_coordinates(response_text(r), frame, sample.size) for r in group]
+    objects = [response_parse(r).objects for r in group]
+    targets = [to_image_coordinates(each, frame, sample.size) for each in objects]
     shapes = [prompt_shapes(each, sample.size, screen) for each in targets]
     picture = dict(image=data_uri(image, 92), size=screen, note="")
     return truth_view(sample, screen) | picture, shapes

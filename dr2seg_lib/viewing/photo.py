@@ -198,7 +198,7 @@ def _segment_question(photo, query, who, attention):
     policy = load_policy(who.model, who.adapter, who.dtype, attention)
     sample, prompt = Sample(name, image, query, ()), METHODS[who.recipe].prompt
     (response,) = answer_greedily(policy, [sample], prompt, who.max_new_tokens)
-    prompts = segmenter_prompts(drawer, response.text, query, policy.frame, sample.size)
+    prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, sample.size)
     targets = _segmented(drawer, image, prompts)
     asked = {k: getattr(who, k) for k in ("model", "adapter", "recipe", "segmenter")}
     return SegmentedPhoto(name, image, query, targets, asked, response)

@@ -20,7 +20,7 @@ from ..data.samples import Target
 from ..methods.base import Method
 from ..methods.registry import METHODS
 from ..models.policy import Policy
-from ..rollouts.parsing import to_image_coordinates
+from ..rollouts.parsing import parsed_record, recorded_parse, to_image_coordinates
 from ..rollouts.response import Response, to_responses
 from ..rollouts.two_stage import second_pass
 from .figures import FIGURE_STYLE, Figure, overlay, panels
@@ -101,6 +101,7 @@ def _shown(self: Playground, response, began) -> dict:  # a pass as the browser 
         tokens=response.think_tokens,
         seconds=time.perf_counter() - began,
         text=response.text,
+        parsed=parsed_record(response.parsed),
     )
 
 
@@ -114,7 +115,7 @@ def ask(self: Playground, query: str | None = None) -> Response:
     tokens = self.policy.generate(self.prefix, 1, self.max_new_tokens, temperature=0)
     response = to_responses(self.policy, tokens)[0]
     self.first = self._shown(response, began)
-    self.segment(self._targets(response.text), "first pass")
+    self.segment(self._targets(response.parsed), "first pass")
     self.describe(response.parsed.description or "")
     return response
 
@@ -139,8 +140,8 @@ def describe(self: Playground, description: str) -> Response | None:  # None: no
 
 # %% ../../nbs/viewing/playground.ipynb #5dea01ce
 @patch
-def _targets(self: Playground, text):  # boxes and points of a response, in pixels
-    return to_image_coordinates(text, self.policy.frame, self.sample.size)
+def _targets(self: Playground, parsed):  # boxes and points of a response, in pixels
+    return to_image_coordinates(parsed.objects, self.policy.frame, self.sample.size)
 
 
 @patch
@@ -193,7 +194,7 @@ def _click(self: Playground, content):  # the segmenter, on a box or a point of 
 def _again(self: Playground, name):  # the segmenter, on what a pass has said
     if self.first:
         said = self.second if name == "second" else self.first
-        self.segment(self._targets(said["text"]), f"{name} pass")
+        self.segment(self._targets(recorded_parse(said)), f"{name} pass")
 
 # %% ../../nbs/viewing/playground.ipynb #1708ce00
 @patch

@@ -115,7 +115,7 @@ def candidate_card(
         meta=" · ".join(m for m in meta if m),
         attention=attention_uri(sample, row["grid"]) if sample else None,
         candidates=[_candidate(c, sample, targets, i == row.get("best")) for i, c in places],
-        parts=response_parts(row["text"]),
+        parts=response_parts(row),
     )
 
 # %% ../../nbs/viewing/report_choices.ipynb #a687ef3f

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from .open_records import open_json, open_rows
 from dr2seg_lib.viewing.record_types import (
+    LooseRunRecord,
     MetricsRecord,
     PredictionRecord,
     RolloutRecord,
-    RunRecord,
 )
 from .result_types import ChoiceRecord, EntropiesRecord, ResultsRecord
 from .run_parameters import asked_parameters
@@ -29,7 +29,7 @@ RUN_FILES = dict(
     predictions="predictions.jsonl",
 )
 REPORT_SCHEMAS = dict(
-    info=RunRecord,
+    info=LooseRunRecord,
     metrics=MetricsRecord,
     results=ResultsRecord,
     before=PredictionRecord,
@@ -72,7 +72,7 @@ def read_files(
     folder: Path,  # the run's
 ) -> tuple:  # kind; a value for each of RUN_FILES; {key: sentence} of what is left out
     "The files of a run, as far as they fit their schemas."
-    info, problem = open_json(folder / "run.json", RunRecord)
+    info, problem = open_json(folder / "run.json", LooseRunRecord)
     kind, values, problems = kind_of(info), dict(info=info), dict(info=problem)
     for key, schema in schemas_of(kind).items():
         if key != "info":

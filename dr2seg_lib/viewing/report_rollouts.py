@@ -12,11 +12,12 @@ from operator import itemgetter
 import numpy as np
 
 from ..data.samples import Sample
+from ..rollouts.combination import factor_of
 from .report_blocks import cards_section, draw_lots
 from .report_pictures import layered_picture
 from .report_samples import drawn_answer, stored_mask, tags_text
 from .responses import pass_parts
-from .reward_terms import factor_of, split_terms, term_colours
+from .reward_terms import split_terms, term_colours
 from .run_groups import group_rollouts
 from .run_samples import sample_by_id, truth_iou
 

@@ -71,7 +71,7 @@ def _answer(when, row, sample, drawn):  # one response to a sample with its pict
         tokens=row.get("tokens") or 0,
         problem=problem,
         picture=layered_picture(sample, mask, targets),
-        parts=response_parts(row["text"]),
+        parts=response_parts(row),
     )
 
 

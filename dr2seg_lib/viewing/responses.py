@@ -11,7 +11,7 @@ from itertools import accumulate
 from markupsafe import Markup
 
 from ..core.templates import render
-from ..rollouts.parsing import parse_response
+from ..rollouts.parsing import recorded_parse
 
 # %% ../../nbs/viewing/responses.ipynb #cfd32cd4
 FULL_HEAT = 2  # nats at which a word's ground is darkest
@@ -42,15 +42,15 @@ def entropy_words(
 
 # %% ../../nbs/viewing/responses.ipynb #17486335
 def response_parts(
-    text: str,  # of a response
+    record: dict,  # text, and parsed where it was recorded
     heat: dict | None = None,  # of `entropy_words`, in the place of the reasoning
     describe: bool = True,  # with the description
 ) -> dict:  # raw, think, heat, description, answer
     "A response as a page lays it out."
-    parts = parse_response(text)
+    parts = recorded_parse(record)
     untagged = parts.think is None and parts.answer is None
     return dict(
-        raw=text if untagged else None,
+        raw=record["text"] if untagged else None,
         think=parts.think,
         heat=heat,
         description=parts.description if describe else None,
@@ -59,10 +59,10 @@ def response_parts(
 
 # %% ../../nbs/viewing/responses.ipynb #3d1cc40a
 def response_html(
-    text: str,  # of a response
+    record: dict,  # text, and parsed where it was recorded
 ) -> Markup:
     "Reasoning, description and answer, one below the other."
-    return render("response.html.j2", parts=response_parts(text))
+    return render("response.html.j2", parts=response_parts(record))
 
 # %% ../../nbs/viewing/responses.ipynb #c55e8295
 def pass_parts(
@@ -71,7 +71,7 @@ def pass_parts(
     "A pass without its description, its reasoning coloured by entropy."
     known = record.get("entropy") and record.get("tokens")
     heat = entropy_words(record["tokens"], record["entropy"]) if known else None
-    return response_parts(record["text"], heat, describe=False)
+    return response_parts(record, heat, describe=False)
 
 
 def pass_html(

@@ -18,24 +18,24 @@ from fastcore.basics import patch
 from ..data.datasets import load_data
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
-from ..rollouts.parsing import segmenter_prompts, to_image_coordinates
+from ..rollouts.combination import factor_of
+from ..rollouts.parsing import Parsed, segmenter_prompts, to_image_coordinates
 from ..segmenters.loading import load_segmenter
 from ..training.batches import epoch_stream
 from .open_records import open_json, open_rows, path_text
 from dr2seg_lib.viewing.record_types import (
     Label,
     LooseRecord,
+    LooseRunRecord,
     PredictionRecord,
     RolloutRecord,
-    RunRecord,
 )
-from .reward_terms import factor_of
 from .run_groups import group_rollouts, pair_predictions
 from .run_parameters import asked_parameters
 from dr2seg_lib.viewing.run_samples import (
     decode_stored_mask,
     local_data,
-    response_text,
+    response_parse,
     sample_by_id,
 )
 
@@ -56,7 +56,7 @@ def read_records(
     folder: Path,  # the run's
 ) -> tuple:  # run.json; {file: rows}; sentences on what is left out
     "The records of a run, as far as they fit."
-    info, problem = open_json(folder / "run.json", RunRecord)
+    info, problem = open_json(folder / "run.json", LooseRunRecord)
     rows, problems = {}, [problem]
     for name, schema in READER_SCHEMAS.items():
         rows[name], problem = open_rows(folder / name, schema)
@@ -229,11 +229,11 @@ DRAWING_LOCK = threading.Lock()  # a segmenter keeps its picture: one thread at 
 
 
 @patch
-def predict_mask(self: RunReader, sample: Sample, text: str) -> np.ndarray:  # [H,W] bool
+def predict_mask(self: RunReader, sample: Sample, parsed: Parsed) -> np.ndarray:  # [H,W] bool
     "What the run's segmenter draws from a response."
     with DRAWING_LOCK:
         segmenter = segmenter_of(self.asked("segmenter", "embedded"))
-        prompts = segmenter_prompts(segmenter, text, sample.query, self.frame, sample.size)
+        prompts = segmenter_prompts(segmenter, parsed, sample.query, self.frame, sample.size)
         return segmenter.segment(sample.image, prompts)
 
 # %% ../../nbs/viewing/run_reader.ipynb #4972d214
@@ -249,10 +249,11 @@ def drawn(
     self: RunReader, sample: Sample, row: dict
 ) -> tuple:  # mask [H,W] bool or None, where a large segmenter would draw; list of Target
     "What a row's answer comes to in its picture."
-    targets = to_image_coordinates(response_text(row), self.frame, sample.size)
+    parsed = response_parse(row)
+    targets = to_image_coordinates(parsed.objects, self.frame, sample.size)
     if "first" not in row:
         return decode_stored_mask(row), targets
-    mask = self.predict_mask(sample, row["first"]["text"]) if self.quick("rollouts") else None
+    mask = self.predict_mask(sample, parsed) if self.quick("rollouts") else None
     return mask, targets
 
 
@@ -263,5 +264,5 @@ def mask(self: RunReader, source: str, at: int, rollout: int) -> np.ndarray:  # 
     if key not in self.masks:
         self.masks[key] = decode_stored_mask(row)
     if self.masks[key] is None:
-        self.masks[key] = self.predict_mask(self.sample(source, at), response_text(row))
+        self.masks[key] = self.predict_mask(self.sample(source, at), response_parse(row))
     return self.masks[key]

@@ -51,10 +51,10 @@ def said(text):
 
 def test_located_scales_back_to_the_image():
     text = '<think>x.</think><answer>[{"bbox_2d": [28,56,84,112], "point_2d": [14,0]}]</answer>'
-    (t,) = to_image_coordinates(text, 112, (224, 448))
+    (t,) = to_image_coordinates(parse_response(text).objects, 112, (224, 448))
     assert t.box == (56, 224, 168, 448)
     assert t.point == (28, 0)
-    assert to_image_coordinates("nothing here", 112, (224, 224)) == []
+    assert to_image_coordinates(parse_response("nothing here").objects, 112, (224, 224)) == []
 
 
 def test_an_unparsable_answer_is_a_miss_and_never_skipped():
@@ -478,7 +478,7 @@ def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
     "Counted again by hand, under both protocols. The answers come from a policy that gives the true box, so that this is about the data."
     root = reasonseg(tmp_path / "data", 200)
 
-    def told(policy, samples, prompt, max_new_tokens):
+    def told(policy, samples, prompt, max_new_tokens, parse):
         return [
             said(
                 f'<think>x.</think><answer>[{{"bbox_2d": {[int(v * policy.frame / s.size[k % 2]) for k, v in enumerate(s.targets[0].box)]}, "point_2d": [50, 50]}}]</answer>'
@@ -776,7 +776,7 @@ def test_attention_reaches_the_model(tmp_path):
     "wrong, says",
     [
         (dict(smaples=3), "smaples"),
-        (dict(recipe="dr3seg"), "use one of visionreasoner"),
+        (dict(recipe="dr3seg"), "method .dr3seg. is unknown; use one of"),
         (dict(model="embeded"), "use embedded"),
         (
             dict(model="/nowhere/Qwen"),

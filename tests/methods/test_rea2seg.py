@@ -22,23 +22,25 @@ from dr2seg_lib.methods.rea2seg import (
     EMBEDDED_JUDGE,
     SCORE_TOKENS,
     SCORING,
-    Candidate,
     Rea2SegResult,
     add_score_tokens,
-    attention_grid,
     best_candidate,
-    coordinate_tokens,
-    distinct_candidates,
     highlight_candidate,
     load_judge,
+    rea2seg,
+    read_score,
+    score_candidates,
+    scoring_prompt,
+)
+from dr2seg_lib.methods.rea2seg_candidates import (
+    Candidate,
+    attention_grid,
+    coordinate_tokens,
+    distinct_candidates,
     otsu_regions,
     peaks,
     propose_candidates,
-    rea2seg,
-    read_score,
     refine_prompts,
-    score_candidates,
-    scoring_prompt,
 )
 from dr2seg_lib.models.attention_maps import answer_attention, attention_overlay, heat_map
 from dr2seg_lib.models.policy import Policy
@@ -587,7 +589,7 @@ def test_four_samples_from_end_to_end(segmenter, samples):
         v = rea2seg(policy, scorer, segmenter, sample, dr2seg_prompt)
         row = v.row()
         assert 1 <= len(v.candidates) <= 8
-        assert len(v.said) == len(v.candidates)
+        assert len(v.responses) == len(v.candidates)
         assert row["oracle"] >= max(row["chosen"], row["direct"])
         assert any(np.array_equal(v.mask, c.mask) for c in v.candidates)
         assert all(0 <= s <= 10 for s in v.scores)
@@ -665,7 +667,7 @@ def test_the_experiment_runs_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("recipe", "dr3seg", "recipe 'dr3seg' is unknown"),
+        ("recipe", "dr3seg", "method 'dr3seg' is unknown"),
         ("model", "nowhere", "model 'nowhere' is unknown"),
         ("scorer", "nowhere", "scorer 'nowhere' is unknown"),
     ],

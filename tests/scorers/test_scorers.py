@@ -39,6 +39,7 @@ from dr2seg_lib.pretraining.scorer import (
     train_clip,
     write_merges,
 )
+from dr2seg_lib.rollouts.parsing import parse_response
 from dr2seg_lib.scorers.clip import (
     EMBEDDED_CLIP,
     MERGES,
@@ -698,7 +699,7 @@ def test_experiment_makes_a_scorer(tmp_path):
     ],
 )
 def test_caption_of(text, said):
-    assert response_caption(text) == said
+    assert response_caption(parse_response(text)) == said
 
 
 def test_ratio_by_hand():

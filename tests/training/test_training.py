@@ -19,7 +19,6 @@ from dr2seg_lib.core.masks import encode_rle
 from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.records import BrokenRecord
-from dr2seg_lib.methods.base import sum_terms
 from dr2seg_lib.methods.registry import METHODS, register_method
 from dr2seg_lib.methods.visionreasoner import visionreasoner
 from dr2seg_lib.models.policy import Policy
@@ -241,7 +240,7 @@ def test_saved_adapter_is_plain_peft(whole):
 
 def test_a_user_recipe_trains_by_name(tmp_path):
     register_method(
-        dataclasses.replace(visionreasoner, name="mine", total=lambda terms: terms["accuracy"])
+        dataclasses.replace(visionreasoner, name="mine", added=("accuracy",), colour=None)
     )
     try:
         run = train(TrainConfig(**SMALL | dict(recipe="mine", steps=1, kl=0)), tmp_path / "run")
@@ -255,9 +254,11 @@ def test_a_user_recipe_trains_by_name(tmp_path):
 
 MINE = """
 import torch
-from dr2seg_lib.methods.base import Method, sum_terms
+from dr2seg_lib.methods.base import Method, stack_terms
 from dr2seg_lib.methods.visionreasoner import visionreasoner
-mine = Method("mine", visionreasoner.prompt, lambda method, group, frame: dict(brevity=-torch.tensor([float(r.think_tokens) for r in group.first])), sum_terms)
+def brevity(method, group, frame):
+    return stack_terms(dict(brevity=-float(r.think_tokens)) for r in group.first)
+mine = Method("mine", visionreasoner.prompt, brevity)
 """
 
 
@@ -281,7 +282,7 @@ def test_a_recipe_of_a_file_trains_by_its_path(tmp_path):
 @pytest.mark.parametrize(
     "code, name, says",
     [
-        (MINE, "mien", "has no recipe mien; it has visionreasoner, mine"),
+        (MINE, "mien", "has no method mien; it has visionreasoner, mine"),
         ("1/0", "mine", "cannot be run .ZeroDivisionError"),
         (None, "mine", "does not exist"),
     ],
@@ -417,7 +418,7 @@ def test_one_text_a_file_is_drawn_anew_in_each_pass(tmp_path):
     "wrong, says",
     [
         (dict(stpes=60), "stpes"),
-        (dict(recipe="dr3seg"), "use one of visionreasoner"),
+        (dict(recipe="dr3seg"), "method .dr3seg. is unknown; use one of"),
         (dict(model="embeded"), "use embedded"),
         (dict(steps=0), "steps"),
         (dict(data="coco"), "data: coco does not exist.*called mini"),
@@ -479,7 +480,7 @@ def test_presets_are_the_papers_settings(tmp_path):
     seven = TrainConfig(**load_preset("visionreasoner_7k", data="mini", eval_data="mini"))
     assert seven.recipe == "dr2seg_desc"
     assert seven.steps == len(load_data("mini", "train")) // 16
-    assert METHODS["dr2seg_desc"].total is sum_terms, "no length factor"
+    assert METHODS["dr2seg_desc"].factors == (), "no length factor"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
