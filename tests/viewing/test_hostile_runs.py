@@ -1,4 +1,4 @@
-"Run folders that a stranger has sent: each viewer makes a page on which nothing runs, or says one sentence."
+"Run folders of a stranger: each viewer makes a page on which nothing runs, or says a sentence."
 
 import ast
 import json
@@ -28,10 +28,6 @@ POLICY = render("policy.html.j2")
 N = 40
 SENTENCE = ValueError, FileNotFoundError
 PAGES = "report", "inspect", "live", "compare", "html", "markdown", "latex"
-needs_browser = pytest.mark.skipif(
-    not browser.chromium(),
-    reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs",
-)
 
 
 def state(view):  # of a widget, as it goes to the browser
@@ -88,7 +84,7 @@ def shown(what, folder, good):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    "{(number of the folder, viewer): page, or the sentence that was said}; anything else that is raised ends the test."
+    "{(number of the folder, viewer): page, or the sentence}; any other error ends the test."
     root = tmp_path_factory.mktemp("hostile")
     good, found = hostile.write(root / "good", hostile.training("visionreasoner")), {}
     for i, folder in enumerate(hostile.cases(root, N)):
@@ -126,7 +122,7 @@ def test_the_report_and_the_views_are_made_of_every_folder(outcomes):
 
 
 def test_hostile_texts_reach_the_pages(outcomes):
-    "The attack is not turned away at the door: in a record that fits, a script stands where a name may stand."
+    "The attack is not turned away at the door: a script stands where a name may stand."
     for what in "report", "html", "markdown", "latex":
         assert any(
             "__pwned" in page or r"\_\_pwned" in page for page in pages(outcomes, what).values()
@@ -158,8 +154,15 @@ def test_pages_tell_the_browser_to_run_nothing(outcomes):
 
 # ---- in a browser
 
-FOUND = """() => ({run: window.__pwned !== undefined || document.title === 'pwned', tags: [...document.querySelectorAll('body script, iframe, object, embed, math')].map(e => e.tagName),
-  handlers: [...document.querySelectorAll('*')].flatMap(e => [...e.attributes].filter(a => /^on/i.test(a.name) || /^\\s*javascript:/i.test(a.value)).map(a => e.tagName + ' ' + a.name))})"""
+FOUND = """() => {
+  const every = selector => [...document.querySelectorAll(selector)];
+  const acts = a => /^on/i.test(a.name) || /^\\s*javascript:/i.test(a.value);
+  return {
+    run: window.__pwned !== undefined || document.title === 'pwned',
+    tags: every('body script, iframe, object, embed, math').map(e => e.tagName),
+    handlers: every('*').flatMap(e => [...e.attributes].filter(acts).map(a => e.tagName + a.name)),
+  };
+}"""
 NOTHING = dict(run=False, tags=[], handlers=[])
 
 
@@ -183,7 +186,7 @@ def tab():
 
 
 def load(page, html):
-    "Puts a page into the tab, without its content policy, so that only the escaping is between a script and its run."
+    "Puts a page into the tab without its policy: only escaping keeps a script from running."
     page.goto("about:blank")
     page.noted.clear()
     page.set_content(html.replace(POLICY, ""), wait_until="load")
@@ -192,7 +195,7 @@ def load(page, html):
     return page.evaluate(FOUND), list(page.noted)
 
 
-@needs_browser
+@pytest.mark.browser
 @pytest.mark.parametrize(
     "raw", [w for w in hostile.WORDS if "<img src=x" in w or w.startswith("<script")]
 )
@@ -205,7 +208,7 @@ def test_the_watch_sees_a_script_that_runs(tab, raw):
     assert any("pwned" in n for n in noted)
 
 
-@needs_browser
+@pytest.mark.browser
 def test_the_policy_of_the_page_stops_what_would_run(tab):
     "The second wall: with the policy a script in the page does not run."
     tab.goto("about:blank")
@@ -217,16 +220,16 @@ def test_the_policy_of_the_page_stops_what_would_run(tab):
     assert not tab.evaluate(FOUND)["run"]
 
 
-@needs_browser
+@pytest.mark.browser
 @pytest.mark.parametrize("what", ["report", "html"])
 def test_nothing_runs_in_pages(outcomes, tab, what):
     for i, html in pages(outcomes, what).items():
         assert load(tab, html) == (NOTHING, []), f"folder {i}"
 
 
-@needs_browser
+@pytest.mark.browser
 def test_nothing_runs_in_markdown(outcomes, tab):
-    "As nbconvert and JupyterLab would render it: a table keeps its rows and columns, and a name is text."
+    "As nbconvert and JupyterLab render it: a table keeps its shape, and a name is text."
     from nbconvert.filters import markdown2html
 
     for i, text in pages(outcomes, "markdown").items():
@@ -248,12 +251,14 @@ def test_nothing_runs_in_markdown(outcomes, tab):
 VIEW = """([source, state]) => {
   document.body.replaceChildren();
   const module = new Function(source.replace('export default', 'return '));
-  const model = {get: k => state[k], set: (k, v) => { state[k] = v; }, on: () => {}, send: () => {}, save_changes: () => {}};
+  const nothing = () => {};
+  const set = (k, v) => { state[k] = v; };
+  const model = {get: k => state[k], set, on: nothing, send: nothing, save_changes: nothing};
   module().render({model, el: document.body});
 }"""
 
 
-@needs_browser
+@pytest.mark.browser
 @pytest.mark.parametrize("what", ["inspect", "live", "compare"])
 def test_nothing_runs_in_the_views(outcomes, tab, what):
     "The drawing side itself, given what the kernel would send."
@@ -266,13 +271,14 @@ def test_nothing_runs_in_the_views(outcomes, tab, what):
         assert tab.locator(f".d2-{what}").inner_text().strip(), f"folder {i}"
 
 
-@needs_browser
+@pytest.mark.browser
 def test_nothing_runs_in_jupyterlab(tab, tmp_path):
-    "Where scripts of outputs may run: the views and the tables of three folders, in a notebook that is trusted."
+    "Where scripts of outputs may run: views and tables of three folders in a trusted notebook."
     folders = [f for i, f in enumerate(hostile.cases(tmp_path / "runs", 5)) if i in (0, 1, 4)]
     good = hostile.write(tmp_path / "good", hostile.training("visionreasoner"))
     cells = [
-        "from IPython.display import Markdown\nfrom dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.paper_tables import format_tables, side_by_side"
+        browser.IMPORTS + "from IPython.display import Markdown\n"
+        "from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side"
     ]
     for f in map(str, folders):
         cells += [
@@ -300,7 +306,8 @@ def test_nothing_runs_in_jupyterlab(tab, tmp_path):
         assert not page.evaluate("() => window.__pwned !== undefined || document.title === 'pwned'")
         assert not noted
         assert page.evaluate(
-            "() => [...document.querySelectorAll('.jp-OutputArea-output *')].every(e => [...e.attributes].every(a => !/^on/i.test(a.name)))"
+            """() => [...document.querySelectorAll('.jp-OutputArea-output *')].every(
+              e => [...e.attributes].every(a => !/^on/i.test(a.name)))"""
         )
 
 
@@ -386,7 +393,7 @@ def test_a_template_refuses_what_is_missing():
 
 @pytest.mark.parametrize("word", hostile.WORDS, ids=range(len(hostile.WORDS)))
 def test_a_template_keeps_a_hostile_word_as_text(word):
-    page = Reader(render("response.html.j2", parts=response_parts(word)))
+    page = Reader(render("response.html.j2", parts=response_parts(dict(text=word))))
     assert not page.open
     assert set(page.tags) == {"p"}
 
@@ -480,8 +487,8 @@ def test_a_mask_that_is_none_is_said(tmp_path):
     html = write_report(tmp_path / "run").read_text()
     assert "no mask: sample mini-2000000: rle has counts that do not add up" in html
     assert (
-        "predictions_after.jsonl, line 2: field &#34;rle.size&#34; is [60000, 60000]; make it no more than"
-        in html
+        "predictions_after.jsonl, line 2: field &#34;rle.size&#34; is [60000, 60000]; "
+        "make it no more than" in html
     )
     assert (
         inspect(tmp_path / "run")

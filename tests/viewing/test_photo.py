@@ -224,11 +224,13 @@ def test_the_picture_dims_what_was_not_asked_for():
         ),
         (
             [str(HOPPER), "--box", "50,20,512,60"],
-            "box 50,20,512,60 leaves the image of 512×600 pixels; keep x within 0 to 511 and y within 0 to 599.",
+            "box 50,20,512,60 leaves the image of 512×600 pixels; "
+            "keep x within 0 to 511 and y within 0 to 599.",
         ),
         (
             [str(HOPPER), "--box=-1,20,51,60"],
-            "box -1,20,51,60 leaves the image of 512×600 pixels; keep x within 0 to 511 and y within 0 to 599.",
+            "box -1,20,51,60 leaves the image of 512×600 pixels; "
+            "keep x within 0 to 511 and y within 0 to 599.",
         ),
         (
             [str(HOPPER), "--box", CAP, "--point", "3,3"],
@@ -246,7 +248,8 @@ def test_the_picture_dims_what_was_not_asked_for():
         ([str(HOPPER), "what", "--model", "embeded"], "model 'embeded' is unknown; use embedded"),
         (
             [str(HOPPER), "what", "--attention", "flash", "--dtype", "bfloat16"],
-            "attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa",
+            "attention flash needs a GPU and the package flash_attn; "
+            "install it with pip install flash-attn, or use sdpa",
         ),
         (
             [str(HOPPER), "what", "--attention", "fast"],
