@@ -80,7 +80,7 @@ def _head(source, at, group):
     query = first["query"]
     return dict(source=source, at=at, query=query, meta=" · ".join(m for m in meta if m))
 
-
+# %% ../../nbs/viewing/group_view.ipynb #e12ee5a3
 def group_view(
     run: RunReader,
     source: str,  # "rollouts" or "evaluation"

@@ -131,7 +131,7 @@ def fit_record(
         value = _fitting(value, schema)
     return {}, problem
 
-
+# %% ../../nbs/viewing/open_records.ipynb #3dd96fb5
 def open_json(
     path: Path,
     schema: type,  # of LooseRecord

@@ -191,7 +191,7 @@ def _segment_box(photo, query, box, point, segmenter):  # no policy is asked
     targets = _segmented(load_segmenter(segmenter), image, prompts)
     return SegmentedPhoto(name, image, query, targets, dict(segmenter=segmenter))
 
-
+# %% ../../nbs/viewing/photo.ipynb #9edb1822
 def _segment_question(photo, query, who, attention):
     image, name = _pixels(photo)
     drawer = load_segmenter(who.segmenter)

@@ -91,7 +91,7 @@ def card_sections(
     samples = samples_section(run, lookup, cards, seed, drawn)
     return [*first, samples, rollouts_section(run, lookup, seed, drawn)]
 
-
+# %% ../../nbs/viewing/report.ipynb #6636122a
 def report_html(
     run: dict,  # of `gather_run`
     lookup=sample_by_id,  # sample id -> Sample | None

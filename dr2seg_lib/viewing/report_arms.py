@@ -26,9 +26,19 @@ def inner_arms(run: dict) -> dict:  # {arm: runs}
 
 
 def _results(arms, when):  # {arm: the seeds' results}, of those that have some
-    by_arm = {arm: [r["results"].get(when) for r in runs] for arm, runs in arms.items()}
-    whole = {arm: [r for r in results if r] for arm, results in by_arm.items()}
-    return {arm: results for arm, results in whole.items() if results}
+    results = {}
+    for arm, runs in arms.items():
+        known = [r["results"][when] for r in runs if r["results"].get(when)]
+        results |= {arm: known} if known else {}
+    return results
+
+
+def _curves(arms):  # {arm: the seeds' rows}, of those that have taken a step
+    curves = {}
+    for arm, runs in arms.items():
+        rows = [r["metrics"] for r in runs if r["metrics"]]
+        curves |= {arm: rows} if rows else {}
+    return curves
 
 # %% ../../nbs/viewing/report_arms.ipynb #0efebe1d
 def start_table(
@@ -58,10 +68,8 @@ def arms_section(run: dict) -> dict | None:  # None: it holds no runs
     arms = inner_arms(run)
     after = _results(arms, "after")
     before = dict.fromkeys(arms) | {arm: rs[0] for arm, rs in _results(arms, "before").items()}
-    curves = {arm: [r["metrics"] for r in runs if r["metrics"]] for arm, runs in arms.items()}
-    curves = {arm: rows for arm, rows in curves.items() if rows}
     blocks = _tables(after, before)
-    if curves:
+    if curves := _curves(arms):
         label = "answer entropy, reasoning tokens and accuracy over training, by method"
         blocks.append(chart_block(training_curves(curves), label))
     if len(after) > 1 and any(before.values()):
@@ -74,11 +82,12 @@ def arms_section(run: dict) -> dict | None:  # None: it holds no runs
 # %% ../../nbs/viewing/report_arms.ipynb #c5d98cda
 def arm_strata_section(run: dict) -> dict | None:  # None: no arm was measured by tag
     "gIoU of all arms by the values of each tag."
-    after = _results(inner_arms(run), "after")
-    tagged = {arm: [r for r in rs if r.get("strata")] for arm, rs in after.items()}
-    tagged = {arm: rs for arm, rs in tagged.items() if rs}
-    results = sum(tagged.values(), [])
-    tags = dict.fromkeys(t for r in results for t in r["strata"])
+    tagged, tags = {}, {}
+    for arm, results in _results(inner_arms(run), "after").items():
+        known = [r for r in results if r.get("strata")]
+        tagged |= {arm: known} if known else {}
+        for result in known:
+            tags |= dict.fromkeys(result["strata"])
     titles = {t: t.replace("_", " ").capitalize() for t in tags if t != "kind"}
     blocks = [table_block(strata_table(tagged, t), "scroll", title) for t, title in titles.items()]
     note = "gIoU, mean ± 95 % t-interval over seeds."

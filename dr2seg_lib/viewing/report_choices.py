@@ -129,7 +129,7 @@ _TITLES = {
     "drawn by lot": "Drawn by lot",
 }
 
-
+# %% ../../nbs/viewing/report_choices.ipynb #175e92f8
 def candidates_section(
     run: dict,
     lookup=sample_by_id,  # sample id -> Sample | None

@@ -61,7 +61,7 @@ def _lead(run):
     ]
     return " · ".join(p for p in parts if p)
 
-
+# %% ../../nbs/viewing/report_results.ipynb #d85149d6
 def page_heading(run: dict) -> dict:  # name, status, title, data, lead, notices
     "Title, status and a line on what was run."
     info, name = run["info"], path_text(run["folder"])

@@ -55,5 +55,11 @@ def field_columns(
         for k, row in enumerate(group):
             place, fields = _place(row, i, k), row_fields(row)
             rows.append(place | fields | place)  # a tag may be called "step"
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [r.get(name) for r in rows] for name in list(names)[: 8 * MOST]}
+    names = {}
+    for row in rows:
+        names |= dict.fromkeys(row)
+
+    def column(name):
+        return [row.get(name) for row in rows]
+
+    return {name: column(name) for name in list(names)[: 8 * MOST]}

@@ -31,4 +31,8 @@ def pair_predictions(
     "What was said about each sample before training and after."
     old = {r["sample"]: r | dict(when="before") for r in before}
     new = {r["sample"]: r | dict(when="after") for r in after}
-    return [[rows[s] for rows in (old, new) if s in rows] for s in old | new]
+
+    def pair(sample):
+        return [rows[sample] for rows in (old, new) if sample in rows]
+
+    return list(map(pair, old | new))

@@ -30,6 +30,7 @@ from dr2seg_lib.viewing.record_types import (
     PredictionRecord,
     RolloutRecord,
 )
+from .reward_terms import term_names
 from .run_groups import group_rollouts, pair_predictions
 from .run_parameters import asked_parameters
 from dr2seg_lib.viewing.run_samples import (
@@ -82,7 +83,7 @@ class RunReader:
         pairs = pair_predictions(before, after)
         self.groups = dict(rollouts=group_rollouts(rollouts), evaluation=pairs)
         self.factor = factor_of(rollouts)
-        self.terms = list(dict.fromkeys(k for r in rollouts for k in r["terms"]))
+        self.terms = term_names(rollouts)
         self.masks, self._data = {}, {}
 
     def asked(

@@ -65,8 +65,11 @@ def prompt_shapes(
     def scaled(values):
         return [round(float(v) * scales[i % 2], 1) for i, v in enumerate(values)]
 
-    points = [(t.box, p) for t in targets for p in (t.point, t.second) if p]
-    return [dict(box=scaled(box), point=scaled(point)) for box, point in points]
+    shapes = []
+    for target in targets:
+        points = [p for p in (target.point, target.second) if p]
+        shapes += [dict(box=scaled(target.box), point=scaled(p)) for p in points]
+    return shapes
 
 # %% ../../nbs/viewing/screen.ipynb #11820fcc
 def truth_view(

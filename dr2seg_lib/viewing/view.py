@@ -32,6 +32,10 @@ def notice_figure(text: str) -> Figure:
     return fig
 
 # %% ../../nbs/viewing/view.ipynb #103c34b7
+def _asked_subshell(data, asked):
+    return asked
+
+
 class View(anywidget.AnyWidget):
     "What the views share: the drawing, and a still for where no widget can live."
 
@@ -42,7 +46,7 @@ class View(anywidget.AnyWidget):
     def open(self):
         super().open()
         if self.aside:
-            self.comm._reply_subshell_for = lambda data, asked: asked
+            self.comm._reply_subshell_for = _asked_subshell
 
     def still(self) -> Figure:
         "A picture of what is shown."

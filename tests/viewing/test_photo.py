@@ -17,7 +17,7 @@ from dr2seg_lib.data.samples import Target
 from dr2seg_lib.models.loading import load_policy
 from dr2seg_lib.segmenters.loading import load_segmenter
 from dr2seg_lib.viewing.photo import check_photo_folder, segment_photo
-from dr2seg_lib.viewing.photo_picture import draw_caption, draw_segmented
+from dr2seg_lib.viewing.photo_picture import draw_photo_caption, draw_segmented
 
 HOPPER = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"  # 512 × 600
 CAP = "150,18,384,152"
@@ -150,7 +150,7 @@ def test_an_adapter_brings_what_it_was_trained_with(tmp_path, monkeypatch, no_po
 
 
 def test_a_question_of_a_million_letters_has_a_caption_of_a_few_lines():
-    assert draw_caption(640, "x" * 10**6, "y" * 10**6).shape[0] < 200
+    assert draw_photo_caption(640, "x" * 10**6, "y" * 10**6).shape[0] < 200
 
 
 def test_a_question_that_is_no_text_is_one_sentence(capsys):
