@@ -165,12 +165,12 @@ def error_sentence(
     "What ended a command."
     from pydantic import ValidationError
 
-    from dr2seg_lib.commands.parameters import _from_pydantic
+    from dr2seg_lib.commands.parameters import validation_sentence
 
     if isinstance(error, typer.TyperException):
         return usage_sentence(error), error.exit_code
     if isinstance(error, ValidationError):
-        return _from_pydantic(error), 2
+        return validation_sentence(error), 2
     if isinstance(error, (ValueError, FileNotFoundError)):
         return str(error), 2
     if isinstance(error, OSError):

@@ -11,9 +11,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dr2seg_lib.evaluation.config import EvaluateConfig
-from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig
-from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.commands.parameters_cell import parameters_of
+from dr2seg_lib.core.parameter_names import flat_parameters, nested_parameters
+from dr2seg_lib.core.parameters import EvaluateConfig, Rea2SegConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(
@@ -34,18 +34,23 @@ def test_experiment_has_one_parameters_cell(path):
     "name, config",
     [("train", TrainConfig), ("evaluate", EvaluateConfig), ("rea2seg", Rea2SegConfig)],
 )
-def test_the_parameters_of_an_experiment_are_those_of_its_configuration(name, config):
-    cells, found = (
-        json.loads((ROOT / "nbs" / "experiments" / f"{name}.ipynb").read_text())["cells"],
-        {},
+def test_the_parameters_cell_of_an_experiment_fits_its_configuration(name, config):
+    path = ROOT / "nbs" / "experiments" / f"{name}.ipynb"
+    declared = parameters_of(path)
+    own = {"preset"} if name == "train" else set()
+    assert declared.keys() == {"config", "out", "resume"} | own
+    assert config(**declared["config"]) == config()
+    assert "globals()" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["ablate", "compare"])
+def test_the_config_of_a_sweep_is_one_of_a_training(name):
+    declared = parameters_of(ROOT / "nbs" / "experiments" / f"{name}.ipynb")
+    config = TrainConfig(**declared["config"])
+    assert (
+        nested_parameters({n: config.flat()[n] for n in flat_parameters(declared["config"])})
+        == (declared["config"])
     )
-    exec(
-        "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"]),
-        {},
-        found,
-    )
-    assert set(found) - {"out", "resume"} == set(config.model_fields)
-    assert config(**{k: found[k] for k in config.model_fields}) == config()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,9 @@ def test_the_installed_extras_are_those_of_settings(extra):
 @pytest.mark.parametrize("field", ["requirements", *(f"{e}_requirements" for e in EXTRAS)])
 def test_every_requirement_is_pinned_within_its_range(field):
     pins = pinned()
-    outside = [n for n, specifier in requirements(field).items() if pins.get(n, "0") not in specifier]
+    outside = [
+        n for n, specifier in requirements(field).items() if pins.get(n, "0") not in specifier
+    ]
     assert not outside
 
 

@@ -28,9 +28,9 @@ def complete_preset(
     incomplete: str,  # what is typed so far
 ) -> list[str]:
     "The presets whose names start so."
-    from dr2seg_lib.core.parameters import PRESETS
+    from dr2seg_lib.core.presets import published_presets
 
-    return [name for name in PRESETS if name.startswith(incomplete)]
+    return [name for name in published_presets() if name.startswith(incomplete)]
 
 # %% ../../nbs/commands/options.ipynb #7938c4e9
 ExperimentName = Annotated[

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .execute import execute_notebook, settle_record, unwritable_sentence
 from .notebooks import experiments
-from .parameters import find_experiment, free_parameters, parameters_of
+from .parameter_help import parameters_help
+from .parameters_cell import parameters_of
 from .prepare import prepare_run
 from .summary import run_summary
 from ..runs.status import lock_folder
@@ -90,6 +91,4 @@ def experiment_help(
     "What `--help` says of an experiment."
     if experiment is None:
         return "Experiments: " + ", ".join(experiments())
-    declared = free_parameters(parameters_of(find_experiment(experiment)))
-    rows = [f"  {name:20} {value!r}" for name, value in declared.items()]
-    return "\n".join([f"Parameters of {experiment}, with their defaults:", *rows])
+    return parameters_help(experiment)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from .parameters import check_names_exist
 from .prepare import check_text
-from ..core.parameters import without_unsaid
 from ..runs.verify import inherit
 
 # %% ../../nbs/commands/segment.ipynb #30fbdc23
@@ -32,10 +31,9 @@ class PhotoParts:
         boxed: bool,  # with a box no policy is asked, and no run
     ) -> dict:
         "The choices that were made, those of the adapter's run among them, checked."
-        choices, sentence = without_unsaid(asdict(self)), ""
-        if not boxed:
-            choices, sentence = inherit(choices)
-        check_names_exist(choices)
+        choices = {name: value for name, value in asdict(self).items() if value}
+        parameters, sentence = (choices, "") if boxed else inherit(choices)
+        check_names_exist(parameters)
         if sentence:
             print(sentence)
         return choices

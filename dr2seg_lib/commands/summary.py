@@ -10,7 +10,8 @@ __all__ = ['MEASURES', 'summaries_by_time', 'unreadable_lines', 'caution_lines',
 from pathlib import Path
 
 from ..core.files import read_json
-from ..core.parameters import brief_text, cut_note, split_notes
+from ..core.notes import cut_note, split_notes
+from ..core.parameters import brief_text
 from ..runs.listing import list_runs
 
 # %% ../../nbs/commands/summary.ipynb #f6ac040e

@@ -18,10 +18,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..core.files import append_jsonl, read_jsonl
-from ..data.datasets import load_data
+from ..core.parameters import EvaluateConfig
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
-from .config import EvaluateConfig
+from .config import check_evaluation
 from .metrics import error_row, result_row, summarize
 from ..methods.registry import METHODS
 from ..models.loading import load_policy
@@ -175,18 +175,17 @@ def evaluation_parts(
     run: Run,
     accelerator: PartialState,
     stack: ExitStack,  # closes the server's adapter
-) -> tuple:  # policy, segmenter, samples
+) -> tuple:  # policy, segmenter
     "What an evaluation works with, loaded."
-    limit = config.samples or None
-    samples = load_data(config.data, config.split, limit, protocol=config.protocol)
-    segmenter, how = load_segmenter(config.segmenter), (config.dtype, config.attention)
-    policy = load_policy(config.model, config.adapter, *how, accelerator.device)
-    policy.max_question_tokens = config.max_question_tokens
-    if config.server:
+    model, runtime = config.model, config.runtime
+    segmenter, how = load_segmenter(config.segmenter), (model.dtype, runtime.attention)
+    policy = load_policy(model.name, model.adapter, *how, accelerator.device)
+    policy.max_question_tokens = config.data.max_question_tokens
+    if runtime.server:
         folder = run.folder / f"served-{accelerator.process_index}"
-        served = ServedPolicy(policy, config.server, config.model, folder)
+        served = ServedPolicy(policy, runtime.server, model.name, folder)
         policy = stack.enter_context(served)
-    return policy, segmenter, samples
+    return policy, segmenter
 
 # %% ../../nbs/evaluation/evaluate.ipynb #fa881737
 def run_evaluation(
@@ -195,15 +194,17 @@ def run_evaluation(
     resume: bool = False,
 ) -> Run:
     "A whole evaluation: `predictions.jsonl`, a line a sample, and the summary in `results.json`."
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+    data = check_evaluation(config)
+    if config.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.evaluation.evaluate", config, out, resume)
-    with open_run(out, config.model_dump(), resume=resume) as run, ExitStack() as stack:
+    with open_run(out, config, resume=resume) as run, ExitStack() as stack:
         # named, or several processes on CPUs would not know of each other
         accelerator = PartialState(cpu=not torch.cuda.is_available())
-        policy, segmenter, data = evaluation_parts(config, run, accelerator, stack)
+        policy, segmenter = evaluation_parts(config, run, accelerator, stack)
         path, writes = run.folder / "predictions.jsonl", accelerator.is_main_process
-        method, limits = METHODS[config.recipe], (config.batch, config.max_new_tokens)
-        done = _from_first(truncate_to_batches(path, config.batch, len(data)) if writes else None)
+        method, size = METHODS[config.method.name], config.runtime.batch_size
+        limits = size, config.rollout.max_new_tokens
+        done = _from_first(truncate_to_batches(path, size, len(data)) if writes else None)
         asked = policy, segmenter, data, method.prompt, *limits, done, accelerator, method.parse
         for rows in iter_predictions(*asked):
             if writes:
@@ -213,7 +214,7 @@ def run_evaluation(
             if _from_first(done < len(data) and run.stop_requested()):
                 return run
         if writes:
-            info = dataset_info(data, config.data, config.split)
+            info = dataset_info(data, config.data.name, config.data.split)
             run.results(dict(evaluation=info) | summarize(read_jsonl(path)))
     return run
 

@@ -7,7 +7,7 @@ __all__ = ['SYSTEM', 'CHARACTERS_PER_TOKEN', 'chat_messages', 'chat_frame', 'wel
            'spells_special', 'question_too_long']
 
 # %% ../../nbs/models/chat.ipynb #e764524c
-from ..data.records import MAX_QUESTION_TOKENS
+from ..core.settings import MAX_QUESTION_TOKENS
 
 # %% ../../nbs/models/chat.ipynb #8012b3d7
 SYSTEM = "You are a helpful assistant."

@@ -60,7 +60,7 @@ def seal_folder(
     names = {p.relative_to(part).as_posix(): file_sha256(p) for p in files}
     write_json(part / "manifest.json", manifest | dict(files=names))
 
-# %% ../../nbs/runs/checkpoints.ipynb #9ab042da
+# %% ../../nbs/runs/checkpoints.ipynb #24d4d5f0
 def drop_old_checkpoints(
     folder: Path,  # the run's
     newest: Path,  # the checkpoint just saved
@@ -73,7 +73,7 @@ def drop_old_checkpoints(
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
-
+# %% ../../nbs/runs/checkpoints.ipynb #fd8c23db
 def fill_and_rename(
     path: Path,  # the checkpoint, `checkpoints/step-NNNNNN`
     writer: Callable[[Path], None],
@@ -159,7 +159,7 @@ def read_manifest(checkpoint: Path) -> dict:  # the fields of Manifest
         check_manifest_path(name)
     return manifest
 
-# %% ../../nbs/runs/checkpoints.ipynb #444d3d1a
+# %% ../../nbs/runs/checkpoints.ipynb #1f9ec920
 def verify_checkpoint(path: Path) -> str | None:  # what is wrong, in words; None when whole
     "Compares a checkpoint with its manifest."
     try:
@@ -174,7 +174,7 @@ def verify_checkpoint(path: Path) -> str | None:  # what is wrong, in words; Non
         if file_sha256(path / name) != digest:
             return f"{name} differs from its manifest"
 
-
+# %% ../../nbs/runs/checkpoints.ipynb #b0d634f1
 def latest_checkpoint(
     folder: Path,  # a run's
 ) -> Path | None:  # `step-NNNNNN`; None when there is none
@@ -188,7 +188,7 @@ def latest_checkpoint(
             stacklevel=2,
         )
 
-# %% ../../nbs/runs/checkpoints.ipynb #4728d376
+# %% ../../nbs/runs/checkpoints.ipynb #0d250bf0
 def row_steps(
     path: Path,
     until: int,  # the last step that counts
@@ -203,7 +203,7 @@ def row_steps(
         raise ValueError(f"{path.name} is not in the order of its steps")
     return [step for step in steps if step <= until]
 
-
+# %% ../../nbs/runs/checkpoints.ipynb #22df7ed3
 def find_missing_steps(
     folder: Path,  # a run's
     until: int,
@@ -219,7 +219,7 @@ def find_missing_steps(
     if rollouts and sorted(set(rollouts)) != every_step:
         return f"rollouts.jsonl has not every step from 1 to {until}"
 
-# %% ../../nbs/runs/checkpoints.ipynb #c993d77f
+# %% ../../nbs/runs/checkpoints.ipynb #b1e23f14
 def row_problems(folder: Path, marks: dict) -> Iterator[str | None]:
     "What is wrong with each file of rows since its mark was taken."
     for name in ROW_FILES:
@@ -236,7 +236,7 @@ def find_lost_rows(
         return next(filter(None, row_problems(folder, marks)), None)
     return find_missing_steps(folder, step_of(checkpoint))
 
-
+# %% ../../nbs/runs/checkpoints.ipynb #534e5a14
 def find_resumable_checkpoint(
     folder: Path,  # a run's
 ) -> Path | None:  # None when none was ever saved

@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ..core.parameters import ExperimentParameters
+from ..core.parameters import ExperimentConfig
 from .run_folder import Run, check_free
 from .signals import die_with_parent
 
@@ -51,7 +51,7 @@ class NonWriterRun(Run):
 # %% ../../nbs/runs/launch.ipynb #629ad323
 def open_run(
     folder: Path,
-    parameters: ExperimentParameters | dict,  # those of a resumed run are compared with its record,
+    parameters: ExperimentConfig | dict,  # those of a resumed run are compared with its record,
     # unless they are a dict
     seed: int = 0,
     resume: bool = False,
@@ -60,7 +60,7 @@ def open_run(
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
     kind = Run if int(os.environ.get("RANK", 0)) == 0 else NonWriterRun
-    asked = parameters if isinstance(parameters, ExperimentParameters) else None
+    asked = parameters if isinstance(parameters, ExperimentConfig) else None
     if resume:
         return kind.resume(folder, asked=asked)
     return kind.create(folder, asked.model_dump() if asked else parameters, seed)
@@ -74,12 +74,12 @@ def destroy_process_group():
         distributed.barrier()
         distributed.destroy_process_group()
 
-# %% ../../nbs/runs/launch.ipynb #343e9f31
+# %% ../../nbs/runs/launch.ipynb #3582b467
 def raise_interrupt(number: int, frame):
     "A signal handler: any signal is a Ctrl-C."
     raise KeyboardInterrupt
 
-
+# %% ../../nbs/runs/launch.ipynb #7a3ae01b
 def end_or_kill(
     process: subprocess.Popen,
 ) -> int:  # its exit status, 0 when it was asked to end
@@ -113,13 +113,13 @@ KNOWN_ERRORS = {e.__name__: e for e in (ValueError, FileNotFoundError, FloatingP
 
 def torchrun_command(
     module: str,
-    config,  # a pydantic model with `processes`
+    config,  # a pydantic model with `runtime.processes`
     folder: Path,
     resume: bool,
 ) -> list[str]:
     "The command that starts the processes of a run on this machine."
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    processes = f"--nproc_per_node={config.processes}"
+    processes = f"--nproc_per_node={config.runtime.processes}"
     arguments = [config.model_dump_json(), str(folder), *(["resume"] if resume else [])]
     return [*torchrun, processes, "-m", module, *arguments]
 
@@ -135,7 +135,7 @@ def recorded_error(
 # %% ../../nbs/runs/launch.ipynb #04bae2aa
 def launch_processes(
     module: str,  # called as MODULE CONFIG FOLDER [resume], CONFIG in JSON
-    config,  # a pydantic model with `processes`
+    config,  # a pydantic model with `runtime.processes`
     folder: Path,
     resume: bool = False,
 ) -> Run:
@@ -147,5 +147,5 @@ def launch_processes(
     run = Run.open(folder)
     if not code and run.status in ("done", "interrupted"):
         return run
-    otherwise = f"one of {config.processes} processes ended with {code}; see above"
+    otherwise = f"one of {config.runtime.processes} processes ended with {code}; see above"
     raise recorded_error(run.info["error"], otherwise)

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from ..core.files import cut_unfinished, fsync_path, make_folder, write_json
-from ..core.parameters import ExperimentParameters, changed_parameters
+from ..core.parameters import ExperimentConfig, changed_parameters
 from .ledger import ROW_FILES
 from .run_files import RunWriter
 from .signals import active_runs, enter_run, leave_run
@@ -108,7 +108,7 @@ def first_record(
 # %% ../../nbs/runs/run_folder.ipynb #3f4acca9
 def resumed_record(
     folder: Path,
-    asked: ExperimentParameters | None,  # with which the run goes on; None: as it was
+    asked: ExperimentConfig | None,  # with which the run goes on; None: as it was
 ) -> dict:  # fields of the record
     "What a resume says in the record: when, with what, and what it has changed."
     record = read_record(folder)
@@ -120,7 +120,7 @@ def resumed_record(
     entry = dict(
         time=current_time(), git=git_revision(), versions=package_versions(), changed=changed
     )
-    parameters = record["parameters"] | (asked.model_dump() if asked else {})
+    parameters = asked.model_dump() if asked else record["parameters"]
     resumed = [*record["resumed"], entry]
     return dict(parameters=parameters, resumed=resumed, ended=None, error=None) | this_process()
 
@@ -157,7 +157,7 @@ class Run(RunWriter):
         cls,
         folder: Path,
         bar: bool = True,
-        asked: ExperimentParameters | None = None,  # with which it goes on; None: as it was
+        asked: ExperimentConfig | None = None,  # with which it goes on; None: as it was
     ) -> "Run":
         "Goes on with a run that ended early; a line that was cut short is removed."
         folder = Path(folder)

@@ -9,7 +9,7 @@ __all__ = ['SAM2_PARTS', 'import_sam2']
 import importlib
 from types import ModuleType
 
-# %% ../../nbs/segmenters/sam2_package.ipynb #bdadfc12
+# %% ../../nbs/segmenters/sam2_package.ipynb #cc3d2957
 SAM2_PARTS = "sam2", "hydra", "iopath"  # the package, and what it needs
 
 
@@ -20,9 +20,10 @@ def import_sam2(
     try:
         return importlib.import_module(f"sam2.{module}")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in SAM2_PARTS:
+        package = (error.name or "").partition(".")[0]
+        if package not in SAM2_PARTS:
             raise
         raise ValueError(
-            f"segmenter: SAM 2 needs the package {error.name}, which is not installed; "
+            f"segmenter: SAM 2 needs the package {package}, which is not installed; "
             "see the README's installation, or use the segmenter grabcut"
         ) from None

@@ -22,7 +22,7 @@ from dr2seg_lib.viewing.figures import (
     training_curves,
 )
 from .open_records import check_record, open_json, path_text
-from .record_types import LooseProgressRecord, LooseRunRecord, MetricsRecord
+from .record_types import MetricsRecord, ProgressRecord, RunRecord
 from .reward_terms import term_colours
 from .strict_json import parse_strict_json
 from .view import View, notice_figure
@@ -129,7 +129,7 @@ class Live(View):
         path = self.folder / "run.json"
         if not path.exists():
             return {}, "waiting", ""
-        info, wrong = open_json(path, LooseRunRecord)
+        info, wrong = open_json(path, RunRecord)
         try:
             return info, run_status(self.folder), wrong
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -142,11 +142,11 @@ class Live(View):
         terms = [k.removeprefix("terms.") for k in self.columns if k.startswith("terms.")]
         p, at = (
             info.get("parameters") or {},
-            open_json(self.folder / "progress.json", LooseProgressRecord)[0],
+            open_json(self.folder / "progress.json", ProgressRecord)[0],
         )
         seed = None if p.get("seed") is None else f"seed {p['seed']}"
         lead = " · ".join(
-            x for x in (p.get("recipe"), p.get("data") and f"on {p['data']}", seed) if x
+            x for x in (p.get("method"), p.get("data") and f"on {p['data']}", seed) if x
         )
         self.about = dict(
             name=path_text(self.folder.resolve()),

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from ..core.markup import latex_text, markdown_text
+from ..core.parameter_names import TRAINING_NAMES, flat_parameters
 from ..core.statistics import Interval, mean_interval
 from ..core.templates import render
 from ..core.text_table import Table, rows_table
@@ -19,7 +20,7 @@ from ..evaluation.published import AS_PUBLISHED, COLUMN_TITLES, REFERRING, publi
 from ..methods.names import ablation_row, method_title
 from ..runs.status import run_status
 from .open_records import path_text, read_strictly
-from .record_types import LooseRunRecord
+from .record_types import RunRecord
 from .result_types import ResultsRecord
 
 # %% ../../nbs/viewing/paper_tables.ipynb #dd2e7646
@@ -101,7 +102,7 @@ def evaluation_rows(
 ) -> list:  # p: the run's parameters; of (title, row)
     "What an evaluation run adds to the tables."
     recipe, model, adapter, segmenter = (
-        row_parameter(folder, p, k) for k in ("recipe", "model", "adapter", "segmenter")
+        row_parameter(folder, p, k) for k in ("method", "model", "model.adapter", "segmenter")
     )
     about, weights = (
         results["evaluation"],
@@ -146,8 +147,8 @@ def ablation_rows(folder: Path, p: dict, results: dict) -> list:
         for arm, f in found.items()
     ]
     given, swept = (
-        p.get("settings") or {},
-        [("The anchor N0", "anchor", "N0"), ("The slope γ", "gamma", "γ")],
+        flat_parameters(p.get("config") or {}, TRAINING_NAMES),
+        [("The anchor N0", "method.anchor", "N0"), ("The slope γ", "method.gamma", "γ")],
     )
 
     def number(v):
@@ -165,7 +166,7 @@ def ablation_rows(folder: Path, p: dict, results: dict) -> list:
 
 def training_rows(folder: Path, p: dict, results: dict) -> list:
     "What a training run adds."
-    title = method_title(p.get("recipe") or "")
+    title = method_title(p.get("method") or "")
     about, who = results.get("evaluation"), f"{path_text(folder)}, {title}"
     return [
         ("Other data", our_row(about, f"{who}, {when} training", [results[when]]))
@@ -179,7 +180,7 @@ def run_rows(
 ) -> list:  # of (title, row)
     "What a run adds to the tables."
     folder = Path(folder)
-    info = read_strictly(folder / "run.json", LooseRunRecord)
+    info = read_strictly(folder / "run.json", RunRecord)
     p, state = info.get("parameters") or {}, info.get("status") or "of no known status"
     if state == "running" and info.get("host"):
         state = run_status(folder)  # its process may be gone

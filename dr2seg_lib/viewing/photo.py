@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..core.files import naming_write_errors
 from ..core.masks import encode_rle
-from ..core.parameters import EvaluateFields, brief_text, without_unsaid
+from ..core.parameters import EvaluateConfig, brief_text
 from ..data.images import read_pixels
 from ..data.samples import Sample, Target
 from ..evaluation.evaluate import answer_greedily
@@ -159,13 +159,13 @@ def save(
 def photo_policy(
     given: dict,  # model, adapter, segmenter, recipe, max_new_tokens, dtype; may be empty
     attention: str,
-) -> EvaluateFields:
+) -> EvaluateConfig:
     "Who is asked, and how: all of it known to be there."
-    who = EvaluateFields(**without_unsaid(inherit(given)[0]))
-    validate_model(who.model)
-    validate_adapter(who.adapter)
-    validate_method(who.recipe)
-    validate_attention(attention, who.dtype)
+    who = EvaluateConfig(**inherit(given)[0])
+    validate_model(who.model.name)
+    validate_adapter(who.model.adapter)
+    validate_method(who.method.name)
+    validate_attention(attention, who.model.dtype)
     return who
 
 # %% ../../nbs/viewing/photo.ipynb #20a7fd18
@@ -195,12 +195,14 @@ def _segment_box(photo, query, box, point, segmenter):  # no policy is asked
 def _segment_question(photo, query, who, attention):
     image, name = _pixels(photo)
     drawer = load_segmenter(who.segmenter)
-    policy = load_policy(who.model, who.adapter, who.dtype, attention)
-    sample, prompt = Sample(name, image, query, ()), METHODS[who.recipe].prompt
-    (response,) = answer_greedily(policy, [sample], prompt, who.max_new_tokens)
+    model, prompt = who.model, METHODS[who.method.name].prompt
+    policy = load_policy(model.name, model.adapter, model.dtype, attention)
+    sample, limit = Sample(name, image, query, ()), who.rollout.max_new_tokens
+    (response,) = answer_greedily(policy, [sample], prompt, limit)
     prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, sample.size)
     targets = _segmented(drawer, image, prompts)
-    asked = {k: getattr(who, k) for k in ("model", "adapter", "recipe", "segmenter")}
+    asked = dict(model=model.name, adapter=model.adapter, recipe=who.method.name)
+    asked |= dict(segmenter=who.segmenter)
     return SegmentedPhoto(name, image, query, targets, asked, response)
 
 # %% ../../nbs/viewing/photo.ipynb #fe412018

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from ..core.files import read_json
+from ..core.parameter_names import flat_parameters
 from ..data.mini import draw_sample
 from ..data.samples import Sample
 from ..models.policy import Policy
@@ -43,8 +44,8 @@ def _checkpoint_of(path):  # a run's newest, or the folder itself
 
 def _model_of(checkpoint):  # the name of the model under a checkpoint
     record = checkpoint.parents[1] / "run.json"
-    asked = read_json(record).get("parameters") or {} if record.exists() else {}
-    return asked.get("model", "embedded")
+    recorded = read_json(record).get("parameters") or {} if record.exists() else {}
+    return flat_parameters(recorded).get("model", "embedded")
 
 # %% ../../nbs/viewing/playground_inputs.ipynb #df4d0e08
 def cached_policy(

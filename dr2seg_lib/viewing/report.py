@@ -31,7 +31,6 @@ from dr2seg_lib.viewing.report_results import (
 from .report_rollouts import rollouts_section
 from .report_samples import samples_section, stored_mask
 from .report_strata import strata_section
-from .run_parameters import asked_parameters
 from .run_reader import RunReader
 from .run_samples import sample_by_id
 
@@ -100,7 +99,7 @@ def report_html(
     drawn=stored_mask,  # (sample, row) -> mask, targets
 ) -> Markup:  # a whole HTML document
     "A run as one page that needs nothing else."
-    method = asked_parameters(run["info"]).get("method") or "dr2seg"
+    method = (run["info"].get("parameters") or {}).get("method") or "dr2seg"
     sections = [
         *results_sections(run),
         *training_sections(run, method),

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from .open_records import open_json, open_rows
 from dr2seg_lib.viewing.record_types import (
-    LooseRunRecord,
     MetricsRecord,
     PredictionRecord,
     RolloutRecord,
+    RunRecord,
 )
 from .result_types import ChoiceRecord, EntropiesRecord, ResultsRecord
-from .run_parameters import asked_parameters
 
 # %% ../../nbs/viewing/report_data.ipynb #6eab8200
 RUN_FILES = dict(
@@ -29,7 +28,7 @@ RUN_FILES = dict(
     predictions="predictions.jsonl",
 )
 REPORT_SCHEMAS = dict(
-    info=LooseRunRecord,
+    info=RunRecord,
     metrics=MetricsRecord,
     results=ResultsRecord,
     before=PredictionRecord,
@@ -45,8 +44,7 @@ SHOWN_LATER = dict(
     rea2seg=("info", "results", "predictions"),
     conditioning=("info", "results"),
 )  # by kind of run: files whose absence is worth a word
-_ASKED_BY = dict(training="steps", rea2seg="candidates", conditioning="adapters")
-_ASKED_BY |= dict(evaluate="protocol")
+_ASKED_BY = dict(rea2seg="candidates.most", conditioning="adapters", evaluate="data.protocol")
 _OWN_SCHEMAS = dict(
     rea2seg=dict(predictions=ChoiceRecord), conditioning=dict(results=EntropiesRecord)
 )
@@ -56,9 +54,11 @@ def kind_of(
     info: dict,  # of run.json
 ) -> str:  # of SHOWN_LATER
     "What kind of run it is, by what was asked."
-    asked = asked_parameters(info)
+    asked = info.get("parameters") or {}
     kinds = [kind for kind, name in _ASKED_BY.items() if name in asked]
-    return kinds[0] if kinds else "training"
+    if "steps" in asked or "methods" in asked or not kinds:
+        return "training"
+    return kinds[0]
 
 
 def schemas_of(
@@ -72,7 +72,7 @@ def read_files(
     folder: Path,  # the run's
 ) -> tuple:  # kind; a value for each of RUN_FILES; {key: sentence} of what is left out
     "The files of a run, as far as they fit their schemas."
-    info, problem = open_json(folder / "run.json", LooseRunRecord)
+    info, problem = open_json(folder / "run.json", RunRecord)
     kind, values, problems = kind_of(info), dict(info=info), dict(info=problem)
     for key, schema in schemas_of(kind).items():
         if key != "info":

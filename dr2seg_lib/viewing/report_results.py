@@ -9,24 +9,27 @@ __all__ = ['KIND_TITLES', 'INTERVALS_NOTE', 'progress_text', 'duration_text', 'p
 # %% ../../nbs/viewing/report_results.ipynb #c6eb0751
 from datetime import datetime
 
-from ..core.parameters import CUT_SHARE, split_notes
+from ..core.notes import CUT_SHARE, split_notes
 from .figures import before_after_plot, figure_svg
 from .open_records import path_text
 from .report_blocks import page_section
-from .run_parameters import asked_parameters
 from .tables import before_after_table, evaluation_table
 
 # %% ../../nbs/viewing/report_results.ipynb #f603bd20
+def _asked(run):  # the parameters, by their dotted names
+    return run["info"].get("parameters") or {}
+
+
 def progress_text(run: dict) -> str | None:
     "How much of what was asked has been done, in words."
-    asked = asked_parameters(run["info"])
+    asked = _asked(run)
     steps, answers = len(run["metrics"]), len(run.get("predictions") or [])
     if run["runs"]:
         return f"{len(run['runs'])} runs"
     if asked.get("steps") is not None:
         return f"{steps} of {asked['steps']} steps"
     if answers:
-        of = f" of {asked['samples']}" if asked.get("samples") else ""
+        of = f" of {asked['data.samples']}" if asked.get("data.samples") else ""
         return f"{answers}{of} questions"
     return f"{steps} steps" if steps else None
 
@@ -48,14 +51,14 @@ KIND_TITLES = dict(rea2seg="Rea2Seg", conditioning="What the description knows")
 
 
 def _lead(run):
-    info, asked = run["info"], asked_parameters(run["info"])
-    questions, size = asked.get("questions"), asked.get("group_size")
+    info, asked = run["info"], _asked(run)
+    questions, size = asked.get("rollout.questions_per_step"), asked.get("rollout.group_size")
     each = f"{questions} questions × {size} answers a step"
     known = not run["runs"] and questions is not None and size is not None
     parts = [
         progress_text(run),
         each if known else None,
-        f"split {asked['split']}" if asked.get("split") is not None else None,
+        f"split {asked['data.split']}" if asked.get("data.split") is not None else None,
         f"seed {info['seed']}" if info.get("seed") is not None else None,
         duration_text(info),
     ]
@@ -65,7 +68,7 @@ def _lead(run):
 def page_heading(run: dict) -> dict:  # name, status, title, data, lead, notices
     "Title, status and a line on what was run."
     info, name = run["info"], path_text(run["folder"])
-    asked = asked_parameters(info)
+    asked = _asked(run)
     notices = [info["error"]] if info.get("error") else []
     if run["missing"]:
         notices.append(f"Not shown: {'; '.join(run['missing'])}.")
@@ -98,7 +101,7 @@ def cut_remark(
 def remarks(run: dict) -> list:  # of {"text", "warns"}
     "What must be said of the figures."
     results = run["results"]
-    limit = asked_parameters(run["info"]).get("max_new_tokens")
+    limit = _asked(run).get("rollout.max_new_tokens")
     cuts = [cut_remark(results, limit)]
     for k in ("before", "after"):
         cuts.append(cut_remark(results.get(k) or {}, limit, f" {k} training"))
@@ -144,11 +147,6 @@ def _known(values):  # a dict without what is not there
     return {k: v for k, v in values.items() if v is not None and v != []}
 
 
-def _recorded(info):  # as they stand in the record; runs of earlier versions have recipes
-    recorded = _known(info.get("parameters") or {})
-    return {"method" if name == "recipe" else name: value for name, value in recorded.items()}
-
-
 def parameters_section(run: dict) -> dict | None:  # None: there is no record
     "Parameters, versions, revision, times, machine."
     info = run["info"]
@@ -165,7 +163,7 @@ def parameters_section(run: dict) -> dict | None:  # None: there is no record
     return page_section(
         "What was asked",
         "parameters.html.j2",
-        parameters=_recorded(info),
+        parameters=_known(_asked(run)),
         facts=_known(facts),
         versions=_known(info.get("versions") or {}),
     )

@@ -9,7 +9,7 @@ __all__ = ['IntervalRecord', 'Row', 'Grid', 'Measure', 'MeasuresRecord', 'Stratu
 # %% ../../nbs/viewing/result_types.ipynb #60a9fa68
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from dr2seg_lib.viewing.record_types import (
@@ -139,8 +139,7 @@ def _alike(conditions: dict):
     raise PydanticCustomError("alike", "make its lists of one length, a number a sample")
 
 
-class EntropiesRecord(BaseModel):
+class EntropiesRecord(LooseRecord):
     "results.json of `conditioning`: {policy: {condition: an entropy a sample}}."
 
-    model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, Annotated[dict[str, Numbers], AfterValidator(_alike)]]

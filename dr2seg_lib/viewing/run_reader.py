@@ -10,7 +10,6 @@ import threading
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from fastcore.basics import patch
@@ -26,13 +25,12 @@ from .open_records import open_json, open_rows, path_text
 from dr2seg_lib.viewing.record_types import (
     Label,
     LooseRecord,
-    LooseRunRecord,
     PredictionRecord,
     RolloutRecord,
+    RunRecord,
 )
 from .reward_terms import term_names
 from .run_groups import group_rollouts, pair_predictions
-from .run_parameters import asked_parameters
 from dr2seg_lib.viewing.run_samples import (
     decode_stored_mask,
     local_data,
@@ -49,7 +47,7 @@ READER_SCHEMAS = {
 
 
 def _is_expected(name, info):  # whether a file's absence is worth a word
-    evaluates = bool(asked_parameters(info).get("eval_samples"))
+    evaluates = bool((info.get("parameters") or {}).get("evaluation.samples"))
     return name == "rollouts.jsonl" or info.get("status") == "done" and evaluates
 
 
@@ -57,7 +55,7 @@ def read_records(
     folder: Path,  # the run's
 ) -> tuple:  # run.json; {file: rows}; sentences on what is left out
     "The records of a run, as far as they fit."
-    info, problem = open_json(folder / "run.json", LooseRunRecord)
+    info, problem = open_json(folder / "run.json", RunRecord)
     rows, problems = {}, [problem]
     for name, schema in READER_SCHEMAS.items():
         rows[name], problem = open_rows(folder / name, schema)
@@ -77,7 +75,7 @@ class RunReader:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} does not exist; check the run folder's name")
         self.info, rows, problems = read_records(self.folder)
-        self.parameters = asked_parameters(self.info)
+        self.parameters = self.info.get("parameters") or {}
         self.missing = f"Not shown: {'; '.join(problems)}." if problems else ""
         rollouts, before, after = rows.values()
         pairs = pair_predictions(before, after)
@@ -88,11 +86,12 @@ class RunReader:
 
     def asked(
         self,
-        name: str,  # of PARAMETER_NAMES
+        name: str,  # dotted, such as rollout.group_size
         default=None,
     ):
-        "A parameter of the run."
-        return self.parameters.get(name, default)
+        "A parameter of the run; one that is `None` is as one that is not there."
+        value = self.parameters.get(name)
+        return default if value is None else value
 
 # %% ../../nbs/viewing/run_reader.ipynb #70f18d19
 @patch(as_prop=True)
@@ -131,8 +130,8 @@ def data(self: RunReader, source: str):
         if source == "rollouts":
             self._data[source] = load_data(local_data(p["data"]), "train")
         else:
-            name = self.asked("eval_data") or p["data"]
-            self._data[source] = load_data(local_data(name), "val", p.get("eval_samples"))
+            name, count = self.asked("evaluation.data") or p["data"], p.get("evaluation.samples")
+            self._data[source] = load_data(local_data(name), "val", count)
     return self._data[source]
 
 # %% ../../nbs/viewing/run_reader.ipynb #84c7bb37
@@ -148,9 +147,9 @@ def asked_at(
     groups = self.groups["rollouts"]
     step = groups[at][0]["step"]
     first = next(i for i, g in enumerate(groups) if g[0]["step"] == step)
-    # runs of earlier versions have no parameter "texts"
-    config = SimpleNamespace(texts=self.asked("texts", "all"), seed=self.asked("seed", 0))
-    places = epoch_stream(self.data("rollouts"), config, (step - 1) * self.parameters["questions"])
+    start = (step - 1) * self.parameters["rollout.questions_per_step"]
+    texts, seed = self.asked("data.texts", "all"), self.asked("seed", 0)
+    places = epoch_stream(self.data("rollouts"), texts, seed, start)
     left = at - first
     for data, i in islice(places, left + 1 + MAX_SKIPPED):
         try:
@@ -204,9 +203,9 @@ def _answered(self: RunReader, name: str) -> Sample | None:  # of a run that onl
 def _questions(self: RunReader):  # the data set of a run that only answers, opened once
     if "asked" not in self._data:
         p = self.parameters
-        protocol = dict(protocol=p["protocol"]) if self.asked("protocol") else {}
-        count = p.get("samples") or None
-        self._data["asked"] = load_data(local_data(p["data"]), p["split"], count, **protocol)
+        name, split, count = local_data(p["data"]), p["data.split"], p.get("data.samples") or None
+        protocol = dict(protocol=p["data.protocol"]) if self.asked("data.protocol") else {}
+        self._data["asked"] = load_data(name, split, count, **protocol)
     return self._data["asked"]
 
 

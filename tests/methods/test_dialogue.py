@@ -23,8 +23,8 @@ from dr2seg_lib.rollouts.parsing import (
     format_response,
     parse_answer,
     parse_response,
-    parsed_record,
     parse_targets,
+    parsed_record,
     reasoning_text,
     recorded_parse,
 )

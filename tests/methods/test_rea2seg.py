@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from dr2seg_lib.core.files import read_json, read_jsonl
 from dr2seg_lib.core.masks import decode_rle, iou, ratio
+from dr2seg_lib.core.parameters import Rea2SegConfig
 from dr2seg_lib.data.mini import SPLIT_SEEDS, MiniReasonSeg, draw_problem
 from dr2seg_lib.data.samples import Target
-from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig, cost_table, run_rea2seg, summarize_rea2seg
+from dr2seg_lib.evaluation.config import check_rea2seg
+from dr2seg_lib.evaluation.rea2seg import cost_table, run_rea2seg, summarize_rea2seg
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.rea2seg import (
     EMBEDDED_JUDGE,
@@ -674,4 +676,4 @@ def test_the_experiment_runs_from_the_command_line(tmp_path):
 )
 def test_what_cannot_be_is_told_before_anything_runs(name, value, words):
     with pytest.raises(ValueError, match=words):
-        Rea2SegConfig(**{name: value})
+        check_rea2seg(Rea2SegConfig(**{name: value}))

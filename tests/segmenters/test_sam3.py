@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from dr2seg_lib.cli import main
@@ -36,7 +35,7 @@ from dr2seg_lib.rollouts.parsing import (
 from dr2seg_lib.rollouts.response import Group, Response
 from dr2seg_lib.segmenters.loading import EMBEDDED_SEGMENTER, load_segmenter
 from dr2seg_lib.segmenters.sam3 import Sam3Segmenter, Sam3Size, is_sam3
-from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.training.config import TrainConfig, check_training
 from dr2seg_lib.training.trainer import build_training_state, train
 from dr2seg_lib.viewing.photo import segment_photo
 
@@ -466,10 +465,10 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
 
 def test_what_is_missing_is_said_before_anything_starts(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="segmenter: dr2seg_sam3 rewards what SAM 3 draws from a description, and embedded is not SAM 3; use facebook/sam3 or a folder of it",
     ):
-        TrainConfig(**SMALL)
+        check_training(TrainConfig(**SMALL))
     assert (
         main(
             [
@@ -492,10 +491,10 @@ def test_what_is_missing_is_said_before_anything_starts(folder, tmp_path, monkey
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(MiniReasonSeg, "masked", False, raising=False)
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="data: mini has boxes and points without masks, and dr2seg_sam3 compares masks",
     ):
-        TrainConfig(**SMALL, segmenter=str(folder))
+        check_training(TrainConfig(**SMALL, segmenter=str(folder)))
     shutil.copytree(folder, tmp_path / "sam3")
     (tmp_path / "sam3" / "model.safetensors").unlink()
     monkeypatch.undo()

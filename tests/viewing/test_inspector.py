@@ -231,13 +231,7 @@ def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeyp
         "dr2seg_lib.viewing.run_reader.load_data", lambda name, split, limit=None: data
     )
     copied(whole, tmp_path)
-    config = TrainConfig(
-        **{
-            k: v
-            for k, v in read_json(tmp_path / "run.json")["parameters"].items()
-            if k in TrainConfig.model_fields
-        }
-    )
+    config = TrainConfig(**read_json(tmp_path / "run.json")["parameters"])
     rows = read_jsonl(whole / "rollouts.jsonl")
     place = {}
     for r in rows:
