@@ -454,7 +454,7 @@ def growth(args) -> list[dict]:
 def draw(rows: list[dict], path: Path):
     import matplotlib.pyplot as plt
 
-    from dr2seg_lib.viewing.figures import FIGURE_STYLE, METHOD_COLOURS
+    from dr2seg_lib.viewing.style import FIGURE_STYLE, METHOD_COLOURS
 
     factors = list(dict.fromkeys(r["factor"] for r in rows))
     with plt.rc_context(FIGURE_STYLE):

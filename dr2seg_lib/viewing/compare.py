@@ -17,19 +17,14 @@ from matplotlib import rc_context
 from ..core.markup import fill_html, join_html
 from ..core.text_table import Table, format_cell, rows_table
 from ..data.samples import Sample
-from dr2seg_lib.viewing.figures import (
-    FIGURE_STYLE,
-    MUTED,
-    Figure,
-    figure_svg,
-    short,
-    training_curves,
-)
+from .curves import training_curves
+from .figures import Figure, figure_svg
 from .open_records import open_rows
 from .record_types import MetricsRecord
 from .report_cards import drawn_answer, response_html, stored_mask
 from .report_pictures import picture_html
 from .run_reader import RunReader
+from .style import FIGURE_STYLE, MUTED, short
 from dr2seg_lib.viewing.tables import (
     _PER_SAMPLE,
     MEASURES,

@@ -28,9 +28,11 @@ from ..rollouts.parsing import to_image_coordinates
 from ..rollouts.response import Response, to_responses
 from ..rollouts.two_stage import second_pass
 from ..runs.checkpoints import latest_checkpoint
-from .figures import FIGURE_STYLE, Figure, overlay, panels
+from .figures import Figure, panels
+from .overlays import overlay
 from .report_pictures import data_uri
 from .run_reader import DRAWING_LOCK, sample_by_id, segmenter_of, truth_iou
+from .style import FIGURE_STYLE
 from dr2seg_lib.viewing.view import (
     View,
     fill_lines,

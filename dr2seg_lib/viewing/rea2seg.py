@@ -13,7 +13,9 @@ from matplotlib.patches import Rectangle
 from ..core.masks import decode_rle
 from ..methods.rea2seg import highlight_candidate
 from ..models.attention_maps import attention_overlay, heat_map
-from .figures import FIGURE_STYLE, METHOD_COLOURS, Figure, overlay
+from .figures import Figure
+from .overlays import overlay
+from .style import FIGURE_STYLE, METHOD_COLOURS
 
 # %% ../../nbs/viewing/rea2seg.ipynb #e865bfab
 def gallery_picks(rows: list[dict], least: int = 3) -> list[dict]:

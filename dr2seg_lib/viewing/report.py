@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ..core.files import write_text
 from ..core.markup import CONTENT_POLICY_TAG, fill_html, join_html
-from dr2seg_lib.viewing.figures import (
+from dr2seg_lib.viewing.curves import (
     reward_terms_plot,
     stage_seconds_plot,
     training_curves,

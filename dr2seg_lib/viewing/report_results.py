@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..core.markup import fill_html, join_html
 from ..core.parameters import CUT_SHARE, split_notes
 from ..core.text_table import format_cell
-from .figures import before_after_plot
+from .comparison_plots import before_after_plot
 from .open_records import path_text
 from .report_pictures import chart_html, escape_text
 from .tables import before_after_table, evaluation_table

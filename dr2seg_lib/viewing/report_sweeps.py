@@ -19,16 +19,9 @@ from ..core.statistics import Interval, bootstrap_interval
 from ..core.text_table import rows_table
 from ..data.samples import Sample
 from ..models.attention_maps import attention_overlay, heat_map
-from dr2seg_lib.viewing.figures import (
-    FIGURE_STYLE,
-    METHOD_COLOURS,
-    MUTED,
-    Figure,
-    before_after_plot,
-    panels,
-    short,
-    training_curves,
-)
+from .comparison_plots import before_after_plot
+from .curves import training_curves
+from .figures import Figure, panels
 from .open_records import path_text
 from dr2seg_lib.viewing.report_cards import (
     groups_of_cards,
@@ -45,6 +38,7 @@ from dr2seg_lib.viewing.report_pictures import (
     shrink_picture,
 )
 from .run_reader import decode_stored_mask, sample_by_id
+from .style import FIGURE_STYLE, METHOD_COLOURS, MUTED, short
 from .tables import MEASURES, aggregate_seeds, arms_table, strata_table
 
 # %% ../../nbs/viewing/report_sweeps.ipynb #8c84272b

@@ -29,7 +29,6 @@ from ..data.samples import Sample
 from ..rollouts.parsing import segmenter_prompts, to_image_coordinates
 from ..segmenters.loading import load_segmenter
 from ..training.batches import epoch_stream
-from .figures import OTHER_COLOURS
 from .open_records import open_json, open_rows, path_text
 from dr2seg_lib.viewing.record_types import (
     Label,
@@ -38,6 +37,7 @@ from dr2seg_lib.viewing.record_types import (
     RolloutRecord,
     RunRecord,
 )
+from .style import OTHER_COLOURS
 
 # %% ../../nbs/viewing/run_reader.ipynb #dba39f1b
 READER_SCHEMAS = {

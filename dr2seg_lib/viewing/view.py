@@ -22,17 +22,8 @@ import dr2seg_lib
 from ..core.markup import fill_html
 from ..data.samples import Sample
 from ..rollouts.parsing import parse_response, to_image_coordinates
-from dr2seg_lib.viewing.figures import (
-    FIGURE_STYLE,
-    METHOD_COLOURS,
-    MOST,
-    MUTED,
-    Figure,
-    drawable,
-    overlay,
-    panels,
-    short,
-)
+from .figures import Figure, panels
+from .overlays import overlay
 from .report_cards import entropy_reasoning, response_html, split_terms
 from .report_pictures import data_uri
 from dr2seg_lib.viewing.run_reader import (
@@ -42,6 +33,7 @@ from dr2seg_lib.viewing.run_reader import (
     truth_iou,
     truth_mask,
 )
+from .style import FIGURE_STYLE, METHOD_COLOURS, MOST, MUTED, drawable, short
 
 # %% ../../nbs/viewing/view.ipynb #8ee04dc3
 def row_run_lengths(

@@ -56,7 +56,7 @@ from dr2seg_lib.viewing.discrimination import (
     stratified_table,
     token_strata_plot,
 )
-from dr2seg_lib.viewing.figures import METHOD_COLOURS
+from dr2seg_lib.viewing.style import METHOD_COLOURS
 
 VAL = SPLIT_SEEDS["val"][0]
 TINY = dict(

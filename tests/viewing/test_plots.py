@@ -16,22 +16,18 @@ from scipy import stats
 from dr2seg_lib.core.statistics import Interval, bootstrap_interval, mean_interval
 from dr2seg_lib.core.text_table import rows_table
 from dr2seg_lib.data.mini import draw_sample
-from dr2seg_lib.viewing.figures import (
-    METHOD_COLOURS,
-    MUTED,
-    OTHER_COLOURS,
+from dr2seg_lib.viewing.comparison_plots import before_after_plot
+from dr2seg_lib.viewing.curves import (
     STAGE_COLOURS,
-    Figure,
-    arm_colours,
-    before_after_plot,
-    figure_svg,
     moving_average,
-    overlay,
     reward_terms_plot,
     stage_seconds_plot,
     training_curves,
     training_health,
 )
+from dr2seg_lib.viewing.figures import Figure, figure_svg
+from dr2seg_lib.viewing.overlays import overlay
+from dr2seg_lib.viewing.style import METHOD_COLOURS, MUTED, OTHER_COLOURS, arm_colours
 from dr2seg_lib.viewing.tables import arms_table, before_after_table, paired_change
 
 number = st.none() | st.just(math.nan) | st.floats(-1e6, 1e6) | st.integers(-5, 5)
