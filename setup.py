@@ -9,10 +9,16 @@ here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+library = cfg["lib_name"]
 readme = here / "README.md"
+extras = {
+    field.removesuffix("_requirements"): value.split()
+    for field, value in cfg.items()
+    if field.endswith("_requirements")
+}
 
 setup(
-    name=cfg["lib_name"],
+    name=library,
     version=cfg["version"],
     description=cfg["description"],
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
@@ -22,13 +28,15 @@ setup(
     author_email=cfg["author_email"],
     license="Apache-2.0",
     python_requires=">=" + cfg["min_python"],
-    packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
-    package_data={cfg["lib_name"]: ["weights/**", "static/*"]},
-    install_requires=cfg["requirements"].split(),
-    extras_require={
-        "dev": cfg["dev_requirements"].split(),
-        "bench": cfg["bench_requirements"].split(),
+    # In a wheel the experiments and tours lie in dr2seg_lib/notebooks; in a checkout, in nbs.
+    packages=[*find_packages(include=[library, f"{library}.*"]), f"{library}.notebooks"],
+    package_dir={f"{library}.notebooks": "nbs"},
+    package_data={
+        library: ["weights/**", "presets/*.toml", "viewing/templates/**", "**/static/*"],
+        f"{library}.notebooks": ["experiments/*.ipynb", "tours/*.ipynb"],
     },
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     zip_safe=False,
 )

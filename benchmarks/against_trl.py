@@ -36,7 +36,7 @@ from dr2seg_lib.rollouts.parsing import Parsed
 from dr2seg_lib.rollouts.response import Response
 from dr2seg_lib.rollouts.two_stage import Rollouts, StageTimer, second_pass
 from dr2seg_lib.training.config import TrainConfig
-from dr2seg_lib.training.trainer import update_policy
+from dr2seg_lib.training.update import update_policy
 
 KL, RANK, LR = 5e-3, 64, 1e-6
 WORDS = ("the", "red", "ball", "at", "the", "left", "of", "a", "small", "blue", "star")

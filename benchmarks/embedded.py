@@ -121,21 +121,12 @@ def steps(config, turns: int, count: int) -> dict:  # {engine: metrics rows}
     data, rows = load_data("mini", "train"), dict(engine=[], plain=[])
     for turn in range(turns):
         for name in rows:
-            policy, recipe, optimizer, accelerator = build_training_state(config)
+            state = build_training_state(config)
             if name == "plain":
-                policy.__class__ = Plain
+                state.policy.__class__ = Plain
             for step in range(1, count + 1):
-                rows[name].append(
-                    train_step(
-                        policy,
-                        recipe,
-                        optimizer,
-                        accelerator,
-                        sample_batch(data, config, step)[0],
-                        config,
-                        step,
-                    )[0]
-                )
+                samples, _ = sample_batch(data, config, step)
+                rows[name].append(train_step(state, samples, config, step)[0])
             print(f"turn {turn + 1}, {name}: {rows[name][-1]['seconds']}", flush=True)
     for a, b in zip(rows["engine"], rows["plain"]):  # the same work, or the comparison is none
         assert (
@@ -161,8 +152,8 @@ def rewards(config, repeats: int = 5) -> dict:  # {recipe: responses a CPU secon
                 samples,
                 recipe.prompt,
                 recipe.second_prompt,
-                config.samples,
-                config.max_new_tokens,
+                config.rollout.group_size,
+                config.rollout.max_new_tokens,
                 seed=0,
             ),
             [],

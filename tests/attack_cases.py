@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from dr2seg_lib.cli import main
-from dr2seg_lib.commands.parameters import find_experiment, free_parameters, parameters_of
+from dr2seg_lib.commands.parameters import old_names_in, parameter_defaults
+from dr2seg_lib.commands.parameters_cell import find_experiment, free_parameters
 from dr2seg_lib.core.files import read_jsonl
 from dr2seg_lib.data.datasets import detect_format, load_data, open_data
 from dr2seg_lib.data.mini import MiniReasonSeg
@@ -451,7 +452,7 @@ def question(case: Case) -> Callable:
     )
     return rng.choice(
         (
-            lambda: evaluate(folder),
+            lambda: evaluate_on(folder),
             command("check", folder),
             command(
                 "segment",
@@ -760,7 +761,7 @@ def checkpoint(case: Case) -> Callable:
     name = next((p for p in sorted((folder / "checkpoints").glob("step-*"), reverse=True)), newest)
 
     def load():
-        load_policy("embedded", EvaluateConfig(**inherit(dict(adapter=str(name)))[0]).adapter)
+        load_policy("embedded", EvaluateConfig(**inherit(dict(adapter=str(name)))[0]).model.adapter)
 
     def go_on():
         train(TrainConfig(**record["parameters"] | dict(steps=3)), folder, resume=True)
@@ -989,7 +990,8 @@ def words(case: Case) -> list:
         ]
     if kind == "odd":
         return [rng.choice(("run", "--resume", "runs", "-h", "", "tables")), *rng.sample(some, 2)]
-    declared = sorted(parameters_of(find_experiment(kind)))
+    notebook = find_experiment(kind)
+    declared = sorted({*parameter_defaults(notebook), *old_names_in(notebook)})
     asked = [
         part
         for _ in range(rng.choice((1, 1, 2, 3)))

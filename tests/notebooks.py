@@ -7,10 +7,13 @@ A cell marked `#| output: false` keeps none; one marked `#| eval: false` is not 
 import argparse
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from dr2seg_lib.commands.execute import kernel_class
 
@@ -18,20 +21,43 @@ SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
 SILENT = re.compile(r"^#\|\s*output:\s*false", re.M)
 
 
-def execute(path: Path):
-    "The notebook, run from its own folder in a kernel of its own."
-    nb = nbformat.read(path, as_version=4)
-    whole = nb.cells
-    nb.cells = [c for c in whole if not SKIPPED.search(c.source)]
-    client = NotebookClient(
-        nb,
-        timeout=600,
-        kernel_manager_class=kernel_class(),
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute()
-    nb.cells = whole
-    return nb
+class Kernel:
+    "One kernel for several notebooks: what one has imported the next need not wait for."
+
+    def __init__(self):
+        self.manager = kernel_class()()
+        self.client = None
+
+    def execute(self, path: Path):
+        "The notebook, run from its own folder among no variables of another."
+        nb = nbformat.read(path, as_version=4)
+        whole = nb.cells
+        fresh = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {path.parent.resolve()}")
+        nb.cells = [fresh, *(c for c in whole if not SKIPPED.search(c.source))]
+        runner = NotebookClient(nb, km=self.manager, timeout=600)
+        runner.kc = self.client
+        try:
+            runner.execute()
+        finally:
+            self.client = runner.kc
+            nb.cells = whole
+        return nb
+
+    def close(self):
+        "Ends the kernel's process."
+        if self.client is not None:
+            self.client.stop_channels()
+            run_sync(self.manager.shutdown_kernel)(now=True)
+
+
+@contextmanager
+def kernel():
+    "A kernel that ends with the block."
+    opened = Kernel()
+    try:
+        yield opened
+    finally:
+        opened.close()
 
 
 def text_of(output) -> str:
@@ -68,21 +94,29 @@ def write(path: Path, executed):
     nbformat.write(executed, path)
 
 
+def current(python: Kernel, path: Path, to_write: bool) -> bool:
+    "Whether a notebook shows what it says; with `to_write` it does from now on."
+    try:
+        executed = python.execute(path)
+    except CellExecutionError as error:
+        print(path, "fails:", error)
+        return False
+    if to_write:
+        write(path, executed)
+        return True
+    cells = stale_cells(path, executed)
+    print(path, "stale: " + "; ".join(cells) if cells else "current")
+    return not cells
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", type=Path, nargs="+")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    stale = False
-    for path in args.notebooks:
-        executed = execute(path)
-        if args.write:
-            write(path, executed)
-        else:
-            cells = stale_cells(path, executed)
-            stale = stale or bool(cells)
-            print(path, "stale: " + "; ".join(cells) if cells else "current")
-    sys.exit(stale)
+    with kernel() as python:
+        stale = [path for path in args.notebooks if not current(python, path, args.write)]
+    sys.exit(bool(stale))
 
 
 if __name__ == "__main__":

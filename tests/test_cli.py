@@ -15,21 +15,27 @@ import nbformat
 import pydantic
 import pytest
 
-from dr2seg_lib.cli import build_parser, main
+import dr2seg_lib
+from dr2seg_lib.cli import main
 from dr2seg_lib.commands.execute import PARTIAL_NOTEBOOK, explain_error
-from dr2seg_lib.commands.parameters import (
-    CONFIGS,
-    check_parameters,
+from dr2seg_lib.commands.parameter_help import parameters_help
+from dr2seg_lib.commands.parameters import check_parameters, validated_config
+from dr2seg_lib.commands.parameters_cell import (
     find_experiment,
     parameters_of,
     read_value,
+    typed_parameters,
 )
-from dr2seg_lib.commands.prepare import prepare_run, typed_parameters, with_preset
+from dr2seg_lib.commands.prepare import prepare_run
+from dr2seg_lib.commands.run import RunRequest
 from dr2seg_lib.commands.summary import caution_lines, run_summary
 from dr2seg_lib.core.files import read_json, write_json
-from dr2seg_lib.core.parameters import TrainFields, cut_note
+from dr2seg_lib.core.notes import cut_note
+from dr2seg_lib.core.parameter_names import flat_parameters
+from dr2seg_lib.core.parameters import EvaluateConfig, Rea2SegConfig, TrainConfig
 from dr2seg_lib.runs.run_folder import RECORDS, Run
 from dr2seg_lib.runs.status import run_status, update_record
+from dr2seg_lib.training.config import load_preset
 
 DR2SEG = Path(sys.executable).parent / "dr2seg"
 TRAIN = """
@@ -129,7 +135,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
         ),
         (
             ["--preset", "visionreasoner_7k", "-p", "data", "mini", "-p", "eval_data", "nowhere"],
-            "eval_data: nowhere does not exist",
+            "evaluation.data: nowhere does not exist",
         ),
         (
             [
@@ -145,9 +151,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
                 "prompts",
                 "many",
             ],
-            'parameter "prompts": input should be a valid integer',
+            'parameter "rollout.questions_per_step": input should be a valid integer',
         ),
-        (["-p", "eval_data", "nowhere"], "eval_data: nowhere does not exist"),
+        (["-p", "evaluation.data", "nowhere"], "evaluation.data: nowhere does not exist"),
     ],
 )
 def test_what_train_refuses(tmp_path, monkeypatch, capsys, args, says):
@@ -164,13 +170,13 @@ def test_what_train_refuses(tmp_path, monkeypatch, capsys, args, says):
 def test_a_preset_is_for_train_and_what_is_typed_has_precedence(notebook, capsys):
     assert main(["run", notebook(), "--preset", "visionreasoner_7k"]) == 2
     assert "presets are for train" in capsys.readouterr().err
-    given = dict(data="mini", eval_data="mini", lr=0.5)
-    filled = check_parameters(
-        "train", find_experiment("train"), with_preset("train", "visionreasoner_7k", given)
-    )
-    assert filled["lr"] == 0.5
-    assert filled["rank"] == 64
-    assert filled["recipe"] == "dr2seg_desc"
+    given = {"preset": "visionreasoner_7k", "data": "mini", "eval_data": "mini", "lr": 0.5}
+    filled = check_parameters("train", find_experiment("train"), given)
+    assert filled["preset"] == "visionreasoner_7k"
+    config = TrainConfig(**load_preset(filled["preset"], **filled["config"]))
+    assert config.optim.lr == 0.5
+    assert config.lora.rank == 64
+    assert config.method.name == "dr2seg_desc"
 
 
 def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
@@ -189,7 +195,7 @@ def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
 
 def test_unknown_experiments(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "dr2seg_lib.commands.parameters.experiments",
+        "dr2seg_lib.commands.parameters_cell.experiments",
         lambda: {"train": Path("train.ipynb"), "ablate": Path("ablate.ipynb")},
     )
     for name, words in (
@@ -230,13 +236,9 @@ class Config(pydantic.BaseModel, frozen=True, extra="forbid"):
         ({"steps": 0}, 'parameter "steps": input should be greater than or equal to 1, not 0'),
     ],
 )
-def test_a_config_class_has_the_say(notebook, monkeypatch, given, sentence):
-    monkeypatch.setitem(CONFIGS, "toy", f"{__name__}:Config")
-    monkeypatch.setitem(sys.modules, __name__, sys.modules[Config.__module__])
-    path = Path(notebook())
-    assert check_parameters("toy", path, {"steps": 9}) == {"steps": 9}
+def test_a_config_class_has_the_say(given, sentence):
     with pytest.raises(ValueError) as e:
-        check_parameters("toy", path, given)
+        validated_config(Config, given)
     assert str(e.value) == sentence
 
 
@@ -258,6 +260,77 @@ def test_values_as_typed(text, value):
     assert read_value(text) == value
 
 
+# ---- the command line itself
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        ([], "missing command; see dr2seg --help"),
+        (["rnu"], "no such command 'rnu'. Did you mean 'run'?; see dr2seg --help"),
+        (["--outt"], "no such option: --outt; see dr2seg --help"),
+        (["run"], "run needs the name of an experiment; see dr2seg run --help"),
+        (["run", "train", "-p", "steps"], "option '-p' requires 2 arguments; see dr2seg --help"),
+        (["run", "a", "b"], "got unexpected extra argument(s) (b); see dr2seg run --help"),
+        (["check"], "missing argument 'DATA'; see dr2seg check --help"),
+        (
+            ["segment", "a.png", "--dtype", "half"],
+            "invalid value for '--dtype': 'half' is not one of 'float32', 'bfloat16'; "
+            "see dr2seg segment --help",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_not_understood_are_one_sentence(capsys, args, sentence):
+    assert main(args) == 2
+    assert capsys.readouterr() == ("", f"dr2seg: {sentence}\n")
+
+
+def test_a_value_may_start_with_a_minus_sign(capsys):
+    "argparse took it for an option."
+    assert main(["run", "train", "-p", "kl", "-1e999"]) == 2
+    assert "kl" in capsys.readouterr().err.partition(":")[2]
+
+
+@pytest.mark.parametrize("command", ["run", "runs", "check", "segment", "tables"])
+def test_every_command_has_help(capsys, command):
+    assert main([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert f"Usage: dr2seg {command}" in out
+    assert err == ""
+
+
+def test_help_of_an_experiment_lists_its_parameters(notebook, capsys):
+    assert main(["run", notebook(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--trust" in out
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["steps", "nap", "recipe"]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dr2seg {dr2seg_lib.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, completed",
+    [
+        ("dr2seg se", ["segment"]),
+        ("dr2seg run eval", ["evaluate"]),
+        ("dr2seg run train --pre", ["--preset"]),
+        ("dr2seg run train --preset reason", ["reasonseg_few_shot"]),
+        ("dr2seg tables --format ", ["markdown", "latex", "html"]),
+    ],
+)
+def test_the_shell_completes_words(words, completed):
+    request = dict(
+        _DR2SEG_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" "))
+    )
+    done = subprocess.run([DR2SEG], env=os.environ | request, capture_output=True, text=True)
+    assert done.stdout.split() == completed
+    assert done.stderr == ""
+
+
 # ---- quickly: before torch is imported
 
 
@@ -275,20 +348,23 @@ raise SystemExit(cli.main({list(args)!r}))"""
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["train", "-p", "lr", "inf"], 'parameter "lr": input should be a finite number'),
-        (["train", "-p", "lr", "1e999"], 'parameter "lr": input should be a finite number'),
+        (["train", "-p", "lr", "inf"], 'parameter "optim.lr": input should be a finite number'),
+        (
+            ["train", "-p", "optim.lr", "1e999"],
+            'parameter "optim.lr": input should be a finite number',
+        ),
         (
             ["train", "-p", "steps", "0"],
             'parameter "steps": input should be greater than or equal to 1, not 0',
         ),
-        (["train", "-p", "recipe", "x"], "recipe 'x' is unknown; use one of visionreasoner"),
+        (["train", "-p", "recipe", "x"], "method 'x' is unknown; use one of visionreasoner"),
         (
-            ["train", "-p", "recipe", "nowhere.py:mine"],
-            "recipe: nowhere.py does not exist; give the path of the file that holds mine",
+            ["train", "-p", "method", "nowhere.py:mine"],
+            "method: nowhere.py does not exist; give the path of the file that holds mine",
         ),
         (["train", "-p", "model", "nope"], "model 'nope' is unknown"),
         (["train", "-p", "data", "nope"], "data: nope does not exist"),
-        (["train", "-p", "eval_data", "nope"], "eval_data: nope does not exist"),
+        (["train", "-p", "eval_data", "nope"], "evaluation.data: nope does not exist"),
         (["train", "-p", "segmenter", "nope"], "segmenter: 'nope' is not known"),
         (
             ["train", "-p", "norm_lr", "0.1", "-p", "dtype", "bfloat16"],
@@ -296,7 +372,7 @@ raise SystemExit(cli.main({list(args)!r}))"""
         ),
         (
             ["train", "--preset", "visionreasoner_7k", "-p", "lr", "inf"],
-            'parameter "lr": input should be a finite number',
+            'parameter "optim.lr": input should be a finite number',
         ),
         (
             ["train", "--preset", "visionreasoner_8k"],
@@ -304,16 +380,22 @@ raise SystemExit(cli.main({list(args)!r}))"""
         ),
         (["train", "--preset", "reasonseg_few_shot"], "needs ReasonSeg's folder; name it by data"),
         (["evaluate", "-p", "adapter", "nope"], "adapter nope does not exist"),
-        (["evaluate", "-p", "batch", "many"], 'parameter "batch": input should be a valid integer'),
-        (["rea2seg", "-p", "overlap", "2"], 'parameter "overlap": input should be less than 1'),
-        (["ablate", "-p", "recipes", '["dr3seg"]'], "recipe 'dr3seg' is unknown"),
-        (["ablate", "-p", "recipes", "[]"], 'parameter "recipes" is empty; give one or more'),
         (
-            ["ablate", "-p", "settings", '{"lr": -1}'],
-            'parameter "lr": input should be greater than 0',
+            ["evaluate", "-p", "batch", "many"],
+            'parameter "runtime.batch_size": input should be a valid integer',
         ),
         (
-            ["ablate", "-p", "settings", '{"lrr": 1}'],
+            ["rea2seg", "-p", "overlap", "2"],
+            'parameter "candidates.overlap": input should be less than 1',
+        ),
+        (["ablate", "-p", "recipes", '["dr3seg"]'], "method 'dr3seg' is unknown"),
+        (["ablate", "-p", "methods", "[]"], 'parameter "methods" is empty; give one or more'),
+        (
+            ["ablate", "-p", "settings", '{"lr": -1}'],
+            'parameter "optim.lr": input should be greater than 0',
+        ),
+        (
+            ["ablate", "-p", "config", '{"lrr": 1}'],
             'parameter "lrr": extra inputs are not permitted',
         ),
         (["ablate", "-p", "settings", "{1: 2}"], "a name is no text"),
@@ -323,7 +405,7 @@ raise SystemExit(cli.main({list(args)!r}))"""
         ),
         (
             ["ablate", "-p", "vary", '{"anchor": [25, "many"]}'],
-            'parameter "anchor": input should be a valid number',
+            'parameter "method.anchor": input should be a valid number',
         ),
         (["compare", "-p", "workers", "0"], 'parameter "workers" is 0; use 1 or more'),
         (
@@ -354,7 +436,7 @@ def test_a_wrong_value_is_refused_without_torch(tmp_path, args, says):
     [
         (["nothing.jpg", "what", "--model", "nope"], "model 'nope' is unknown"),
         (["nothing.jpg", "what", "--adapter", "nope"], "adapter nope does not exist"),
-        (["nothing.jpg", "what", "--recipe", "x"], "recipe 'x' is unknown"),
+        (["nothing.jpg", "what", "--recipe", "x"], "method 'x' is unknown"),
     ],
 )
 def test_segment_refuses_names_without_torch(tmp_path, args, says):
@@ -369,7 +451,8 @@ def test_segment_refuses_names_without_torch(tmp_path, args, says):
         (["run", "train", "-p", "lr", "inf"], 1.5),
         (["run", "evaluate", "-p", "adapter", "nope"], 1.5),
         (["runs"], 1),
-        (["--help"], 1),
+        (["--help"], 0.5),
+        (["run", "--help"], 1),
     ],
     ids=str,
 )
@@ -644,7 +727,10 @@ def test_a_record_that_may_not_be_read_is_unreadable():
         for run in "bad", "good":
             Run.create(folder / run, {}, bar=False).finish("done")
         (folder / "bad" / "run.json").chmod(0)
-        script = f"import os\nfrom dr2seg_lib import cli\nos.geteuid() or os.seteuid(65534)\ncli.main(['runs', {name!r}])"
+        script = f"""import encodings.utf_8_sig, os, dr2seg_lib.commands.summary
+from dr2seg_lib import cli
+os.geteuid() or os.seteuid(65534)
+cli.main(["runs", {name!r}])"""
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     lines = {Path(line.split()[0]).name: line for line in done.stdout.splitlines()}
     assert "unreadable" in lines["bad"]
@@ -969,17 +1055,13 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, notebook):
         tmp_path / "run", dict(steps=5, processes=4, out="run", resume=False), bar=False
     ).finish("interrupted")
 
-    def asked(*given):
-        return prepare_run(
-            build_parser().parse_args(
-                ["run", path, "--resume", "--out", str(tmp_path / "run"), *given]
-            )
-        )[2]
+    def resumed(*pairs):
+        return prepare_run(RunRequest(path, pairs, out=tmp_path / "run", resume=True))[2]
 
-    assert asked() == dict(steps=5, processes=4)
-    assert asked("-p", "processes", "2") == dict(steps=5, processes=2)
+    assert resumed() == dict(steps=5, processes=4)
+    assert resumed(("processes", "2")) == dict(steps=5, processes=2)
     with pytest.raises(ValueError, match="was started with steps = 5, not 9"):
-        asked("-p", "steps", "9")
+        resumed(("steps", "9"))
 
 
 def test_a_second_ctrl_c_interrupts_a_deaf_notebook(tmp_path, notebook):
@@ -1023,10 +1105,11 @@ def test_check_counts_and_names_what_is_broken(tmp_path, capsys):
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path):
     "As root nothing is forbidden, so the command gives its rights away first."
     tmp_path.chmod(0o555)
-    script = f"""import os, pydantic, dr2seg_lib.training.trainer
+    script = f"""import os, pydantic, dr2seg_lib.commands.run, dr2seg_lib.training.trainer
 from dr2seg_lib import cli
 if os.geteuid() == 0: os.seteuid(65534)
-raise SystemExit(cli.main(["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]))"""
+args = ["run", "train", "-p", "steps", "1", "--out", {str(tmp_path / "run")!r}]
+raise SystemExit(cli.main(args))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -1087,16 +1170,15 @@ def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(
 # ---- what a resume may do
 
 
-def asked(folder, *given, experiment="train"):
-    return prepare_run(
-        build_parser().parse_args(["run", experiment, "--resume", "--out", str(folder), *given])
-    )[2]
+def resumed(folder, *pairs, experiment="train", trust=False):
+    "The parameters with which a run in `folder` would go on."
+    return prepare_run(RunRequest(experiment, pairs, out=folder, resume=True, trust=trust))[2]
 
 
 @pytest.fixture
 def ended(tmp_path):
     "A training that ended early."
-    Run.create(tmp_path / "run", TrainFields(steps=9, lr=0.5).model_dump(), bar=False).finish(
+    Run.create(tmp_path / "run", TrainConfig(steps=9, lr=0.5).model_dump(), bar=False).finish(
         "failed", "FloatingPointError: the loss is not a number"
     )
     return tmp_path / "run"
@@ -1105,24 +1187,30 @@ def ended(tmp_path):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("lr", 0.01),
-        ("schedule", "constant"),
-        ("checkpoint_every", 3),
-        ("eval_samples", 8),
-        ("record", 0),
-        ("chunk", 1),
-        ("kl", 0.0),
+        ("optim.lr", 0.01),
+        ("optim.schedule", "constant"),
+        ("runtime.checkpoint_every", 3),
+        ("evaluation.samples", 8),
+        ("runtime.recorded_groups", 0),
+        ("runtime.groups_per_forward", 1),
+        ("optim.kl", 0.0),
     ],
 )
 def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
-    found = asked(ended, "-p", name, str(value))
-    assert found[name] == value
-    assert found["steps"] == 9
+    parameters = flat_parameters(resumed(ended, (name, str(value)))["config"])
+    assert parameters[name] == value
+    assert parameters["steps"] == 9
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [("rank", "8"), ("steps", "10"), ("recipe", "dpad"), ("seed", "1"), ("norm_lr", "0")],
+    [
+        ("lora.rank", "8"),
+        ("steps", "10"),
+        ("method", "dpad"),
+        ("seed", "1"),
+        ("optim.norm_lr", "0"),
+    ],
 )
 def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
     assert main(["run", "train", "--resume", "--out", str(ended), "-p", name, value]) == 2
@@ -1134,9 +1222,9 @@ def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
     update_record(ended, status="done")
     with pytest.raises(ValueError, match="is done; only a run that ended early"):
-        asked(ended)
+        resumed(ended)
     (ended / PARTIAL_NOTEBOOK).write_text("{}")
-    assert asked(ended)["steps"] == 9
+    assert resumed(ended)["config"]["steps"] == 9
 
 
 RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.methods.dr2seg import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
@@ -1147,9 +1235,7 @@ RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.methods.dr2seg import dr2
     [
         (
             "train",
-            lambda name: TrainFields.model_construct(
-                **TrainFields().model_dump() | dict(recipe=name)
-            ).model_dump(),
+            lambda name: TrainConfig(method=name).model_dump(),
         ),
         (
             "ablate",
@@ -1187,14 +1273,13 @@ def test_code_that_a_record_names_is_run_only_with_trust(experiment, parameters,
     assert "names code of a file, " in said
     assert "look at it, then add --trust" in said
     assert not (tmp_path / "it-ran").exists()
-    asked(tmp_path / "run", "--trust", experiment=experiment)
+    resumed(tmp_path / "run", experiment=experiment, trust=True)
     assert (tmp_path / "it-ran").exists() == (experiment == "train"), (
         "a sweep's workers load it themselves"
     )
     if experiment == "train":
-        assert asked(tmp_path / "run", "-p", "recipe", name)["recipe"] == name, (
-            "who names the code trusts it"
-        )
+        config = resumed(tmp_path / "run", ("method", name))["config"]
+        assert config["method"]["name"] == name, "who names the code trusts it"
 
 
 # ---- a second SIGTERM, a record that goes
@@ -1237,3 +1322,94 @@ def test_a_record_deleted_while_the_run_is_at_work_is_one_sentence(tmp_path, not
     )
     assert "Traceback" not in failed.stderr
     assert (tmp_path / "out/metrics.jsonl").exists()
+
+
+# ---- nested names, old names, help
+
+
+def new_run(folder, experiment, *pairs):
+    "What papermill would be given."
+    return prepare_run(RunRequest(experiment, list(pairs), out=folder))[2]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [("lora.rank", "8"), ("method", "dpad")],
+        [("lora", '{"rank": 8}'), ("method.name", "dpad")],
+        [("config", '{"lora": {"rank": 8}}'), ("method", "dpad")],
+        [("rank", "8"), ("recipe", "dpad")],
+    ],
+    ids=["dotted", "a group", "config", "of version 0.2"],
+)
+def test_a_field_is_set_in_the_notebooks_config(tmp_path, given):
+    values = new_run(tmp_path / "run", "train", *given)
+    assert values == {"config": {"lora": {"rank": 8}, "method": {"name": "dpad"}}}
+
+
+def test_old_names_are_told_in_one_line(tmp_path, capsys):
+    new_run(tmp_path / "run", "train", ("rank", "8"), ("recipe", "dpad"))
+    assert capsys.readouterr().err == (
+        "dr2seg: rank is now lora.rank, recipe is now method; "
+        "the old names go with the next release\n"
+    )
+    new_run(tmp_path / "run", "train", ("lora.rank", "8"), ("data", "mini"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sweep_shares_a_config(tmp_path):
+    values = new_run(
+        tmp_path / "run", "ablate", ("seeds", "[0]"), ("steps", "3"), ("lora.rank", "4")
+    )
+    assert values["seeds"] == [0]
+    assert flat_parameters(values["config"]) == {
+        "steps": 3,
+        "evaluation.samples": 512,
+        "lora.rank": 4,
+    }
+
+
+def test_a_sweep_of_version_0_2_goes_on(tmp_path, capsys):
+    old = dict(recipes=["dr2seg"], seeds=[0], steps=3, eval_samples=2, workers=1, vary={})
+    Run.create(tmp_path / "run", old | dict(settings={"rank": 4}), bar=False).finish("interrupted")
+    values = resumed(tmp_path / "run", experiment="ablate")
+    assert values["methods"] == ["dr2seg"]
+    assert flat_parameters(values["config"]) == {
+        "steps": 3,
+        "evaluation.samples": 2,
+        "lora.rank": 4,
+    }
+    assert resumed(tmp_path / "run", ("workers", "3"), experiment="ablate")["workers"] == 3
+    with pytest.raises(ValueError, match="was started with lora.rank = 4, not 8"):
+        resumed(tmp_path / "run", ("lora.rank", "8"), experiment="ablate")
+
+
+def test_a_training_of_version_0_2_goes_on(tmp_path):
+    old = dict(recipe="dpad", rank=4, steps=9, lr=0.5, out="x", resume=False)
+    Run.create(tmp_path / "run", old, bar=False).finish("failed")
+    found = flat_parameters(resumed(tmp_path / "run", ("optim.lr", "0.1"))["config"])
+    assert found == {"method": "dpad", "lora.rank": 4, "steps": 9, "optim.lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    "experiment, kind",
+    [("train", TrainConfig), ("evaluate", EvaluateConfig), ("rea2seg", Rea2SegConfig)],
+)
+def test_help_names_every_field_with_its_default(experiment, kind):
+    lines = parameters_help(experiment).splitlines()
+    assert max(map(len, lines)) <= 100
+    words = {
+        line.split()[0]: line.split()[1]
+        for line in lines
+        if line.startswith("  ") and line[2:3].strip()
+    }
+    for name, value in kind().flat().items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert float(words[name]) == value
+        else:
+            assert name in words
+
+
+def test_help_of_a_training_lists_the_presets():
+    assert "reasonseg_few_shot" in parameters_help("train")
+    assert "reasonseg_few_shot" not in parameters_help("evaluate")

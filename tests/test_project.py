@@ -1,124 +1,27 @@
-"The project as a whole: notebooks, exported modules, versions and files agree."
+"The project as a whole: notebooks run, parameters, versions and files agree."
 
-import ast
 import json
-import re
-import shutil
 import subprocess
-import sys
 from configparser import ConfigParser
-from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
 import notebooks
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from dr2seg_lib.evaluation.config import EvaluateConfig
-from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig
-from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.commands.parameters_cell import parameters_of
+from dr2seg_lib.core.parameter_names import flat_parameters, nested_parameters
+from dr2seg_lib.core.parameters import EvaluateConfig, Rea2SegConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
 LIBRARY = [p for p in NOTEBOOKS if "#| default_exp" in p.read_text()]
 EXPERIMENTS = [p for p in NOTEBOOKS if p.parent.name == "experiments" and p not in LIBRARY]
-# A package imports only from those before it; the list is the reading order.
-ORDER = (
-    "core data runs models segmenters scorers rollouts methods evaluation training experiments "
-    "viewing commands cli pretraining"
-).split()
 names = dict(ids=lambda p: str(p.relative_to(ROOT / "nbs").with_suffix("")))
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    "A copy of what nbdev reads and writes."
-    folder = tmp_path_factory.mktemp("copy")
-    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "weights")
-    for name in "nbs", "dr2seg_lib":
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in "settings.ini", "setup.py":
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def nbdev(command, folder):
-    done = subprocess.run([BIN / command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_modules_are_what_the_notebooks_export(copy):
-    before = {p.relative_to(ROOT) for p in (ROOT / "dr2seg_lib").rglob("*.py")}
-    for path in (copy / "dr2seg_lib").rglob("*.py"):
-        if path.name != "__init__.py":
-            path.unlink()
-    nbdev("nbdev_export", copy)
-    after = {p.relative_to(copy) for p in (copy / "dr2seg_lib").rglob("*.py")}
-    assert before == after, "a module without its notebook, or the other way round"
-    stale = [str(p) for p in sorted(before) if (ROOT / p).read_text() != (copy / p).read_text()]
-    assert not stale, f"run nbdev_export: {stale} differ from their notebooks"
-
-
-def test_notebooks_are_clean(copy):
-    nbdev("nbdev_clean", copy)
-    dirty = [
-        str(p.relative_to(ROOT))
-        for p in NOTEBOOKS
-        if p.read_bytes() != (copy / p.relative_to(ROOT)).read_bytes()
-    ]
-    assert not dirty, f"run nbdev_clean: {dirty}"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, **names)
-def test_the_title_is_the_one_heading_of_first_rank(path):
-    "Prose behind a stray # would be shown as headings, line by line."
-    said = [
-        re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S)
-        for c in json.loads(path.read_text())["cells"]
-        if c["cell_type"] == "markdown"
-    ]
-    titles = [line for text in said for line in text.splitlines() if re.match(r"# |#$", line)]
-    assert titles == said[0].splitlines()[:1], f"{path.name}: {titles[1:] or titles}"
-
-
-def imports_of(path):
-    "The modules of the library that a module imports, as file paths."
-    folder, tree = path.parent, ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        base = folder.joinpath(*[".."] * (node.level - 1), *(node.module or "").split("."))
-        for name in node.names:
-            for file in (base / name.name).with_suffix(".py"), base.with_suffix(".py"):
-                if file.exists():
-                    yield file.resolve()
-                    break
-
-
-def package_of(path):
-    return path.relative_to(ROOT / "dr2seg_lib").with_suffix("").parts[0]
-
-
-MODULES = [
-    p for p in (ROOT / "dr2seg_lib").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")
-]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "dr2seg_lib")))
-def test_a_package_imports_only_from_packages_before_it(path):
-    upward = [
-        p for p in imports_of(path) if ORDER.index(package_of(p)) > ORDER.index(package_of(path))
-    ]
-    assert not upward
-
-
-def test_no_module_imports_itself_by_a_detour():
-    graph = {p: set(imports_of(p)) for p in MODULES}
-    TopologicalSorter(graph).prepare()  # raises a CycleError
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, **names)
@@ -131,47 +34,100 @@ def test_experiment_has_one_parameters_cell(path):
     "name, config",
     [("train", TrainConfig), ("evaluate", EvaluateConfig), ("rea2seg", Rea2SegConfig)],
 )
-def test_the_parameters_of_an_experiment_are_those_of_its_configuration(name, config):
-    cells, found = (
-        json.loads((ROOT / "nbs" / "experiments" / f"{name}.ipynb").read_text())["cells"],
-        {},
-    )
-    exec(
-        "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"]),
-        {},
-        found,
-    )
-    assert set(found) - {"out", "resume"} == set(config.model_fields)
-    assert config(**{k: found[k] for k in config.model_fields}) == config()
+def test_the_parameters_cell_of_an_experiment_fits_its_configuration(name, config):
+    path = ROOT / "nbs" / "experiments" / f"{name}.ipynb"
+    declared = parameters_of(path)
+    own = {"preset"} if name == "train" else set()
+    assert declared.keys() == {"config", "out", "resume"} | own
+    assert config(**declared["config"]) == config()
+    assert "globals()" not in path.read_text()
 
 
+@pytest.mark.parametrize("name", ["ablate", "compare"])
+def test_the_config_of_a_sweep_is_one_of_a_training(name):
+    declared = parameters_of(ROOT / "nbs" / "experiments" / f"{name}.ipynb")
+    config = TrainConfig(**declared["config"])
+    assert (
+        nested_parameters({n: config.flat()[n] for n in flat_parameters(declared["config"])})
+        == (declared["config"])
+    )
+
+
+@pytest.fixture(scope="module")
+def python():
+    with notebooks.kernel() as opened:
+        yield opened
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LIBRARY, **names)
-def test_library_notebook_runs(path):
-    "Each in a kernel of its own; the text that its cells show is what is committed."
-    assert not notebooks.stale_cells(path, notebooks.execute(path))
+def test_library_notebook_runs(path, python):
+    "The text that its cells show is what is committed."
+    assert not notebooks.stale_cells(path, python.execute(path))
 
 
-def test_installed_package_follows_settings():
-    "setup.py takes everything from settings.ini, and what it asks for is what is installed."
+def settings_of(checkout):
+    "What settings.ini says."
     config = ConfigParser(delimiters=["="], interpolation=None)
-    config.read(ROOT / "settings.ini")
-    settings = config["DEFAULT"]
-    asked = [Requirement(r) for r in metadata.requires("dr2seg_lib")]
-    assert metadata.version("dr2seg_lib") == settings["version"]
-    runtime = {f"{r.name}{r.specifier}" for r in asked if r.marker is None}
-    assert runtime == set(settings["requirements"].split()), "run make install"
-    for extra in ("dev", "bench"):
-        mine = {
-            f"{r.name}{r.specifier}"
-            for r in asked
-            if r.marker and r.marker.evaluate({"extra": extra})
-        }
-        assert mine == set(settings[f"{extra}_requirements"].split())
-    here = [
-        r for r in asked if r.marker is None or r.marker.evaluate({"extra": "dev"})
-    ]  # bench is installed by who runs it
-    wrong = [str(r) for r in here if metadata.version(r.name).split("+")[0] not in r.specifier]
-    assert not wrong, f"installed in other versions: {wrong}"
+    config.read(checkout / "settings.ini")
+    return config["DEFAULT"]
+
+
+SETTINGS = settings_of(ROOT)
+EXTRAS = [f.removesuffix("_requirements") for f in SETTINGS if f.endswith("_requirements")]
+
+
+def requirements(field):
+    "{name: range} of one list of settings.ini."
+    asked = map(Requirement, SETTINGS[field].split())
+    return {canonicalize_name(r.name): r.specifier for r in asked}
+
+
+def pinned():
+    "{name: version} of constraints.txt."
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = (line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def installed_requirements(extra=None):
+    "{name: range} that the installed package asks for."
+    asked = map(Requirement, metadata.requires("dr2seg_lib"))
+    if extra:
+        chosen = [r for r in asked if r.marker and r.marker.evaluate({"extra": extra})]
+    else:
+        chosen = [r for r in asked if r.marker is None]
+    return {canonicalize_name(r.name): r.specifier for r in chosen}
+
+
+def test_the_installed_package_has_the_version_of_settings():
+    assert metadata.version("dr2seg_lib") == SETTINGS["version"]
+
+
+def test_the_installed_package_asks_for_what_settings_say():
+    assert installed_requirements() == requirements("requirements"), "run make install"
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_installed_extras_are_those_of_settings(extra):
+    assert installed_requirements(extra) == requirements(f"{extra}_requirements")
+
+
+@pytest.mark.parametrize("field", ["requirements", *(f"{e}_requirements" for e in EXTRAS)])
+def test_every_requirement_is_pinned_within_its_range(field):
+    pins = pinned()
+    outside = [
+        n for n, specifier in requirements(field).items() if pins.get(n, "0") not in specifier
+    ]
+    assert not outside
+
+
+def test_what_is_installed_is_what_is_pinned():
+    "bench is installed by who runs it."
+    pins, fields = pinned(), ("requirements", "sam2_requirements", "dev_requirements")
+    names = set().union(*map(requirements, fields))
+    versions = {name: metadata.version(name).split("+")[0] for name in names}
+    assert versions == {name: pins[name] for name in names}
 
 
 def test_sam2_is_the_pinned_one():

@@ -11,7 +11,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from dr2seg_lib.commands.execute import kernel_class
-from dr2seg_lib.commands.parameters import parameters_of
+from dr2seg_lib.commands.parameters_cell import parameters_of
 
 TOURS = sorted((Path(__file__).parents[1] / "nbs" / "tours").glob("*.ipynb"))
 LITTLE = {

@@ -14,8 +14,19 @@ import tempfile
 from pathlib import Path
 
 TIMES = "seconds", "tokens_per_second"
-TRAIN = ["train", "-p", "steps", "5", "-p", "eval_samples", "0", "-p", "schedule", "constant"]
-EVALUATE = ["evaluate", "-p", "samples", "32"]
+TRAIN = [
+    "train",
+    "-p",
+    "steps",
+    "5",
+    "-p",
+    "evaluation.samples",
+    "0",
+    "-p",
+    "optim.schedule",
+    "constant",
+]
+EVALUATE = ["evaluate", "-p", "data.samples", "32"]
 
 
 def run(arguments: list, out: Path):

@@ -13,9 +13,10 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+from ..core.settings import MAX_QUESTION_TOKENS
 from .datasets import detect_format, locate_data
 from .held_out import hash_rank, held_out_border
-from .records import MAX_QUESTION_TOKENS, BrokenRecord, shorten_line
+from .records import BrokenRecord, shorten_line
 from .samples import Sample
 
 # %% ../../nbs/data/checking.ipynb #ef869aaf
@@ -95,7 +96,7 @@ class DataChecker:
         if n > MAX_QUESTION_TOKENS:
             self.broken.add(
                 f"{where} has about {n:,} tokens; "
-                f"shorten it to {MAX_QUESTION_TOKENS}, or raise max_question_tokens."
+                f"shorten it to {MAX_QUESTION_TOKENS}, or raise data.max_question_tokens."
             )
         if special := sorted(set(SPECIAL.findall(s.query))):
             self.remarks.add(

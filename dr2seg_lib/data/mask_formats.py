@@ -126,7 +126,7 @@ def paint_polygons(
     values: list,
     size: tuple,
 ) -> np.ndarray:  # of 1..255, (W,H) -> [H,W] uint8
-    "Polygons with their outlines in descending area, later ones over earlier ones (METHODS §5)."
+    "Polygons with outlines, the largest first, later ones on top (docs/methods.md §5)."
 
     def draw(canvas, points, value):
         cv2.polylines(canvas, [points], True, value, 1)

@@ -29,7 +29,7 @@ class Target:
         cls,
         mask: np.ndarray,  # [H,W] bool, not empty
     ) -> "Target":
-        "The target of a mask: its bounding box, its deepest pixel (METHODS §1), and the centre of the next circle inside it."
+        "A mask's box, deepest pixel and centre of the next circle inside (docs/methods.md §1)."
         circle = inscribed_circle(mask)
         return cls(mask_box(mask), circle[0], mask, second_deepest_point(mask, circle))
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONSEG', 'REFERRING', 'REFCOCO_ROWS', 'ABLATION', 'ANCHORS', 'SLOPES', 'SMALL', 'SAM3', 'PUBLISHED_STRATA',
-           'AS_PUBLISHED', 'COLUMN_TITLES', 'published_row', 'published_tables']
+           'AS_PUBLISHED', 'COLUMN_TITLES', 'published_row', 'published_rows', 'referring_rows', 'published_strata',
+           'published_tables']
 
 # %% ../../nbs/evaluation/published.ipynb #248f2695
 REASONSEG = (  # method, then tokens, gIoU, cIoU on val and on test
@@ -24,6 +25,8 @@ REFCOCO_ROWS = (
     ("DR²Seg", 78.7, 75.4, 72.2),
     ("DR²Seg*", 79.3, 75.4, 73.4),
 )
+
+# %% ../../nbs/evaluation/published.ipynb #967a2eaf
 ABLATION = ("none", 81.5, 64.9), ("+ R_desc", 56.1, 67.6), ("+ R_len", 26.9, 68.5)  # tokens, gIoU
 ANCHORS = (
     ("N0 = 55", 44.4, 66.8),
@@ -46,6 +49,8 @@ SAM3 = (
     ("DR²Seg without R_len", 63.7, 68.7, 64.8),
     ("DR²Seg", 31.0, 68.9, 66.9),
 )
+
+# %% ../../nbs/evaluation/published.ipynb #19643d46
 PUBLISHED_STRATA = (  # tokens and gIoU of Seg-Zero, then of DPAD
     ("attribute", 98, 61.2, 60, 64.3),
     ("relation", 92, 58.5, 63, 62.2),
@@ -68,32 +73,53 @@ COLUMN_TITLES = dict(
 )
 
 
-def published_row(method: str, on: str, tokens=None, gIoU=None, cIoU=None) -> dict:
+def published_row(
+    method: str,
+    on: str,  # data set and split
+    tokens: float | None = None,
+    gIoU: float | None = None,  # per cent
+    cIoU: float | None = None,  # per cent
+) -> dict:
     "A published row."
     return dict(method=method, on=on, protocol=AS_PUBLISHED, tokens=tokens, gIoU=gIoU, cIoU=cIoU)
 
 
+def published_rows(
+    table: tuple,  # of (method, tokens, gIoU, cIoU), the last ones may be missing
+    on: str,  # data set and split
+) -> list[dict]:
+    "A table's rows on one data set."
+    return [published_row(method, on, *figures) for method, *figures in table]
+
+# %% ../../nbs/evaluation/published.ipynb #ab9f58f7
+def referring_rows() -> list[dict]:
+    "The RefCOCO family, set by set."
+    rows = []
+    for k, on in enumerate(REFERRING):
+        rows += [published_row(method, on, gIoU=values[k]) for method, *values in REFCOCO_ROWS]
+    return rows
+
+
+def published_strata() -> list[dict]:
+    "DPAD's strata of ReasonSeg test, Seg-Zero beside it."
+    rows = []
+    for name, *figures in PUBLISHED_STRATA:
+        rows.append(published_row(f"Seg-Zero, {name}", "ReasonSeg test", *figures[:2]))
+        rows.append(published_row(f"DPAD, {name}", "ReasonSeg test", *figures[2:]))
+    return rows
+
+# %% ../../nbs/evaluation/published.ipynb #5ba5f924
 def published_tables() -> dict:  # {title: rows}
     "The papers' figures, table by table."
-    val = "ReasonSeg val"
-    strata = [
-        published_row(f"{who}, {name}", "ReasonSeg test", *row[at : at + 2])
-        for name, *row in PUBLISHED_STRATA
-        for who, at in (("Seg-Zero", 0), ("DPAD", 2))
-    ]
+    val, test = "ReasonSeg val", "ReasonSeg test"
     return {
-        val: [published_row(m, val, *row[:3]) for m, *row in REASONSEG],
-        "ReasonSeg test": [published_row(m, "ReasonSeg test", *row[3:]) for m, *row in REASONSEG],
-        "Referring expressions": [
-            published_row(m, on, gIoU=v)
-            for k, on in enumerate(REFERRING)
-            for m, *row in REFCOCO_ROWS
-            for v in row[k : k + 1]
-        ],
-        "What the reward terms do": [published_row(*row[:1], val, *row[1:]) for row in ABLATION],
-        "The anchor N0": [published_row(*row[:1], val, *row[1:]) for row in ANCHORS],
-        "The slope γ": [published_row(*row[:1], val, *row[1:]) for row in SLOPES],
-        "Models of 3B": [published_row(*row[:1], "ReasonSeg", *row[1:]) for row in SMALL],
-        "SAM 3 as segmenter": [published_row(*row[:1], "ReasonSeg", *row[1:]) for row in SAM3],
-        "Strata": strata,
+        val: published_rows([row[:4] for row in REASONSEG], val),
+        test: published_rows([(row[0], *row[4:]) for row in REASONSEG], test),
+        "Referring expressions": referring_rows(),
+        "What the reward terms do": published_rows(ABLATION, val),
+        "The anchor N0": published_rows(ANCHORS, val),
+        "The slope γ": published_rows(SLOPES, val),
+        "Models of 3B": published_rows(SMALL, "ReasonSeg"),
+        "SAM 3 as segmenter": published_rows(SAM3, "ReasonSeg"),
+        "Strata": published_strata(),
     }

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DR2SEG_TEMPLATE', 'dr2seg_desc', 'dr2seg', 'cached_segmenter', 'dr2seg_sam3_desc', 'dr2seg_sam3', 'dr2seg_prompt',
-           'description_reward', 'to_float', 'length_reward', 'conditional_length', 'total_reward', 'mask_reward',
-           'described_terms', 'with_length_factor', 'dr2seg_terms', 'dr2seg_total', 'mask_reward_terms',
+           'same_objects', 'description_reward', 'length_reward', 'conditional_length', 'total_reward',
+           'described_terms', 'with_length_factor', 'dr2seg_terms', 'mask_reward', 'mask_reward_terms',
            'dr2seg_sam3_terms']
 
 # %% ../../nbs/methods/dr2seg.ipynb #c19310ee
@@ -16,63 +16,62 @@ import torch
 from torch import Tensor
 
 from ..core.masks import iou, ratio
-from ..data.records import load_json
-from .base import Method, fill_template, sum_terms
-from .terms import best_matching, boxes_overlap
+from .base import Method, fill_template, to_float
+from .terms import DESCRIBED, best_matching, boxes_overlap
 from dr2seg_lib.methods.visionreasoner import (
-    _ASK,
-    _FORM,
+    AS_JSON,
+    COMPARE,
     EXAMPLE,
+    FIND,
     base_terms,
     visionreasoner_prompt,
 )
-from ..rollouts.parsing import parse_response, parse_targets, segmenter_phrase
+from ..rollouts.parsing import parse_response, segmenter_phrase
 from ..rollouts.response import Group
 from ..segmenters.loading import load_segmenter
 
 # %% ../../nbs/methods/dr2seg.ipynb #5a1a2256
 DR2SEG_TEMPLATE = (
-    'Please find "',
-    _ASK
-    + "Output the thinking process in <think> </think>, a short self-contained description of the target object(s) "
-    "in <description> </description> and final answer in <answer> </answer> tags."
-    + _FORM
-    + "<think> thinking process here </think><description> description of the target object(s) here </description>"
-    f"<answer>{EXAMPLE}</answer>",
+    FIND,
+    f"{COMPARE}Output the thinking process in <think> </think>, a short self-contained description "
+    "of the target object(s) in <description> </description> and final answer in <answer> "
+    f"</answer> tags.{AS_JSON}<description> description of the target object(s) here "
+    f"</description><answer>{EXAMPLE}</answer>",
 )  # (head, tail)
 
-# %% ../../nbs/methods/dr2seg.ipynb #23ba8476
+
 def dr2seg_prompt(
     query: str,  # the question
-    eval: bool = False,  # see `question`
+    eval: bool = False,  # as evaluation asks, see `normalize_question`
 ) -> str:  # user text
-    "DR²Seg's first-pass prompt: think, describe, then answer (METHODS §2)."
+    "DR²Seg's first-pass prompt: think, describe, then answer."
     return fill_template(DR2SEG_TEMPLATE, query, eval)
 
 # %% ../../nbs/methods/dr2seg.ipynb #5b184aae
+def same_objects(
+    objects: list | None,  # of Target; None for a malformed answer
+    targets: list,  # of Target, same frame
+) -> bool:
+    "Whether an answer names the right objects: as many, each with IoU > 0.5 to its own."
+    if objects is None or len(objects) != len(targets):
+        return False
+    if not objects:
+        return True
+    overlaps = [[boxes_overlap(p, t) for t in targets] for p in objects]
+    return best_matching(overlaps) == len(objects)
+
+
 def description_reward(
     text: str,  # the raw second-pass response
-    target: list,  # of Target, in the frame of the text
+    targets: list,  # of Target, in the frame of the text
 ) -> float:  # 0 or 1
-    "R_desc of DR²Seg: 1 when the second pass, asked about the description alone, gives the right objects."
-    found = parse_targets(load_json(parse_response(text).answer))
-    if found is None or len(found) != len(target):
-        return 0.0
-    if not found:
-        return 1.0
-    return float(
-        best_matching([[boxes_overlap(p, t) for t in target] for p in found]) == len(found)
-    )
+    "R_desc of DR²Seg: 1 when the second pass, asked about the description, finds the objects."
+    return float(same_objects(parse_response(text).listed, targets))
 
 # %% ../../nbs/methods/dr2seg.ipynb #1fad4e2b
-def to_float(x):  # any number, list or tensor as a floating-point tensor
-    x = torch.as_tensor(x)
-    return x if x.is_floating_point() else x.float()
-
-
 def length_reward(
     n1,  # first-pass reasoning, tokens; number, list or tensor
-    n2,  # second-pass reasoning, tokens, any shape that broadcasts; inf or nan where no second pass ran
+    n2,  # second-pass reasoning, tokens; inf or nan where no second pass ran
     anchor: float = 40,  # N0, tokens that cost nothing
     gamma: float = 0.05,  # cost of every token beyond
 ) -> Tensor:  # 0..1, the broadcast shape
@@ -98,74 +97,110 @@ def total_reward(
     "R_total of DR²Seg (Eq. 7): (R_base + R_desc)·R̃_len."
     return (to_float(base) + to_float(desc)) * to_float(length)
 
+# %% ../../nbs/methods/dr2seg.ipynb #0b8db713
+def described_terms(
+    method: Method,
+    group: Group,
+    frame: int,  # side of the policy's frame, pixels
+) -> dict:  # {name: [n]}
+    "The base terms and R_desc."
+    targets, values = group.sample.scaled(frame), []
+    for r in group.second:
+        values.append(0.0 if r is None else float(same_objects(r.parsed.listed, targets)))
+    return base_terms(method, group, frame) | dict(description=torch.tensor(values))
+
+
+def with_length_factor(
+    method: Method,
+    group: Group,
+    terms: dict,  # {name: [n]}, with accuracy
+) -> dict:  # {name: [n]}
+    "The terms, and the conditional length factor (Eqs. 5 and 8)."
+    n1 = [float(r.think_tokens) for r in group.first]
+    n2 = [float("inf") if r is None else float(r.think_tokens) for r in group.second]
+    length = length_reward(torch.tensor(n1), torch.tensor(n2), method.anchor, method.gamma)
+    return terms | dict(length=conditional_length(length, terms["accuracy"]))
+
+# %% ../../nbs/methods/dr2seg.ipynb #201587af
+def dr2seg_terms(
+    method: Method,
+    group: Group,
+    frame: int,  # side of the policy's frame, pixels
+) -> dict:  # {name: [n]}
+    "The base terms, R_desc and the length factor."
+    return with_length_factor(method, group, described_terms(method, group, frame))
+
+
+dr2seg_desc = Method(
+    name="dr2seg_desc",
+    title="DR²Seg without R_len",
+    prompt=dr2seg_prompt,
+    terms=described_terms,
+    colour="#149a80",
+    ablation="+ R_desc",
+    blocks=DESCRIBED,
+    second_prompt=visionreasoner_prompt,
+)
+dr2seg = replace(
+    dr2seg_desc,
+    name="dr2seg",
+    title="DR²Seg",
+    terms=dr2seg_terms,
+    factors=("length",),
+    colour="#5470ee",
+    ablation="+ R_len",
+)
+
 # %% ../../nbs/methods/dr2seg.ipynb #8a7190c3
 def mask_reward(
-    iou,  # IoU of the mask drawn from the description with the true one, 0..1; number, list or tensor
+    iou,  # of the mask drawn from the description with the true one, 0..1; number, list or tensor
 ) -> dict:  # {"accuracy": 0..3, "description": 0 or 1}, each of its shape
     "R_acc and R_desc of DR²Seg where a segmenter draws the description."
     iou = to_float(iou)
     return dict(accuracy=3 * iou, description=(iou > 0.5).to(iou.dtype))
 
-# %% ../../nbs/methods/dr2seg.ipynb #0b8db713
-def described_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
-    "The base terms and R_desc."
-    targets = group.sample.scaled(frame)
-    desc = [0.0 if r is None else description_reward(r.text, targets) for r in group.second]
-    return base_terms(recipe, group, frame) | dict(description=torch.tensor(desc))
-
-
-def with_length_factor(recipe: Method, group: Group, terms: dict) -> dict:  # {name: [n]}
-    "The terms, and the conditional length factor (Eqs. 5 and 8)."
-    n1 = torch.tensor([float(r.think_tokens) for r in group.first])
-    n2 = torch.tensor([float("inf") if r is None else float(r.think_tokens) for r in group.second])
-    length = length_reward(n1, n2, recipe.anchor, recipe.gamma)
-    return terms | dict(length=conditional_length(length, terms["accuracy"]))
-
-
-def dr2seg_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
-    "The base terms, R_desc and the length factor."
-    return with_length_factor(recipe, group, described_terms(recipe, group, frame))
-
-
-def dr2seg_total(terms: dict) -> Tensor:  # [n]
-    "(R_base + R_desc) times the length factor (Eq. 7)."
-    rest = {k: v for k, v in terms.items() if k not in ("description", "length")}
-    return total_reward(sum_terms(rest), terms["description"], terms["length"])
-
-
-dr2seg_desc = Method(
-    "dr2seg_desc", dr2seg_prompt, described_terms, sum_terms, second_prompt=visionreasoner_prompt
-)
-dr2seg = replace(dr2seg_desc, name="dr2seg", terms=dr2seg_terms, total=dr2seg_total)
-
 # %% ../../nbs/methods/dr2seg.ipynb #29e3c51e
 cached_segmenter = lru_cache(maxsize=2)(load_segmenter)  # name -> Segmenter
 
 
-def mask_reward_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
+def mask_reward_terms(
+    method: Method,
+    group: Group,
+    frame: int,  # side of the policy's frame, pixels
+) -> dict:  # {name: [n]}
     "The base terms, with the accuracy and R_desc of the masks drawn from the descriptions."
-    image, truth, said = (
-        group.sample.image,
-        group.sample.mask,
-        [segmenter_phrase(r.text) for r in group.first],
-    )
-    drawn = cached_segmenter(recipe.segmenter).masks(image, said)
-    overlap = [ratio(*iou(mask, truth)) if words else 0.0 for words, mask in zip(said, drawn)]
-    return base_terms(recipe, group, frame) | mask_reward(overlap)
+    image, truth = group.sample.image, group.sample.mask
+    phrases = [segmenter_phrase(r.parsed) for r in group.first]
+    masks = cached_segmenter(method.segmenter).masks(image, phrases)
+    overlap = [ratio(*iou(m, truth)) if phrase else 0.0 for phrase, m in zip(phrases, masks)]
+    return base_terms(method, group, frame) | mask_reward(overlap)
 
-
-def dr2seg_sam3_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
+# %% ../../nbs/methods/dr2seg.ipynb #63ad695d
+def dr2seg_sam3_terms(
+    method: Method,
+    group: Group,
+    frame: int,  # side of the policy's frame, pixels
+) -> dict:  # {name: [n]}
     "The terms of the drawn descriptions and the length factor."
-    return with_length_factor(recipe, group, mask_reward_terms(recipe, group, frame))
+    return with_length_factor(method, group, mask_reward_terms(method, group, frame))
 
 
 dr2seg_sam3_desc = replace(
     dr2seg_desc,
     name="dr2seg_sam3_desc",
+    title="DR²Seg without R_len, SAM 3",
     terms=mask_reward_terms,
+    colour=None,
+    ablation="",
     second_prompt=None,
     segmenter="facebook/sam3",
 )
 dr2seg_sam3 = replace(
-    dr2seg, name="dr2seg_sam3", terms=dr2seg_sam3_terms, segmenter="facebook/sam3"
+    dr2seg,
+    name="dr2seg_sam3",
+    title="DR²Seg, SAM 3",
+    terms=dr2seg_sam3_terms,
+    colour=None,
+    ablation="",
+    segmenter="facebook/sam3",
 )

@@ -14,11 +14,23 @@ from .dr2seg import dr2seg, dr2seg_terms
 from ..rollouts.response import Group
 
 # %% ../../nbs/methods/dr2seg_dpad.ipynb #2e475855
-def dr2seg_dpad_terms(recipe: Method, group: Group, frame: int) -> dict:  # {name: [n]}
+def dr2seg_dpad_terms(
+    method: Method,
+    group: Group,
+    frame: int,  # side of the policy's frame, pixels
+) -> dict:  # {name: [n]}
     "DR²Seg's terms and R_dp of the description."
-    return caption_terms(recipe, group, [r.parsed.description for r in group.first]) | dr2seg_terms(
-        recipe, group, frame
-    )
+    descriptions = [r.parsed.description for r in group.first]
+    terms = caption_terms(method, group, descriptions)
+    return terms | dr2seg_terms(method, group, frame)
 
-# %% ../../nbs/methods/dr2seg_dpad.ipynb #239e95ea
-dr2seg_dpad = replace(dr2seg, name="dr2seg_dpad", terms=dr2seg_dpad_terms, form="binary")
+
+dr2seg_dpad = replace(
+    dr2seg,
+    name="dr2seg_dpad",
+    title="DR²Seg with R_dp",
+    colour=None,
+    ablation="",
+    terms=dr2seg_dpad_terms,
+    dpad_variant="binary",
+)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'DESCRIBED', 'CAPTIONED', 'MAX_OBJECTS', 'thinking_format', 'answer_format', 'non_repeat', 'boxes_overlap',
-           'corners_close', 'point_in_box', 'point_close', 'best_matching', 'accuracy']
+           'corners_close', 'point_in_box', 'point_close', 'best_matching', 'pair_points', 'accuracy']
 
 # %% ../../nbs/methods/terms.ipynb #3b96db92
 import re
@@ -24,7 +24,7 @@ def thinking_format(
     text: str,  # the whole response
     blocks: tuple = BLOCKS,  # tag names, in order
 ) -> float:  # 0 or 1
-    "1 if the response is exactly these blocks in this order, with nothing but white space between."
+    "1 if the response is exactly these blocks in this order, with only white space between."
     first, last = f"<{blocks[0]}>", f"</{blocks[-1]}>"
     if not (text.startswith(first) and text.endswith(last)):
         return 0.0
@@ -45,19 +45,19 @@ def answer_format(
     def has(item, key, n):
         return key in item and isinstance(item[key], list) and len(item[key]) == n
 
-    score = 0
+    count = 0
     try:
         for item in items:
-            score += has(item, "bbox_2d", 4) + has(item, "point_2d", 2)
+            count += has(item, "bbox_2d", 4) + has(item, "point_2d", 2)
     except TypeError:
         pass  # a number, or text, in the place of an item
-    return score / len(items) if score else 0.0
+    return count / len(items) if count else 0.0
 
 # %% ../../nbs/methods/terms.ipynb #b8686e82
 def non_repeat(
     text: str,  # the whole response
 ) -> float:  # 0 or 1
-    "0 when two or more of the pieces between full stops repeat an earlier one exactly (VisionReasoner)."
+    "0 when two or more pieces between full stops repeat an earlier one (VisionReasoner)."
     pieces = [piece.strip() for piece in text.split(".") if piece.strip()]
     return float(len(pieces) - len(set(pieces)) < 2)
 
@@ -77,7 +77,7 @@ def boxes_overlap(
     union = side(ax1, ax2) * side(ay1, ay2) + side(bx1, bx2) * side(by1, by2) - inter
     return 2 * inter > union
 
-
+# %% ../../nbs/methods/terms.ipynb #4eda1ce3
 def corners_close(
     a: Target,  # a predicted object
     b: Target,  # a true object
@@ -118,6 +118,15 @@ def best_matching(
     rows, cols = linear_sum_assignment(scores, maximize=True)
     return sum(scores[r][c] for r, c in zip(rows, cols))
 
+# %% ../../nbs/methods/terms.ipynb #ee14b599
+def pair_points(
+    a: Target,  # a predicted object
+    b: Target,  # a true object
+    frame: int = 840,  # side of the coordinates' frame, pixels
+) -> int:  # 0..3
+    "What a pair earns: box, corners, point."
+    return sum((boxes_overlap(a, b), corners_close(a, b, frame), point_close(a, b, frame)))
+
 
 def accuracy(
     predicted: list | None,  # of Target; None for a malformed answer
@@ -128,11 +137,5 @@ def accuracy(
     a, b = (predicted or [])[:MAX_OBJECTS], target[:MAX_OBJECTS]
     if not a or not b:
         return 0.0
-    scores = [
-        [
-            sum((boxes_overlap(p, t), corners_close(p, t, frame), point_close(p, t, frame)))
-            for t in b
-        ]
-        for p in a
-    ]
-    return float(best_matching(scores) / max(len(a), len(b)))
+    points = [[pair_points(p, t, frame) for t in b] for p in a]
+    return float(best_matching(points) / max(len(a), len(b)))

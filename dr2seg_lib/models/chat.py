@@ -7,7 +7,7 @@ __all__ = ['SYSTEM', 'CHARACTERS_PER_TOKEN', 'chat_messages', 'chat_frame', 'wel
            'spells_special', 'question_too_long']
 
 # %% ../../nbs/models/chat.ipynb #e764524c
-from ..data.records import MAX_QUESTION_TOKENS
+from ..core.settings import MAX_QUESTION_TOKENS
 
 # %% ../../nbs/models/chat.ipynb #8012b3d7
 SYSTEM = "You are a helpful assistant."
@@ -16,7 +16,7 @@ SYSTEM = "You are a helpful assistant."
 def chat_messages(
     text: str,  # user text, of `vision_reasoner` or `dr2seg`
 ) -> list:  # messages for a processor's `apply_chat_template`
-    "The chat behind every prompt: the system sentence, then one user turn of image and text (METHODS §2)."
+    "A prompt's chat: the system sentence, one user turn of image and text (docs/methods.md §2)."
     return [
         dict(role="system", content=SYSTEM),
         dict(role="user", content=[dict(type="image"), dict(type="text", text=text)]),

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from ..core.parameters import PROJECTIONS
+from ..core.settings import PROJECTIONS
 from .policy import Policy, lora_target_regex
 
 # %% ../../nbs/models/lora.ipynb #f91ebbdc

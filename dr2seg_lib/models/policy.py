@@ -29,8 +29,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 import dr2seg_lib
 from ..core.files import naming_load_errors
-from ..core.parameters import PROJECTIONS
-from ..data.records import MAX_QUESTION_TOKENS
+from ..core.settings import MAX_QUESTION_TOKENS, PROJECTIONS
 from .chat import chat_frame, question_too_long, tokenize_texts
 from .prefix_cache import PrefillCache, Prefix, causal_mask
 

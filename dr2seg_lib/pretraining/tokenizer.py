@@ -21,8 +21,9 @@ from transformers import (
 
 from ..data.chains import think_concise, think_direct, think_verbose
 from ..data.mini import draw_problem
+from ..methods.dpad import DPAD_TEMPLATE
 from ..methods.dr2seg import DR2SEG_TEMPLATE
-from ..methods.seg_zero import DPAD_TEMPLATE, SEG_ZERO_TEMPLATE
+from ..methods.seg_zero import SEG_ZERO_TEMPLATE
 from ..methods.visionreasoner import VISIONREASONER_TEMPLATE
 from ..models.chat import SYSTEM
 

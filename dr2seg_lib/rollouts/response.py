@@ -6,6 +6,7 @@
 __all__ = ['Response', 'to_responses', 'Group']
 
 # %% ../../nbs/rollouts/response.ipynb #292c647d
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..data.samples import Sample
 from ..models.chat import tokenize_texts
 from ..models.policy import Policy
 from ..models.sampling import Completions
-from .parsing import Parsed, parse_response, reasoning_text
+from .parsing import Parsed, parse_response, parsed_record, reasoning_text
 
 # %% ../../nbs/rollouts/response.ipynb #0947d174
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ class Response:
             tokens=self.tokens,
             entropy=[round(e, 4) for e in self.entropy],
             think_tokens=self.think_tokens,
+            parsed=parsed_record(self.parsed),
         )
 
 # %% ../../nbs/rollouts/response.ipynb #dc7b5ab9
-def to_responses(policy: Policy, done: Completions) -> list[Response]:  # one a row
+def to_responses(
+    policy: Policy,
+    done: Completions,
+    parse: Callable[[str], Parsed] = parse_response,  # what a method reads of a text
+) -> list[Response]:  # one a row
     "Sampled token rows as responses."
     eos, lengths = policy.tokenizer.eos_token_id, done.mask.sum(1).tolist()
     ended = [n > 0 and ids[n - 1] == eos for ids, n in zip(done.ids.tolist(), lengths)]
@@ -72,7 +78,7 @@ def to_responses(policy: Policy, done: Completions) -> list[Response]:  # one a 
     ]
     entropy, margin = done.entropy.tolist(), done.margin.tolist()
     return [
-        Response(text, parse_response(text), toks, e[: len(toks)], m[: len(toks)], n, not end)
+        Response(text, parse(text), toks, e[: len(toks)], m[: len(toks)], n, not end)
         for text, toks, e, m, n, end in zip(texts, tokens, entropy, margin, counts, ended)
     ]
 

@@ -18,6 +18,7 @@ from ..models.chat import question_too_long
 from ..models.policy import EncodedImage, Policy
 from ..models.prefix_cache import Prefix
 from ..models.sampling import Completions
+from .parsing import Parsed, parse_response
 from .response import Group, Response, to_responses
 
 # %% ../../nbs/rollouts/two_stage.ipynb #f52ea064
@@ -40,6 +41,7 @@ def second_pass(
     max_new_tokens: int,
     temperature: float,
     seeds: list[int] | None,  # one for each of the B*n answers
+    parse: Callable[[str], Parsed] = parse_response,  # what the method reads of a text
 ) -> list[list[Response | None]]:  # B lists of n
     "The second pass: the same model, asked again with the description alone (Eq. 1)."
     asked = {}  # (image, description) -> rollouts that gave it
@@ -60,7 +62,7 @@ def second_pass(
     places = [at for v in asked.values() for at in v]
     seeds = seeds and [seeds[b * len(first[0]) + i] for b, i in places]
     done = policy.generate(prefix.rows(rows.to(of.device)), 1, max_new_tokens, temperature, seeds)
-    for (b, i), r in zip(places, to_responses(policy, done)):
+    for (b, i), r in zip(places, to_responses(policy, done, parse)):
         second[b][i] = r
     return second
 
@@ -76,16 +78,17 @@ def generate_rollouts(
     temperature: float = 1.0,
     seed: int
     | None = None,  # of the sampling: answer r takes `seed + 2r`, its second pass `seed + 2r + 1`, whatever else is in the batch
-    clock=None,  # a `Clock`: seconds by stage are added to it
+    clock=None,  # a `StageTimer`: seconds by stage are added to it
+    parse: Callable[[str], Parsed] = parse_response,  # what the method reads of a text
 ) -> Rollouts:
-    "Ask every sample n times and, if the recipe wants it, ask again about each description."
+    "Ask every sample n times and, if the method wants it, ask again about each description."
     clock = StageTimer() if clock is None else clock
     with torch.no_grad(), clock("first"):
         seen, texts = policy.encode([s.image for s in samples]), [prompt(s.query) for s in samples]
         prefix = policy.prefill(texts, seen)
         seeds = None if seed is None else [seed + 2 * r for r in range(len(samples) * n)]
         done = policy.generate(prefix, n, max_new_tokens, temperature, seeds)
-        flat = to_responses(policy, done)
+        flat = to_responses(policy, done, parse)
         first = [flat[i : i + n] for i in range(0, len(flat), n)]
     with torch.no_grad(), clock("second"):
         second = (
@@ -98,6 +101,7 @@ def generate_rollouts(
                 max_new_tokens,
                 temperature,
                 seeds and [s + 1 for s in seeds],
+                parse,
             )
             if second_prompt
             else [[None] * n for _ in first]

@@ -9,13 +9,13 @@ __all__ = ['EMBEDDED_SEGMENTER', 'load_segmenter']
 from pathlib import Path
 
 import torch
-from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2, build_sam2_hf
 
 import dr2seg_lib
 from ..core.files import naming_load_errors
 from .base import Segmenter
 from .grabcut import GrabCutSegmenter
 from .sam2 import Sam2Segmenter, load_sam2
+from .sam2_package import import_sam2
 from .sam3 import is_sam3, load_sam3
 
 # %% ../../nbs/segmenters/loading.ipynb #bae9d7cb
@@ -28,18 +28,19 @@ def load_segmenter(
 ) -> Segmenter:
     "The segmenter of a name."
     device, path = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(name)
-    configs = {file: config for config, file in HF_MODEL_ID_TO_FILENAMES.values()}
     if name == "grabcut":
         return GrabCutSegmenter()
     if is_sam3(name):
         return load_sam3(name, device)
+    sam2 = import_sam2("build_sam")
+    configs = {file: config for config, file in sam2.HF_MODEL_ID_TO_FILENAMES.values()}
     if name == "embedded":
         model = load_sam2(EMBEDDED_SEGMENTER)
-    elif name in HF_MODEL_ID_TO_FILENAMES:
+    elif name in sam2.HF_MODEL_ID_TO_FILENAMES:
         with naming_load_errors(
             f"segmenter {name}", "give the path of Meta's checkpoint, or connect to the hub"
         ):
-            model = build_sam2_hf(name, device=device)
+            model = sam2.build_sam2_hf(name, device=device)
     elif name and path.is_dir():
         model = load_sam2(path)
     elif path.name in configs:
@@ -48,7 +49,7 @@ def load_segmenter(
                 f"{path} is missing: give the path of a SAM2 checkpoint, or the hub id facebook/{path.stem.replace('_', '-')}."
             )
         with naming_load_errors(f"segmenter {path}", "fetch Meta's checkpoint of that name again"):
-            model = build_sam2(configs[path.name], str(path), device=device)
+            model = sam2.build_sam2(configs[path.name], str(path), device=device)
     else:
         raise ValueError(
             f"segmenter: '{name}' is not known; use embedded, grabcut, a hub id such as facebook/sam2.1-hiera-large or facebook/sam3, "

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file, save_file
-from sam2.build_sam import build_sam2
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import nn
 
 from ..core.files import naming_load_errors
 from .base import Segmenter, clip_prompt
+from .sam2_package import import_sam2
 
 # %% ../../nbs/segmenters/sam2.ipynb #d678e163
 class Sam2Segmenter(Segmenter):
@@ -27,11 +26,11 @@ class Sam2Segmenter(Segmenter):
         self,
         model: nn.Module,  # a `SAM2Base` of any size, ready for inference
     ):
-        self.predictor = SAM2ImagePredictor(model)
+        self.predictor = import_sam2("sam2_image_predictor").SAM2ImagePredictor(model)
         self.predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
 
     def masks(self, image: np.ndarray, targets: list) -> list:  # of [H,W] bool
-        "The best-scored of three masks, per object (METHODS §5)."
+        "The best-scored of three masks, per object (docs/methods.md §5)."
         if not targets:
             return []
         self.predictor.set_image(image)
@@ -93,7 +92,7 @@ class Sam2Size:
         overrides = [
             f"{'+' * k.startswith('+')}model.{k.lstrip('+')}={v}" for k, v in sizes.items()
         ]
-        return build_sam2(
+        return import_sam2("build_sam").build_sam2(
             SAM2_BASE, device="cpu", hydra_overrides_extra=overrides, apply_postprocessing=False
         )
 

@@ -5,51 +5,56 @@
 # %% auto #0
 __all__ = ['epoch_stream', 'sample_batch']
 
-# %% ../../nbs/training/batches.ipynb #4f69ee8d
+# %% ../../nbs/training/batches.ipynb #61f9fd4c
 from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
 
+from ..core.parameters import TrainConfig
 from ..data.records import BrokenRecord
 from ..evaluation.evaluate import require_askable
 from ..models.policy import Policy
-from .config import TrainConfig
 
-# %% ../../nbs/training/batches.ipynb #484509c0
+# %% ../../nbs/training/batches.ipynb #6263a8c2
 def epoch_stream(
-    data, config: TrainConfig, at: int
+    data,
+    texts: str,  # all, or one: drawn anew in each pass
+    seed: int,
+    start: int = 0,  # questions behind us
 ) -> Iterator[tuple]:  # (data, index of a sample), without end
-    "A shuffled pass over the data after another, decided by the seed, from its `at`-th question on."
+    "Shuffled passes over the data, decided by the seed, from a question on."
 
-    def a_pass(epoch):
-        return data.drawn([config.seed, epoch]) if config.texts == "one" else data
+    def data_of(epoch):
+        return data.drawn([seed, epoch]) if texts == "one" else data
 
-    n = len(a_pass(0))
-    for epoch in count(at // n):
-        passed, order = a_pass(epoch), np.random.default_rng([config.seed, epoch]).permutation(n)
-        yield from ((passed, int(i)) for i in order[max(0, at - epoch * n) :])
+    n = len(data_of(0))
+    for epoch in count(start // n):
+        epoch_data = data_of(epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        yield from ((epoch_data, int(i)) for i in order[max(0, start - epoch * n) :])
 
-
+# %% ../../nbs/training/batches.ipynb #6339f6e2
 def sample_batch(
     data,
     config: TrainConfig,
-    step: int,
-    policy: Policy
-    | None = None,  # who is asked, and takes questions up to a limit; None: without limit
-) -> tuple[list, list]:  # config.prompts Sample; a sentence for each broken record
-    "The samples of a step (counted from 1), and what was passed over to get them."
-    samples, skipped = [], []
-    for passed, i in epoch_stream(data, config, (step - 1) * config.prompts):
+    step: int,  # from 1
+    policy: Policy | None = None,  # who takes questions up to a limit; None: without limit
+) -> tuple[list, list]:  # a step's Sample; a sentence for each broken record
+    "The samples of a step, and what was skipped to get them."
+    samples, skipped, size = [], [], config.rollout.questions_per_step
+    stream = epoch_stream(data, config.data.texts, config.seed, (step - 1) * size)
+    for epoch_data, i in stream:
         try:
-            samples.append(require_askable(policy, passed[i]) if policy else passed[i])
+            sample = epoch_data[i]
+            samples.append(require_askable(policy, sample) if policy else sample)
         except BrokenRecord as e:
-            if config.strict:
+            if config.data.strict:
                 raise
             skipped.append(str(e))
-        if len(samples) == config.prompts:
+        if len(samples) == size:
             return samples, skipped
         if not samples and len(skipped) > 2 * len(data):
             raise ValueError(
-                f"data: {config.data} has no record that can be read, the first: {skipped[0]}"
+                f"data: {config.data.name} has no record that can be read, the first: {skipped[0]}"
             )

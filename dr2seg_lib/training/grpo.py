@@ -14,7 +14,7 @@ def advantages(
     rewards: Tensor,  # [...,G], last axis = group
     scale: str = "group",  # "group": divide by the group's std; "none": do not
 ) -> Tensor:  # [...,G]
-    "Group-relative advantages of GRPO (METHODS §4)."
+    "Group-relative advantages of GRPO (docs/methods.md §4)."
     centred = rewards - rewards.mean(-1, keepdim=True)
     if scale == "none":
         return centred

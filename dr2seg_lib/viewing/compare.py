@@ -53,7 +53,7 @@ def load_arms(
     if isinstance(runs, dict):
         return {name: open_all(each) for name, each in runs.items()}
     readers, arms = open_all(list(runs)), {}
-    methods = [reader.asked("recipe") or reader.name for reader in readers]
+    methods = [reader.asked("method") or reader.name for reader in readers]
     names = methods if len(set(methods)) > 1 else [reader.name for reader in readers]
     for name, reader in zip(names, readers):
         arms.setdefault(name, []).append(reader)

@@ -122,7 +122,7 @@ def speaker(self: RunReader, step: int) -> tuple:  # what `policy_of` takes; its
 @patch
 def asked_of(self: RunReader, row: dict, part: str) -> str:  # part: "first" or "second"
     "The prompt that a pass has answered."
-    name = self.parameters.get("recipe")
+    name = self.parameters.get("method")
     if name not in METHODS:
         raise ValueError(
             f"the recipe {name} is not known here; register it to see where the model looks"

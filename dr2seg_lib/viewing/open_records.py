@@ -139,7 +139,7 @@ def open_json(
         return {}, _told(path.name, e)
     if not isinstance(value, dict):
         return {}, f"{path.name} is {brief(value)}; make it an object"
-    value, wrong = fit_record(value, schema)
+    value, wrong = fit_record(schema.by_todays_names(value), schema)
     return value, _told(path.name, wrong) if wrong else ""
 
 
@@ -149,7 +149,9 @@ def read_strictly(
 ) -> dict:
     "What a file of one object holds; where anything does not fit, a sentence."
     try:
-        return check_record(parse_strict_json(_bytes(path)), schema)
+        value = parse_strict_json(_bytes(path))
+        known = schema.by_todays_names(value) if isinstance(value, dict) else value
+        return check_record(known, schema)
     except FileNotFoundError:
         wrong = f"{path} does not exist; check the run folder's name"
     except ValueError as e:

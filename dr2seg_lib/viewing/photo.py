@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..core.files import naming_write_errors
 from ..core.masks import encode_rle
-from ..core.parameters import EvaluateFields, brief_text, without_unsaid
+from ..core.parameters import EvaluateConfig, brief_text
 from ..data.images import read_pixels
 from ..data.samples import Sample, Target
 from ..evaluation.evaluate import answer_greedily
@@ -328,14 +328,14 @@ class SegmentedPhoto:
 def photo_policy(
     given: dict,  # model, adapter, segmenter, recipe, max_new_tokens, dtype; what is empty follows from the adapter's run
     attention: str,
-) -> EvaluateFields:
+) -> EvaluateConfig:
     "Who is asked, and how: all of it known to be there."
-    who = EvaluateFields(**without_unsaid(inherit(given)[0]))
+    who = EvaluateConfig(**inherit(given)[0])
     (
-        validate_model(who.model),
-        validate_adapter(who.adapter),
-        validate_method(who.recipe),
-        validate_attention(attention, who.dtype),
+        validate_model(who.model.name),
+        validate_adapter(who.model.adapter),
+        validate_method(who.method.name),
+        validate_attention(attention, who.model.dtype),
     )
     return who
 
@@ -385,13 +385,16 @@ def segment_photo(
     )
     if box is None:
         policy, asked = (
-            load_policy(who.model, who.adapter, who.dtype, attention),
-            dict(model=who.model, adapter=who.adapter, recipe=who.recipe) | asked,
+            load_policy(who.model.name, who.model.adapter, who.model.dtype, attention),
+            dict(model=who.model.name, adapter=who.model.adapter, recipe=who.method.name) | asked,
         )
         (response,) = answer_greedily(
-            policy, [Sample(name, image, query, ())], METHODS[who.recipe].prompt, who.max_new_tokens
+            policy,
+            [Sample(name, image, query, ())],
+            METHODS[who.method.name].prompt,
+            who.rollout.max_new_tokens,
         )
-        prompts = segmenter_prompts(drawer, response.text, query, policy.frame, size)
+        prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, size)
 
     def placed(prompt, mask):
         return (

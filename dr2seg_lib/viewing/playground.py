@@ -20,11 +20,12 @@ from fastcore.basics import patch
 from matplotlib import rc_context
 
 from ..core.files import read_json
+from ..core.parameter_names import flat_parameters
 from ..data.samples import Sample
 from ..methods.base import Method
 from ..methods.registry import METHODS
 from ..models.policy import Policy
-from ..rollouts.parsing import to_image_coordinates
+from ..rollouts.parsing import parsed_record, recorded_parse, to_image_coordinates
 from ..rollouts.response import Response, to_responses
 from ..rollouts.two_stage import second_pass
 from ..runs.checkpoints import latest_checkpoint
@@ -63,7 +64,7 @@ def cached_policy(
         return Policy.load(str(source))
     record = path.parents[1] / "run.json"
     policy = Policy.load(
-        (read_json(record).get("parameters") or {}).get("model", "embedded")
+        flat_parameters(read_json(record).get("parameters") or {}).get("model", "embedded")
         if record.exists()
         else "embedded"
     )
@@ -170,7 +171,8 @@ class Playground(View):
         )[0]
         self.first = self._told(said, began)
         self.segment(
-            to_image_coordinates(said.text, self.policy.frame, self.sample.size), "first pass"
+            to_image_coordinates(said.parsed.objects, self.policy.frame, self.sample.size),
+            "first pass",
         )
         self.describe(said.parsed.description or "")
         return said
@@ -223,6 +225,7 @@ class Playground(View):
             tokens=said.think_tokens,
             seconds=time.perf_counter() - began,
             text=said.text,
+            parsed=parsed_record(said.parsed),
         )
 
 # %% ../../nbs/viewing/playground.ipynb #abf40e75
@@ -268,11 +271,10 @@ def _asked(self: Playground, _, content, buffers):
                 "your box" if box else "your point",
             )
         elif what == "again" and self.first:
+            answer = self.second if content.get("pass") == "second" else self.first
             self.segment(
                 to_image_coordinates(
-                    self.second["text"] if content.get("pass") == "second" else self.first["text"],
-                    self.policy.frame,
-                    self.sample.size,
+                    recorded_parse(answer).objects, self.policy.frame, self.sample.size
                 ),
                 content["pass"] + " pass",
             )

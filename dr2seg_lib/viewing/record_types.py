@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'Number', 'Share', 'Count', 'Numbers', 'Named', 'Label', 'Tags', 'Time', 'IntervalRecord', 'Measure',
-           'MAX_AREA', 'Side', 'Size', 'Row', 'Grid', 'parse_strict_json', 'LooseRecord', 'RecordedParameters',
-           'Resumed', 'RunRecord', 'ProgressRecord', 'MetricsRecord', 'ResponseRecord', 'RolloutRecord', 'RunLengths',
-           'PredictionRecord', 'CandidateRecord', 'ChoiceRecord', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord',
-           'EvaluatedRecord', 'ResultsRecord', 'EntropiesRecord']
+           'Names', 'Box', 'Point', 'MAX_AREA', 'Side', 'Size', 'Row', 'Grid', 'parse_strict_json', 'LooseRecord',
+           'RecordedParameters', 'Resumed', 'RunRecord', 'ProgressRecord', 'MetricsRecord', 'ObjectRecord',
+           'ParsedRecord', 'ResponseRecord', 'CombinationRecord', 'RolloutRecord', 'RunLengths', 'PredictionRecord',
+           'CandidateRecord', 'ChoiceRecord', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord', 'EvaluatedRecord',
+           'ResultsRecord', 'EntropiesRecord']
 
 # %% ../../nbs/viewing/record_types.ipynb #c8a82974
 import json
@@ -17,6 +18,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from ..core.parameter_names import SWEEP_NAMES, flat_parameters, nested_parameters
 
 # %% ../../nbs/viewing/record_types.ipynb #16fd8d16
 MAX_DEPTH = 64  # levels of nesting in a record; ours have five
@@ -77,6 +80,11 @@ class LooseRecord(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
+    @classmethod
+    def by_todays_names(cls, value: dict) -> dict:
+        "A record with the names that its fields have today."
+        return value
+
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -122,22 +130,25 @@ Measure = Annotated[Any, AfterValidator(_measure)]
 class RecordedParameters(LooseRecord):
     "What was asked, as far as looking at the run depends on it."
 
-    recipe: str | None = None
+    method: str | None = None
     model: str | None = None
     segmenter: str | None = None
-    adapter: str | None = None
     data: str | None = None
-    eval_data: str | None = None
-    split: str | None = None
-    protocol: str | None = None
-    texts: str | None = None
     seed: Count | None = None
     steps: Count | None = None
-    prompts: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    samples: Count | None = None
-    eval_samples: Count | None = None
-    max_new_tokens: Count | None = None
-    settings: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    adapter: str | None = Field(None, alias="model.adapter")
+    split: str | None = Field(None, alias="data.split")
+    protocol: str | None = Field(None, alias="data.protocol")
+    texts: str | None = Field(None, alias="data.texts")
+    samples: Count | None = Field(None, alias="data.samples")
+    held_out: str | None = Field(None, alias="evaluation.data")
+    held_out_samples: Count | None = Field(None, alias="evaluation.samples")
+    questions_per_step: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
+        None, alias="rollout.questions_per_step"
+    )
+    group_size: Count | None = Field(None, alias="rollout.group_size")
+    max_new_tokens: Count | None = Field(None, alias="rollout.max_new_tokens")
 
 
 class Resumed(LooseRecord):
@@ -147,7 +158,16 @@ class Resumed(LooseRecord):
 
 
 class RunRecord(LooseRecord):
-    "run.json."
+    "run.json; its parameters by their dotted names, whichever version has written it."
+
+    @classmethod
+    def by_todays_names(cls, value: dict) -> dict:
+        parameters = value.get("parameters")
+        if not isinstance(parameters, dict):
+            return value
+        if "recipes" in parameters:
+            parameters = nested_parameters(parameters, SWEEP_NAMES)
+        return value | {"parameters": flat_parameters(parameters)}
 
     status: str | None = None
     parameters: RecordedParameters | None = None
@@ -192,6 +212,29 @@ class MetricsRecord(LooseRecord):
     skipped: list[str] | None = None
 
 
+Names = Annotated[list[str], Field(max_length=64)]
+Box = Annotated[list[Number], Field(min_length=4, max_length=4)]
+Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class ObjectRecord(LooseRecord):
+    "An object that an answer names, in the policy's frame."
+
+    box: Box
+    point: Point
+    second: Point | None = None
+
+
+class ParsedRecord(LooseRecord):
+    "What a response says."
+
+    think: str | None = None
+    description: str | None = None
+    answer: str | None = None
+    caption: str | None = None
+    objects: list[ObjectRecord] | None = None
+
+
 class ResponseRecord(LooseRecord):
     "One response of a rollout."
 
@@ -199,6 +242,14 @@ class ResponseRecord(LooseRecord):
     tokens: list[str] | None = None
     entropy: Numbers | None = None
     think_tokens: Count | None = None
+    parsed: ParsedRecord | None = None
+
+
+class CombinationRecord(LooseRecord):
+    "How a rollout's terms make its reward."
+
+    added: Names
+    factors: Names
 
 
 class RolloutRecord(LooseRecord):
@@ -212,6 +263,7 @@ class RolloutRecord(LooseRecord):
     second: ResponseRecord | None = None
     description: str | None = None
     terms: Named
+    combination: CombinationRecord | None = None
     reward: Number
     advantage: Number
     tags: Tags | None = None
@@ -250,6 +302,7 @@ class PredictionRecord(LooseRecord):
     answer_entropy: Number | None = None
     format: Number | None = None
     targets: Count | None = None
+    parsed: ParsedRecord | None = None
     tags: Tags | None = None
     rle: RunLengths | None = None
     error: str | None = None
@@ -283,6 +336,7 @@ class ChoiceRecord(LooseRecord):
     sample: Label
     query: str
     text: str
+    parsed: ParsedRecord | None = None
     direct: Share
     chosen: Share
     oracle: Share

@@ -86,7 +86,7 @@ def report_html(
     drawn=stored_mask,  # (sample, row) -> mask, targets
 ) -> Markup:  # a whole HTML document
     "A run as one page that needs nothing else."
-    recipe = (run["info"].get("parameters") or {}).get("recipe") or "dr2seg"
+    recipe = (run["info"].get("parameters") or {}).get("method") or "dr2seg"
     parts = [
         p
         for p in (

@@ -51,13 +51,13 @@ def kind_of(
 ) -> str:  # of LEFT
     "What sort of run it is, by what was asked."
     p = info.get("parameters") or {}
-    if "steps" in p:
+    if "steps" in p or "methods" in p:
         return "training"
     return next(
         (
             kind
             for kind, name in dict(
-                rea2seg="candidates", conditioning="adapters", evaluate="protocol"
+                rea2seg="candidates.most", conditioning="adapters", evaluate="data.protocol"
             ).items()
             if name in p
         ),

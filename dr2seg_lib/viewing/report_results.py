@@ -11,7 +11,7 @@ from datetime import datetime
 from markupsafe import Markup
 
 from ..core.markup import fill_html, join_html
-from ..core.parameters import CUT_SHARE, split_notes
+from ..core.notes import CUT_SHARE, split_notes
 from ..core.text_table import format_cell
 from .comparison_plots import before_after_plot
 from .open_records import path_text
@@ -53,8 +53,8 @@ def progress_text(run: dict) -> str | None:
         return f"{done} of {p['steps']} steps"
     if answered:
         return (
-            f"{answered} of {p['samples']} questions"
-            if p.get("samples")
+            f"{answered} of {p['data.samples']} questions"
+            if p.get("data.samples")
             else f"{answered} questions"
         )
     return f"{done} steps" if done else None
@@ -70,21 +70,26 @@ def heading_html(run: dict) -> Markup:
         )
 
     each = (
-        known("{} questions × {} answers a step", p, "prompts", "samples")
+        known(
+            "{} questions × {} answers a step",
+            p,
+            "rollout.questions_per_step",
+            "rollout.group_size",
+        )
         if not run["runs"]
         else None
     )
     line = [
         progress_text(run),
         each,
-        known("split {}", p, "split"),
+        known("split {}", p, "data.split"),
         known("seed {}", info, "seed"),
         _duration(info),
     ]
     name, status = path_text(run["folder"]), info.get("status") or "unknown"
     title = (
         dict(rea2seg="Rea2Seg", conditioning="What the description knows").get(run.get("kind"))
-        or p.get("recipe")
+        or p.get("method")
         or name
     )
     data = fill_html(" <small>on {}</small>", p["data"]) if p.get("data") else ""
@@ -143,7 +148,10 @@ def cut_note_html(
 
 def remarks_html(run: dict) -> Markup:
     "What must be said of the figures: how the split was made, and answers that were cut."
-    results, limit = run["results"], (run["info"].get("parameters") or {}).get("max_new_tokens")
+    results, limit = (
+        run["results"],
+        (run["info"].get("parameters") or {}).get("rollout.max_new_tokens"),
+    )
     cut = [
         cut_note_html(results, limit),
         *(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READER_SCHEMAS', 'TERM_COLOURS', 'segmenter_of', 'DRAWING_LOCK', 'MAX_SKIPPED', 'group_rollouts', 'pair_predictions',
-           'factor_of', 'term_colours', 'sample_by_id', 'local_data', 'truth_mask', 'truth_iou', 'RunReader',
-           'response_text', 'decode_stored_mask']
+           'term_colours', 'sample_by_id', 'local_data', 'truth_mask', 'truth_iou', 'RunReader', 'response_text',
+           'response_parse', 'decode_stored_mask']
 
 # %% ../../nbs/viewing/run_reader.ipynb #67aae076
 import re
@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from fastcore.basics import patch
@@ -26,7 +25,13 @@ from ..data.mask_formats import rle_mask
 from ..data.mini import draw_sample
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
-from ..rollouts.parsing import segmenter_prompts, to_image_coordinates
+from ..rollouts.combination import factor_of
+from dr2seg_lib.rollouts.parsing import (
+    Parsed,
+    recorded_parse,
+    segmenter_prompts,
+    to_image_coordinates,
+)
 from ..segmenters.loading import load_segmenter
 from ..training.batches import epoch_stream
 from .open_records import open_json, open_rows, path_text
@@ -76,31 +81,6 @@ def pair_predictions(
     return [[rows[s] for rows in both if s in rows] for s in dict.fromkeys([*both[0], *both[1]])]
 
 # %% ../../nbs/viewing/run_reader.ipynb #10b37dd4
-def factor_of(
-    records: list,  # of rollouts.jsonl
-) -> (
-    str | None
-):  # '': the terms are summed; a name: that term multiplies the sum of the others; None: neither
-    "Which way of putting the terms together gives every recorded reward."
-
-    def made(terms, factor):
-        return sum(v or 0 for k, v in terms.items() if k != factor) * (
-            terms[factor] if factor else 1
-        )
-
-    def fits(factor):
-        return all(
-            (not factor or r["terms"].get(factor) is not None)
-            and abs(made(r["terms"], factor) - r["reward"]) < 1e-3 * max(1, abs(r["reward"]))
-            for r in records
-        )
-
-    names = list(dict.fromkeys(k for r in records for k in r["terms"]))
-    return next(
-        (k for k in ("", *reversed(names)) if fits(k)), None
-    )  # a factor comes last, of two that would do too
-
-
 TERM_COLOURS = dict(
     thinking_format="#76839a",
     answer_format="#98a4b6",
@@ -199,7 +179,7 @@ class RunReader:
         return (
             name == "rollouts.jsonl"
             or self.info.get("status") == "done"
-            and bool(self.parameters.get("eval_samples"))
+            and bool(self.parameters.get("evaluation.samples"))
         )
 
     def asked(self, name: str, default=None):
@@ -224,7 +204,7 @@ class RunReader:
         "A line on the run."
         steps, p = sorted({g[0]["step"] for g in self.groups["rollouts"]}), self.asked
         words = [
-            p("recipe"),
+            p("method"),
             p("data") and f"on {p('data')}",
             f"steps {steps[0]} to {steps[-1]}" if steps else None,
             None if p("seed") is None else f"seed {p('seed')}",
@@ -244,10 +224,9 @@ def asked_at(
     "The question of a group: of its step's, in their order, without those that training could not read."
     step = self.groups["rollouts"][at][0]["step"]
     first = next(i for i, g in enumerate(self.groups["rollouts"]) if g[0]["step"] == step)
-    config = SimpleNamespace(
-        texts=self.asked("texts", "all"), seed=self.asked("seed", 0)
-    )  # runs of before did not ask about texts
-    places = epoch_stream(self.data("rollouts"), config, (step - 1) * self.parameters["prompts"])
+    texts, seed = self.asked("data.texts", "all"), self.asked("seed", 0)
+    start = (step - 1) * self.parameters["rollout.questions_per_step"]
+    places = epoch_stream(self.data("rollouts"), texts, seed, start)
     left = at - first
     for data, i in islice(places, left + 1 + MAX_SKIPPED):
         try:
@@ -269,7 +248,9 @@ def data(self: RunReader, source: str):
             self._data[source] = load_data(local_data(p["data"]), "train")
         else:
             self._data[source] = load_data(
-                local_data(self.asked("eval_data") or p["data"]), "val", p.get("eval_samples")
+                local_data(self.asked("evaluation.data") or p["data"]),
+                "val",
+                p.get("evaluation.samples"),
             )
     return self._data[source]
 
@@ -292,12 +273,13 @@ def sample(self: RunReader, source: str, at: int) -> Sample:
 
 
 @patch
-def predict_mask(self: RunReader, sample: Sample, text: str) -> np.ndarray:  # [H,W] bool
+def predict_mask(self: RunReader, sample: Sample, parsed: Parsed) -> np.ndarray:  # [H,W] bool
     "What the run's segmenter draws from a response."
     with DRAWING_LOCK:
         segmenter = segmenter_of(self.asked("segmenter", "embedded"))
         return segmenter.segment(
-            sample.image, segmenter_prompts(segmenter, text, sample.query, self.frame, sample.size)
+            sample.image,
+            segmenter_prompts(segmenter, parsed, sample.query, self.frame, sample.size),
         )
 
 
@@ -306,12 +288,11 @@ def drawn(
     self: RunReader, sample: Sample, row: dict
 ) -> tuple:  # mask [H,W] bool, or None where a large segmenter would have to draw; list of Target
     "What a row's answer comes to in its picture."
-    targets = to_image_coordinates(response_text(row), self.frame, sample.size)
+    parsed = response_parse(row)
+    targets = to_image_coordinates(parsed.objects, self.frame, sample.size)
     if "first" not in row:
         return decode_stored_mask(row), targets
-    return (
-        self.predict_mask(sample, row["first"]["text"]) if self.quick("rollouts") else None
-    ), targets
+    return (self.predict_mask(sample, parsed) if self.quick("rollouts") else None), targets
 
 
 @patch
@@ -322,7 +303,7 @@ def mask(self: RunReader, source: str, at: int, rollout: int) -> np.ndarray:  # 
         self.masks[key] = (
             decode_stored_mask(row)
             if row.get("rle")
-            else self.predict_mask(self.sample(source, at), response_text(row))
+            else self.predict_mask(self.sample(source, at), response_parse(row))
         )
     return self.masks[key]
 
@@ -336,6 +317,11 @@ def quick(self: RunReader, source: str) -> bool:
 def response_text(row: dict) -> str:
     "The first pass of a rollout's record, or the answer of a prediction."
     return row["first"]["text"] if "first" in row else row["text"]
+
+
+def response_parse(row: dict) -> Parsed:
+    "What the first pass of a rollout's record says, or the answer of a prediction."
+    return recorded_parse(row.get("first") or row)
 
 
 def decode_stored_mask(row: dict) -> np.ndarray | None:  # [H,W] bool; None: none was kept
@@ -382,7 +368,10 @@ def _answered(self: RunReader, name: str) -> Sample | None:  # of a run that onl
     try:
         if "asked" not in self._data:
             self._data["asked"] = load_data(
-                local_data(p["data"]), p["split"], p.get("samples") or None, **self._protocol()
+                local_data(p["data"]),
+                p["data.split"],
+                p.get("data.samples") or None,
+                **self._protocol(),
             )
         found = self._data["asked"][names.index(name)]
     except (OSError, ValueError, KeyError, IndexError):
@@ -392,4 +381,4 @@ def _answered(self: RunReader, name: str) -> Sample | None:  # of a run that onl
 
 @patch
 def _protocol(self: RunReader) -> dict:
-    return dict(protocol=self.asked("protocol")) if self.asked("protocol") else {}
+    return dict(protocol=self.asked("data.protocol")) if self.asked("data.protocol") else {}

@@ -9,17 +9,12 @@ __all__ = ['MUTED', 'METHOD_COLOURS', 'OTHER_COLOURS', 'LONGEST', 'MOST', 'TEXT_
 # %% ../../nbs/viewing/style.ipynb #c0003
 from itertools import cycle
 
+from ..methods.names import method_colour, method_names
+
 # %% ../../nbs/viewing/style.ipynb #c0004
 MUTED = "#808893"  # text, axes and what belongs to no method
-METHOD_COLOURS = dict(
-    visionreasoner="#c8780a",
-    dr2seg_desc="#149a80",
-    dr2seg="#5470ee",
-    dpad="#c2488f",
-    seg_zero="#7f8c2d",
-    pixelthink="#9a62d8",
-)
-OTHER_COLOURS = "#d0503f", "#1f93b8", "#a07a4a", "#6b8f5e"  # for methods made in a notebook
+METHOD_COLOURS = {name: method_colour(name) for name in method_names() if method_colour(name)}
+OTHER_COLOURS = "#d0503f", "#1f93b8", "#a07a4a", "#6b8f5e"  # for arms without one of their own
 
 # %% ../../nbs/viewing/style.ipynb #c0005
 def arm_colours(
@@ -27,7 +22,7 @@ def arm_colours(
 ) -> dict:  # name: colour
     "The method's own colour for each arm, or the next free one. No name means dr2seg."
     spare = cycle(OTHER_COLOURS)
-    return {arm: METHOD_COLOURS.get(arm or "dr2seg") or next(spare) for arm in arms}
+    return {arm: method_colour(arm or "dr2seg") or next(spare) for arm in arms}
 
 # %% ../../nbs/viewing/style.ipynb #c0008
 LONGEST = 48  # characters of a name in a figure

@@ -21,14 +21,14 @@ from matplotlib import rc_context
 import dr2seg_lib
 from ..core.markup import fill_html
 from ..data.samples import Sample
-from ..rollouts.parsing import parse_response, to_image_coordinates
+from ..rollouts.parsing import to_image_coordinates
 from .figures import Figure, panels
 from .overlays import overlay
 from .report_cards import entropy_reasoning, response_html, split_terms
 from .report_pictures import data_uri
 from dr2seg_lib.viewing.run_reader import (
     RunReader,
-    response_text,
+    response_parse,
     term_colours,
     truth_iou,
     truth_mask,
@@ -157,7 +157,7 @@ def rollout_entry(
     number: int,  # in its group
 ) -> dict:
     "A rollout as its card and its bars need it."
-    text = parse_response(response_text(row)).description
+    text = response_parse(row).description
     out = dict(
         number=number,
         description=fill_html("<p>{}</p>", text) if text else Markup("<p class=raw>none</p>"),
@@ -211,7 +211,9 @@ def shown(self: RunReader, source: str, at: int) -> dict:
     size = image.shape[1], image.shape[0]
     for e, r in zip(entries, group):
         e["prompts"] = prompt_shapes(
-            to_image_coordinates(response_text(r), self.frame, sample.size), sample.size, size
+            to_image_coordinates(response_parse(r).objects, self.frame, sample.size),
+            sample.size,
+            size,
         )
     return out | truth_view(sample, size) | dict(image=data_uri(image, 92), size=size, note="")
 

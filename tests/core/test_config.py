@@ -1,51 +1,208 @@
 "Parameters by name, type and bounds: without a disk, without torch."
 
+import json
 import subprocess
 import sys
 
 import pytest
 from pydantic import ValidationError
 
-from dr2seg_lib.core.parameters import EvaluateFields, Rea2SegFields, TrainFields, find_unknown_name
+from dr2seg_lib.core.known_names import find_unknown_name
+from dr2seg_lib.core.parameter_names import (
+    EVALUATION_NAMES,
+    REA2SEG_NAMES,
+    TRAINING_NAMES,
+    flat_parameters,
+    nested_parameters,
+    renamed_note,
+)
+from dr2seg_lib.core.parameters import (
+    EvaluateConfig,
+    Rea2SegConfig,
+    TrainConfig,
+    changed_parameters,
+)
+from dr2seg_lib.core.presets import published_presets, read_preset, with_preset
 
-NUMBERS = [n for n, f in TrainFields.model_fields.items() if f.annotation is float]
+KINDS = [TrainConfig, EvaluateConfig, Rea2SegConfig]
+NUMBERS = [name for name, value in TrainConfig().flat().items() if isinstance(value, float)]
 
 
-def test_torch_is_not_imported():
-    code = "import sys, dr2seg_lib.core.parameters; print('torch' in sys.modules, 'transformers' in sys.modules)"
+def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("module", ["parameters", "presets", "known_names", "parameter_table"])
+def test_torch_is_not_imported(module):
+    code = f"import sys, dr2seg_lib.core.{module}; print(*({{'torch', 'transformers'}} & {{*sys.modules}}))"
+    assert run_python(code) == []
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
 def test_a_number_is_finite(name, value):
     with pytest.raises(ValidationError, match=name):
-        TrainFields(**{name: value})
+        TrainConfig(**{name: value})
 
 
-@pytest.mark.parametrize("kind", [TrainFields, EvaluateFields, Rea2SegFields])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model, limit", [("embedded", 192), ("Qwen/Qwen2.5-VL-7B-Instruct", 1024)])
 def test_the_length_of_an_answer_follows_the_model(kind, model, limit):
-    assert kind(model=model).max_new_tokens == limit
-    assert kind(model=model, max_new_tokens=0).max_new_tokens == limit
-    assert kind(model=model, max_new_tokens=77).max_new_tokens == 77
-
-
-def test_names_known_at_once_are_those_of_the_recipes():
-    code = "from dr2seg_lib.core.parameters import RECIPE_NAMES; from dr2seg_lib.methods.registry import METHODS; print(set(RECIPE_NAMES) == set(METHODS))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    assert kind(model=model).rollout.max_new_tokens == limit
+    assert kind(model=model, max_new_tokens=0).rollout.max_new_tokens == limit
+    assert kind(model=model, rollout={"max_new_tokens": 77}).rollout.max_new_tokens == 77
 
 
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (dict(recipe="dr3seg"), "use one of visionreasoner"),
+        (dict(method="dr3seg"), "use one of dr2seg, visionreasoner"),
         (dict(model="embeded"), "use embedded, a local folder"),
         (dict(data="coco"), "data: coco does not exist"),
-        (dict(eval_data="coco"), "eval_data: coco does not exist"),
+        (dict(eval_data="coco"), "evaluation.data: coco does not exist"),
     ],
 )
 def test_unknown_names_are_told(wrong, says):
-    assert says in find_unknown_name(TrainFields(**wrong))
+    methods = ["dr2seg", "visionreasoner"]
+    assert says in find_unknown_name(TrainConfig(**wrong).model_dump(), methods)
+
+
+# ---- nested, dotted, flat
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(lora={"rank": 8}, method={"name": "dpad"}, steps=3),
+        {"lora.rank": 8, "method.name": "dpad", "steps": 3},
+        {"lora.rank": 8, "method": "dpad", "steps": 3},
+        dict(rank=8, recipe="dpad", steps=3),
+        {"lora": {"rank": 16}, "lora.rank": 8, "recipe": "dpad", "steps": 3},
+    ],
+    ids=["nested", "dotted", "short", "of version 0.2", "the last holds"],
+)
+def test_one_configuration_has_several_spellings(values):
+    expected = TrainConfig(lora={"rank": 8}, method={"name": "dpad"}, steps=3)
+    assert TrainConfig(**values) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_survives_its_record(kind):
+    config = kind(model="Qwen/Qwen2.5-VL-7B-Instruct", seed=3) if kind is TrainConfig else kind()
+    assert kind(**json.loads(json.dumps(config.model_dump()))) == config
+    assert kind(**config.flat()) == config
+    assert kind.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        (TrainConfig, TRAINING_NAMES),
+        (EvaluateConfig, EVALUATION_NAMES),
+        (Rea2SegConfig, REA2SEG_NAMES),
+    ],
+)
+def test_old_names_lead_to_fields(kind, names):
+    known = kind().flat()
+    if kind is not Rea2SegConfig:
+        assert set(names.values()) <= set(known)
+    assert kind(**{name: known[new] for name, new in names.items() if new in known}) == kind()
+
+
+def test_every_field_of_version_0_2_has_a_place():
+    "The flat names that a training had, each with a place in the nested configuration."
+    old = """recipe model server segmenter data texts strict eval_data allow_overlap seed steps prompts
+    samples temperature max_new_tokens max_question_tokens anchor gamma tune rank alpha targets dtype
+    attention lr norm_lr schedule weight_decay grad_norm kl clip updates advantage_scale chunk
+    eval_samples record checkpoint_every scorer processes checkpointing shard""".split()
+    new = [TRAINING_NAMES.get(name, name) for name in old]
+    assert sorted(new) == sorted(TrainConfig().flat())
+
+
+def test_an_evaluation_of_version_0_2_is_told_from_a_training():
+    training = flat_parameters(dict(recipe="dpad", samples=4))
+    evaluation = flat_parameters(dict(recipe="dpad", split="val", samples=4))
+    assert training == {"method": "dpad", "rollout.group_size": 4}
+    assert evaluation == {"method": "dpad", "data.split": "val", "data.samples": 4}
+
+
+def test_what_no_configuration_knows_stays_as_it_is():
+    warm_start = dict(steps=3, lr=1e-3, rank=8, batch=2)
+    assert nested_parameters(warm_start) == flat_parameters(warm_start) == warm_start
+
+
+def test_old_names_are_told_with_their_new_ones():
+    assert renamed_note({"lora.rank": 8, "method": "dpad"}, TRAINING_NAMES) == ""
+    assert renamed_note({"rank": 8}, TRAINING_NAMES).startswith("rank is now lora.rank;")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lora.rnak": 8}, {"lora": {"rnak": 8}}, {"lroa.rank": 8}], ids=str
+)
+def test_an_unknown_name_is_refused(wrong):
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        TrainConfig(**wrong)
+
+
+def test_a_record_of_version_0_2_goes_on():
+    old = dict(recipe="dpad", rank=8, lr=1e-3, data="mini", steps=3)
+    now = TrainConfig(method="dpad", steps=3, lora={"rank": 8}, optim={"lr": 1e-4})
+    assert changed_parameters(old, now) == {"optim.lr": [1e-3, 1e-4]}
+
+
+# ---- presets
+
+COMMON = {
+    "model": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "segmenter": "facebook/sam2.1-hiera-large",
+    "rollout.questions_per_step": 16,
+    "rollout.group_size": 8,
+    "rollout.temperature": 1.0,
+    "rollout.max_new_tokens": 512,
+    "method.anchor": 40.0,
+    "method.gamma": 0.05,
+    "method.advantage_scale": "group",
+    "model.tune": "lora",
+    "model.dtype": "bfloat16",
+    "lora.rank": 64,
+    "lora.alpha": 64,
+    "optim.lr": 1e-5,
+    "optim.norm_lr": 0.0,
+    "optim.schedule": "constant",
+    "optim.weight_decay": 0.01,
+    "optim.max_grad_norm": 1.0,
+    "optim.kl": 5e-3,
+    "optim.clip": 0.2,
+    "optim.updates": 1,
+    "runtime.groups_per_forward": 1,
+    "runtime.gradient_checkpointing": True,
+    "evaluation.samples": 200,
+}
+OWN = {
+    "reasonseg_few_shot": {"epochs": 5, "method": "dr2seg", "data.texts": "one"},
+    "visionreasoner_7k": {
+        "epochs": 1,
+        "method": "dr2seg_desc",
+        "data": "Ricky06662/VisionReasoner_multi_object_7k_840",
+        "evaluation.data": "Ricky06662/ReasonSeg_val",
+    },
+}
+
+
+def test_presets_are_those_published():
+    assert set(published_presets()) == set(OWN)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_preset_holds_the_papers_values(name):
+    assert flat_parameters(read_preset(name)) == COMMON | OWN[name]
+
+
+def test_a_preset_of_ones_own_is_a_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('method = "dpad"\n[lora]\nrank = 4\n')
+    assert TrainConfig(**with_preset(str(path), {"steps": 2})).lora.rank == 4
+    path.write_text("rank = = 4")
+    with pytest.raises(ValueError, match="mine.toml cannot be read .*; correct it"):
+        read_preset(str(path))

@@ -1,5 +1,6 @@
 "Answers to masks to numbers; nothing is skipped."
 
+import functools
 import json
 import os
 import re
@@ -20,13 +21,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from dr2seg_lib.cli import main
-from dr2seg_lib.commands.parameters import parameters_of
+from dr2seg_lib.commands.parameters_cell import parameters_of
 from dr2seg_lib.core.files import append_jsonl, read_json, read_jsonl, write_json
+from dr2seg_lib.core.parameter_names import flat_parameters
 from dr2seg_lib.core.statistics import percentile_interval
 from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.records import BrokenRecord
-from dr2seg_lib.evaluation.config import EvaluateConfig
+from dr2seg_lib.evaluation.config import EvaluateConfig, check_evaluation
 from dr2seg_lib.evaluation.evaluate import dataset_info, evaluate, run_evaluation
 from dr2seg_lib.evaluation.metrics import result_row, summarize
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
@@ -39,8 +41,8 @@ from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.verify import validate_model
 from dr2seg_lib.segmenters.base import Segmenter
 from dr2seg_lib.segmenters.loading import load_segmenter
-from dr2seg_lib.training.config import TrainConfig
-from dr2seg_lib.training.trainer import step_metrics
+from dr2seg_lib.training.config import TrainConfig, check_training
+from dr2seg_lib.training.step_records import StepOutcome, step_metrics
 
 SAMPLE = MiniReasonSeg("val")[0]
 
@@ -51,10 +53,10 @@ def said(text):
 
 def test_located_scales_back_to_the_image():
     text = '<think>x.</think><answer>[{"bbox_2d": [28,56,84,112], "point_2d": [14,0]}]</answer>'
-    (t,) = to_image_coordinates(text, 112, (224, 448))
+    (t,) = to_image_coordinates(parse_response(text).objects, 112, (224, 448))
     assert t.box == (56, 224, 168, 448)
     assert t.point == (28, 0)
-    assert to_image_coordinates("nothing here", 112, (224, 224)) == []
+    assert to_image_coordinates(parse_response("nothing here").objects, 112, (224, 224)) == []
 
 
 def test_an_unparsable_answer_is_a_miss_and_never_skipped():
@@ -134,9 +136,7 @@ def test_a_step_tells_the_share_of_its_cut_answers():
     groups = [Group(SAMPLE, [answer(True), answer(False)], [answer(True), None])]
     row = step_metrics(
         1,
-        groups,
-        dict(accuracy=torch.ones(1, 2)),
-        torch.ones(1, 2),
+        StepOutcome(groups, dict(accuracy=torch.ones(1, 2)), torch.ones(1, 2), torch.ones(1, 2)),
         {},
         0.1,
         StageTimer(first=1.0, second=1.0),
@@ -349,7 +349,7 @@ def test_several_processes_give_the_predictions_of_one_to_the_byte(
     run = run_evaluation(EvaluateConfig(**SMALL, processes=processes), tmp_path / "run")
     assert run.status == "done"
     assert bytes_of(run.folder) == bytes_of(alone)
-    assert run.info["parameters"]["processes"] == processes
+    assert run.info["parameters"]["runtime"]["processes"] == processes
     assert run_evaluation(EvaluateConfig(**SMALL), tmp_path / "one").info["status"] == "done", (
         "this process is still one of its own"
     )
@@ -420,7 +420,7 @@ def test_under_a_launcher_of_ones_own(alone, tmp_path, monkeypatch):
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "dr2seg_lib.evaluation.evaluate.evaluate",
+        "dr2seg_lib.evaluation.evaluate",
         EvaluateConfig(**SMALL).model_dump_json(),
         str(tmp_path / "run"),
     ]
@@ -444,12 +444,12 @@ def test_what_goes_wrong_in_several_processes_is_the_sentence_of_one(tmp_path):
 def test_each_process_needs_a_gpu_where_there_are_any(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert EvaluateConfig(processes=2).processes == 2
+    check_evaluation(EvaluateConfig(processes=2))
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="processes: 4 need a GPU each, and this machine has 2; ask for no more",
     ):
-        EvaluateConfig(processes=4)
+        check_evaluation(EvaluateConfig(processes=4))
 
 
 def reasonseg(root, n):
@@ -478,7 +478,7 @@ def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
     "Counted again by hand, under both protocols. The answers come from a policy that gives the true box, so that this is about the data."
     root = reasonseg(tmp_path / "data", 200)
 
-    def told(policy, samples, prompt, max_new_tokens):
+    def told(policy, samples, prompt, max_new_tokens, parse):
         return [
             said(
                 f'<think>x.</think><answer>[{{"bbox_2d": {[int(v * policy.frame / s.size[k % 2]) for k, v in enumerate(s.targets[0].box)]}, "point_2d": [50, 50]}}]</answer>'
@@ -560,7 +560,7 @@ def test_an_adapter_changes_the_answers(adapter, whole, tmp_path):
     assert [r["text"] for r in rows] != [
         r["text"] for r in read_jsonl(whole / "predictions.jsonl")[:2]
     ]
-    assert run.info["parameters"]["adapter"] == str(adapter)
+    assert run.info["parameters"]["model"]["adapter"] == str(adapter)
     theirs, _ = evaluate(
         Policy.load().load_adapter(adapter),
         load_segmenter("grabcut"),
@@ -587,11 +587,8 @@ def test_tuned_weights_are_loaded_too(tmp_path):
 
 def test_a_wrong_adapter_is_one_sentence(adapter, tmp_path):
     def told(name):
-        return (
-            pytest.raises(ValidationError, EvaluateConfig, adapter=str(name))
-            .value.errors()[0]["msg"]
-            .removeprefix("Value error, ")
-        )
+        config = EvaluateConfig(adapter=str(name))
+        return str(pytest.raises(ValueError, check_evaluation, config).value)
 
     assert (
         told(tmp_path / "nowhere")
@@ -701,9 +698,9 @@ def test_a_checkpoint_that_is_not_whole_is_one_sentence(sharded, harm, at_once, 
     assert validate_model(str(folder)) == str(folder)
     harm(folder)
     if at_once:
-        with pytest.raises(ValidationError) as told:
-            EvaluateConfig(model=str(folder))
-        assert at_once in told.value.errors()[0]["msg"]
+        with pytest.raises(ValueError) as told:
+            check_evaluation(EvaluateConfig(model=str(folder)))
+        assert at_once in str(told.value)
     if later is None:
         return
     with pytest.raises(ValueError) as told:
@@ -727,30 +724,37 @@ def test_a_cut_adapter_is_told_at_once(adapter, tmp_path):
     shutil.copytree(adapter, folder)
     os.truncate(folder / "adapter_model.safetensors", 500)
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="is damaged .adapter_model.safetensors is cut short.*name another checkpoint",
     ):
-        EvaluateConfig(adapter=str(folder))
+        check_evaluation(EvaluateConfig(adapter=str(folder)))
 
 
 @pytest.mark.parametrize(
-    "config",
-    [EvaluateConfig, lambda **given: TrainConfig(norm_lr=0, **given)],
+    "config, check",
+    [
+        (EvaluateConfig, check_evaluation),
+        (functools.partial(TrainConfig, norm_lr=0), check_training),
+    ],
     ids=["evaluate", "train"],
 )
-def test_flash_attention_is_told_before_anything_starts_where_it_cannot_be(config, monkeypatch):
+def test_flash_attention_is_told_before_anything_starts_where_it_cannot_be(
+    config, check, monkeypatch
+):
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa",
     ):
-        config(attention="flash", dtype="bfloat16")
+        check(config(attention="flash", dtype="bfloat16"))
     monkeypatch.setattr("dr2seg_lib.models.loading.is_flash_attn_2_available", lambda: True)
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="attention flash does not compute in float32; use dtype bfloat16, or attention sdpa",
     ):
-        config(attention="flash")
-    assert config(attention="flash", dtype="bfloat16").attention == "flash"
+        check(config(attention="flash"))
+    asked = config(attention="flash", dtype="bfloat16")
+    check(asked)
+    assert asked.runtime.attention == "flash"
     with pytest.raises(
         ValidationError, match="attention\n  Input should be 'sdpa', 'eager' or 'flash'"
     ):
@@ -776,7 +780,7 @@ def test_attention_reaches_the_model(tmp_path):
     "wrong, says",
     [
         (dict(smaples=3), "smaples"),
-        (dict(recipe="dr3seg"), "use one of visionreasoner"),
+        (dict(recipe="dr3seg"), "method .dr3seg. is unknown; use one of"),
         (dict(model="embeded"), "use embedded"),
         (
             dict(model="/nowhere/Qwen"),
@@ -791,14 +795,13 @@ def test_attention_reaches_the_model(tmp_path):
     ids=str,
 )
 def test_wrong_parameters_are_named(wrong, says):
-    with pytest.raises(ValidationError, match=says):
-        EvaluateConfig(**wrong)
+    with pytest.raises(ValueError, match=says):
+        check_evaluation(EvaluateConfig(**wrong))
 
 
 def test_the_notebook_declares_the_config():
     declared = parameters_of(Path(__file__).parents[2] / "nbs/experiments/evaluate.ipynb")
-    defaults = {k: v for k, v in declared.items() if k not in ("out", "resume")}
-    assert EvaluateConfig(**defaults) == EvaluateConfig()
+    assert declared == dict(config={}, out="", resume=False)
 
 
 def test_the_command(tmp_path, capsys):
@@ -866,17 +869,17 @@ def test_a_checkpoint_is_judged_as_it_was_trained(adapter, tmp_path, capsys):
     )
     out, recorded = capsys.readouterr().out, Run.open(tmp_path / "run").info["parameters"]
     assert (
-        f"from {folder.parents[1]}: model embedded, recipe visionreasoner, segmenter grabcut, dtype float32, max_new_tokens 20\n"
-        in out
+        f"from {folder.parents[1]}: model embedded, method visionreasoner, segmenter grabcut, "
+        "model.dtype float32, rollout.max_new_tokens 20\n" in out
     )
-    taken = dict(
-        model="embedded",
-        recipe="visionreasoner",
-        segmenter="grabcut",
-        max_new_tokens=20,
-        max_question_tokens=300,
-    )
-    assert recorded.items() >= taken.items()
+    taken = {
+        "model": "embedded",
+        "method": "visionreasoner",
+        "segmenter": "grabcut",
+        "rollout.max_new_tokens": 20,
+        "data.max_question_tokens": 300,
+    }
+    assert flat_parameters(recorded).items() >= taken.items()
     assert "100.0 % of the questions got an answer that max_new_tokens cut short" in out
     assert read_json(tmp_path / "run" / "results.json")["cut"] == 1
 

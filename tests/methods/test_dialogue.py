@@ -24,9 +24,17 @@ from dr2seg_lib.rollouts.parsing import (
     parse_answer,
     parse_response,
     parse_targets,
+    parsed_record,
     reasoning_text,
+    recorded_parse,
 )
 
+targets = st.lists(
+    st.tuples(st.tuples(*[st.integers(0, 999)] * 4), st.tuples(*[st.integers(0, 999)] * 2)).map(
+        lambda t: Target(*t)
+    ),
+    max_size=4,
+)
 soup = st.lists(
     st.sampled_from(
         [
@@ -159,11 +167,10 @@ def test_parse_is_the_lazy_regular_expression(text):
         return found and found.group(1)
 
     d, a = first("description"), first("answer")
-    assert parse_response(text) == (
-        first("think"),
-        (d and d.strip()) or None,
-        a if a is None else a.strip(),
-    )
+    parsed = parse_response(text)
+    assert parsed.think == first("think")
+    assert parsed.description == ((d and d.strip()) or None)
+    assert parsed.answer == (a if a is None else a.strip())
 
 
 @pytest.mark.parametrize(
@@ -319,6 +326,34 @@ def test_any_json_is_survived(data):
     )
 
 
+@given(targets, st.booleans())
+def test_what_a_row_keeps_is_what_was_parsed(targets, captioned):
+    text = format_response("so.", "the cup", targets) + "<caption>a cup</caption>" * captioned
+    parsed = parse_response(text)
+    row = json.loads(json.dumps(dict(text=text, parsed=parsed_record(parsed))))
+    again = recorded_parse(row)
+    assert again == parsed
+    assert [(t.box, t.point) for t in again.objects] == [(t.box, t.point) for t in targets]
+
+
+def test_a_malformed_answer_is_none_in_its_row_and_an_empty_one_is_not():
+    assert parsed_record(parse_response("<answer>[7]</answer>"))["objects"] is None
+    assert parsed_record(parse_response("<answer>[]</answer>"))["objects"] == []
+
+
+def test_two_points_of_an_object_are_kept():
+    text = '<answer>{"bbox": [1,2,3,4], "points_1": [2,3], "points_2": [3,4]}</answer>'
+    parsed = parse_response(text)
+    assert parsed.listed is None
+    (target,) = recorded_parse(dict(text=text, parsed=parsed_record(parsed))).objects
+    assert target.second == (3, 4)
+
+
+def test_an_older_row_is_parsed_from_its_text():
+    row = dict(text=format_response("so.", "the cup", []))
+    assert recorded_parse(row) == parse_response(row["text"])
+
+
 # writing
 
 
@@ -328,12 +363,6 @@ def test_format_answer_bytes():
     assert format_answer([]) == "[]"
 
 
-targets = st.lists(
-    st.tuples(st.tuples(*[st.integers(0, 999)] * 4), st.tuples(*[st.integers(0, 999)] * 2)).map(
-        lambda t: Target(*t)
-    ),
-    max_size=4,
-)
 words = st.text("abc .,\n", max_size=30)
 
 

@@ -14,31 +14,35 @@ from hypothesis import strategies as st
 
 from dr2seg_lib.core.files import read_json, read_jsonl
 from dr2seg_lib.core.masks import decode_rle, iou, ratio
+from dr2seg_lib.core.parameters import Rea2SegConfig
 from dr2seg_lib.data.mini import SPLIT_SEEDS, MiniReasonSeg, draw_problem
 from dr2seg_lib.data.samples import Target
-from dr2seg_lib.evaluation.rea2seg import Rea2SegConfig, cost_table, run_rea2seg, summarize_rea2seg
+from dr2seg_lib.evaluation.config import check_rea2seg
+from dr2seg_lib.evaluation.rea2seg import cost_table, run_rea2seg, summarize_rea2seg
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.rea2seg import (
     EMBEDDED_JUDGE,
     SCORE_TOKENS,
     SCORING,
-    Candidate,
     Rea2SegResult,
     add_score_tokens,
-    attention_grid,
     best_candidate,
-    coordinate_tokens,
-    distinct_candidates,
     highlight_candidate,
     load_judge,
+    rea2seg,
+    read_score,
+    score_candidates,
+    scoring_prompt,
+)
+from dr2seg_lib.methods.rea2seg_candidates import (
+    Candidate,
+    attention_grid,
+    coordinate_tokens,
+    distinct_candidates,
     otsu_regions,
     peaks,
     propose_candidates,
-    rea2seg,
-    read_score,
     refine_prompts,
-    score_candidates,
-    scoring_prompt,
 )
 from dr2seg_lib.models.attention_maps import answer_attention, attention_overlay, heat_map
 from dr2seg_lib.models.policy import Policy
@@ -559,9 +563,10 @@ def test_a_missing_scorer_is_named(monkeypatch, tmp_path):
 def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tiny):
     "By `load_policy`, which moves them to the GPU where there is one and tells a failure in a sentence."
     loaded = []
-    monkeypatch.setattr(
-        "dr2seg_lib.methods.rea2seg.load_policy", lambda name: loaded.append(name) or tiny
-    )
+    for module in "methods", "evaluation":
+        monkeypatch.setattr(
+            f"dr2seg_lib.{module}.rea2seg.load_policy", lambda name: loaded.append(name) or tiny
+        )
     run_rea2seg(
         Rea2SegConfig(model="some/model", scorer="some/scorer", samples=1, max_new_tokens=4),
         tmp_path / "run",
@@ -586,7 +591,7 @@ def test_four_samples_from_end_to_end(segmenter, samples):
         v = rea2seg(policy, scorer, segmenter, sample, dr2seg_prompt)
         row = v.row()
         assert 1 <= len(v.candidates) <= 8
-        assert len(v.said) == len(v.candidates)
+        assert len(v.responses) == len(v.candidates)
         assert row["oracle"] >= max(row["chosen"], row["direct"])
         assert any(np.array_equal(v.mask, c.mask) for c in v.candidates)
         assert all(0 <= s <= 10 for s in v.scores)
@@ -664,11 +669,11 @@ def test_the_experiment_runs_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("recipe", "dr3seg", "recipe 'dr3seg' is unknown"),
+        ("recipe", "dr3seg", "method 'dr3seg' is unknown"),
         ("model", "nowhere", "model 'nowhere' is unknown"),
         ("scorer", "nowhere", "scorer 'nowhere' is unknown"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_runs(name, value, words):
     with pytest.raises(ValueError, match=words):
-        Rea2SegConfig(**{name: value})
+        check_rea2seg(Rea2SegConfig(**{name: value}))

@@ -1,4 +1,4 @@
-"Rewards against cases worked out by hand for every rule of METHODS §3, then properties."
+"Rewards against cases worked out by hand for every rule of docs/methods.md §3, then properties."
 
 import json
 import re
@@ -23,6 +23,7 @@ from dr2seg_lib.methods.dr2seg import (
 from dr2seg_lib.methods.pixelthink import length_factor
 from dr2seg_lib.methods.seg_zero import score as seg_zero
 from dr2seg_lib.methods.terms import (
+    BLOCKS,
     CAPTIONED,
     DESCRIBED,
     accuracy,
@@ -35,7 +36,12 @@ from dr2seg_lib.methods.terms import (
 )
 from dr2seg_lib.methods.visionreasoner import score as vision_reasoner
 from dr2seg_lib.methods.visionreasoner import score_terms
-from dr2seg_lib.rollouts.parsing import format_answer, format_response, parse_answer
+from dr2seg_lib.rollouts.parsing import (
+    format_answer,
+    format_response,
+    parse_answer,
+    parse_response,
+)
 
 MUG = Target((100, 200, 300, 400), (200, 300))
 SPOON = Target((500, 100, 600, 200), (550, 150))
@@ -48,6 +54,10 @@ def says(*items, think="It has a handle."):
 
 def item(box, point):
     return json.dumps({"bbox_2d": list(box), "point_2d": list(point)})
+
+
+def terms_of(text, blocks=BLOCKS):
+    return score_terms(text, parse_response(text), [MUG], blocks=blocks)
 
 
 def acc(text, target=(MUG,), **kwargs):
@@ -93,7 +103,7 @@ def close(got, want):
 )
 def test_thinking_format(text, want):
     assert thinking_format(text) == want
-    assert score_terms(text, [MUG])["thinking_format"] == want
+    assert terms_of(text)["thinking_format"] == want
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,7 @@ def test_thinking_format(text, want):
 )
 def test_thinking_format_with_description(text, want):
     assert thinking_format(text, DESCRIBED) == want
-    assert score_terms(text, [MUG], description=True)["thinking_format"] == want
+    assert terms_of(text, DESCRIBED)["thinking_format"] == want
 
 
 soup = st.lists(
@@ -195,7 +205,7 @@ BOX, POINT = '"bbox_2d": [1,2,3,4]', '"point_2d": [2,3]'
     ],
 )
 def test_answer_format(answer, want):
-    assert score_terms(f"<answer>{answer}</answer>", [MUG])["answer_format"] == pytest.approx(want)
+    assert terms_of(f"<answer>{answer}</answer>")["answer_format"] == pytest.approx(want)
     assert vision_reasoner(f"<think>.</think><answer> {answer}\n</answer>", [MUG])[
         "format"
     ] == pytest.approx(1 + want)
@@ -211,7 +221,7 @@ def test_only_the_first_answer_block_counts():
 
 def test_answer_format_of_no_answer():
     assert answer_format(None) == 0
-    assert score_terms("<think>a</think>", [MUG])["answer_format"] == 0
+    assert terms_of("<think>a</think>")["answer_format"] == 0
 
 
 # VisionReasoner: accuracy
@@ -699,21 +709,25 @@ def test_total_reward_eq7():
 
 
 @pytest.mark.parametrize(
-    "form, want", [("binary", [1, 0, 0]), ("difference", [0.1, 0, -0.1]), ("scaled", [0.03, 0, 0])]
+    "variant, want",
+    [("binary", [1, 0, 0]), ("difference", [0.1, 0, -0.1]), ("scaled", [0.03, 0, 0])],
 )
-def test_discriminative(form, want):
-    close(discriminative([0.3, 0.25, 0.2], [0.2, 0.25, 0.3], form=form), want)
-    close(discriminative([0.3, 0.25, 0.2], [0.2, 0.25, 0.3], form=form, tokens=[78] * 3), [0, 0, 0])
-    close(discriminative(0.3, 0.2, form=form, tokens=77), want[0] * 1.0)
+def test_discriminative(variant, want):
+    close(discriminative([0.3, 0.25, 0.2], [0.2, 0.25, 0.3], variant=variant), want)
+    close(
+        discriminative([0.3, 0.25, 0.2], [0.2, 0.25, 0.3], variant=variant, tokens=[78] * 3),
+        [0, 0, 0],
+    )
+    close(discriminative(0.3, 0.2, variant=variant, tokens=77), want[0] * 1.0)
 
 
 def test_scaled_of_negative_cosines():
-    close(discriminative([-0.1, -0.2], [-0.2, -0.1], form="scaled"), [-0.01, 0])
+    close(discriminative([-0.1, -0.2], [-0.2, -0.1], variant="scaled"), [-0.01, 0])
 
 
-def test_discriminative_unknown_form():
+def test_discriminative_unknown_variant():
     with pytest.raises(ValueError, match="'ratio'.*'binary', 'difference' or 'scaled'"):
-        discriminative(0.3, 0.2, form="ratio")
+        discriminative(0.3, 0.2, variant="ratio")
     close(discriminative(0.3, 0.2), 1.0)
 
 

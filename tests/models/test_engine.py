@@ -33,16 +33,11 @@ def both():
         [],
     )
     for kind in (None, embedded.Plain):
-        policy, recipe, optimizer, accelerator = build_training_state(config)
+        state = build_training_state(config)
         if kind:
-            policy.__class__ = kind
-        done = [
-            train_step(
-                policy, recipe, optimizer, accelerator, sample_batch(data, config, s)[0], config, s
-            )
-            for s in (1, 2)
-        ]
-        out.append((*zip(*done), dict(policy.trainable())))
+            state.policy.__class__ = kind
+        done = [train_step(state, sample_batch(data, config, s)[0], config, s) for s in (1, 2)]
+        out.append((*zip(*done), dict(state.policy.trainable())))
     return out
 
 

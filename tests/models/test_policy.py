@@ -22,7 +22,8 @@ from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.samples import Sample
 from dr2seg_lib.methods.dpad import dpad_prompt
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
-from dr2seg_lib.methods.rea2seg import attention_grid, coordinate_tokens, scoring_prompt
+from dr2seg_lib.methods.rea2seg import scoring_prompt
+from dr2seg_lib.methods.rea2seg_candidates import attention_grid, coordinate_tokens
 from dr2seg_lib.methods.seg_zero import seg_zero_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.attention_maps import token_attention

@@ -21,13 +21,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from dr2seg_lib.cli import main
 from dr2seg_lib.core.files import read_jsonl
 from dr2seg_lib.data.mini import MiniReasonSeg
-from dr2seg_lib.evaluation.config import EvaluateConfig
+from dr2seg_lib.evaluation.config import EvaluateConfig, check_evaluation
 from dr2seg_lib.evaluation.evaluate import run_evaluation
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
@@ -40,7 +39,7 @@ from dr2seg_lib.rollouts.response import Response, to_responses
 from dr2seg_lib.rollouts.two_stage import generate_rollouts, second_pass
 from dr2seg_lib.runs.checkpoints import latest_checkpoint
 from dr2seg_lib.runs.run_folder import Run
-from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.training.config import TrainConfig, check_training
 from dr2seg_lib.training.trainer import train
 
 
@@ -537,8 +536,8 @@ def test_adapters_that_a_server_does_not_take(engine, tmp_path):
     with pytest.raises(ValueError, match="holds more than LoRA"):
         ServedPolicy(norm, engine.url, "embedded", tmp_path).load_lora_adapter()
     norm.adapter.save_pretrained(str(tmp_path / "norm"))
-    with pytest.raises(ValidationError, match="holds more than LoRA"):
-        EvaluateConfig(server=engine.url, adapter=str(tmp_path / "norm"))
+    with pytest.raises(ValueError, match="holds more than LoRA"):
+        check_evaluation(EvaluateConfig(server=engine.url, adapter=str(tmp_path / "norm")))
     assert all(
         path != "/v1/load_lora_adapter" or name.startswith("dr2seg-") for path, name in engine.log
     )
@@ -553,7 +552,8 @@ NOWHERE = "http://127.0.0.1:9"
     [
         (
             dict(server=NOWHERE),
-            "server: vLLM takes LoRA adapters alone; use tune lora and norm_lr 0, or leave server out",
+            "server: vLLM takes LoRA adapters alone; use model.tune lora and optim.norm_lr 0, "
+            "or leave runtime.server out",
         ),
         (dict(server=NOWHERE, norm_lr=0, tune="full"), "server: vLLM takes LoRA adapters alone"),
         (
@@ -568,8 +568,8 @@ NOWHERE = "http://127.0.0.1:9"
     ids=str,
 )
 def test_a_server_that_will_not_do_is_told_before_anything_starts(settings, told):
-    with pytest.raises(ValidationError, match=told):
-        TrainConfig(eval_samples=0, **settings)
+    with pytest.raises(ValueError, match=told):
+        check_training(TrainConfig(eval_samples=0, **settings))
 
 
 def test_another_model_is_told(engine, tmp_path, capsys):

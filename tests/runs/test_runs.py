@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dr2seg_lib.core.files import append_jsonl, read_json, read_jsonl, write_json
-from dr2seg_lib.core.parameters import TrainFields
+from dr2seg_lib.core.parameters import TrainConfig
 from dr2seg_lib.runs.checkpoints import (
     find_resumable_checkpoint,
     latest_checkpoint,
@@ -490,22 +490,22 @@ def test_a_fresh_run_does_not_go_on_from_checkpoints_that_lie_about(tmp_path):
 
 
 def test_a_resume_records_what_it_changes_and_refuses_the_rest(tmp_path):
-    with Run.create(tmp_path / "run", TrainFields().model_dump(), bar=False) as run:
+    with Run.create(tmp_path / "run", TrainConfig().model_dump(), bar=False) as run:
         run.stopped = True
-    with pytest.raises(ValueError, match="run: the run was started with rank = 32, not 8"):
-        Run.resume(tmp_path / "run", False, TrainFields(rank=8))
+    with pytest.raises(ValueError, match="run: the run was started with lora.rank = 32, not 8"):
+        Run.resume(tmp_path / "run", False, TrainConfig(rank=8))
     assert run.status == "interrupted"
     assert run.info["resumed"] == []
-    with Run.resume(tmp_path / "run", False, TrainFields(lr=1e-4, checkpoint_every=5)) as run:
+    with Run.resume(tmp_path / "run", False, TrainConfig(lr=1e-4, checkpoint_every=5)) as run:
         run.stopped = True
-    with Run.resume(tmp_path / "run", False, TrainFields(lr=1e-4, checkpoint_every=5)) as run:
+    with Run.resume(tmp_path / "run", False, TrainConfig(lr=1e-4, checkpoint_every=5)) as run:
         pass
     assert [r["changed"] for r in run.info["resumed"]] == [
-        dict(lr=[1e-3, 1e-4], checkpoint_every=[20, 5]),
+        {"optim.lr": [1e-3, 1e-4], "runtime.checkpoint_every": [20, 5]},
         {},
     ]
     assert run.info["parameters"] == json.loads(
-        json.dumps(TrainFields(lr=1e-4, checkpoint_every=5).model_dump())
+        json.dumps(TrainConfig(lr=1e-4, checkpoint_every=5).model_dump())
     )
 
 

@@ -9,17 +9,28 @@ import pytest
 from safetensors.numpy import save_file
 
 from dr2seg_lib.cli import main
-from dr2seg_lib.core.parameters import INHERITED, EvaluateFields, TrainFields
+from dr2seg_lib.core.parameter_names import flat_parameters, nested_parameters
+from dr2seg_lib.core.parameters import INHERITED, EvaluateConfig, TrainConfig
 from dr2seg_lib.runs.verify import find_run_of, inherit, recorded_parameters, validate_adapter
 
-TRAINED = dict(
+TRAINED = {
+    "model": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "method": "dpad",
+    "segmenter": "grabcut",
+    "model.dtype": "bfloat16",
+    "rollout.max_new_tokens": 300,
+    "data.max_question_tokens": 99,
+}
+OLD = dict(
     model="Qwen/Qwen2.5-VL-3B-Instruct",
     recipe="dpad",
     segmenter="grabcut",
     dtype="bfloat16",
     max_new_tokens=300,
     max_question_tokens=99,
-)
+    samples=8,
+    split_of_another_version="x",
+)  # as version 0.2 recorded it
 
 
 @pytest.fixture
@@ -29,7 +40,7 @@ def checkpoint(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "x" / "checkpoints" / "step-000060"
     folder.mkdir(parents=True)
     save_file({"w": np.zeros(1)}, folder / "weights.safetensors")
-    write(folder, TrainFields(norm_lr=0, **TRAINED).model_dump(mode="json"))
+    write(folder, TrainConfig(norm_lr=0, **TRAINED).model_dump(mode="json"))
     return "runs/x/checkpoints/step-000060"
 
 
@@ -46,20 +57,27 @@ def test_torch_is_not_imported():
 
 
 def test_all_that_is_left_out_is_taken_from_the_run(checkpoint):
-    found, sentence = inherit(dict(adapter=checkpoint, batch=4))
-    assert found == dict(adapter=checkpoint, batch=4) | TRAINED
+    found, sentence = inherit({"model.adapter": checkpoint, "runtime.batch_size": 4})
+    given = {"model.adapter": checkpoint, "runtime.batch_size": 4}
+    assert flat_parameters(found) == given | TRAINED
     assert sentence == (
-        "from runs/x: model Qwen/Qwen2.5-VL-3B-Instruct, recipe dpad, segmenter grabcut, dtype bfloat16, "
-        "max_new_tokens 300, max_question_tokens 99"
+        "from runs/x: model Qwen/Qwen2.5-VL-3B-Instruct, method dpad, segmenter grabcut, "
+        "model.dtype bfloat16, rollout.max_new_tokens 300, data.max_question_tokens 99"
     )
-    assert EvaluateFields(**found).model_dump().items() >= TRAINED.items()
+    assert EvaluateConfig(**found).flat().items() >= TRAINED.items()
+
+
+def test_a_record_of_version_0_2_says_the_same(checkpoint, tmp_path):
+    new = inherit(dict(adapter=checkpoint))
+    write(tmp_path / checkpoint, OLD)
+    assert inherit(dict(adapter=checkpoint)) == new
 
 
 @pytest.mark.parametrize("name", INHERITED)
 def test_what_is_given_has_precedence(checkpoint, name):
-    given = EvaluateFields.model_fields[name].default
-    found, sentence = inherit(dict(adapter=checkpoint, **{name: given}))
-    assert found == TRAINED | dict(adapter=checkpoint, **{name: given})
+    given = {name: EvaluateConfig().flat()[name], "model.adapter": checkpoint}
+    found, sentence = inherit(given)
+    assert flat_parameters(found) == TRAINED | given
     assert f"{name} " not in sentence
 
 
@@ -67,13 +85,14 @@ def test_empty_means_left_out(checkpoint):
     unsaid = dict(
         model="", recipe=None, segmenter="", dtype="", max_new_tokens=0, max_question_tokens=0
     )
-    assert inherit(dict(adapter=checkpoint, **unsaid))[0] == dict(adapter=checkpoint, **TRAINED)
-    assert EvaluateFields(**unsaid) == EvaluateFields(), "without an adapter the defaults hold"
+    found, _ = inherit(dict(adapter=checkpoint, **unsaid))
+    assert flat_parameters(found) == {"model.adapter": checkpoint} | TRAINED
+    assert EvaluateConfig(**unsaid) == EvaluateConfig(), "without an adapter the defaults hold"
 
 
-@pytest.mark.parametrize("given", [{}, dict(adapter=""), dict(model="embedded")])
+@pytest.mark.parametrize("given", [{}, {"model.adapter": ""}, {"model": "embedded"}])
 def test_without_an_adapter_nothing_is_filled_in(given):
-    assert inherit(given) == (given, "")
+    assert inherit(given) == (nested_parameters(given), "")
 
 
 @pytest.mark.parametrize(
@@ -83,14 +102,14 @@ def test_without_an_adapter_nothing_is_filled_in(given):
         (b"[]", "is no record of a run"),
         (b"{}", 'field "status"'),
         (b'{"status": "done", "parameters": {"model": 7}}', "model cannot be 7"),
-        (b'{"status": "done", "parameters": {"dtype": "int4"}}', "dtype cannot be 'int4'"),
+        (b'{"status": "done", "parameters": {"dtype": "int4"}}', "model.dtype cannot be 'int4'"),
         (
             b'{"status": "done", "parameters": {"max_new_tokens": -5}}',
-            "max_new_tokens cannot be -5",
+            "rollout.max_new_tokens cannot be -5",
         ),
         (
             b'{"status": "done", "parameters": {"recipe": ["dr2seg"]}}',
-            "recipe cannot be ['dr2seg']",
+            "method cannot be ['dr2seg']",
         ),
         (None, "run.json does not exist"),
     ],
@@ -103,12 +122,12 @@ def test_a_record_that_cannot_be_read_leaves_the_defaults_and_says_so(
         (tmp_path / "runs/x/run.json").unlink()
     else:
         write(tmp_path / checkpoint, None, text)
-    given = dict(adapter=checkpoint, recipe="dr2seg")
-    found, sentence = inherit(given)
-    assert found == given
+    found, sentence = inherit(dict(adapter=checkpoint, recipe="dr2seg"))
+    assert found == {"model": {"adapter": checkpoint}, "method": {"name": "dr2seg"}}
     assert why in sentence
     assert sentence.endswith(
-        "the defaults hold where nothing is given (model, segmenter, dtype, max_new_tokens, max_question_tokens)"
+        "the defaults hold where nothing is given "
+        "(model, segmenter, model.dtype, rollout.max_new_tokens, data.max_question_tokens)"
     )
 
 
@@ -117,7 +136,7 @@ def test_code_that_a_record_names_is_not_run(checkpoint, tmp_path, capsys):
     write(tmp_path / checkpoint, dict(recipe=f"{tmp_path}/evil.py:r"))
     with pytest.raises(
         ValueError,
-        match="runs/x was trained by code of a file, recipe .*evil.py:r; look at it, then name it by recipe",
+        match="runs/x was trained by code of a file, method .*evil.py:r; look at it, then name it by method",
     ):
         inherit(dict(adapter=checkpoint))
     assert main(["run", "evaluate", "-p", "adapter", checkpoint]) == 2
@@ -125,9 +144,8 @@ def test_code_that_a_record_names_is_not_run(checkpoint, tmp_path, capsys):
     assert main(["segment", "photo.jpg", "what?", "--adapter", checkpoint]) == 2
     assert "code of a file" in capsys.readouterr().err
     assert not (tmp_path / "canary").exists()
-    assert inherit(dict(adapter=checkpoint, recipe="mine.py:r"))[0]["recipe"] == "mine.py:r", (
-        "named by hand, it is the user's"
-    )
+    found, _ = inherit(dict(adapter=checkpoint, recipe="mine.py:r"))
+    assert found["method"]["name"] == "mine.py:r", "named by hand, it is the user's"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +167,7 @@ def test_a_run_is_found_from_any_folder(checkpoint, tmp_path, monkeypatch, cwd, 
 def test_an_adapter_that_lies_in_no_run_leaves_the_defaults(tmp_path, checkpoint):
     (tmp_path / checkpoint).rename(tmp_path / "copied")
     found, sentence = inherit(dict(adapter=str(tmp_path / "copied")))
-    assert found == dict(adapter=str(tmp_path / "copied"))
+    assert found == {"model": {"adapter": str(tmp_path / "copied")}}
     assert "lies in no run; the defaults hold" in sentence
 
 

@@ -39,6 +39,7 @@ from dr2seg_lib.pretraining.scorer import (
     train_clip,
     write_merges,
 )
+from dr2seg_lib.rollouts.parsing import parse_response
 from dr2seg_lib.scorers.clip import (
     EMBEDDED_CLIP,
     MERGES,
@@ -698,7 +699,7 @@ def test_experiment_makes_a_scorer(tmp_path):
     ],
 )
 def test_caption_of(text, said):
-    assert response_caption(text) == said
+    assert response_caption(parse_response(text)) == said
 
 
 def test_ratio_by_hand():
@@ -844,4 +845,3 @@ def test_similarities_are_a_dot_a_sample():
 def test_scatters_of_nothing_are_empty():
     assert token_strata_plot({}).panels[0].marks == []
     assert len(similarity_scatter({}).panels[0].marks) == 1
-

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from dr2seg_lib.cli import main
@@ -29,13 +28,14 @@ from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.rollouts.parsing import (
     format_response,
     parse_response,
+    recorded_parse,
     segmenter_phrase,
     segmenter_prompts,
 )
 from dr2seg_lib.rollouts.response import Group, Response
 from dr2seg_lib.segmenters.loading import EMBEDDED_SEGMENTER, load_segmenter
 from dr2seg_lib.segmenters.sam3 import Sam3Segmenter, Sam3Size, is_sam3
-from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.training.config import TrainConfig, check_training
 from dr2seg_lib.training.trainer import build_training_state, train
 from dr2seg_lib.viewing.photo import segment_photo
 
@@ -210,17 +210,16 @@ def test_a_box_draws_one_of_the_instances(sam3, image, looks):
     ],
 )
 def test_what_of_an_answer_is_the_phrase(text, query, want):
-    assert (
-        segmenter_phrase(text.replace("OK", '{"bbox_2d": [1,2,3,4], "point_2d": [2,3]}'), query)
-        == want
-    )
+    text = text.replace("OK", '{"bbox_2d": [1,2,3,4], "point_2d": [2,3]}')
+    assert segmenter_phrase(parse_response(text), query) == want
 
 
 def test_a_segmenter_is_prompted_with_what_it_takes(sam3):
     text = format_response("x", "the mug", [Target((10, 20, 30, 40), (20, 30))])
-    assert segmenter_prompts(sam3, text, "q", 112, (224, 56)) == ["the mug"]
-    assert segmenter_prompts(sam3, "", "q", 112, (9, 9)) == []
-    (target,) = segmenter_prompts(load_segmenter("grabcut"), text, "q", 112, (224, 56))
+    parsed = parse_response(text)
+    assert segmenter_prompts(sam3, parsed, "q", 112, (224, 56)) == ["the mug"]
+    assert segmenter_prompts(sam3, parse_response(""), "q", 112, (9, 9)) == []
+    (target,) = segmenter_prompts(load_segmenter("grabcut"), parsed, "q", 112, (224, 56))
     assert target.box == (20, 10, 60, 20)
 
 
@@ -453,7 +452,7 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
     assert {"before", "after"} <= set(results)
     data, n = {s.id: s for s in (MiniReasonSeg("train")[i] for i in range(64))}, 0
     for r in run.rollouts():
-        n += (said := segmenter_phrase(r["first"]["text"])) != ""
+        n += (said := segmenter_phrase(recorded_parse(r["first"]))) != ""
         if r["sample"] not in data:
             continue
         sample = data[r["sample"]]
@@ -466,10 +465,10 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
 
 def test_what_is_missing_is_said_before_anything_starts(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="segmenter: dr2seg_sam3 rewards what SAM 3 draws from a description, and embedded is not SAM 3; use facebook/sam3 or a folder of it",
     ):
-        TrainConfig(**SMALL)
+        check_training(TrainConfig(**SMALL))
     assert (
         main(
             [
@@ -492,10 +491,10 @@ def test_what_is_missing_is_said_before_anything_starts(folder, tmp_path, monkey
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(MiniReasonSeg, "masked", False, raising=False)
     with pytest.raises(
-        ValidationError,
+        ValueError,
         match="data: mini has boxes and points without masks, and dr2seg_sam3 compares masks",
     ):
-        TrainConfig(**SMALL, segmenter=str(folder))
+        check_training(TrainConfig(**SMALL, segmenter=str(folder)))
     shutil.copytree(folder, tmp_path / "sam3")
     (tmp_path / "sam3" / "model.safetensors").unlink()
     monkeypatch.undo()
@@ -510,17 +509,17 @@ def test_an_evaluation_draws_the_description_or_the_question(folder, sam3, tmp_p
         )
         rows, data = read_jsonl(run.folder / "predictions.jsonl"), MiniReasonSeg("val")
         for i, r in enumerate(rows):
-            said = segmenter_phrase(r["text"], r["query"])
+            said = segmenter_phrase(recorded_parse(r), r["query"])
             assert np.array_equal(decode_rle(r["rle"]), sam3.segment(data[i].image, [said]))
             assert not said or (said == r["query"]) == (recipe == "visionreasoner")
         assert read_json(run.folder / "results.json")["n"] == 2
-        assert any(segmenter_phrase(r["text"], r["query"]) for r in rows)
+        assert any(segmenter_phrase(recorded_parse(r), r["query"]) for r in rows)
 
 
 def test_a_photograph(folder, sam3):
     image = MiniReasonSeg("val")[0].image
     found = segment_photo(image, MiniReasonSeg("val")[0].query, segmenter=str(folder))
-    said = segmenter_phrase(found.response.text)
+    said = segmenter_phrase(found.response.parsed)
     assert said
     assert len(found.targets) == 1
     assert np.array_equal(found.mask, sam3.segment(image, [said]))

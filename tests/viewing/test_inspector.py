@@ -107,17 +107,16 @@ def test_terms_make_the_reward(whole, other):
         for row in (r for g in it.groups["rollouts"] for r in g):
             paid = sum(v * row["terms"]["length"] for k, v in row["terms"].items() if k != "length")
             assert paid == pytest.approx(row["reward"])
-    assert factor_of([dict(terms=dict(a=1.0, b=-0.5), reward=0.5)]) == ""
-    assert factor_of([dict(terms=dict(a=1.0, b=2.0), reward=7.0)]) is None
-    assert (
-        factor_of(
-            [
-                dict(terms=dict(seg=3.0, used=0.5), reward=1.5),
-                dict(terms=dict(seg=2.0, used=1.0), reward=2.0),
-            ]
-        )
-        == "used"
-    )
+    terms = dict(seg=3.0, used=0.5)
+
+    def recorded(*added, factors=()):
+        return [dict(terms=terms, combination=dict(added=[*added], factors=[*factors]))]
+
+    assert factor_of(recorded("seg", "used")) == ""
+    assert factor_of(recorded("seg", factors=["used"])) == "used"
+    assert factor_of(recorded("seg")) is None, "a term that is not paid"
+    assert factor_of(recorded(factors=["seg", "used"])) is None, "two factors"
+    assert factor_of([dict(terms=dict(a=1.0, b=-0.5))]) == "", "before, all was added"
 
 
 def test_colours_of_unknown_terms_differ():
@@ -235,13 +234,7 @@ def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeyp
         "dr2seg_lib.viewing.run_reader.load_data", lambda name, split, limit=None: data
     )
     copied(whole, tmp_path)
-    config = TrainConfig(
-        **{
-            k: v
-            for k, v in read_json(tmp_path / "run.json")["parameters"].items()
-            if k in TrainConfig.model_fields
-        }
-    )
+    config = TrainConfig(**read_json(tmp_path / "run.json")["parameters"])
     rows = read_jsonl(whole / "rollouts.jsonl")
     place = {}
     for r in rows:

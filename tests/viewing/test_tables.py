@@ -62,7 +62,7 @@ def where(folder):
 
 
 def test_published_figures_are_those_of_methods():
-    "Spot checks, each typed from METHODS §7 once more."
+    "Spot checks, each typed from docs/methods.md §7 once more."
     rows = {
         (t, r["method"], r["on"]): (r["tokens"], r["gIoU"], r["cIoU"])
         for t, rs in published_tables().items()
@@ -119,7 +119,7 @@ def test_an_evaluation_stands_in_the_table_of_its_set(run):
     assert where(folder) == ["ReasonSeg val", "Strata"]
     found = side_by_side([folder])
     assert found["ReasonSeg val"][0].rows[-1] == [
-        "ours: e, dr2seg, embedded + few/checkpoints/step-000070",
+        "ours: e, DR²Seg, embedded + few/checkpoints/step-000070",
         "ReasonSeg val",
         "lisa",
         "200",
@@ -177,8 +177,8 @@ def test_training_runs_are_told_with_what_is_known(run):
         [run("t", dict(before=SUMMARY, after=SUMMARY | dict(tokens=9.0, tokens_ci=[8.0, 10.0])))]
     )["Other data"][0]
     assert [r[0] for r in found.rows] == [
-        "ours: t, dr2seg, before training",
-        "ours: t, dr2seg, after training",
+        "ours: t, DR²Seg, before training",
+        "ours: t, DR²Seg, after training",
     ]
     assert found.rows[1][1:5] == ["not recorded", "not recorded", "200", "9.0 ± 1.0"]
 
@@ -217,7 +217,7 @@ def test_the_command(run, tmp_path, capsys):
     assert main(["tables"]) == 0
     assert "| DR²Seg* | ReasonSeg test | as published |" in capsys.readouterr().out
     assert main(["tables", str(run("a", evaluation())), "--format", "latex"]) == 0
-    assert r"ours: a, dr2seg, embedded" in capsys.readouterr().out
+    assert r"ours: a, DR$^2$Seg, embedded" in capsys.readouterr().out
     for folder, says in (
         (tmp_path / "nowhere", "run.json does not exist"),
         (
