@@ -180,10 +180,10 @@ def live_record(
 
 def live_lead(parameters: dict) -> str:
     "Method, data and seed in one line."
-    p = parameters
-    seed = None if p.get("seed") is None else f"seed {p['seed']}"
-    method = p.get("method") or p.get("recipe")  # recipe: runs of before 0.3
-    return " · ".join(x for x in (method, p.get("data") and f"on {p['data']}", seed) if x)
+    data, seed = parameters.get("data"), parameters.get("seed")
+    parts = [parameters.get("method"), data and f"on {data}"]
+    parts.append(None if seed is None else f"seed {seed}")
+    return " · ".join(filter(None, parts))
 
 # %% ../../nbs/viewing/live.ipynb #c0021
 @patch

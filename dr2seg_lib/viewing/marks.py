@@ -11,8 +11,6 @@ __all__ = ['PLOTLY_SYNTAX', 'BAND', 'DASHES', 'PLOTLY_DASHES', 'SHARP', 'plotly_
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from .style import MUTED
 
 # %% ../../nbs/viewing/marks.ipynb #c0006
