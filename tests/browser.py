@@ -1,4 +1,7 @@
-"""A real JupyterLab in a real browser, for the tests and for the pictures of the README: python tests/browser.py RUN [OTHER] [--to docs]"""
+"""A real JupyterLab in a real browser, for the tests and for the pictures of the README.
+
+python tests/browser.py RUN [OTHER] [--to docs]
+"""
 
 import argparse
 import json
@@ -78,9 +81,8 @@ def jupyterlab(folder: Path):
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(
-                        f"JupyterLab did not start: {Path(log.name).read_text()[-2000:]}"
-                    )
+                    end = Path(log.name).read_text()[-2000:]
+                    raise RuntimeError(f"JupyterLab did not start: {end}") from None
                 time.sleep(0.3)
         yield address
     finally:
@@ -106,9 +108,12 @@ def browser(width=1440, height=1000):
 
 
 def command(page, name: str, args: dict | None = None, wait: bool = True):
-    "Runs a command of JupyterLab, and waits for what it does: that of a cell is over when the cell is."
+    "Runs a command of JupyterLab, and waits until it is over, with the cell that it runs."
     page.evaluate(
-        "([name, args, wait]) => { const done = window.jupyterapp.commands.execute(name, args); return wait ? done.then(() => {}) : null }",
+        """([name, args, wait]) => {
+          const done = window.jupyterapp.commands.execute(name, args);
+          return wait ? done.then(() => {}) : null;
+        }""",
         [name, args or {}, wait],
     )
 
@@ -121,7 +126,10 @@ def opened(page, address: str, name: str):
     if page.locator("#jp-left-stack:visible").count():
         command(page, "application:toggle-left-area")
     page.wait_for_function(
-        "() => { const p = window.jupyterapp.shell.currentWidget; return p && p.sessionContext && p.sessionContext.session && p.sessionContext.session.kernel && p.sessionContext.session.kernel.status === 'idle' }"
+        """() => {
+          const context = window.jupyterapp.shell.currentWidget?.sessionContext;
+          return context?.session?.kernel?.status === 'idle';
+        }"""
     )
 
 
@@ -164,6 +172,12 @@ def plain_page(notebook: Path, to: Path):
     to.write_text(html)
 
 
+IMPORTS = """\
+from dr2seg_lib.viewing.compare import compare
+from dr2seg_lib.viewing.inspector import inspect
+from dr2seg_lib.viewing.live import live
+from dr2seg_lib.viewing.playground import Playground
+"""
 VIEWS = dict(
     inspector="w = inspect('{run}')\nw.at = {at}\nw",
     live="live('{run}')",
@@ -265,7 +279,7 @@ def pictures(run: Path, other: Path | None, to: Path):
         notebook(
             Path(folder) / "views.ipynb",
             [
-                "from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground",
+                IMPORTS,
                 *views.values(),
             ],
         )

@@ -29,13 +29,9 @@ from dr2seg_lib.viewing.curves import (
 )
 from .figures import Figure
 from .open_records import check_record, open_json, path_text
-from dr2seg_lib.viewing.record_types import (
-    MetricsRecord,
-    ProgressRecord,
-    RunRecord,
-    parse_strict_json,
-)
-from .run_reader import term_colours
+from .record_types import LooseProgressRecord, LooseRunRecord, MetricsRecord
+from .reward_terms import term_colours
+from .strict_json import parse_strict_json
 from .style import METHOD_COLOURS, short
 from .view import notice_figure
 
@@ -63,14 +59,16 @@ class JsonlTail:
             self.add(line)
         return bool(new)
 
-    def add(self, line: bytes):
-        "Reads one line."
-        try:
-            self.rows.append(check_record(parse_strict_json(line), MetricsRecord))
-        except ValueError as e:
-            self.wrong = self.wrong or f"{self.path.name}, a line {e}"
+# %% ../../nbs/viewing/live.ipynb #c0006
+@patch
+def add(self: JsonlTail, line: bytes):
+    "Reads one line."
+    try:
+        self.rows.append(check_record(parse_strict_json(line), MetricsRecord))
+    except ValueError as e:
+        self.wrong = self.wrong or f"{self.path.name}, a line {e}"
 
-# %% ../../nbs/viewing/live.ipynb #c0010
+# %% ../../nbs/viewing/live.ipynb #c0011
 KEEP = 0.6  # smoothing
 
 
@@ -94,7 +92,7 @@ def term_panel(
     limits = (-0.04 * top, 1.04 * top) if top else (None, None)
     return Panel(title, lines, y_range=limits, value=newest(rows, measure), colour=colour)
 
-# %% ../../nbs/viewing/live.ipynb #c0012
+# %% ../../nbs/viewing/live.ipynb #c0013
 MEASURES = {
     "answer_entropy": ("answer entropy, nats", (None, None)),
     "accuracy": ("accuracy", (0, 1.04)),
@@ -121,7 +119,7 @@ def live_panels(
     panels = [entropy, tokens, accuracy, reward, *terms, kl]
     return [panel for panel in panels if panel.marks]
 
-# %% ../../nbs/viewing/live.ipynb #c0014
+# %% ../../nbs/viewing/live.ipynb #c0015
 def live_charts(
     rows: list,  # metrics rows
     steps: int | None = None,  # of the whole run, where it is known
@@ -136,7 +134,7 @@ def live_charts(
         charts["seconds"] = stage_seconds_plot(rows)
     return charts
 
-# %% ../../nbs/viewing/live.ipynb #c0017
+# %% ../../nbs/viewing/live.ipynb #c0018
 class Live(ChartView):
     "A run as it goes. `stop` ends it after the current step."
 
@@ -163,7 +161,7 @@ class Live(ChartView):
         while not self.closed.wait(self.every) and self.look():
             pass
 
-# %% ../../nbs/viewing/live.ipynb #c0019
+# %% ../../nbs/viewing/live.ipynb #c0020
 def live_record(
     folder: Path,
 ) -> tuple:  # run.json, status, a sentence on what is wrong
@@ -171,7 +169,7 @@ def live_record(
     path = folder / "run.json"
     if not path.exists():
         return {}, "waiting", ""
-    info, wrong = open_json(path, RunRecord)
+    info, wrong = open_json(path, LooseRunRecord)
     try:
         return info, run_status(folder), wrong
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -185,7 +183,7 @@ def live_lead(parameters: dict) -> str:
     parts.append(None if seed is None else f"seed {seed}")
     return " · ".join(filter(None, parts))
 
-# %% ../../nbs/viewing/live.ipynb #c0021
+# %% ../../nbs/viewing/live.ipynb #c0022
 @patch
 def look(self: Live) -> bool:  # whether there is more to come
     "Reads what is new."
@@ -195,7 +193,7 @@ def look(self: Live) -> bool:  # whether there is more to come
         self.steps = parameters.get("steps")
         name = path_text(self.folder.resolve())
         self.about = dict(name=name, lead=live_lead(parameters))
-        known = open_json(self.folder / "progress.json", ProgressRecord)[0]
+        known = open_json(self.folder / "progress.json", LooseProgressRecord)[0]
         now = read_progress(self.folder) if known else None
         progress = {k: now.get(k) for k in ("stage", "i", "n", "note")} if now else {}
         error = " ".join(x for x in (info.get("error"), wrong, self.tail.wrong) if x)
@@ -211,7 +209,7 @@ def charts(self: Live) -> dict:
     "The curves and the seconds of the rows so far."
     return live_charts(self.tail.rows, self.steps)
 
-# %% ../../nbs/viewing/live.ipynb #c0022
+# %% ../../nbs/viewing/live.ipynb #c0023
 @patch
 def stop(self: Live):
     "Asks the run to end after the current step."
@@ -244,7 +242,7 @@ def still(self: Live) -> Figure:
         return training_curves(self.tail.rows).matplotlib()
     return notice_figure(f"{path_text(self.folder)} has no step yet")
 
-# %% ../../nbs/viewing/live.ipynb #c0026
+# %% ../../nbs/viewing/live.ipynb #c0027
 def live(
     run,  # a run's folder, or a `Run`; it need not be there yet
 ) -> Live:

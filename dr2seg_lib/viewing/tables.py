@@ -10,8 +10,9 @@ __all__ = ['MEASURES', 'SAMPLE_COLUMNS', 'DISCRIMINATING', 'TAG_ORDER', 'sample_
 # %% ../../nbs/viewing/tables.ipynb #c0003
 import numpy as np
 
+from ..core.markup import format_cell
 from ..core.statistics import Interval, bootstrap_interval, mean_interval
-from ..core.text_table import Table, format_cell, rows_table
+from ..core.text_table import Table, rows_table
 
 # %% ../../nbs/viewing/tables.ipynb #c0005
 MEASURES = {

@@ -14,6 +14,7 @@ from invented_runs import BAD, Reader, make_run, metrics
 from dr2seg_lib.core.files import read_json, read_jsonl, write_json, write_jsonl
 from dr2seg_lib.core.masks import encode_rle
 from dr2seg_lib.data.samples import Sample, Target
+from dr2seg_lib.rollouts.combination import factor_of
 from dr2seg_lib.runs.checkpoints import save_checkpoint
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import run_status, update_record
@@ -25,27 +26,23 @@ from dr2seg_lib.viewing.compare import (
     final_predictions,
     measure_differences,
 )
+from dr2seg_lib.viewing.group_view import rollout_entry
 from dr2seg_lib.viewing.inspector import inspect
 from dr2seg_lib.viewing.live import Live, live, live_charts
 from dr2seg_lib.viewing.playground import (
     Playground,
-    askable_sample,
-    cached_policy,
-    mask_from_runs,
     target_from_click,
 )
-from dr2seg_lib.viewing.run_reader import (
-    RunReader,
-    factor_of,
-    group_rollouts,
-    sample_by_id,
-    term_colours,
-)
-from dr2seg_lib.viewing.view import (
-    field_columns,
+from dr2seg_lib.viewing.playground_inputs import askable_sample, cached_policy
+from dr2seg_lib.viewing.reward_terms import term_colours
+from dr2seg_lib.viewing.rollout_columns import field_columns
+from dr2seg_lib.viewing.run_groups import group_rollouts
+from dr2seg_lib.viewing.run_reader import RunReader
+from dr2seg_lib.viewing.run_samples import sample_by_id
+from dr2seg_lib.viewing.screen import (
     fit_picture,
+    mask_from_runs,
     prompt_shapes,
-    rollout_entry,
     row_run_lengths,
 )
 
@@ -226,7 +223,7 @@ def test_a_picture_that_cannot_be_had(whole, tmp_path):
     assert "the picture of photo-7 cannot be had" in widget.shown["note"]
     assert len(widget.shown["entries"]) == 8
     assert widget.still()._repr_mimebundle_()[0]["image/png"]
-    assert "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
+    assert "no mask" in widget.answer("rollouts", 0, 0)["note"]
 
 
 def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
@@ -303,7 +300,7 @@ def test_traits_and_messages(whole):
         "after",
     ]
     stored = widget.run.groups["evaluation"][0][0]
-    assert widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
+    assert widget.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
     assert encode_rle(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
     widget.at = 10**6
     assert widget.shown["at"] == 15
@@ -399,7 +396,7 @@ def spoken(tmp_path_factory):
 
 
 def test_attention_of_every_word_of_a_pass(spoken):
-    "One forward gives the grid of each token, and its share; it is kept, and comes from the weights nearest to the record's step."
+    "One forward gives the grid of each token, by the weights nearest to the record's step."
     view = inspect(spoken)
     row = view.run.groups["rollouts"][0][0]
     told, grids = view.look("rollouts", 0, 0, "first")
@@ -434,12 +431,12 @@ def test_attention_comes_within_two_seconds(spoken):
 
 
 def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
-    "A large model is not loaded by a glance; a recipe of another notebook is not known; a policy that is given is used."
+    "A large model is not loaded by a glance, an unknown method not asked; a given policy is used."
     copied(spoken, tmp_path)
     parameters = read_json(spoken / "run.json")["parameters"]
     for change, why in (
         (dict(model="Qwen/Qwen2.5-VL-7B-Instruct"), "is not loaded for a glance; give it"),
-        (dict(recipe="mine"), "the recipe mine is not known here; register it"),
+        (dict(recipe="mine"), "the method mine is not known here; register it"),
     ):
         update_record(tmp_path, parameters=parameters | change)
         told, grids = inspect(tmp_path).look("rollouts", 0, 0, "first")
@@ -634,7 +631,7 @@ def test_ask_describe_and_segment_within_two_seconds():
 
 
 def test_two_threads_ask_in_turn():
-    "A click and a cell at once: each has its own answer. A policy that was given is not used beside a running cell."
+    "A click and a cell at once have their own answers; a given policy waits for a running cell."
     import threading
 
     view, said = Playground(about=2_000_049), {}
@@ -704,16 +701,14 @@ def test_policy_of_a_checkpoint(tmp_path):
 
 # ---- as it is used: JupyterLab in a browser
 
-needs_browser = pytest.mark.skipif(
-    not chromium(),
-    reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs",
-)
 CELLS = [
-    "from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground",
+    browser.IMPORTS,
     "w = inspect('dr2seg-1')\nw",
     "view = live('later')\nview",
     "a = Playground('embedded', 2_000_049)\na",
-    "from dr2seg_lib.training.config import TrainConfig\nfrom dr2seg_lib.training.trainer import train\ntrain(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
+    "from dr2seg_lib.training.config import TrainConfig\n"
+    "from dr2seg_lib.training.trainer import train\n"
+    "train(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
     "w2 = inspect('spoken')\nw2",
     "from dr2seg_lib.core.files import read_jsonl\nfrom dr2seg_lib.viewing.curves import training_curves\ntraining_curves({'<b>bold</b>': read_jsonl('dr2seg-1/metrics.jsonl'), 'other': read_jsonl('dr2seg-1/metrics.jsonl')})",
 ]
@@ -747,14 +742,18 @@ def cyan(picture):
     return int(((picture[..., 0] < 90) & (picture[..., 1] > 150) & (picture[..., 2] > 190)).sum())
 
 
-@needs_browser
+@pytest.mark.browser
 def test_inspector_in_the_browser(lab):
     "The slider, the keys, the layers, the filter: what is drawn is what was chosen."
     view, canvas = lab.locator(".d2-inspect"), ".d2-inspect canvas"
 
     def settled(text):
         lab.wait_for_function(
-            "([t]) => { const r = document.querySelector('.d2-inspect'); return r.querySelector('.d2-meta').textContent.includes(t) && r.querySelector('.d2-status').textContent.includes('IoU') }",
+            """([t]) => {
+              const view = document.querySelector('.d2-inspect');
+              const says = (part, text) => view.querySelector(part).textContent.includes(text);
+              return says('.d2-meta', t) && says('.d2-status', 'IoU');
+            }""",
             arg=[text],
         )
 
@@ -775,11 +774,15 @@ def test_inspector_in_the_browser(lab):
         reward, width = (
             float(bars.locator("b").inner_text()),
             bars.evaluate(
-                "r => [...r.querySelectorAll('[data-term]')].reduce((a, e) => a + parseFloat(e.style.width), 0)"
+                """r => [...r.querySelectorAll('[data-term]')]
+                  .reduce((a, e) => a + parseFloat(e.style.width), 0)"""
             ),
         )
         scale = view.evaluate(
-            "r => Math.max(...[...r.querySelectorAll('.d2-stack')].map(s => [...s.children].reduce((a, e) => a + parseFloat(e.style.width), 0)))"
+            """r => {
+              const width = s => [...s.children].reduce((a, e) => a + parseFloat(e.style.width), 0);
+              return Math.max(...[...r.querySelectorAll('.d2-stack')].map(width));
+            }"""
         )
         if row == 0:
             entries = inspect(lab.folder / "dr2seg-1").shown["entries"]
@@ -799,7 +802,8 @@ def test_inspector_in_the_browser(lab):
     view.locator("h4").click()
     lab.keyboard.press("ArrowDown")
     lab.wait_for_function(
-        "() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output').textContent === '2 of 2'"
+        """() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output')
+          .textContent === '2 of 2'"""
     )
     lab.keyboard.press("3")
     lab.wait_for_function(
@@ -831,7 +835,7 @@ def test_inspector_in_the_browser(lab):
     assert not lab.errors
 
 
-@needs_browser
+@pytest.mark.browser
 def test_touch_in_the_browser(lab):
     "A question, an edited description, a dragged box, a clicked point."
     view = lab.locator(".d2-ask")
@@ -848,7 +852,10 @@ def test_touch_in_the_browser(lab):
     began = time.perf_counter()
     view.get_by_text("Ask again").click()
     lab.wait_for_function(
-        "([t]) => { const s = document.querySelectorAll('.d2-ask .d2-steps section')[2]; return s.innerText !== t && s.querySelector('.think, .raw') }",
+        """([t]) => {
+          const second = document.querySelectorAll('.d2-ask .d2-steps section')[2];
+          return second.innerText !== t && second.querySelector('.think, .raw');
+        }""",
         arg=[said],
     )
     assert time.perf_counter() - began < 5
@@ -881,9 +888,9 @@ def test_touch_in_the_browser(lab):
     assert not lab.errors
 
 
-@needs_browser
+@pytest.mark.browser
 def test_live_in_the_browser(lab):
-    "Training in the next cell of the same notebook: the curves grow, a question is answered beside it, and the button ends it after the step."
+    "Training in the next cell: curves grow, a question is answered beside it, the button ends it."
     view = lab.locator(".d2-live")
     assert "no run in this folder yet" in view.inner_text()
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 4 }")
@@ -910,9 +917,9 @@ def warm(picture):
     return int(((picture[..., 0] > 200) & (picture[..., 1] > 90) & (picture[..., 2] < 130)).sum())
 
 
-@needs_browser
+@pytest.mark.browser
 def test_where_the_model_looks_in_the_browser(lab):
-    "A word under the pointer, a word that is held, a word by keys: the picture shows its heat, and says how much; away from it the picture is as before."
+    "A word under the pointer, held, or by keys: the picture shows its heat, and says how much."
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 5 }")
     browser.command(lab, "notebook:run-cell")
     view = lab.locator(".d2-inspect").nth(1)
@@ -928,7 +935,8 @@ def test_where_the_model_looks_in_the_browser(lab):
 
     def says(text):
         return lab.wait_for_function(
-            "([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1].textContent.includes(t)",
+            """([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1]
+              .textContent.includes(t)""",
             arg=[text],
         )
 
@@ -965,12 +973,16 @@ def test_where_the_model_looks_in_the_browser(lab):
     assert not lab.errors
 
 
-@needs_browser
+@pytest.mark.browser
 def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
-    "The made-up run of the first view was never spoken by a policy that is there any more: its recipe's model is taken away."
+    "No policy is there that spoke the made-up run: its model is taken away."
     view = lab.locator(".d2-inspect").first
     lab.evaluate(
-        "() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = 5; n.activeCell.model.sharedModel.setSource(\"w.run.parameters['model'] = 'large'\") }"
+        """() => {
+          const notebook = window.jupyterapp.shell.currentWidget.content;
+          notebook.activeCellIndex = 5;
+          notebook.activeCell.model.sharedModel.setSource("w.run.parameters['model'] = 'large'");
+        }"""
     )
     browser.command(lab, "notebook:run-cell")
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }")
@@ -1011,9 +1023,9 @@ def test_a_chart_answers_to_the_pointer(lab):
 # ---- where no widget lives
 
 
-@needs_browser
+@pytest.mark.browser
 def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
-    "Saved with its outputs, opened where nobody has trusted it, and as a plain page: the still stands where the view was."
+    "Where nobody trusts a saved notebook, and on a plain page, stands the still."
     import nbformat
 
     browser.command(lab, "docmanager:save")

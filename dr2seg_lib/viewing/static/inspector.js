@@ -244,7 +244,7 @@ function rewardTable(shown, about, pick) { // a row a rollout
     stack(r, about, [lo, hi]), h("b", {}, fixed(r.reward)), lean(r.advantage, top));
   const key = h("p", {class: "d2-key"}, Object.entries(about.terms).filter(([k]) => k !== about.factor).map(([k, c]) => h("span", {}, h("i", {class: "d2-dot", style: `background:${c}`}), words(k))),
     about.factor ? h("span", {}, h("i", {class: "d2-dot d2-lost"}), `not paid: × ${words(about.factor)}`) : null);
-  return h("div", {class: "d2-table"}, head, rows.map(line), about.factor === null ? h("p", {class: "d2-key"}, "The terms of this recipe make the reward in a way of its own: the bars show them one after the other, and need not end at the reward.") : null, key);
+  return h("div", {class: "d2-table"}, head, rows.map(line), about.factor === null ? h("p", {class: "d2-key"}, "The terms of this method make the reward in a way of its own: the bars show them one after the other, and need not end at the reward.") : null, key);
 }
 
 function predictionTable(shown, pick) { // a row an evaluation
