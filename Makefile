@@ -27,7 +27,8 @@ lab: install
 	$(BIN)/jupyter lab nbs/tours/00_tour.ipynb
 
 # The fast gate, under a minute: form, exports, packages, and the tests that take no model's time.
-QUICK := tests/test_layout.py tests/core tests/methods/test_rewards.py tests/training/test_grpo.py
+QUICK := tests/test_layout.py tests/core tests/data tests/methods/test_rewards.py \
+         tests/methods/test_dialogue.py tests/training/test_grpo.py
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,11 +1,13 @@
-"""One GRPO step by this workbench and by TRL's GRPOTrainer, on the same random-weight Qwen2.5-VL and the same work.
+"""One GRPO step by this workbench and by TRL's GRPOTrainer: the same random weights, the same work.
 
-    pip install -e ".[bench]" && python benchmarks/against_trl.py            # A B A B, one stage and two
-    python benchmarks/against_trl.py --growth                                 # one factor at a time, with a plot
-    python benchmarks/against_trl.py --memory                                 # peak memory of a two-stage step
+    pip install -e ".[bench]"
+    python benchmarks/against_trl.py             # A B A B, one stage and two
+    python benchmarks/against_trl.py --growth    # one factor at a time, with a plot
+    python benchmarks/against_trl.py --memory    # peak memory of a two-stage step
 
-Both sides: fp32, LoRA r = 64 on the same modules, KL on, temperature 1, answers of exactly `--answer` tokens. In a
-two-stage step both ask again about as many descriptions as there are answers, all different (our worst case).
+Both sides: fp32, LoRA r = 64 on the same modules, KL on, temperature 1, answers of exactly
+`--answer` tokens. In a two-stage step both ask again about as many descriptions as there are
+answers, all different (our worst case).
 """
 
 import argparse
@@ -30,7 +32,8 @@ from transformers import (
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.chat import SYSTEM
-from dr2seg_lib.models.policy import Policy, lora_target_regex
+from dr2seg_lib.models.lora import lora_target_regex
+from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.pretraining.tokenizer import CHAT_TEMPLATE, make_tokenizer
 from dr2seg_lib.rollouts.parsing import Parsed
 from dr2seg_lib.rollouts.response import Response
@@ -60,17 +63,11 @@ SMALL = dict(
 
 
 def make(side: int, seed: int = 0, size: dict = SMALL, device: str = "cpu", dtype=torch.float32):
-    "Model and processor for side x side pictures: (side / 28)^2 image tokens; the weights are drawn where they stay."
+    "Model and processor for side x side pictures; the weights are drawn where they stay."
     tokenizer = make_tokenizer()
-    ids = {
-        f"{k}_token_id": tokenizer.convert_tokens_to_ids(v)
-        for k, v in dict(
-            image="<|image_pad|>",
-            video="<|video_pad|>",
-            vision_start="<|vision_start|>",
-            vision_end="<|vision_end|>",
-        ).items()
-    }
+    names = dict(image="image_pad", video="video_pad")
+    names |= dict(vision_start="vision_start", vision_end="vision_end")
+    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in names.items()}
     text = {k: v for k, v in size["text"].items() if k != "mrope_section"} | dict(
         max_position_embeddings=8192,
         tie_word_embeddings=size["tied"],
@@ -124,10 +121,10 @@ class NoEnd:
 
 
 class Ours:
-    "The workbench's own step, from its own parts; rewards are drawn, since random weights earn none."
+    "The workbench's own step, from its own parts; rewards are random, as are the weights."
 
-    def __init__(self, args, **made):  # made: for `make`
-        model, processor = make(args.side, **made)
+    def __init__(self, args, **options):  # options: for `make`
+        model, processor = make(args.side, **options)
         self.policy = Policy(model, processor, args.side).add_lora(RANK, RANK)
         self.policy.tokenizer = NoEnd(self.policy.tokenizer)
         from accelerate import Accelerator
@@ -137,49 +134,56 @@ class Ours:
             torch.optim.AdamW([p for _, p in self.policy.trainable()], lr=LR)
         )
         self.config = TrainConfig(
-            prompts=args.prompts,
-            samples=args.samples,
-            kl=KL,
-            chunk=getattr(args, "chunk", args.prompts),
+            rollout=dict(questions_per_step=args.prompts, group_size=args.samples),
+            optim=dict(kl=KL),
+            runtime=dict(groups_per_forward=getattr(args, "chunk", args.prompts)),
         )
 
-    def step(self, two_stage: bool) -> dict:
-        clock, a, policy = StageTimer(), self.args, self.policy
-        images, texts = (
-            [picture(a.side, k) for k in range(a.prompts)],
-            [dr2seg_prompt(question(k)) for k in range(a.prompts)],
-        )
-        with torch.no_grad(), clock("generation"):
-            seen = policy.encode(images)
-            prefix = policy.prefill(texts, seen)
-            done = policy.generate(prefix, a.samples, a.answer)
+    def describe(self) -> list:  # of args.prompts lists of args.samples Response
+        "First passes whose descriptions are all different."
+        a, groups = self.args, []
+        for b in range(a.prompts):
+            texts = [question(b * a.samples + i, 12) for i in range(a.samples)]
+            groups.append([Response("", Parsed("", d, ""), [], [], [], 0) for d in texts])
+        return groups
+
+    def step(self, two_stage: bool) -> dict:  # seconds by stage
+        timer, a, policy = StageTimer(), self.args, self.policy
+        images = [picture(a.side, k) for k in range(a.prompts)]
+        texts = [dr2seg_prompt(question(k)) for k in range(a.prompts)]
+        with torch.no_grad(), timer("generation"):
+            encoded = policy.encode(images)
+            prefix = policy.prefill(texts, encoded)
+            completions = policy.generate(prefix, a.samples, a.answer)
         if two_stage:
-            with torch.no_grad(), clock("second"):
+            with torch.no_grad(), timer("second"):
+                inputs = policy, encoded, prefix, self.describe(), visionreasoner_prompt
+                second_pass(*inputs, a.answer, 1.0, None)
+        assert completions.mask.all()
+        assert completions.ids.shape[1] == a.answer
+        rollouts = Rollouts([], texts, encoded, completions)
+        trainer = policy, self.optimizer, self.accelerator
+        update_policy(*trainer, rollouts, torch.randn(a.prompts, a.samples), self.config, timer)
+        return dict(timer, step=sum(timer.values()))
 
-                def said(d):
-                    return Response("", Parsed("", d, ""), [], [], [], 0)
 
-                first = [
-                    [said(question(b * a.samples + i, 12)) for i in range(a.samples)]
-                    for b in range(a.prompts)
-                ]
-                second_pass(policy, seen, prefix, first, visionreasoner_prompt, a.answer, 1.0, None)
-        assert done.mask.all() and done.ids.shape[1] == a.answer
-        advantage = torch.randn(a.prompts, a.samples)
-        update_policy(
-            policy,
-            self.optimizer,
-            self.accelerator,
-            Rollouts([], texts, seen, done),
-            advantage,
-            self.config,
-            clock,
-        )
-        return dict(clock, step=sum(clock.values()))
+def second_prompts(inputs: list) -> list:  # chats
+    "What a user of TRL would write for the second pass: a full prompt for every description."
+    chats = []
+    for i, row in enumerate(inputs):
+        text = visionreasoner_prompt(question(i, 12))
+        user = [dict(type="image", image=row["image"]), dict(type="text", text=text)]
+        system = [dict(type="text", text=SYSTEM)]
+        chats.append([dict(role="system", content=system), dict(role="user", content=user)])
+    return chats
+
+
+def random_rewards(completions, **_):
+    return np.random.randn(len(completions)).tolist()
 
 
 def trl_trainer(args):
-    "TRL's trainer with clocks around its own stages."
+    "TRL's trainer with timers around its own stages."
     from datasets import Dataset
     from peft import LoraConfig
     from PIL import Image
@@ -187,35 +191,23 @@ def trl_trainer(args):
     from trl import GRPOConfig, GRPOTrainer
 
     class Timed(GRPOTrainer):
-        two_stage, clock = False, StageTimer()
+        two_stage, timer = False, StageTimer()
 
         def _generate(self, prompts):
-            with self.clock("generation"):
+            with self.timer("generation"):
                 return super()._generate(prompts)
 
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-            if self.two_stage:  # what a user of TRL would write: one more generation, a full prompt for every description
-                with self.clock("second"):
-                    again = [
-                        [
-                            dict(role="system", content=[dict(type="text", text=SYSTEM)]),
-                            dict(
-                                role="user",
-                                content=[
-                                    dict(type="image", image=x["image"]),
-                                    dict(type="text", text=visionreasoner_prompt(question(i, 12))),
-                                ],
-                            ),
-                        ]
-                        for i, x in enumerate(inputs)
-                    ]
-                    self._generate_single_turn(*self._tokenize_prompts(again), 1)
+            if self.two_stage:
+                with self.timer("second"):
+                    prompts = self._tokenize_prompts(second_prompts(inputs))
+                    self._generate_single_turn(*prompts, 1)
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
         def _get_per_token_logps_and_entropies(self, *a, **k):
             if torch.is_grad_enabled():
                 return super()._get_per_token_logps_and_entropies(*a, **k)
-            with self.clock("reference"):
+            with self.timer("reference"):
                 return super()._get_per_token_logps_and_entropies(*a, **k)
 
     class Steps(TrainerCallback):
@@ -223,13 +215,13 @@ def trl_trainer(args):
             self.rows = []
 
         def on_step_begin(self, *_, **__):
-            Timed.clock.clear()
+            Timed.timer.clear()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
             total = time.perf_counter() - self.began
             self.rows.append(
-                dict(Timed.clock, update=total - sum(Timed.clock.values()), step=total)
+                dict(Timed.timer, update=total - sum(Timed.timer.values()), step=total)
             )
 
     model, processor = make(args.side)
@@ -266,7 +258,7 @@ def trl_trainer(args):
     )
     trainer = Timed(
         model,
-        lambda completions, **_: np.random.randn(len(completions)).tolist(),
+        random_rewards,
         config,
         Dataset.from_list(rows * args.steps),
         processing_class=processor,
@@ -287,26 +279,22 @@ class Theirs:
 
 
 def measure(args, stages: tuple, ours: bool = True, theirs: bool = True) -> dict:
-    "Rows of seconds, engine by engine, alternating; the first step of each turn warms up and is left out."
+    "Rows of seconds, engine by engine, in turn; the first step of each turn warms up."
     engines = dict(ours=Ours(args) if ours else None, trl=Theirs(args) if theirs else None)
     out = {}
     for turn in range(args.turns):
         for two_stage in stages:
+            stage = out.setdefault("two-stage" if two_stage else "one-stage", {})
             for name, engine in engines.items():
                 if engine is None:
                     continue
-                rows = (
-                    engine.run(two_stage)
-                    if name == "trl"
-                    else [engine.step(two_stage) for _ in range(args.steps)]
-                )
-                out.setdefault("two-stage" if two_stage else "one-stage", {}).setdefault(
-                    name, []
-                ).extend(rows[1:])
-                print(
-                    f"turn {turn + 1}, {'two stages' if two_stage else 'one stage'}, {name}: {rows[-1]}",
-                    flush=True,
-                )
+                if name == "trl":
+                    rows = engine.run(two_stage)
+                else:
+                    rows = [engine.step(two_stage) for _ in range(args.steps)]
+                stage.setdefault(name, []).extend(rows[1:])
+                stages_word = "two stages" if two_stage else "one stage"
+                print(f"turn {turn + 1}, {stages_word}, {name}: {rows[-1]}", flush=True)
     return out
 
 
@@ -328,10 +316,22 @@ def summary(measured: dict) -> dict:
     return out
 
 
-def floor(
-    args, two_stage: bool
-) -> dict:  # seconds a stage, were every product done once at the machine's full rate
-    "The least arithmetic of our step over the rate of a large matrix product: frozen weights need no gradient, so a backward is one more forward."
+def full_rate() -> float:  # operations a second
+    "The machine's rate at a large matrix product."
+    a = torch.randn(2048, 2048)
+    for _ in range(3):
+        a @ a
+    began = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 2048**3 / (time.perf_counter() - began)
+
+
+def floor(args, two_stage: bool) -> dict:  # seconds by stage
+    """The least arithmetic of our step, were every product done once at the machine's full rate.
+
+    Frozen weights need no gradient, so a backward is one more forward.
+    """
     model, _ = make(args.side)
 
     def count(m):
@@ -340,79 +340,47 @@ def floor(
     core, t = model.model.language_model, model.config.text_config
     image, text = (args.side // 28) ** 2, 12 + 90
 
-    def read(rows, new, past):
-        return rows * (
-            2 * count(core) * new + 4 * t.num_hidden_layers * t.hidden_size * new * (past + new / 2)
-        )
+    def forward(rows, new, past):
+        attention = 4 * t.num_hidden_layers * t.hidden_size * new * (past + new / 2)
+        return rows * (2 * count(core) * new + attention)
 
+    R = args.prompts * args.samples
+    head = R * args.answer * t.vocab_size * t.hidden_size * 2
     vision = args.prompts * 2 * count(model.model.visual) * image * 4
-    R, head = args.prompts * args.samples, t.vocab_size * t.hidden_size * 2
-    prompt, answers = (
-        read(args.prompts, image + text, 0),
-        read(R, args.answer, image + text) + R * args.answer * head,
-    )
-    a = torch.randn(2048, 2048)
-    for _ in range(3):
-        a @ a
-    began = time.perf_counter()
-    for _ in range(5):
-        a @ a
-    rate = 5 * 2 * 2048**3 / (time.perf_counter() - began)
-    work = dict(
-        generation=vision + prompt + answers,
-        reference=prompt + answers,
-        update=2 * (prompt + answers),
-    )
+    scoring = forward(args.prompts, image + text, 0) + forward(R, args.answer, image + text) + head
+    work = dict(generation=vision + scoring, reference=scoring, update=2 * scoring)
     if two_stage:
-        work["second"] = (
-            read(R, 24, image) + read(R, args.answer, image + 24) + R * args.answer * head
-        )
-    return {
-        k: round(v / rate, 2) for k, v in (work | dict(step=sum(work.values()))).items()
-    } | dict(gflops=round(rate / 1e9))
+        work["second"] = forward(R, 24, image) + forward(R, args.answer, image + 24) + head
+    work["step"], rate = sum(work.values()), full_rate()
+    return {k: round(v / rate, 2) for k, v in work.items()} | dict(gflops=round(rate / 1e9))
+
+
+def lines_of(path: str, start: str) -> list[str]:
+    "The lines of a file that begin with a word."
+    with open(path) as file:
+        return [line for line in file if line.startswith(start)]
 
 
 def machine(*packages: str) -> dict:
-    cpu = next(
-        (l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")),
-        platform.processor(),
-    )
-    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__) | {
-        p: version(p) for p in packages
-    }
+    names = [line.split(":")[1].strip() for line in lines_of("/proc/cpuinfo", "model name")]
+    cpu = names[0] if names else platform.processor()
+    here = dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__)
+    return here | {p: version(p) for p in packages}
 
 
 def high_water() -> int:  # KiB; getrusage would give a child its parent's peak
-    return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
+    return int(lines_of("/proc/self/status", "VmHWM")[0].split()[1])
 
 
 def peak(name: str, args) -> float:  # MiB
-    "Peak resident memory of a process that runs one engine's two-stage steps alone, above that of one that only builds it."
+    "Peak memory of a process that runs one engine's two-stage steps, above one that builds it."
 
     def run(steps):
-        return int(
-            subprocess.run(
-                [
-                    sys.executable,
-                    __file__,
-                    "--only",
-                    name,
-                    "--steps",
-                    str(steps),
-                    "--side",
-                    str(args.side),
-                    "--prompts",
-                    str(args.prompts),
-                    "--samples",
-                    str(args.samples),
-                    "--answer",
-                    str(args.answer),
-                ],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()[-1]
-        )
+        command = [sys.executable, __file__, "--only", name, "--steps", str(steps)]
+        for option in ("side", "prompts", "samples", "answer"):
+            command += [f"--{option}", str(getattr(args, option))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
 
     return round((run(2) - run(0)) / 1024, 1)
 
@@ -424,75 +392,54 @@ def growth(args) -> list[dict]:
         ("image tokens", "side", (280, 560, 840, 1400)),
         ("tokens an answer", "answer", (16, 64, 256)),
     ]
-    out = []
+    out, small = [], dict(prompts=1, steps=2, turns=1, side=560, answer=32)
     for title, field, values in cases:
-        for v in values:
-            a = argparse.Namespace(
-                **{
-                    **vars(args),
-                    "prompts": 1,
-                    "steps": 2,
-                    "turns": 1,
-                    "side": 560,
-                    "answer": 32,
-                    field: v,
-                }
-            )
-            s = summary(measure(a, (False,)))["one-stage"]
-            out.append(
-                dict(
-                    factor=title,
-                    value=(v // 28) ** 2 if field == "side" else v,
-                    ours=s["ours"],
-                    trl=s["trl"],
-                    ratio=s["ratio"]["step"],
-                )
-            )
+        for value in values:
+            case = argparse.Namespace(**vars(args) | small | {field: value})
+            figures = summary(measure(case, (False,)))["one-stage"]
+            shown = (value // 28) ** 2 if field == "side" else value
+            row = dict(factor=title, value=shown, ours=figures["ours"], trl=figures["trl"])
+            out.append(row | dict(ratio=figures["ratio"]["step"]))
     return out
 
 
+def draw_factor(ax, rows: list[dict], colours: dict):
+    "Both engines over the values of one factor."
+    values = [r["value"] for r in rows]
+    for name, label in dict(trl="TRL", ours="this workbench").items():
+        seconds = [r[name]["step"] for r in rows]
+        ax.plot(values, seconds, "o-", color=colours[name], label=label)
+    for r in rows:
+        place = dict(xytext=(0, 7), textcoords="offset points", ha="center")
+        ax.annotate(f"{r['ratio']:.1f}×", (r["value"], r["trl"]["step"]), **place)
+    ax.set(xscale="log", yscale="log", xlabel=rows[0]["factor"])
+    ax.minorticks_off()
+    ax.margins(x=0.12, y=0.12)
+    ax.set_xticks(values, map(str, values))
+
+
 def draw(rows: list[dict], path: Path):
+    "Seconds a step over each factor."
     import matplotlib.pyplot as plt
 
+<<<<<<< HEAD
     from dr2seg_lib.viewing.style import FIGURE_STYLE, METHOD_COLOURS
 
+=======
+    colours = dict(trl="#8a8f98", ours="#3b6fd4")
+>>>>>>> hF
     factors = list(dict.fromkeys(r["factor"] for r in rows))
-    with plt.rc_context(FIGURE_STYLE):
-        fig, axes = plt.subplots(
-            1, len(factors), figsize=(3.3 * len(factors), 3), layout="constrained", sharey=True
-        )
-        for ax, f in zip(axes, factors):
-            mine = [r for r in rows if r["factor"] == f]
-            for name, colour in (
-                ("trl", METHOD_COLOURS["visionreasoner"]),
-                ("ours", METHOD_COLOURS["dr2seg"]),
-            ):
-                ax.plot(
-                    [r["value"] for r in mine],
-                    [r[name]["step"] for r in mine],
-                    "o-",
-                    color=colour,
-                    label=dict(trl="TRL", ours="this workbench")[name],
-                )
-            for r in mine:
-                ax.annotate(
-                    f"{r['ratio']:.1f}×",
-                    (r["value"], r["trl"]["step"]),
-                    xytext=(0, 7),
-                    textcoords="offset points",
-                    ha="center",
-                )
-            ax.set(xscale="log", yscale="log", xlabel=f)
-            ax.minorticks_off()
-            ax.margins(x=0.12, y=0.12)
-            ax.set_xticks([r["value"] for r in mine], [str(r["value"]) for r in mine])
-        axes[0].set_yticks([1, 10, 100], ["1", "10", "100"])
-        axes[0].set_title("seconds a step")
-        axes[0].legend(loc="upper left", labelcolor="linecolor")
-        fig.savefig(path, dpi=150)
+    size = (3.3 * len(factors), 3)
+    fig, axes = plt.subplots(1, len(factors), figsize=size, layout="constrained", sharey=True)
+    for ax, factor in zip(axes, factors):
+        draw_factor(ax, [r for r in rows if r["factor"] == factor], colours)
+    axes[0].set_yticks([1, 10, 100], ["1", "10", "100"])
+    axes[0].set_title("seconds a step")
+    axes[0].legend(loc="upper left", labelcolor="linecolor", frameon=False)
+    fig.savefig(path, dpi=150)
 
 
-def main():
+def parse_arguments():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -510,50 +457,49 @@ def main():
     p.add_argument("--growth", action="store_true")
     p.add_argument("--only", choices=("ours", "trl"))
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def run_alone(args):
+    "One engine in this process; its peak memory is printed."
+    if args.steps:
+        args.turns = 1
+        measure(args, (True,), args.only == "ours", args.only == "trl")
+    else:
+        args.steps = 1
+        Ours(args) if args.only == "ours" else Theirs(args)
+    print(high_water())
+
+
+def write_result(path: Path, result: dict):
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
+
+
+def main():
+    args = parse_arguments()
     torch.set_num_threads(2)
     if args.only:
-        if args.steps:
-            args.turns = 1
-            measure(args, (True,), args.only == "ours", args.only == "trl")
-        else:
-            args.steps = 1
-            Ours(args) if args.only == "ours" else Theirs(args)
-        return print(high_water())
+        return run_alone(args)
     args.out.mkdir(exist_ok=True)
-    shape = {
-        k: v
-        for k, v in vars(args).items()
-        if k in ("prompts", "samples", "answer", "side", "steps", "turns")
-    }
+    fields = "prompts", "samples", "answer", "side", "steps", "turns"
+    result = dict(machine=machine("transformers", "trl"))
+    shape = {k: getattr(args, k) for k in fields}
     if args.growth:
         rows = growth(args)
         draw(rows, args.out / "growth.png")
-        (args.out / "growth.json").write_text(
-            json.dumps(dict(machine=machine("transformers", "trl"), rows=rows), indent=1) + "\n"
-        )
+        write_result(args.out / "growth.json", result | dict(rows=rows))
     elif args.memory:
-        found = {n: peak(n, args) for n in ("ours", "trl")}
-        result = dict(
-            machine=machine("transformers", "trl"),
-            shape=shape,
-            peak_mib=found,
-            ratio=round(found["trl"] / found["ours"], 2),
-        )
-        (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result, indent=1))
+        peaks = {name: peak(name, args) for name in ("ours", "trl")}
+        ratio = round(peaks["trl"] / peaks["ours"], 2)
+        result |= dict(shape=shape, peak_mib=peaks, ratio=ratio)
+        write_result(args.out / "memory.json", result)
     else:
-        measured = measure(args, (False, True))
-        result = dict(
-            machine=machine("transformers", "trl"),
-            shape=shape,
-            image_tokens=(args.side // 28) ** 2,
-            seconds=summary(measured),
-            floor={"one-stage": floor(args, False), "two-stage": floor(args, True)},
-            rows=measured,
-        )
-        (args.out / "against_trl.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
+        rows = measure(args, (False, True))
+        floors = {"one-stage": floor(args, False), "two-stage": floor(args, True)}
+        result |= dict(shape=shape, image_tokens=(args.side // 28) ** 2)
+        result |= dict(seconds=summary(rows), floor=floors, rows=rows)
+        write_result(args.out / "against_trl.json", result)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""One two-stage GRPO step at the papers' size on one GPU: Qwen2.5-VL-7B with random weights in bf16, LoRA r = 64, 16 questions x 8 answers, pictures of 840 x 840.
+"""One two-stage GRPO step at the papers' size on one GPU.
 
-    python benchmarks/at_scale.py                # on the GPU; writes benchmarks/results/at_scale.json
-    python benchmarks/at_scale.py --tiny         # the same path at a small size, on a CPU in seconds
+Qwen2.5-VL-7B with random weights in bf16, LoRA r = 64, 16 questions x 8 answers, 840 x 840 pixels.
 
-Answers are of exactly `--answer` tokens in both stages, all descriptions different (the worst case). A prompt has 900 image
-tokens and about 110 of text. Told: seconds by stage, tokens generated a second, peak memory.
+    python benchmarks/at_scale.py           # on the GPU; writes benchmarks/results/at_scale.json
+    python benchmarks/at_scale.py --tiny    # the same path at a small size, on a CPU in seconds
+
+Answers are of exactly `--answer` tokens in both stages, all descriptions different (the worst
+case). A prompt has 900 image tokens and about 110 of text. Measured: seconds by stage, tokens
+generated a second, peak memory.
 """
 
 import argparse
@@ -54,18 +57,15 @@ def measure(args, size: dict, device: str) -> dict:
     for _ in range(args.steps + 1):
         rows.append(ours.step(True))
         print({k: round(v, 2) for k, v in rows[-1].items()}, file=sys.stderr, flush=True)
-    count, spoken = (
-        lambda ps: sum(p.numel() for p in ps),
-        2 * args.prompts * args.samples * args.answer,
-    )
-    seconds = medians(rows[1:])
+    tokens, seconds = 2 * args.prompts * args.samples * args.answer, medians(rows[1:])
+    trained = [p for _, p in ours.policy.trainable()]
     return dict(
-        parameters=count(ours.policy.model.parameters()),
-        trained=count(p for _, p in ours.policy.trainable()),
+        parameters=sum(p.numel() for p in ours.policy.model.parameters()),
+        trained=sum(p.numel() for p in trained),
         seconds=seconds,
         tokens_per_second=dict(
-            generation=round(spoken / (seconds["generation"] + seconds["second"]), 1),
-            step=round(spoken / seconds["step"], 1),
+            generation=round(tokens / (seconds["generation"] + seconds["second"]), 1),
+            step=round(tokens / seconds["step"], 1),
         ),
         peak_gib=memory(device),
         rows=rows,
@@ -103,7 +103,7 @@ def main():
     elif not torch.cuda.is_available():
         p.error("there is no GPU here; --tiny shows the path on a CPU")
     device = "cpu" if args.tiny else "cuda"
-    found = measure(args, SMALL if args.tiny else SEVEN, device)
+    figures = measure(args, SMALL if args.tiny else SEVEN, device)
     shape = {
         k: getattr(args, k) for k in ("prompts", "samples", "answer", "side", "chunk", "steps")
     } | dict(image_tokens=(args.side // 28) ** 2, lora_rank=RANK, dtype="bfloat16")
@@ -111,7 +111,7 @@ def main():
         machine=machine("transformers", "peft", "accelerate")
         | (dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}),
         shape=shape,
-        **found,
+        **figures,
     )
     out = (
         args.out

@@ -1,9 +1,10 @@
-"""A DR²Seg step on the embedded world with the engine and without it, stage by stage; and how fast rewards are.
+"""A DR²Seg step on the embedded world with the engine and without it; and how fast rewards are.
 
-    python benchmarks/embedded.py            # A B A B on the same questions, the same draws, so the same answers
+    python benchmarks/embedded.py    # A B A B on the same questions, the same draws: same answers
 
-Without the engine every answer reads its own prompt and its own picture: in both passes (transformers' `generate`), for the
-reference and for the update (the model's own padded forward), as the public trainers do.
+Without the engine every answer goes over its own prompt and its own picture: in both passes
+(transformers' `generate`), for the reference and for the update (the model's own padded forward),
+as the public trainers do.
 """
 
 import argparse
@@ -17,39 +18,38 @@ from transformers import LogitsProcessor
 
 from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.methods.registry import METHODS
-from dr2seg_lib.models.policy import EncodedImage, Policy, resize_square
-from dr2seg_lib.models.sampling import Completions, _draws
+from dr2seg_lib.models.policy import Policy
+from dr2seg_lib.models.sampling import Completions, choose_tokens, sampling_draws
+from dr2seg_lib.models.vision import EncodedImage, resize_square
 from dr2seg_lib.rollouts.two_stage import generate_rollouts
 from dr2seg_lib.training.batches import sample_batch
 from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training.trainer import build_training_state, compute_rewards, train_step
 
 
-class Drawn(LogitsProcessor):
+class SameDraws(LogitsProcessor):
     "Leaves the one token that the policy's own sampling would take."
 
-    def __init__(self, draws, temperature, prompt):
-        self.predict_mask, self.temperature, self.prompt = draws, temperature, prompt
+    def __init__(self, draws, temperature, prompt):  # prompt: its columns
+        self.draws, self.temperature, self.prompt = draws, temperature, prompt
 
     def __call__(self, ids, logits):
-        t, reached = ids.shape[1] - self.prompt, (logits / self.temperature).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(
-            reached, self.predict_mask[:, t : t + 1] * reached[:, -1:], right=True
-        ).clamp(max=reached.shape[1] - 1)
-        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
+        t = ids.shape[1] - self.prompt
+        token = choose_tokens(logits, self.temperature, self.draws[:, t : t + 1])
+        return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
-class Asked:
-    "Prompts that nobody has read yet."
+class Prompts:
+    "Prompts that no model has gone over yet."
 
-    def __init__(self, texts, seen):
-        self.texts, self.seen, self.start = texts, seen, torch.zeros(len(texts))
+    def __init__(self, texts, encoded):
+        self.texts, self.encoded, self.start = texts, encoded, torch.zeros(len(texts))
 
     def rows(self, index):
-        return Asked([self.texts[i] for i in index], [self.seen[i] for i in index])
+        return Prompts([self.texts[i] for i in index], [self.encoded[i] for i in index])
 
-    def repeat(self, n):
-        return self.rows([i for i in range(len(self.texts)) for _ in range(n)])
+    def repeat(self, group_size):
+        return self.rows(torch.arange(len(self.texts)).repeat_interleave(group_size))
 
 
 class Plain(Policy):
@@ -65,32 +65,31 @@ class Plain(Policy):
             for p, g in zip(patches, batch["image_grid_thw"])
         ]
 
-    def prefill(self, texts, seen, again=None, of=None):
-        return Asked(texts, seen)
+    def prefill(self, texts, encoded, prefix=None, rows=None):
+        return Prompts(texts, encoded)
 
-    def inputs(self, asked):
-        ids, attention = self.tokenize(asked.texts, asked.seen)
+    def inputs(self, prompts):
+        ids, attention = self.tokenize(prompts.texts, prompts.encoded)
         return dict(
             input_ids=ids,
             attention_mask=attention,
             mm_token_type_ids=(ids == self.model.config.image_token_id).int(),
-            pixel_values=torch.cat([s.deep[0] for s in asked.seen]),
-            image_grid_thw=torch.stack([s.grid for s in asked.seen]),
+            pixel_values=torch.cat([e.deep[0] for e in prompts.encoded]),
+            image_grid_thw=torch.stack([e.grid for e in prompts.encoded]),
         )
 
     @torch.no_grad()
-    def generate(self, asked, n=1, max_new_tokens=256, temperature=1.0, seed=None):
-        batch = self.inputs(asked.repeat(n))
-        P, eos = batch["input_ids"].shape[1], self.tokenizer.eos_token_id
+    def generate(self, prompts, group_size=1, max_new_tokens=256, temperature=1.0, seed=None):
+        batch = self.inputs(prompts.repeat(group_size))
+        (R, P), eos = batch["input_ids"].shape, self.tokenizer.eos_token_id
+        draws = sampling_draws(seed, R, max_new_tokens)
         out = self.model.generate(
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
-            logits_processor=[
-                Drawn(_draws(seed, len(batch["input_ids"]), max_new_tokens), temperature, P)
-            ],
+            logits_processor=[SameDraws(draws, temperature, P)],
         )
         ids, logp = out.sequences[:, P:], torch.stack(out.logits, 1).float().log_softmax(-1)
         mask = (ids == eos).cumsum(1) - (ids == eos).int() == 0
@@ -103,8 +102,8 @@ class Plain(Policy):
             top[..., 0] - top[..., 1],
         )
 
-    def logprobs(self, asked, ids, mask):
-        batch = self.inputs(asked.repeat(len(ids) // len(asked.texts)))
+    def logprobs(self, prompts, ids, mask):
+        batch = self.inputs(prompts.repeat(len(ids) // len(prompts.texts)))
         P = batch["input_ids"].shape[1]
         for name, tail in (
             ("input_ids", ids),
@@ -129,42 +128,29 @@ def steps(config, turns: int, count: int) -> dict:  # {engine: metrics rows}
                 rows[name].append(train_step(state, samples, config, step)[0])
             print(f"turn {turn + 1}, {name}: {rows[name][-1]['seconds']}", flush=True)
     for a, b in zip(rows["engine"], rows["plain"]):  # the same work, or the comparison is none
-        assert (
-            abs(a["tokens"] - b["tokens"]) < 1e-6
-            and abs(a["reward"] - b["reward"]) < 1e-6
-            and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
-        ), (a, b)
+        assert abs(a["tokens"] - b["tokens"]) < 1e-6, (a, b)
+        assert abs(a["reward"] - b["reward"]) < 1e-6, (a, b)
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3, (a, b)
     return rows
 
 
-def rewards(config, repeats: int = 5) -> dict:  # {recipe: responses a CPU second}
-    "Real answers to the first 16 training questions, rewarded again and again."
-    samples, (policy, *_) = (
-        sample_batch(load_data("mini", "train"), config, 1)[0],
-        build_training_state(config),
-    )
-    out = {}
+def reward_rates(config, repeats: int = 5) -> dict:  # {method: responses a CPU second}
+    "Real answers to the first training questions, rewarded again and again."
+    samples, _ = sample_batch(load_data("mini", "train"), config, 1)
+    policy, sizes = build_training_state(config).policy, config.rollout
+    limits, rates = (sizes.group_size, sizes.max_new_tokens), {}
     for name in ("visionreasoner", "dr2seg", "seg_zero"):
-        recipe = METHODS[name]
-        rolled, taken = (
-            generate_rollouts(
-                policy,
-                samples,
-                recipe.prompt,
-                recipe.second_prompt,
-                config.rollout.group_size,
-                config.rollout.max_new_tokens,
-                seed=0,
-            ),
-            [],
-        )
+        method, seconds = METHODS[name], []
+        prompts = method.prompt, method.second_prompt
+        rollouts = generate_rollouts(policy, samples, *prompts, *limits, seed=0)
         for _ in range(repeats):
             began = time.process_time()
-            compute_rewards(rolled, recipe, policy.frame)
-            taken.append(time.process_time() - began)
-        spoken = sum(len(g.first) + sum(r is not None for r in g.second) for g in rolled.groups)
-        out[name] = round(spoken / min(taken))
-    return out
+            compute_rewards(rollouts, method, policy.frame)
+            seconds.append(time.process_time() - began)
+        second = [[r for r in g.second if r is not None] for g in rollouts.groups]
+        responses = sum(len(g.first) + len(rest) for g, rest in zip(rollouts.groups, second))
+        rates[name] = round(responses / min(seconds))
+    return rates
 
 
 def main():
@@ -178,22 +164,21 @@ def main():
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = p.parse_args()
     torch.set_num_threads(2)
-    config = TrainConfig(prompts=args.prompts, samples=args.samples, eval_samples=0)
-    rows = steps(config, args.turns, args.steps)
-    seconds, here = (
-        {name: medians([r["seconds"] for r in found]) for name, found in rows.items()},
-        machine(),
+    config = TrainConfig(
+        rollout=dict(questions_per_step=args.prompts, group_size=args.samples),
+        evaluation=dict(samples=0),
     )
+    rows = steps(config, args.turns, args.steps)
+    seconds = {name: medians([r["seconds"] for r in part]) for name, part in rows.items()}
+    here, engine = machine(), seconds["engine"]
     torch.set_num_threads(1)
     result = dict(
         machine=here,
         shape=dict(prompts=args.prompts, samples=args.samples, steps=args.steps, turns=args.turns),
         tokens=rows["engine"][0]["tokens"],
         seconds=seconds,
-        ratio={
-            k: round(seconds["plain"][k] / v, 2) for k, v in seconds["engine"].items() if v > 0.005
-        },
-        rewards_per_core_second=rewards(config),
+        ratio={k: round(seconds["plain"][k] / v, 2) for k, v in engine.items() if v > 0.005},
+        rewards_per_core_second=reward_rates(config),
     )
     args.out.mkdir(exist_ok=True)
     (args.out / "embedded.json").write_text(json.dumps(result, indent=1) + "\n")

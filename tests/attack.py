@@ -1,12 +1,13 @@
-"""Attack the workbench with inputs that nobody meant: data sets, pictures, questions, runs, checkpoints, servers, commands.
+"""Attack the workbench with inputs that nobody meant: data sets, runs, servers, commands.
 
     python tests/attack.py --seed 0 --n 2000
     python tests/attack.py --seed 0 --only 137 --keep /tmp/case
 
-Every case must end in a result, or in one sentence with an exit code other than 0. A traceback, a crash, a hang, too much
-memory, code that ran, a page that took a value for markup, a fetch that nobody asked for and a changed input are flaws.
-A case is a process of its own, forked from one that has imported the library, with limits on time and memory. It is
-decided by the seed and its number, so that `--only` repeats it. `tests/test_attack.py` runs a few.
+Every case must end in a result, or in one sentence with an exit code other than 0. A traceback, a
+crash, a hang, too much memory, code that ran, a page that took a value for markup, a fetch that
+nobody asked for and a changed input are flaws. A case is a process of its own, forked from one that
+has imported the library, with limits on time and memory. Seed and number decide it, so that
+`--only` repeats it. `tests/test_attack.py` runs a few.
 """
 
 import os
@@ -44,20 +45,15 @@ import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from dr2seg_lib import cli
-from dr2seg_lib.commands.parameters import _from_pydantic
+from dr2seg_lib.commands.execute import execute_notebook
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
 tqdm.monitor_interval = 0  # no thread of its own
 warnings.simplefilter("ignore")
 
-CPU, WALL, IDLE, MEMORY = (
-    20,
-    90,
-    15,
-    3 * 2**30,
-)  # seconds of work, seconds at all, seconds without work, bytes above those at the start
+CPU, WALL, IDLE = 20, 90, 15  # seconds of work, in all, without work
+MEMORY = 3 * 2**30  # bytes above those at the start
 SENTENCE = 1500  # letters at most
 CYCLE = [kind for kind, share in cases.KINDS.items() for _ in range(share)]
 random.Random(0).shuffle(CYCLE)
@@ -101,24 +97,30 @@ def redirect(root: Path):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
 
-def told(error: Exception) -> str:
-    "What the command line would say of an error that a user can mend."
-    return (
-        _from_pydantic(error)
-        if isinstance(error, ValidationError)
-        else " ".join(str(error).split())
-    )
+def sentence_text(error: Exception) -> str:
+    "An error that a user can mend, on one line."
+    if isinstance(error, ValidationError):
+        return "; ".join(detail["msg"] for detail in error.errors())
+    return " ".join(str(error).split())
+
+
+def replace_everywhere(function, stand_in):
+    "Whoever of the library calls a function calls its stand-in, under whatever name."
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] != "dr2seg_lib":
+            continue
+        held = [key for key, value in vars(module).items() if value is function]
+        for key in held:
+            setattr(module, key, stand_in)
 
 
 def carry_out(does) -> dict:  # outcome, text
     "Does it, and says how it ended."
     try:
         code = does()
-        return (
-            dict(outcome="command", text=str(code))
-            if isinstance(code, int)
-            else dict(outcome="result", text="")
-        )
+        if isinstance(code, int):
+            return dict(outcome="command", text=str(code))
+        return dict(outcome="result", text="")
     except SystemExit as e:
         return dict(outcome="command", text=str(e.code))
     except cases.Flaw as e:
@@ -135,18 +137,14 @@ def carry_out(does) -> dict:  # outcome, text
 
 def judged(error: Exception) -> dict:
     "An error that is meant for the user, if it reads like one."
-    text = told(error)
+    text = sentence_text(error)
     if type(error) in (UnicodeDecodeError, UnicodeEncodeError, json.JSONDecodeError):
         return traced(error)
     good = ";" in text or "." in text.rstrip(".") or isinstance(error, ValidationError)
-    return (
-        dict(outcome="sentence", text=text)
-        if good and len(text) <= SENTENCE
-        else dict(
-            outcome="flaw",
-            text=f"no sentence for a user: {type(error).__name__}: {text[:300]} {where(error)}",
-        )
-    )
+    if good and len(text) <= SENTENCE:
+        return dict(outcome="sentence", text=text)
+    problem = f"no sentence for a user: {type(error).__name__}: {text[:300]} {where(error)}"
+    return dict(outcome="flaw", text=problem)
 
 
 def where(error: BaseException) -> str:
@@ -154,17 +152,15 @@ def where(error: BaseException) -> str:
     at, lines = error.__traceback__, []
     while at:
         file = Path(at.tb_frame.f_code.co_filename)
-        if file.parent.name == "dr2seg_lib":
+        if "dr2seg_lib" in file.parts:
             lines.append(f"{file.name}:{at.tb_lineno}")
         at = at.tb_next
     return f"({' > '.join(lines[-3:])})"
 
 
 def traced(error: BaseException) -> dict:
-    return dict(
-        outcome="flaw",
-        text=f"traceback: {type(error).__name__}: {' '.join(str(error).split())[:300]} {where(error)}",
-    )
+    text = " ".join(str(error).split())[:300]
+    return dict(outcome="flaw", text=f"traceback: {type(error).__name__}: {text} {where(error)}")
 
 
 def live(number: int, seed: int, root: Path, templates: Path):
@@ -176,12 +172,10 @@ def live(number: int, seed: int, root: Path, templates: Path):
     os.chdir(root)
     try:
         does = getattr(cases, kind_of(number))(case)
-        (root / "before.json").write_text(
-            json.dumps(
-                dict(notes=case.notes, may_change=case.may_change, files=snapshot(case.input))
-            )
-        )
-        cli.execute_notebook = cases.no_notebook
+        files = snapshot(case.input)
+        before = dict(notes=case.notes, may_change=case.may_change, files=files)
+        (root / "before.json").write_text(json.dumps(before))
+        replace_everywhere(execute_notebook, cases.no_notebook)
         bound()
         outcome = carry_out(does)
     except BaseException as e:
@@ -212,6 +206,23 @@ def snapshot(folder: Path) -> dict:  # {name: what it is}
     return found
 
 
+def used_ticks(pid: int) -> int | None:  # None: the process is gone
+    "The work of a process so far, in the kernel's ticks."
+    with suppress(FileNotFoundError, ProcessLookupError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])
+    return None
+
+
+def overtime(began: float, worked: float) -> str | None:  # both in seconds since 1970
+    "Why a case has to be ended."
+    if time.time() - began > WALL:
+        return f"took {WALL} seconds"
+    if time.time() - worked > IDLE:
+        return f"waited {IDLE} seconds for nothing"
+    return None
+
+
 def wait(
     pid: int,
 ) -> tuple[str | None, float]:  # why it was ended, None when it ended by itself; seconds of work
@@ -221,22 +232,13 @@ def wait(
     while True:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
-            return f"killed by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(
-                status
-            ) else None, usage.ru_utime + usage.ru_stime
+            killed = os.WIFSIGNALED(status) and signal.Signals(os.WTERMSIG(status)).name
+            return f"killed by {killed}" if killed else None, usage.ru_utime + usage.ru_stime
         time.sleep(0.005)
-        with suppress(FileNotFoundError, ProcessLookupError, IndexError):
-            ticks = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            if (now := int(ticks[11]) + int(ticks[12])) != used:
-                used, worked = now, time.time()
-        late = (
-            f"took {WALL} seconds"
-            if time.time() - began > WALL
-            else f"waited {IDLE} seconds for nothing"
-            if time.time() - worked > IDLE
-            else None
-        )
-        if late:
+        now = used_ticks(pid)
+        if now not in (None, used):
+            used, worked = now, time.time()
+        if late := overtime(began, worked):
             os.kill(pid, signal.SIGKILL)
             usage = os.wait4(pid, 0)[2]
             return late, usage.ru_utime + usage.ru_stime
@@ -246,34 +248,34 @@ def lost(root: Path, before: dict) -> str | None:
     "What of the input, or beside it, is not as it was."
     if (root / "canary").exists():
         return "code of the input ran"
-    if (root / "witness" / "secret.txt").read_text() != "nobody's business" or len(
-        list((root / "witness").iterdir())
-    ) != 1:
+    witness = root / "witness"
+    beside = [path.name for path in witness.iterdir()]
+    if beside != ["secret.txt"] or (witness / "secret.txt").read_text() != "nobody's business":
         return "a file beside the input was changed"
+
+    def may_change(name):
+        return any(fnmatch.fnmatch(Path(name).name, p) for p in before["may_change"])
+
     now = snapshot(root / "input")
-    changed = [
-        n
-        for n, what in before["files"].items()
-        if now.get(n) != what
-        and not any(fnmatch.fnmatch(Path(n).name, p) for p in before["may_change"])
-    ]
+    differs = [name for name, what in before["files"].items() if now.get(name) != what]
+    changed = [name for name in differs if not may_change(name)]
     return f"the input was changed: {changed[:5]}" if changed else None
 
 
 def sentence_of(root: Path, code: str) -> dict:
     "What a command has said, judged by its exit code."
     out, err = ((root / n).read_text(errors="replace") for n in ("stdout", "stderr"))
-    said = [line for line in err.splitlines() if line.startswith("dr2seg: ")]
+    lines = [line for line in err.splitlines() if line.startswith("dr2seg: ")]
     if code in ("0", "None"):
         return dict(outcome="result", text="")
-    if len(said) == 1 and len(said[0]) <= SENTENCE:
-        return dict(outcome="sentence", text=said[0])
+    if len(lines) == 1 and len(lines[0]) <= SENTENCE:
+        return dict(outcome="sentence", text=lines[0])
     if code == "1" and " broken:" in out or code == "2" and "usage: " in err:
         return dict(outcome="sentence", text=(out or err)[-200:])
-    return dict(
-        outcome="flaw",
-        text=f"exit code {code} with {len(said)} sentences of {max(map(len, said), default=0)} letters: {(said or [err[-300:]])[0][:300]}",
-    )
+    letters = max(map(len, lines), default=0)
+    first = (lines or [err[-300:]])[0][:300]
+    problem = f"exit code {code} with {len(lines)} sentences of {letters} letters: {first}"
+    return dict(outcome="flaw", text=problem)
 
 
 def verdict(number: int, root: Path, ended: str | None, seconds: float) -> Verdict:
@@ -377,7 +379,11 @@ def campaign(
 
 
 def described(v: Verdict, seed: int) -> str:
-    return f"case {v.number} ({v.kind}, {v.seconds:.1f} s): {v.text}\n    what was done: {'; '.join(v.notes)[:600]}\n    again by: python tests/attack.py --seed {seed} --only {v.number}"
+    return (
+        f"case {v.number} ({v.kind}, {v.seconds:.1f} s): {v.text}\n"
+        f"    what was done: {'; '.join(v.notes)[:600]}\n"
+        f"    again by: python tests/attack.py --seed {seed} --only {v.number}"
+    )
 
 
 def summary(found: list) -> str:
@@ -386,9 +392,8 @@ def summary(found: list) -> str:
     for kind in [*cases.KINDS, "all"]:
         some = [v for v in found if kind in (v.kind, "all")]
         count = Counter(v.outcome for v in some)
-        lines.append(
-            f"{kind:12}{len(some):7}{count['result']:9}{count['sentence']:11}{count['flaw']:7}{sum(v.seconds for v in some):9.1f}"
-        )
+        counts = f"{len(some):7}{count['result']:9}{count['sentence']:11}{count['flaw']:7}"
+        lines.append(f"{kind:12}{counts}{sum(v.seconds for v in some):9.1f}")
     return "\n".join(lines)
 
 

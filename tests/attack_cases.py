@@ -1,6 +1,7 @@
-"""What is attacked: each kind writes a hostile input below `case.input` and returns what is then done with it.
+"""What is attacked: each kind writes a hostile input below `case.input` and returns a function.
 
-What is done may end well, or raise what the command line tells in a sentence; `attack.py` judges it.
+The function uses that input. It may end well, or raise what the command line turns into a sentence;
+`attack.py` judges how it ended.
 """
 
 import io
@@ -32,7 +33,7 @@ from dr2seg_lib.evaluation.evaluate import answer_greedily, evaluate
 from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.models import http_client
 from dr2seg_lib.models.loading import load_policy
-from dr2seg_lib.models.policy import EMBEDDED
+from dr2seg_lib.models.pretrained import EMBEDDED
 from dr2seg_lib.models.vllm_client import ServedPolicy
 from dr2seg_lib.runs.checkpoints import latest_checkpoint
 from dr2seg_lib.runs.status import read_record, run_status
@@ -65,11 +66,9 @@ class Case:
     may_change: tuple = ()  # of the input's files, by name
 
     def __post_init__(self):
-        self.input, self.witness, self.canary = (
-            self.root / "input",
-            self.root / "witness" / "secret.txt",
-            self.root / "canary",
-        )
+        self.input = self.root / "input"
+        self.witness = self.root / "witness" / "secret.txt"
+        self.canary = self.root / "canary"
         for folder in self.input, self.witness.parent:
             folder.mkdir(parents=True)
         self.witness.write_text("nobody's business")
@@ -92,7 +91,8 @@ class Case:
 
 def command(*argv) -> Callable:
     "A command as typed; returns its exit code."
-    return lambda: main([str(a) for a in argv])
+    words = [str(word) for word in argv]
+    return lambda: main(words)
 
 
 def no_notebook(notebook, out, parameters):
@@ -112,18 +112,16 @@ def read_all(path: Path):
                 pass  # that is its place
 
 
-EVALUATED, TRAINED = (
-    dict(batch_size=4, max_new_tokens=4),
-    dict(
-        steps=1,
-        prompts=2,
-        samples=2,
-        max_new_tokens=4,
-        rank=2,
-        alpha=2,
-        eval_samples=2,
-        segmenter="grabcut",
-    ),
+EVALUATED = dict(batch_size=4, max_new_tokens=4)
+TRAINED = dict(
+    steps=1,
+    prompts=2,
+    samples=2,
+    max_new_tokens=4,
+    rank=2,
+    alpha=2,
+    eval_samples=2,
+    segmenter="grabcut",
 )
 
 
@@ -529,9 +527,8 @@ def copied(case: Case, name: str = "run") -> Path:
     if case.now_and_then(0.15):
         record = json.loads((folder / "run.json").read_text())
         file = case.input / "canary.py"
-        file.write_text(
-            f"from dr2seg_lib.methods.dr2seg import dr2seg as r\nopen({str(case.canary)!r}, 'w').close()\n"
-        )
+        harmful = f"open({str(case.canary)!r}, 'w').close()\n"
+        file.write_text(f"from dr2seg_lib.methods.dr2seg import dr2seg as r\n{harmful}")
         record["parameters"] |= (
             dict(recipe=f"{file}:r")
             if case.now_and_then(0.5)
@@ -583,8 +580,8 @@ def looked(case: Case, folder: Path) -> Callable:
 
     def see_inspector():
         view = inspect(folder)
-        for view.source in list(view.index):
-            view.at = 1
+        for source in list(view.index):
+            view.source, view.at = source, 1
             json.dumps([view.about, view.index, view.shown], allow_nan=False)
         view.still()
 
@@ -648,7 +645,7 @@ def forbidding_fetches(does: Callable) -> Callable:
 
 
 def resume(case: Case) -> Callable:
-    "A run's folder that is gone on with, by the command (as far as the notebook) or by the library."
+    "A resume of a run's folder, by the command (as far as the notebook) or by the library."
     folder = case.input / "run"
     shutil.copytree(case.templates / "run", folder)
     record = json.loads((folder / "run.json").read_text())
@@ -889,17 +886,18 @@ def odd_replies(case: Case, good: dict) -> list:  # of functions that write to a
         http(b'{"error": {"message": "' + hostile.MARK.encode() + b'\\u001b[31m\\n"}}', "400 Bad"),
         http(json.dumps(good | dict(choices=good["choices"] * 3)).encode()),
     ]
-    return [(lambda data: lambda stream: stream.write(data))(data) for data in whole] + [
-        _drip,
-        _flood,
-    ]
+
+    def written(data):
+        return lambda stream: stream.write(data)
+
+    return [*map(written, whole), _drip, _flood]
 
 
 def served(case: Case) -> Callable:
     "A server's replies, to an evaluation's first question."
     good = json.loads((case.templates / "reply.json").read_text())
     listed = dict(object="list", data=[dict(id="policy", root=str(EMBEDDED), parent=None)])
-    at, does = case.rng.choice(("models", "reply", "reply", "reply")), None
+    at = case.rng.choice(("models", "reply", "reply", "reply"))
     choices = odd_replies(case, listed | dict(choices=[]) if at == "models" else good)
     number = case.rng.randrange(len(choices))
     case.say(f"{at}: {number} of {len(choices)}")
@@ -921,9 +919,10 @@ def served(case: Case) -> Callable:
 
 def hurry():
     "A server's patience, shortened."
-    for name, seconds in dict(RETRY_WAITS=(0.01, 0.02), REPLY_SECONDS=3, CONNECTED=3).items():
-        if hasattr(http_client, name):
-            setattr(http_client, name, seconds)
+    limits = dict(RETRY_WAITS=(0.01, 0.02), REPLY_SECONDS=3)
+    assert not [name for name in limits if not hasattr(http_client, name)]
+    for name, seconds in limits.items():
+        setattr(http_client, name, seconds)
 
 
 # ---- the command line
@@ -940,6 +939,9 @@ def names(case: Case) -> list:
         + ["mini", "embedded", "grabcut", "dr2seg"]
         + hostile.TEXTS
     )
+
+
+SEGMENT_OPTIONS = "model adapter recipe segmenter box point attention max-new-tokens method".split()
 
 
 def words(case: Case) -> list:
@@ -983,10 +985,7 @@ def words(case: Case) -> list:
             rng.choice(some),
             "--out",
             rng.choice(some),
-            *[
-                f"--{rng.choice(('model', 'adapter', 'recipe', 'segmenter', 'box', 'point', 'attention', 'max-new-tokens'))}={value()}"
-                for _ in range(rng.choice((1, 2)))
-            ],
+            *[f"--{rng.choice(SEGMENT_OPTIONS)}={value()}" for _ in range(rng.choice((1, 2)))],
         ]
     if kind == "odd":
         return [rng.choice(("run", "--resume", "runs", "-h", "", "tables")), *rng.sample(some, 2)]

@@ -1,4 +1,4 @@
-"""A real JupyterLab in a real browser, for the tests and for the pictures of the README.
+"""A real JupyterLab in a real browser, for the tests and for the pictures of the documentation.
 
 python tests/browser.py RUN [OTHER] [--to docs]
 """
@@ -81,8 +81,8 @@ def jupyterlab(folder: Path):
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > until:
-                    end = Path(log.name).read_text()[-2000:]
-                    raise RuntimeError(f"JupyterLab did not start: {end}") from None
+                    ending = Path(log.name).read_text()[-2000:]
+                    raise RuntimeError(f"JupyterLab did not start: {ending}") from None
                 time.sleep(0.3)
         yield address
     finally:
@@ -108,11 +108,11 @@ def browser(width=1440, height=1000):
 
 
 def command(page, name: str, args: dict | None = None, wait: bool = True):
-    "Runs a command of JupyterLab, and waits until it is over, with the cell that it runs."
+    "Runs a command of JupyterLab and waits for it: that of a cell is over when the cell is."
     page.evaluate(
         """([name, args, wait]) => {
-          const done = window.jupyterapp.commands.execute(name, args);
-          return wait ? done.then(() => {}) : null;
+            const done = window.jupyterapp.commands.execute(name, args);
+            return wait ? done.then(() => {}) : null;
         }""",
         [name, args or {}, wait],
     )
@@ -127,8 +127,8 @@ def opened(page, address: str, name: str):
         command(page, "application:toggle-left-area")
     page.wait_for_function(
         """() => {
-          const context = window.jupyterapp.shell.currentWidget?.sessionContext;
-          return context?.session?.kernel?.status === 'idle';
+            const panel = window.jupyterapp.shell.currentWidget;
+            return panel?.sessionContext?.session?.kernel?.status === 'idle';
         }"""
     )
 
@@ -276,13 +276,7 @@ def pictures(run: Path, other: Path | None, to: Path):
             for k, v in VIEWS.items()
             if other or k != "compare"
         }
-        notebook(
-            Path(folder) / "views.ipynb",
-            [
-                IMPORTS,
-                *views.values(),
-            ],
-        )
+        notebook(Path(folder) / "views.ipynb", [IMPORTS, *views.values()])
         with jupyterlab(folder) as address, browser(1240) as page:
             opened(page, address, "views.ipynb")
             command(page, "notebook:run-all-cells")

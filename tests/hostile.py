@@ -13,9 +13,7 @@ from pathlib import Path
 from random import Random
 
 MARK = "<canary-tag onload=alert(1)>"  # on a page, this must be text
-RAW = (
-    "@@raw@@"  # stands in a JSON text where something is put that Python's own writer would refuse
-)
+RAW = "@@raw@@"  # in a JSON text, where something comes that Python's own writer would refuse
 
 TEXTS = [
     "",
@@ -313,12 +311,12 @@ def pickles(canary: Path) -> dict:  # {name: bytes}
         )
         + b"."
     )
+    length = chr(len(str(canary)) + 6)
+    by_name = f"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c{length}touch {canary}\x85R."
     return {
         "a call": pickle.dumps(Touch(), 2),
         "a call, old": f"cos\nsystem\n(S'touch {canary}'\ntR.".encode(),
-        "a call by name": f"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c{chr(len(str(canary)) + 6)}touch {canary}\x85R.".encode(
-            "latin1"
-        ),
+        "a call by name": by_name.encode("latin1"),
         "builtins": f'cbuiltins\neval\n(S\'open("{canary}", "w")\'\ntR.'.encode(),
         "a huge memo": b"\x80\x02]r\xff\xff\xff\x7f.",
         "a huge text": b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x.",

@@ -1,11 +1,12 @@
-"""Kill runs with SIGKILL at random moments of their whole life, resume them, and compare what they leave.
+"""Kill runs at random moments of their whole life, resume them, and compare what they leave.
 
-    python tests/kills.py --kills 200          # evaluation, sampling, update, checkpoint, evaluation, report
-    python tests/kills.py --sweep 6            # a sweep: every other kill hits the parent, the rest a worker
+    python tests/kills.py --kills 200          # from the first evaluation to the report
+    python tests/kills.py --sweep 6            # a sweep: its parent and a worker in turn
     python tests/kills.py --command-line 4     # `dr2seg run train`: command, kernel and all
 
-Every other kill of the first kind waits for a checkpoint to be half written. The process is forked from one that has
-imported everything, so that a life lasts seconds. `tests/test_kills.py` runs a few of each.
+Every kill is a SIGKILL. Every other one of the first kind waits for a half-written checkpoint.
+The process is forked from one that has imported everything, so that a life lasts seconds.
+`tests/runs/test_kills.py` runs a few of each.
 """
 
 import argparse

@@ -60,10 +60,21 @@ def kernel():
         opened.close()
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, say
+
+
+def is_lasting(output) -> bool:
+    "Whether an output is worth keeping: no warning, no widget that only lives in its kernel."
+    data = output.get("data", {})
+    return output.get("name") != "stderr" and (WIDGET not in data or "image/png" in data)
+
+
 def text_of(output) -> str:
     "The text of one output; '' for a picture or a warning."
+    if not is_lasting(output):
+        return ""
     if output.output_type == "stream":
-        return output.text if output.name == "stdout" else ""
+        return output.text
     return "".join(output.get("data", {}).get("text/plain", ""))
 
 
@@ -84,8 +95,7 @@ def write(path: Path, executed):
     for cell in executed.cells:
         if cell.cell_type != "code":
             continue
-        kept = [o for o in cell.outputs if o.get("name") != "stderr"]
-        cell.outputs = [] if SILENT.search(cell.source) else kept
+        cell.outputs = [] if SILENT.search(cell.source) else [*filter(is_lasting, cell.outputs)]
         cell.execution_count = None
         cell.metadata.pop("execution", None)
         for output in cell.outputs:

@@ -3,10 +3,11 @@
     python tests/powercut.py                 # every state is looked at, and every state is resumed
     python tests/powercut.py --resumed 3     # three of them are resumed
 
-A file that was written is safe once it was synced, and its name once its folder was. So each `fsync` of a run is noted
-with what it made safe, and after each one two disks are imagined as a power cut might leave them: `dropped`, on which
-whatever was not synced never happened; and `names`, on which all names are there, but files hold what was synced (an
-empty file where nothing was), as after a rename that overtook its data. `--forget-folders` leaves out the syncs of
+A file that was written is safe once it was synced, and its name once its folder was. So each
+`fsync` of a run is noted with what it made safe. After each one, two disks are imagined as a
+power cut might leave them: `dropped`, on which whatever was not synced never happened; and
+`names`, on which all names are there, but files hold what was synced (an empty file where nothing
+was), as after a rename that overtook its data. `--forget-folders` leaves out the syncs of
 folders, and has to fail: that is the test of this test.
 """
 

@@ -11,6 +11,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_sixty_cases_end_in_a_result_or_a_sentence():
     "In a process of its own: one that forks must have no threads."
     done = subprocess.run(
@@ -23,7 +24,7 @@ def test_sixty_cases_end_in_a_result_or_a_sentence():
 
 
 def judged(code):
-    "What the attack makes of something that a case does; in a process of its own, since it sets threads and environment."
+    "What the attack makes of a case; in its own process, since it sets threads and environment."
     script = f"import json, attack\n{code}\nprint(json.dumps(attack.carry_out(does)))"
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -52,15 +53,8 @@ def test_only_a_sentence_is_a_sentence(error, outcome):
 
 
 def test_markup_on_a_page_is_noticed():
-    assert (
-        judged(
-            "import attack_cases, hostile\ndef does(): attack_cases.page(f'<p>{hostile.MARK}</p>')"
-        )
-        == "flaw"
-    )
-    assert (
-        judged(
-            "import attack_cases, hostile, html\ndef does(): attack_cases.page(html.escape(hostile.MARK))"
-        )
-        == "result"
-    )
+    raw = "def does(): attack_cases.page(f'<p>{hostile.MARK}</p>')"
+    escaped = "def does(): attack_cases.page(html.escape(hostile.MARK))"
+    imports = "import attack_cases, hostile, html\n"
+    assert judged(imports + raw) == "flaw"
+    assert judged(imports + escaped) == "result"

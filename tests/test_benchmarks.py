@@ -30,7 +30,7 @@ def test_one_step_at_scale_runs_at_a_tiny_size(tmp_path):
 
 
 def test_the_large_size_is_qwens(monkeypatch):
-    "Counted without drawing a weight; the hub's model card says 8.29B parameters for Qwen2.5-VL-7B."
+    "Counted without drawing a weight; the hub's card says 8.29B parameters for Qwen2.5-VL-7B."
     monkeypatch.syspath_prepend(FOLDER)
     from against_trl import make
     from at_scale import SEVEN

@@ -1,4 +1,7 @@
-"The command as a user meets it: every test that runs an experiment runs a real notebook in a real kernel."
+"""The command as a user meets it.
+
+Every test that runs an experiment runs a real notebook in a real kernel.
+"""
 
 import errno
 import json
@@ -41,13 +44,16 @@ DR2SEG = Path(sys.executable).parent / "dr2seg"
 TRAIN = """
 import time
 from dr2seg_lib.runs.run_folder import Run
-with (Run.resume(out) if resume else Run.create(out, {"steps": steps, "nap": nap, "recipe": recipe})) as run:
+asked = {"steps": steps, "nap": nap, "recipe": recipe}
+with (Run.resume(out) if resume else Run.create(out, asked)) as run:
     for step in range(len(run.metrics()) + 1, steps + 1):
         time.sleep(nap)
         run.log({"step": step})
         run.progress("training", step, steps, f"reward {step}")
         if run.stop_requested(): break
-    else: run.results({w: dict(tokens=80 / n, gIoU=.7, cIoU=.6, answer_entropy=.5) for n, w in ((1, "before"), (2, "after"))})
+    else:
+        figures = dict(gIoU=.7, cIoU=.6, answer_entropy=.5)
+        run.results({"before": figures | {"tokens": 80}, "after": figures | {"tokens": 40}})
 """
 
 
@@ -131,7 +137,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
         ),
         (
             ["--preset", "reasonseg_few_shot", "-p", "data", "nowhere"],
-            "data: nowhere does not exist; give the path of a data set, or its name on the hub. The embedded world is called mini.",
+            "data: nowhere does not exist; give the path of a data set, or its name on the hub. "
+            "The embedded world is called mini.",
         ),
         (
             ["--preset", "visionreasoner_7k", "-p", "data", "mini", "-p", "eval_data", "nowhere"],
@@ -188,8 +195,10 @@ def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
         ),
     )
     assert run_summary(tmp_path).splitlines()[1:] == [
-        "training records that cannot be read, passed over: 2, the first: a.json is broken; mend it. (all in results.json)",
-        "evaluated records that cannot be read, counted as misses: 2 (they have an error in the predictions)",
+        "training records that cannot be read, passed over: 2, "
+        "the first: a.json is broken; mend it. (all in results.json)",
+        "evaluated records that cannot be read, counted as misses: 2 "
+        "(they have an error in the predictions)",
     ]
 
 
@@ -357,7 +366,7 @@ raise SystemExit(cli.main({list(args)!r}))"""
             ["train", "-p", "steps", "0"],
             'parameter "steps": input should be greater than or equal to 1, not 0',
         ),
-        (["train", "-p", "recipe", "x"], "method 'x' is unknown; use one of visionreasoner"),
+        (["train", "-p", "recipe", "x"], "method 'x' is unknown; use one of dpad, "),
         (
             ["train", "-p", "method", "nowhere.py:mine"],
             "method: nowhere.py does not exist; give the path of the file that holds mine",
@@ -777,7 +786,8 @@ def test_a_run_whose_record_cannot_be_read_is_not_resumed(tmp_path, notebook, ca
         ("results.json", b'{"gIoU": 1, "evaluation": {"data": 3}}'),
         (
             "results.json",
-            b'{"gIoU": 1, "n": 1, "strata": [], "evaluation": {"data": "a", "format": "b", "split": "c", "protocol": "d"}}',
+            b'{"gIoU": 1, "n": 1, "strata": [], "evaluation": '
+            b'{"data": "a", "format": "b", "split": "c", "protocol": "d"}}',
         ),
         ("run.json", b"[]"),
         ("run.json", b"{}"),
@@ -808,15 +818,18 @@ def test_tables_of_a_malformed_run_are_one_sentence(tmp_path, capsys, name, text
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "out/.notebook.ipynb cannot be written (No space left on device); free space, or choose another folder with --out",
+            "out/.notebook.ipynb cannot be written (No space left on device); "
+            "free space, or choose another folder with --out",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "out/x"),
-            "out/x cannot be written (Permission denied); grant permission, or choose another folder with --out",
+            "out/x cannot be written (Permission denied); "
+            "grant permission, or choose another folder with --out",
         ),
         (
             FileNotFoundError(errno.ENOENT, "No such file or directory", "gone/x"),
-            "gone/x cannot be written (No such file or directory); restore gone, or choose another folder with --out",
+            "gone/x cannot be written (No such file or directory); "
+            "restore gone, or choose another folder with --out",
         ),
         (OSError("a sentence; mend it"), "papermill failed: OSError: a sentence; mend it"),
         (TimeoutError("no answer"), "papermill failed: TimeoutError: no answer"),
@@ -865,7 +878,8 @@ def test_cut_answers_and_the_split_are_told(tmp_path):
         "the table",
         "",
         "a tenth of the ids, held out by their hash",
-        "12.5 % of the questions got an answer that max_new_tokens cut short, which is mostly a miss; raise max_new_tokens",
+        "12.5 % of the questions got an answer that max_new_tokens cut short, "
+        "which is mostly a miss; raise max_new_tokens",
     ]
 
 
@@ -1007,18 +1021,9 @@ def test_a_config_refused_in_the_notebook_is_a_sentence(tmp_path):
 
 def test_a_killed_kernel(tmp_path, notebook):
     "Papermill would call these cells completed."
-    failed = dr2seg(
-        tmp_path,
-        "run",
-        notebook(
-            TRAIN.replace("break", "pass").replace(
-                "run.log(",
-                "step > 1 and __import__('os').kill(__import__('os').getpid(), 9)\n        run.log(",
-            )
-        ),
-        "--out",
-        "out",
-    )
+    killed = "step > 1 and os.kill(os.getpid(), 9)\n        run.log("
+    code = "import os\n" + TRAIN.replace("break", "pass").replace("run.log(", killed)
+    failed = dr2seg(tmp_path, "run", notebook(code), "--out", "out")
     assert failed.returncode == 1
     assert "dr2seg: the kernel was killed" in failed.stderr
     assert read_json(tmp_path / "out/run.json")["status"] == "failed"
@@ -1161,8 +1166,8 @@ def test_a_checkpoint_that_lacks_a_shard_is_told_before_anything_starts(
         == 2
     )
     assert (
-        capsys.readouterr().err
-        == f"dr2seg: model {tmp_path}/model is not whole (model-00001-of-00002.safetensors is missing); fetch it again\n"
+        capsys.readouterr().err == f"dr2seg: model {tmp_path}/model is not whole "
+        "(model-00001-of-00002.safetensors is missing); fetch it again\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -1227,7 +1232,10 @@ def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
     assert resumed(ended)["config"]["steps"] == 9
 
 
-RUNS_CODE = "from pathlib import Path\nfrom dr2seg_lib.methods.dr2seg import dr2seg as mine\n(Path(__file__).parent/'it-ran').touch()\n"
+RUNS_CODE = """from pathlib import Path
+from dr2seg_lib.methods.dr2seg import dr2seg as mine
+(Path(__file__).parent/'it-ran').touch()
+"""
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_links_of_a_page_lead_somewhere(path):
     assert not [t for t in links(path.read_text()) if not (path.parent / t).exists()]
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=from_root)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=from_root)
 def test_links_of_a_chapter_lead_somewhere(path):
     targets = [t for text in prose(path) for t in links(text)]
     assert not [t for t in targets if not (path.parent / t).exists()]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -33,9 +34,21 @@ def prose(path):
 
 
 def outputs(path):
-    return [o for c in cells(path, "code") for o in c["outputs"]]
+    return list(chain.from_iterable(c["outputs"] for c in cells(path, "code")))
 
 
+def text_of(output):
+    "All text of an output, with the JSON of its text formats."
+    formats = {k: v for k, v in output.get("data", {}).items() if k.startswith("text/")}
+    return "".join(output.get("text", "")) + json.dumps(formats)
+
+
+def local_links(text):
+    "The links of a text that do not lead to the web."
+    return [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+
+
+@pytest.mark.slow
 @each
 def test_tour_runs(path):
     "From top to bottom in a kernel of its own."
@@ -53,15 +66,11 @@ def test_tour_runs(path):
 
 @each
 def test_what_a_tour_shows_is_whole(path):
-    "The committed outputs: there, without errors or warnings, of this machine no trace, and not too heavy."
+    "The committed outputs: there, without errors, warnings and paths, and not too heavy."
     shown = outputs(path)
     assert shown
     assert not [o for o in shown if o["output_type"] == "error" or o.get("name") == "stderr"]
-    texts = "".join(
-        "".join(o.get("text", ""))
-        + json.dumps({k: v for k, v in o.get("data", {}).items() if k.startswith("text/")})
-        for o in shown
-    )
+    texts = "".join(map(text_of, shown))
     assert not re.search(r"/(tmp|home|root|work)/", texts), "a path of the machine it ran on"
     assert path.stat().st_size < 800_000
 
@@ -75,11 +84,6 @@ def test_a_tour_says_what_it_is_and_where_to_go(path):
 
 @each
 def test_links_of_a_tour_lead_somewhere(path):
-    links = [
-        link
-        for text in prose(path)
-        for link in re.findall(r"\]\(([^)#]+)", text)
-        if "://" not in link
-    ]
+    links = list(chain.from_iterable(map(local_links, prose(path))))
     assert links
     assert not [link for link in links if not (path.parent / unquote(link)).exists()]

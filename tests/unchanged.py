@@ -1,7 +1,7 @@
-"""Figures that a change of shape must leave alone: five steps of the demo, and an evaluation of 32 scenes.
+"""Figures that a change of shape must not change: five steps of the demo, 32 scenes evaluated.
 
     python tests/unchanged.py --write FILE     # before the change
-    python tests/unchanged.py --check FILE     # after it, on the same machine: equal to the last digit
+    python tests/unchanged.py --check FILE     # after it, on the same machine: equal, to the bit
 
 Machines differ in the last digits and a policy amplifies them, so no such file is committed.
 """

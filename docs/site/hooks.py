@@ -2,7 +2,8 @@
 
 A page's address is its path in the repository, so that a link that works on the web works on the
 site. Notebooks are rendered by mkdocs-jupyter with the outputs that are committed; nothing is run.
-Equations become MathML here, so that no script is fetched.
+Equations become MathML here, and notebooks share one style sheet, so that no page fetches a script
+and none carries half a megabyte of styles.
 """
 
 import ast
@@ -35,10 +36,15 @@ def served_paths():
 
 def imported_siblings(module: Path, names: set):
     "The modules of the same folder that a module imports."
+    package = f"dr2seg_lib.{module.parent.name}"
     for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            last = (node.module or "").rpartition(".")[2]
-            yield from names & {last, *(alias.name for alias in node.names)}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        name = "." * node.level + (node.module or "")
+        if name in (".", package):
+            yield from names & {alias.name for alias in node.names}
+        elif name.startswith(package + ".") or node.level == 1:
+            yield from names & {name.rpartition(".")[2]}
 
 
 def chapters(folder: str):
@@ -70,7 +76,7 @@ def on_config(config):
 
 @event_priority(100)  # before mkdocs-jupyter, which takes the notebooks from these
 def on_files(files, config):
-    kept = [file for file in files if file.abs_src_path is None or file.generated_by]
+    kept = [file for file in files if file.src_dir != config.docs_dir]  # the theme's own
     pages = [
         File(path.as_posix(), str(ROOT), config.site_dir, config.use_directory_urls)
         for path in served_paths()
@@ -81,30 +87,73 @@ def on_files(files, config):
 FENCED = re.compile(r"(<(pre|code|script|style|svg|textarea)\b.*?</\2>)", re.S)
 MATH = re.compile(
     r"\\\((?P<inline>.+?)\\\)|\\\[(?P<block>.+?)\\\]"
-    r"|\$\$(?P<block2>.+?)\$\$|\$(?P<inline2>[^\s$](?:[^$\n]*[^\s$])?)\$(?!\d)",
+    r"|\$\$(?P<notebook_block>.+?)\$\$|\$(?P<notebook_inline>[^\s$](?:[^$\n]*[^\s$])?)\$(?!\d)",
     re.S,
 )
-CELL = re.compile(r'(<div class="[^"]*jp-RenderedMarkdown.*?</div>)', re.S)
+ONE = re.compile(r"\\mathbb\s*(?:\{1\}|1)")  # browsers have no double-struck digit but this letter
 
 
 def to_mathml(match):
     "One equation."
     kind, tex = next((k, v) for k, v in match.groupdict().items() if v)
-    display = "block" if kind.startswith("block") else "inline"
-    return convert(html.unescape(tex), display=display)
+    display = "block" if kind.endswith("block") else "inline"
+    return convert(ONE.sub("𝟙", html.unescape(tex)), display=display)
 
 
 def with_mathml(page: str) -> str:
     "A page with its equations as MathML; code stays as it is."
-    pieces = FENCED.split(page)
+    pieces = FENCED.split(page)  # text, code, the code's tag, text, …
     texts = [MATH.sub(to_mathml, piece) for piece in pieces[::3]]
     codes = pieces[1::3] + [""]
-    return "".join(text + code for text, code in zip(texts, codes))
+    return "".join(text + code for text, code in zip(texts, codes, strict=True))
+
+
+MARKDOWN_CELL = re.compile(r'<div class="[^"]*jp-RenderedMarkdown.*?</div>', re.S)
+STYLE_OR_SCRIPT = re.compile(r"<(style|script)\b[^>]*>(.*?)</\1>", re.S)
+STYLE_SHEET = "assets/notebook.css"
+styles = {}  # what the notebooks' pages share, in order
+
+
+def without_shared_parts(content: str, root: str) -> str:
+    "A notebook's page that links to the shared style sheet and loads no script for equations."
+
+    def shared(match):
+        kind, text = match.groups()
+        if kind == "script":
+            equations = (
+                "MathJax" in text
+                or "mermaid" in text
+                or (not text.strip() and 'src=""' in match[0])
+            )
+            return "" if equations else match.group()
+        if len(text) < 50_000:
+            return match.group()
+        styles[text] = True
+        return f'<link rel="stylesheet" href="{root}{STYLE_SHEET}">'
+
+    return STYLE_OR_SCRIPT.sub(shared, content)
+
+
+def with_page_links(content: str) -> str:
+    "A notebook's page whose links to notebooks and pages lead to their pages on the site."
+    content = re.sub(r'(href="(?!https?:)[^"#]*)\.(?:ipynb|md)(["#])', r"\1.html\2", content)
+    return content.replace('README.html"', 'index.html"')
+
+
+def on_page_markdown(markdown, page, config, files):
+    "A link to a folder of notebooks leads to its first chapter."
+    return re.sub(r"\]\((nbs/\w+)\)", lambda m: f"]({chapters(m.group(1))[0]})", markdown)
 
 
 def on_page_content(content, page, config, files):
     if not page.file.src_uri.endswith(".ipynb"):
         return with_mathml(content)
-    content = re.sub(r'(href="(?!https?:)[^"#]*)\.(?:ipynb|md)(["#])', r"\1.html\2", content)
-    content = content.replace('README.html"', 'index.html"')
-    return CELL.sub(lambda cell: with_mathml(cell.group()), content)
+    root = "../" * page.file.src_uri.count("/")
+    content = with_page_links(without_shared_parts(content, root))
+    return MARKDOWN_CELL.sub(lambda cell: with_mathml(cell.group()), content)
+
+
+def on_post_build(config):
+    sheet = Path(config.site_dir, STYLE_SHEET)
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    sheet.write_text("\n".join(styles))

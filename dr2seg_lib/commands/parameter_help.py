@@ -53,9 +53,12 @@ def notebook_lines(notebook: Path) -> list[str]:
     "What the parameters cell of a notebook declares itself."
     comments, declared = parameter_comments(notebook), free_parameters(parameters_of(notebook))
     rows = [FieldRow(n, repr(v), comments.get(n, "")) for n, v in declared.items()]
-    return [line for row in rows for line in row_lines(row)]
+    lines = []
+    for row in rows:
+        lines += row_lines(row)
+    return lines
 
-
+# %% ../../nbs/commands/parameter_help.ipynb #7b32fd98
 def closing_lines(kind: type | None) -> list[str]:
     "Presets of a training; what an evaluation takes from the adapter's run."
     if kind is EvaluateConfig:
@@ -66,7 +69,7 @@ def closing_lines(kind: type | None) -> list[str]:
         lines += wrap(f"  {name}: {preset_summary(path)}", LINE_WIDTH, subsequent_indent="    ")
     return lines
 
-# %% ../../nbs/commands/parameter_help.ipynb #63c400b7
+# %% ../../nbs/commands/parameter_help.ipynb #add3c3b1
 def parameters_help(experiment: str) -> str:  # a known name, or a notebook's path
     "What an experiment can be asked: name, default, description, by group."
     notebook = find_experiment(experiment)

@@ -82,7 +82,7 @@ def check_names(notebook: Path, given: dict):
     for name in given:
         if name in ("out", "resume"):
             raise ValueError(f'parameter "{name}" is set by --{name}; use that option')
-        if name not in known and name not in also:
+        if name.removesuffix(".name") not in known and name not in also:
             hint = did_you_mean(name, known)
             if kind and hint.startswith("known are"):
                 hint = "dr2seg run EXPERIMENT --help lists what there is"
@@ -98,7 +98,7 @@ def check_config(config):  # as typed
     if not all(isinstance(name, str) for name in config):
         raise ValueError('parameter "config": a name is no text; --help lists them')
 
-
+# %% ../../nbs/commands/parameters.ipynb #a2701051
 def spread_config(notebook: Path, given: dict) -> dict:  # {name: value}
     "What was given, the fields of `config` as if each had been typed."
     kind, declared = config_class(notebook), parameters_of(notebook)
@@ -112,7 +112,7 @@ def spread_config(notebook: Path, given: dict) -> dict:  # {name: value}
     config = flat_parameters(given.get("config", {}), kind.old_names)
     return own | config | flat_parameters(fields, kind.old_names)
 
-
+# %% ../../nbs/commands/parameters.ipynb #dcd74d99
 def notebook_parameters(notebook: Path, given: dict) -> dict:  # {declared name: value}
     "What papermill is to inject: a configuration's fields go into `config`, nested."
     declared, spread = parameters_of(notebook), spread_config(notebook, given)
@@ -125,7 +125,7 @@ def notebook_parameters(notebook: Path, given: dict) -> dict:  # {declared name:
     config = flat_parameters(declared["config"], {}) | fields
     return own | {"config": nested_parameters(config, {})}
 
-# %% ../../nbs/commands/parameters.ipynb #a2701051
+# %% ../../nbs/commands/parameters.ipynb #2e5c31fe
 def check_type(name: str, value, default):
     "A value has its default's type; a whole number will do for a float, and anything for None."
     if isinstance(default, float) and type(value) is int:
@@ -146,7 +146,7 @@ def check_type(name: str, value, default):
         ) from None
     return value
 
-
+# %% ../../nbs/commands/parameters.ipynb #770536f4
 def validation_sentence(error: ValidationError) -> str:
     "The first complaint of a ValidationError as a sentence."
     name, problem, value = first_problem(error)
@@ -162,7 +162,7 @@ def validated_config(kind: type, values: dict):  # → kind(**values)
     except ValidationError as e:
         raise ValueError(validation_sentence(e)) from e
 
-# %% ../../nbs/commands/parameters.ipynb #dcd74d99
+# %% ../../nbs/commands/parameters.ipynb #165c21b2
 def check_names_exist(values: dict):  # parameters of any experiment, in any spelling
     "Refuses a method, a model, a segmenter, a data set or an adapter that cannot be there."
     if problem := find_unknown_name(values, method_names()):
@@ -172,7 +172,7 @@ def check_names_exist(values: dict):  # parameters of any experiment, in any spe
     for name in (flat.get("model.adapter", flat.get("adapter", "")), *flat.get("adapters", [])):
         validate_adapter(str(name))
 
-# %% ../../nbs/commands/parameters.ipynb #2e5c31fe
+# %% ../../nbs/commands/parameters.ipynb #42f2aef4
 def sweep_trainings(values: dict) -> Iterator[dict]:
     "What a sweep would train, one value changed at a time."
     shared = flat_parameters(values["config"], TrainConfig.old_names)
@@ -195,14 +195,14 @@ def check_sweep(values: dict):
     for training in sweep_trainings(values):
         check_names_exist(validated_config(TrainConfig, training).model_dump())
 
-# %% ../../nbs/commands/parameters.ipynb #60862b0d
+# %% ../../nbs/commands/parameters.ipynb #64e1bad3
 def configuration_of(kind: type, values: dict) -> ExperimentConfig:  # values: of the notebook
     "The configuration that a notebook will have, as far as names and values go."
     config = values.get("config", {})
     if kind is TrainConfig:
         config = with_preset(values.get("preset", ""), config)
         config.pop("epochs", None)
-        if values.get("preset") and "data" not in config:
+        if values.get("preset") and "name" not in config.get("data", {}):
             raise ValueError(f"preset {values['preset']} needs ReasonSeg's folder; name it by data")
     return validated_config(kind, config)
 
@@ -222,7 +222,7 @@ def check_quickly(experiment: str, notebook: Path, values: dict):  # values: of 
     elif experiment in experiments():
         check_names_exist(declared | values)
 
-# %% ../../nbs/commands/parameters.ipynb #165c21b2
+# %% ../../nbs/commands/parameters.ipynb #ca57a1c4
 def check_machine_for(experiment: str, values: dict):  # values: of the notebook
     "What is wrong as far as data, weights and servers show it."
     module, _, check = CHECKS[experiment].partition(":")

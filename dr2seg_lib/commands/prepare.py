@@ -69,7 +69,7 @@ def with_run_parameters(given: dict) -> dict:
         print(sentence)
     return flat_parameters(nested, {})
 
-
+# %% ../../nbs/commands/prepare.ipynb #d045a41c
 def run_title(notebook: Path, values: dict) -> str:  # values: of the notebook
     "What a run's folder is called: the experiment, and the method where there is one."
     kind, declared = config_class(notebook), parameters_of(notebook)
@@ -80,7 +80,7 @@ def run_title(notebook: Path, values: dict) -> str:  # values: of the notebook
         method = plain.get("method", plain.get("recipe"))
     return f"{notebook.stem}-{method}"[:100] if method else notebook.stem
 
-
+# %% ../../nbs/commands/prepare.ipynb #7005413a
 def prepare_run(args) -> tuple[Path, Path, dict]:  # notebook, run folder, parameters
     "All that can be found wrong before anything heavy starts."
     check_text(args.experiment, "the argument")
@@ -97,7 +97,7 @@ def prepare_run(args) -> tuple[Path, Path, dict]:  # notebook, run folder, param
     print_renamed(notebook, typed)
     return notebook, out, values
 
-# %% ../../nbs/commands/prepare.ipynb #077de25d
+# %% ../../nbs/commands/prepare.ipynb #8831be45
 def code_named(value) -> list[str]:
     "Every FILE.py:NAME in a value: code of one's own, which whoever loads it runs."
     if isinstance(value, dict):
@@ -107,7 +107,7 @@ def code_named(value) -> list[str]:
         return [value] if is_code else []
     return sum((code_named(part) for part in value), [])
 
-
+# %% ../../nbs/commands/prepare.ipynb #036d8872
 def check_trust(args, recorded: dict, given: dict):
     "Refuses to run code that the record names, unless it was named by hand too, or is trusted."
     names = [name for name in code_named(recorded) if name not in code_named(given)]
@@ -118,7 +118,7 @@ def check_trust(args, recorded: dict, given: dict):
         "look at it, then add --trust"
     )
 
-# %% ../../nbs/commands/prepare.ipynb #e8eb3a88
+# %% ../../nbs/commands/prepare.ipynb #97af0bb1
 RESUME_MAY_CHANGE = "processes", "workers"  # of a notebook without a configuration
 
 
@@ -138,7 +138,7 @@ def check_changes(args, notebook: Path, recorded: dict, given: dict):  # both sp
                 f"not {value!r}; leave the parameter out, or start a new run in another folder"
             )
 
-
+# %% ../../nbs/commands/prepare.ipynb #4449c940
 def recorded_parameters_of(notebook: Path, record: dict) -> dict:  # {name: value}
     "What the record of a run says of its parameters, by today's names."
     recorded = {n: v for n, v in record["parameters"].items() if n not in ("out", "resume")}
@@ -152,7 +152,7 @@ def without_preset(given: dict) -> dict:
     flat = flat_parameters(with_preset(preset, values), {}) if preset else values
     return {n: v for n, v in flat.items() if n != "epochs"}
 
-
+# %% ../../nbs/commands/prepare.ipynb #3d6cc360
 def prepare_resume(
     args, notebook: Path, given: dict
 ) -> tuple[Path, dict]:  # run folder, parameters

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from .execute import execute_notebook, settle_record, unwritable_sentence
 from .notebooks import experiments
-from .parameter_help import parameters_help
 from .parameters_cell import parameters_of
 from .prepare import prepare_run
 from .summary import run_summary
@@ -91,4 +90,6 @@ def experiment_help(
     "What `--help` says of an experiment."
     if experiment is None:
         return "Experiments: " + ", ".join(experiments())
+    from dr2seg_lib.commands.parameter_help import parameters_help  # draws tables, by numpy
+
     return parameters_help(experiment)

@@ -88,12 +88,12 @@ SWEEP_NAMES = dict(
     eval_samples="config.evaluation.samples",
 )
 
-# %% ../../nbs/core/parameter_names.ipynb #c38d4087
+# %% ../../nbs/core/parameter_names.ipynb #8cc3da31
 def old_names_of(values: dict) -> dict:  # {old name: new name}; empty where nothing is old
     "The old names that a record may have, by what else stands in it."
     if "recipe" not in values:
         return {}
-    if "split" not in values:
+    if not {"split", "adapter"} & values.keys():
         return TRAINING_NAMES
     return REA2SEG_NAMES if "overlap" in values else EVALUATION_NAMES
 
@@ -109,7 +109,7 @@ def nested_parameters(
         place_value(nested, name if is_group else names.get(name, name), value)
     return nested
 
-# %% ../../nbs/core/parameter_names.ipynb #86a42a50
+# %% ../../nbs/core/parameter_names.ipynb #06371e9a
 def flat_parameters(values: dict, old_names: dict | None = None) -> dict:  # {short name: value}
     "Parameters by their dotted names, whichever spelling they come in."
     flat = {}

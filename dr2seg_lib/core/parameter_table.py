@@ -30,7 +30,7 @@ def default_text(value) -> str:
         return " ".join(map(str, value))
     return '""' if value == "" else str(value)
 
-
+# %% ../../nbs/core/parameter_table.ipynb #c46e771b
 def field_rows(kind: type[ExperimentConfig]) -> list[FieldRow]:
     "Every field of a configuration, group by group, with its default."
     rows, own = [], ("run", "the run as a whole")
@@ -45,7 +45,7 @@ def field_rows(kind: type[ExperimentConfig]) -> list[FieldRow]:
             rows.append(FieldRow(short, text, part.description or "", name, about))
     return rows
 
-# %% ../../nbs/core/parameter_table.ipynb #25019191
+# %% ../../nbs/core/parameter_table.ipynb #f5682efd
 def parameters_table(config: ExperimentConfig) -> Table:
     "A configuration as a table; where a value is not the default, the default stands beside it."
     values, rows = config.flat(), []

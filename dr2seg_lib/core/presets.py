@@ -43,7 +43,7 @@ def read_preset(
     except (OSError, ValueError) as e:
         raise ValueError(f"preset {path} cannot be read ({e}); correct it") from None
 
-# %% ../../nbs/core/presets.ipynb #51464902
+# %% ../../nbs/core/presets.ipynb #30305ee9
 def with_preset(
     preset: str,  # see `read_preset`; empty: none
     given: dict,  # a training's parameters, in any spelling

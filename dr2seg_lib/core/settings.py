@@ -29,7 +29,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-# %% ../../nbs/core/settings.ipynb #db47584d
+# %% ../../nbs/core/settings.ipynb #78cbad48
 class ModelSettings(Settings):
     "The policy: the model that answers."
 
@@ -52,7 +52,7 @@ class EvaluatedModel(ModelSettings):
 
     adapter: str = Field("", description="checkpoint of a training run; empty: the model as it is")
 
-# %% ../../nbs/core/settings.ipynb #f3ddb40b
+# %% ../../nbs/core/settings.ipynb #37a8b59a
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -65,7 +65,7 @@ class LoraSettings(Settings):
         PROJECTIONS, min_length=1, description="projections of the language model that get one"
     )
 
-# %% ../../nbs/core/settings.ipynb #6b067e4c
+# %% ../../nbs/core/settings.ipynb #9edf897d
 DATA_SET = "data set: mini, a path or a hub id"
 
 
@@ -86,7 +86,7 @@ class TrainingDataSettings(QuestionSettings):
     )
     strict: bool = Field(False, description="a record that cannot be read ends the run")
 
-# %% ../../nbs/core/settings.ipynb #10fce7c1
+# %% ../../nbs/core/settings.ipynb #80209640
 class EvaluatedDataSettings(QuestionSettings):
     "The questions of the evaluation."
 
@@ -104,7 +104,7 @@ class Rea2SegDataSettings(Settings):
     split: str = Field("val", description="split of the data set")
     samples: int = Field(256, ge=1, description="the first so many of the split")
 
-# %% ../../nbs/core/settings.ipynb #8ad1a2aa
+# %% ../../nbs/core/settings.ipynb #37aa2e79
 class AnswerSettings(Settings):
     "The answers."
 
@@ -122,7 +122,7 @@ class RolloutSettings(AnswerSettings):
     group_size: int = Field(8, ge=2, description="answers to each question (n)")
     temperature: float = Field(1.0, gt=0, description="of sampling")
 
-# %% ../../nbs/core/settings.ipynb #28e272e9
+# %% ../../nbs/core/settings.ipynb #6c4c4406
 METHOD = "a name, or FILE.py:NAME for one of your own"
 
 
@@ -144,7 +144,7 @@ class TrainedMethod(MethodSettings):
         "group", description="divide advantages by the group's deviation, or by nothing"
     )
 
-# %% ../../nbs/core/settings.ipynb #3dcd53c0
+# %% ../../nbs/core/settings.ipynb #8796ffdf
 class OptimSettings(Settings):
     "The update: AdamW on GRPO's loss."
 
@@ -161,7 +161,7 @@ class OptimSettings(Settings):
     clip: float = Field(0.2, gt=0, description="range of the likelihood ratio, 1 ± clip")
     updates: int = Field(1, ge=1, description="updates on each step's rollouts (μ)")
 
-# %% ../../nbs/core/settings.ipynb #96ef1c91
+# %% ../../nbs/core/settings.ipynb #f4994d28
 class HeldOutSettings(Settings):
     "The evaluation before and after training."
 
@@ -178,7 +178,7 @@ class CandidateSettings(Settings):
     most: int = Field(8, ge=1, description="at most so many a sample")
     overlap: float = Field(0.8, gt=0, lt=1, description="IoU above which two candidates are one")
 
-# %% ../../nbs/core/settings.ipynb #f0615e01
+# %% ../../nbs/core/settings.ipynb #9355bee5
 class RuntimeSettings(Settings):
     "How it is computed: time and memory, not the mathematics."
 

@@ -12,7 +12,7 @@ from ..core.parameters import EvaluateConfig, Rea2SegConfig
 from ..data.datasets import load_data, validate_data
 from ..methods.registry import load_method
 from ..models.loading import validate_attention, validate_processes
-from ..models.vllm_client import validate_lora_only
+from ..models.vllm_adapter import validate_lora_only
 from ..models.vllm_protocol import served_name
 from ..runs.verify import validate_adapter, validate_model
 

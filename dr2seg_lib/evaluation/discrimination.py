@@ -22,7 +22,7 @@ def response_caption(
     "What a response says of its target: the caption, else the description."
     return parsed.caption or parsed.description
 
-
+# %% ../../nbs/evaluation/discrimination.ipynb #5e148aa6
 def measured_texts(
     row: dict,  # of an evaluation
 ) -> list:  # caption or None; reasoning
@@ -73,7 +73,7 @@ def check_order(rows: list[dict], samples: list[Sample]):
                 "give the samples that were evaluated, in their order"
             )
 
-
+# %% ../../nbs/evaluation/discrimination.ipynb #0911323d
 def discrimination_rows(
     scorer: Scorer,
     rows: list[dict],  # of an evaluation

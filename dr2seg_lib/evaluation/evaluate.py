@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['answer_greedily', 'require_askable', 'try_get', 'draw_answer', 'predict_batch', 'iter_predictions', 'evaluate',
-           'truncate_to_batches', 'dataset_info', 'evaluation_parts', 'run_evaluation']
+           'truncate_to_batches', 'dataset_info', 'evaluation_parts', 'append_predictions', 'run_evaluation']
 
 # %% ../../nbs/evaluation/evaluate.ipynb #9321bc46
 import os
@@ -55,7 +55,7 @@ def require_askable(policy: Policy, sample: Sample) -> Sample:
         raise BrokenRecord(problem)
     return sample
 
-
+# %% ../../nbs/evaluation/evaluate.ipynb #b09008b4
 def try_get(policy: Policy, samples: Sequence[Sample], i: int) -> Sample | BrokenRecord:
     "A sample, or why it cannot be read or asked."
     try:
@@ -74,7 +74,7 @@ def draw_answer(
     prompts = segmenter_prompts(segmenter, parsed, sample.query, frame, sample.size)
     return segmenter.segment(sample.image, prompts)
 
-
+# %% ../../nbs/evaluation/evaluate.ipynb #ab25c955
 def predict_batch(
     policy: Policy,
     segmenter: Segmenter,
@@ -119,7 +119,7 @@ def iter_predictions(
 def _silent(done: int, total: int):
     "No progress."
 
-
+# %% ../../nbs/evaluation/evaluate.ipynb #595421ea
 def evaluate(
     policy: Policy,
     segmenter: Segmenter,
@@ -169,7 +169,7 @@ def dataset_info(data, name: str, split: str) -> dict:  # data, format, split, p
 def _from_first(value):  # what the first process knows, in every process
     return broadcast_object_list([value])[0]
 
-
+# %% ../../nbs/evaluation/evaluate.ipynb #6d9b3f9b
 def evaluation_parts(
     config: EvaluateConfig,
     run: Run,
@@ -186,6 +186,24 @@ def evaluation_parts(
         served = ServedPolicy(policy, runtime.server, model.name, folder)
         policy = stack.enter_context(served)
     return policy, segmenter
+
+# %% ../../nbs/evaluation/evaluate.ipynb #7a0f5fd8
+def append_predictions(
+    run: Run,
+    batches: Iterator[list[dict]],
+    done: int,  # rows that are there
+    total: int,  # rows of the whole evaluation
+    writes: bool,  # whether this process writes
+) -> bool:  # whether all rows are there
+    "Append batch after batch to predictions.jsonl, until all are there or the run is to stop."
+    for rows in batches:
+        if writes:
+            append_jsonl(run.folder / "predictions.jsonl", rows)
+        done += len(rows)
+        run.progress("evaluating", done, total)
+        if _from_first(done < total and run.stop_requested()):
+            return False
+    return True
 
 # %% ../../nbs/evaluation/evaluate.ipynb #fa881737
 def run_evaluation(
@@ -206,14 +224,8 @@ def run_evaluation(
         limits = size, config.rollout.max_new_tokens
         done = _from_first(truncate_to_batches(path, size, len(data)) if writes else None)
         asked = policy, segmenter, data, method.prompt, *limits, done, accelerator, method.parse
-        for rows in iter_predictions(*asked):
-            if writes:
-                append_jsonl(path, rows)
-            done += len(rows)
-            run.progress("evaluating", done, len(data))
-            if _from_first(done < len(data) and run.stop_requested()):
-                return run
-        if writes:
+        whole = append_predictions(run, iter_predictions(*asked), done, len(data), writes)
+        if whole and writes:
             info = dataset_info(data, config.data.name, config.data.split)
             run.results(dict(evaluation=info) | summarize(read_jsonl(path)))
     return run

@@ -65,7 +65,7 @@ def cumulative_iou(
     "cIoU: the sum of intersections over the sum of unions."
     return areas[..., 0].sum(-1) / np.maximum(areas[..., 1].sum(-1), 1)
 
-
+# %% ../../nbs/evaluation/metrics.ipynb #fe9cf92a
 def mean_with_interval(
     name: str,
     values: list,  # a number a row; None where a row does not tell
@@ -100,7 +100,7 @@ def metrics_by_tag(rows: list[dict]) -> dict:  # {tag: {value: what `aggregate` 
         tags |= dict.fromkeys(row["tags"])
     return {tag: _strata(rows, tag) for tag in tags}
 
-
+# %% ../../nbs/evaluation/metrics.ipynb #4722405e
 def summarize(rows: list[dict]) -> dict:
     "The measures overall and by tag, and how many records could not be read."
     unread = sum("error" in r for r in rows)

@@ -83,7 +83,7 @@ def published_row(
     "A published row."
     return dict(method=method, on=on, protocol=AS_PUBLISHED, tokens=tokens, gIoU=gIoU, cIoU=cIoU)
 
-
+# %% ../../nbs/evaluation/published.ipynb #88b74dbd
 def published_rows(
     table: tuple,  # of (method, tokens, gIoU, cIoU), the last ones may be missing
     on: str,  # data set and split
@@ -99,7 +99,7 @@ def referring_rows() -> list[dict]:
         rows += [published_row(method, on, gIoU=values[k]) for method, *values in REFCOCO_ROWS]
     return rows
 
-
+# %% ../../nbs/evaluation/published.ipynb #969fcf70
 def published_strata() -> list[dict]:
     "DPAD's strata of ReasonSeg test, Seg-Zero beside it."
     rows = []

@@ -68,7 +68,7 @@ def summarize_rea2seg(
     groups["all"] = rows
     return {name: _figures_of(group) for name, group in groups.items() if group}
 
-
+# %% ../../nbs/evaluation/rea2seg.ipynb #53ae6efe
 def cost_table(summary: dict) -> Table:
     "The summary as a table, a row a dimension."
     rows = []
@@ -88,7 +88,7 @@ def load_scoring_policy(
         return policy
     return load_judge(config.scorer or "embedded")
 
-
+# %% ../../nbs/evaluation/rea2seg.ipynb #6ebd926a
 def rea2seg_results(rows: list[dict]) -> dict:  # table, summary, cut
     "What results.json keeps of all rows."
     summary = summarize_rea2seg(rows)
@@ -105,8 +105,8 @@ def run_rea2seg(
     "A row each in predictions.jsonl, the summary in results.json."
     data, asked = check_rea2seg(config), config.candidates
     segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model.name)
-    scorer, prompt = load_scoring_policy(config, policy), METHODS[config.method.name].prompt
-    limits = asked.overlap, asked.most, config.rollout.max_new_tokens
+    scorer, method = load_scoring_policy(config, policy), METHODS[config.method.name]
+    limits = asked.overlap, asked.most, config.rollout.max_new_tokens, method.parse
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
         path = run.folder / "predictions.jsonl"
         rows = read_jsonl(path) if path.exists() else []
@@ -115,7 +115,7 @@ def run_rea2seg(
             if run.stop_requested():
                 return run
             sample = require_askable(policy, data[i])
-            rows.append(rea2seg(policy, scorer, segmenter, sample, prompt, *limits).row())
+            rows.append(rea2seg(policy, scorer, segmenter, sample, method.prompt, *limits).row())
             append_jsonl(path, rows[-1:])
             run.progress("scoring candidates", len(rows), len(data))
         run.results(rea2seg_results(rows))

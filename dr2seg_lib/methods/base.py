@@ -37,7 +37,7 @@ def to_float(
     x = torch.as_tensor(x)
     return x if x.is_floating_point() else x.float()
 
-
+# %% ../../nbs/methods/base.ipynb #77cb1a49
 def stack_terms(
     rows,  # one {name: number} an answer
 ) -> dict:  # {name: [n]}
@@ -52,7 +52,7 @@ def sum_terms(
     "The plain sum of all terms."
     return sum(terms.values())
 
-
+# %% ../../nbs/methods/base.ipynb #d0a27405
 def combine_terms(
     terms: dict,  # {name: [n]}
     added: tuple,  # names of terms
@@ -90,7 +90,7 @@ def described(self: Method) -> bool:
     "Whether the first pass gives a description: for a second pass, or to be drawn."
     return "description" in self.blocks
 
-
+# %% ../../nbs/methods/base.ipynb #2ca5b598
 @patch
 def combination(
     self: Method,
@@ -106,7 +106,7 @@ def combination(
     rest = [name for name in terms if name not in self.factors]
     return dict(added=rest if self.added is None else list(self.added), factors=list(self.factors))
 
-
+# %% ../../nbs/methods/base.ipynb #2a26e9dd
 @patch
 def reward(
     self: Method,

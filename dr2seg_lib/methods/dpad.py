@@ -67,7 +67,7 @@ def caption_terms(
     values = discriminative(s.s1[0], s.s2[0], method.dpad_variant, s.tokens[0])
     return dict(discriminative=torch.where(s.tokens[0] > 0, values, 0.0))
 
-
+# %% ../../nbs/methods/dpad.ipynb #65ff223e
 def dpad_terms(
     method: Method,
     group: Group,
@@ -78,6 +78,9 @@ def dpad_terms(
     return seg_zero_terms(method, group, frame) | caption_terms(method, group, captions)
 
 # %% ../../nbs/methods/dpad.ipynb #21d9c1e8
+#| export
+
+# %% ../../nbs/methods/dpad.ipynb #be2ae68b
 dpad = Method(
     name="dpad",
     title="DPAD",

@@ -60,7 +60,7 @@ def same_objects(
     overlaps = [[boxes_overlap(p, t) for t in targets] for p in objects]
     return best_matching(overlaps) == len(objects)
 
-
+# %% ../../nbs/methods/dr2seg.ipynb #97322041
 def description_reward(
     text: str,  # the raw second-pass response
     targets: list,  # of Target, in the frame of the text
@@ -88,7 +88,7 @@ def conditional_length(
     r_len, some_right = to_float(r_len), (to_float(r_acc) > 0).any(-1, keepdim=True)
     return torch.where(some_right, r_len, 1.0)
 
-
+# %% ../../nbs/methods/dr2seg.ipynb #1b62fa45
 def total_reward(
     base,  # R_base: format + non-repeat + accuracy, 0..7
     desc,  # R_desc, 0 or 1
@@ -109,7 +109,7 @@ def described_terms(
         values.append(0.0 if r is None else float(same_objects(r.parsed.listed, targets)))
     return base_terms(method, group, frame) | dict(description=torch.tensor(values))
 
-
+# %% ../../nbs/methods/dr2seg.ipynb #c8ce589a
 def with_length_factor(
     method: Method,
     group: Group,
@@ -130,7 +130,7 @@ def dr2seg_terms(
     "The base terms, R_desc and the length factor."
     return with_length_factor(method, group, described_terms(method, group, frame))
 
-
+# %% ../../nbs/methods/dr2seg.ipynb #6ac9c3cf
 dr2seg_desc = Method(
     name="dr2seg_desc",
     title="DR²Seg without R_len",
@@ -184,7 +184,7 @@ def dr2seg_sam3_terms(
     "The terms of the drawn descriptions and the length factor."
     return with_length_factor(method, group, mask_reward_terms(method, group, frame))
 
-
+# %% ../../nbs/methods/dr2seg.ipynb #f62c0dd7
 dr2seg_sam3_desc = replace(
     dr2seg_desc,
     name="dr2seg_sam3_desc",

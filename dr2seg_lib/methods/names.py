@@ -54,7 +54,7 @@ def library_labels() -> dict[str, dict]:  # {module: {method's name: MethodLabel
     labels = {file.stem: labels_in(file.read_text("utf-8")) for file in sorted(folder.glob("*.py"))}
     return {module: some for module, some in labels.items() if some}
 
-
+# %% ../../nbs/methods/names.ipynb #9a9450ab
 def method_labels() -> dict:  # {name: MethodLabel, or the Method itself, which has the same fields}
     "Every method's label: the library's, and what was registered besides."
     labels = {}
@@ -62,7 +62,7 @@ def method_labels() -> dict:  # {name: MethodLabel, or the Method itself, which 
         labels |= some
     return labels | METHODS
 
-
+# %% ../../nbs/methods/names.ipynb #a6e5d079
 def method_names() -> list[str]:
     "The names of all methods."
     return list(method_labels())
@@ -75,7 +75,7 @@ def method_title(
     label = method_labels().get(name)
     return (label.title if label else "") or name
 
-
+# %% ../../nbs/methods/names.ipynb #854c5776
 def method_colour(
     name: str,  # of a method, known here or not
 ) -> str | None:  # #rrggbb; None: it has none of its own
@@ -83,7 +83,7 @@ def method_colour(
     label = method_labels().get(name)
     return label.colour if label else None
 
-
+# %% ../../nbs/methods/names.ipynb #76b95ffb
 def ablation_row(
     name: str,  # of a method, known here or not
 ) -> str:  # "" where the paper's ablation has no such row

@@ -24,10 +24,14 @@ from ..data.samples import Sample
 from .rea2seg_candidates import Candidate, attention_grid, propose_candidates
 from ..models.attention_maps import heat_map
 from ..models.loading import load_policy
-from ..models.policy import EMBEDDED, EncodedImage, Policy
+from ..models.policy import Policy
 from ..models.prefix_cache import Prefix
+from ..models.pretrained import EMBEDDED
+from ..models.vision import EncodedImage
 from dr2seg_lib.rollouts.parsing import (
+    Parsed,
     find_block,
+    parse_response,
     parsed_record,
     segmenter_prompts,
     to_image_coordinates,
@@ -50,7 +54,7 @@ def dilate(
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1,) * 2)
     return cv2.dilate(mask.astype(np.uint8), kernel) > 0
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #b6834cb2
 def highlight_candidate(
     image: np.ndarray,  # [H,W,3] uint8
     mask: np.ndarray,  # [H,W] bool
@@ -81,7 +85,7 @@ def scoring_prompt(
     "The prompt that asks for a score of a marked candidate."
     return SCORING[0] + normalize_question(query, eval) + SCORING[1]
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #00e2d66e
 def read_score(text: str) -> float:  # 0..10
     "The number inside the first complete `<score>` block; 0 for anything else. Never raises."
     score = SCORE.fullmatch(find_block(text, "score") or "")
@@ -103,7 +107,7 @@ def score_candidates(
     prefix = scorer.prefill([scoring_prompt(query, eval=True)] * len(images), images)
     return to_responses(scorer, scorer.generate(prefix, 1, max_new_tokens, temperature=0))
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #79174707
 def best_candidate(scores: list[float]) -> int | None:  # index; None of none
     "The highest score; the first among equals."
     return int(np.argmax(scores)) if scores else None
@@ -124,7 +128,7 @@ def add_score_tokens(policy: Policy) -> Policy:
         )
     return policy
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #6b6f5a2e
 def load_judge(
     name: str = "embedded",  # "embedded", a local folder or a hub id
 ) -> Policy:
@@ -174,7 +178,7 @@ def candidate_rows(self: Rea2SegResult) -> list[dict]:
         rows.append(dict(source=c.source, score=score, iou=overlap, text=r.text, rle=rle))
     return rows
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #19f74908
 @patch
 def row(self: Rea2SegResult) -> dict:
     "What predictions.jsonl keeps."
@@ -203,14 +207,15 @@ def direct_answer(
     text: str,  # user text
     image: np.ndarray,  # [H,W,3] uint8
     max_new_tokens: int,
+    parse: Callable[[str], Parsed] = parse_response,  # the method's
 ) -> tuple[Response, EncodedImage, Prefix]:
     "The policy's greedy answer, with the image and the prefix that it was given to."
     images = policy.encode([image])
     prefix = policy.prefill([text], images)
     completions = policy.generate(prefix, 1, max_new_tokens, temperature=0)
-    return to_responses(policy, completions)[0], images[0], prefix
+    return to_responses(policy, completions, parse)[0], images[0], prefix
 
-
+# %% ../../nbs/methods/rea2seg.ipynb #9d306fbf
 @torch.no_grad()
 def rea2seg(
     policy: Policy,  # answers
@@ -221,12 +226,13 @@ def rea2seg(
     overlap: float = 0.8,  # IoU above which two candidates are one
     limit: int = 8,  # candidates at most
     max_new_tokens: int = 192,
+    parse: Callable[[str], Parsed] = parse_response,  # the method's
 ) -> Rea2SegResult:
     "Answer, look where the answer looked, draw candidates, score them."
     timer, text = StageTimer(), prompt(sample.query, eval=True)
     frame, size = policy.frame, sample.size
     with timer("direct"):
-        direct, image, prefix = direct_answer(policy, text, sample.image, max_new_tokens)
+        direct, image, prefix = direct_answer(policy, text, sample.image, max_new_tokens, parse)
         prompts = segmenter_prompts(segmenter, direct.parsed, sample.query, frame, size)
         mask = segmenter.segment(sample.image, prompts)
     with timer("candidates"):

@@ -19,8 +19,9 @@ from ..core.masks import iou, mask_box, ratio
 from ..data.samples import Target
 from ..models.attention_maps import image_attention
 from ..models.chat import encode_text
-from ..models.policy import EncodedImage, Policy
+from ..models.policy import Policy
 from ..models.prefix_cache import Prefix
+from ..models.vision import EncodedImage
 from ..segmenters.base import Segmenter
 
 # %% ../../nbs/methods/rea2seg_candidates.ipynb #9aba3a30
@@ -41,7 +42,7 @@ def tokens_over(
     "Which tokens share a character with any of the spans."
     return [any(a < end and b > start for start, end in spans) for a, b in offsets]
 
-
+# %% ../../nbs/methods/rea2seg_candidates.ipynb #f54c518b
 def coordinate_tokens(
     tokenizer,
     text: str,  # a response
@@ -81,7 +82,7 @@ def hottest_pixel(
     y, x = np.unravel_index(np.where(mask, heat, -1).argmax(), heat.shape)
     return int(x), int(y)
 
-
+# %% ../../nbs/methods/rea2seg_candidates.ipynb #3d55f1f3
 def hottest_first(targets: list[Target], heat: np.ndarray) -> list[Target]:
     "Places by the heat at their points."
     return sorted(targets, key=lambda t: -heat[t.point[1], t.point[0]])
@@ -143,7 +144,7 @@ def distinct_candidates(
             distinct.append(c)
     return distinct
 
-
+# %% ../../nbs/methods/rea2seg_candidates.ipynb #b73df453
 def refine_prompts(
     masks: list,  # of [H,W] bool
     targets: list[Target],  # that they were drawn from
@@ -159,7 +160,7 @@ def union_mask(
     "All masks as one."
     return np.any([np.zeros(shape, dtype=bool), *masks], axis=0)
 
-
+# %% ../../nbs/methods/rea2seg_candidates.ipynb #81f14ccd
 def propose_candidates(
     segmenter: Segmenter,
     image: np.ndarray,  # [H,W,3] uint8

@@ -39,7 +39,7 @@ def _run_file(file: str, variable: str) -> dict:  # {name: value}
     except Exception as e:  # whatever its code may raise
         raise ValueError(f"method: {file} cannot be run ({type(e).__name__}: {e}); mend it") from e
 
-
+# %% ../../nbs/methods/registry.ipynb #e03e247f
 def load_method(
     name: str,  # one of METHODS, or FILE.py:NAME
 ) -> Method:
@@ -56,7 +56,7 @@ def load_method(
         raise ValueError(f"method: {file} has no method {variable}; it has {names}")
     return register_method(values[variable], name)
 
-
+# %% ../../nbs/methods/registry.ipynb #65aa8beb
 def validate_method(
     name: str,  # one of METHODS, or FILE.py:NAME
 ) -> str:  # the same

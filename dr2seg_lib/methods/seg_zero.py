@@ -42,7 +42,7 @@ def single_template(
         f"<answer>{SINGLE_EXAMPLE}</answer>{after}",
     )
 
-
+# %% ../../nbs/methods/seg_zero.ipynb #f6463464
 SEG_ZERO_TEMPLATE = single_template(
     "the thinking process in <think> </think> and final answer in <answer> </answer>"
 )
@@ -74,7 +74,7 @@ def as_one_object(
     last = targets[-1]
     return Target(box, targets[0].point, second=last.second or last.point)
 
-
+# %% ../../nbs/methods/seg_zero.ipynb #48c4b2e5
 def pair_distance(
     pair: tuple,  # two points (x,y)
     other: tuple,  # two more
@@ -88,7 +88,7 @@ def _single_format(box, points: list) -> float:  # 0 or 1: is each a list of the
     lengths = zip((box, *points), (4, 2, 2))
     return float(all(isinstance(v, list) and len(v) == n for v, n in lengths))
 
-
+# %% ../../nbs/methods/seg_zero.ipynb #5d7e61bb
 def score(
     text: str,  # the raw response
     targets: list,  # of Target, in the frame of the text, taken as one object
@@ -120,7 +120,7 @@ def seg_zero_terms(
     targets, caption = group.sample.scaled(frame), "caption" in method.blocks
     return stack_terms(score(r.text, targets, frame, caption) for r in group.first)
 
-
+# %% ../../nbs/methods/seg_zero.ipynb #90aa2182
 seg_zero = Method(
     name="seg_zero",
     title="Seg-Zero",

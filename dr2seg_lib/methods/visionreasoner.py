@@ -89,7 +89,7 @@ def base_terms(
     targets, blocks = group.sample.scaled(frame), method.blocks
     return stack_terms(score_terms(r.text, r.parsed, targets, frame, blocks) for r in group.first)
 
-
+# %% ../../nbs/methods/visionreasoner.ipynb #3759c5a1
 visionreasoner = Method(
     name="visionreasoner",
     title="VisionReasoner",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JUDGE_SEEDS', 'SPOILED', 'draw_marked', 'spoil_prompt', 'judge_chain', 'shown_in', 'judge_example', 'judge_loss',
-           'train_judge', 'save_judge', 'judge_quality']
+           'encode_lessons', 'lesson_order', 'train_judge', 'save_judge', 'share_apart', 'judge_quality']
 
-# %% ../../nbs/pretraining/judge.ipynb #a658d24b
+# %% ../../nbs/pretraining/judge.ipynb #6aaf71d8
 from pathlib import Path
 
 import numpy as np
@@ -27,204 +27,198 @@ from dr2seg_lib.methods.rea2seg import (
     read_score,
     scoring_prompt,
 )
-from ..models.policy import EncodedImage, Policy
+from ..models.policy import Policy
+from ..models.vision import EncodedImage
 from ..rollouts.response import to_responses
 from ..segmenters.base import Segmenter
 
-# %% ../../nbs/pretraining/judge.ipynb #40b41fb0
+# %% ../../nbs/pretraining/judge.ipynb #a164b0e6
 JUDGE_SEEDS = WARM_START + 1_000_000  # first seed of the scoring lessons
 SPOILED = 0.25  # share of candidates from a spoiled box
 
 
-def draw_marked(rng, scene: Scene, q: Question) -> tuple:  # of Things
-    "What a lesson marks: the answer, another thing, or, one time in seven, a mix: half of a pair, or the answer and something else."
+def draw_marked(rng, scene: Scene, q: Question) -> tuple:  # of SceneObject
+    "What a lesson marks."
     others, sort = [t for t in scene.things if t not in q.targets], rng.random()
     if sort < 0.45 or not others:
         return q.targets
-    like = [
-        t for t in others if t.colour == q.targets[0].colour or t.shape == q.targets[0].shape
-    ] or others
-    other = _pick(rng, like if rng.random() < 0.5 else others)
+    colour, shape = q.targets[0].colour, q.targets[0].shape
+    alike = [t for t in others if t.colour == colour or t.shape == shape] or others
+    other = _pick(rng, alike if rng.random() < 0.5 else others)
     if sort < 0.85:
         return (other,)
     if len(q.targets) == 2 and sort < 0.95:
         return (_pick(rng, q.targets),)
     return (_pick(rng, q.targets), other)
 
-
+# %% ../../nbs/pretraining/judge.ipynb #c085baad
 def spoil_prompt(rng, target: Target) -> Target:
-    "A prompt whose box has moved and grown or shrunk by up to 0.6 of its size, with a point inside."
+    "A box that has moved and changed by up to 0.6 of its size, with a point inside."
     box = np.array(target.box, dtype=float)
     side = np.tile(box[2:] - box[:2] + 1, 2)
     x1, y1, x2, y2 = box + rng.uniform(-0.6, 0.6, 4) * side
     (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))
     return Target((x1, y1, x2, y2), (rng.uniform(x1, x2), rng.uniform(y1, y2)))
 
-
+# %% ../../nbs/pretraining/judge.ipynb #159cecd7
 def judge_chain(
     scene: Scene,
     q: Question,
     things: tuple,  # what is marked
-    points: int,
-) -> str:  # its score
+    points: int,  # its score
+) -> str:
     "What is marked, the facts, the conclusion, and whether they agree."
-    verdict = (
-        "no, that does not fit"
-        if points == 0
-        else "that does fit"
-        if points > 7
-        else "that does fit, but not as well"
-    )
-    return (
-        ". ".join(
-            [
-                f"here {'is' if len(things) == 1 else 'are'} {describe_objects(things, scene)}",
-                *q.reason,
-                f"so it is {describe_objects(q.targets, scene)}",
-                verdict,
-            ]
-        )
-        + "."
-    )
+    verdict = "that does fit, but not as well"
+    if points == 0:
+        verdict = "no, that does not fit"
+    elif points > 7:
+        verdict = "that does fit"
+    verb = "is" if len(things) == 1 else "are"
+    start = f"here {verb} {describe_objects(things, scene)}"
+    conclusion = f"so it is {describe_objects(q.targets, scene)}"
+    return ". ".join([start, *q.reason, conclusion, verdict]) + "."
 
-# %% ../../nbs/pretraining/judge.ipynb #4a410e06
+# %% ../../nbs/pretraining/judge.ipynb #4327c5d5
 def shown_in(
     mask: np.ndarray,  # [H,W] bool
-    shapes: dict,  # Thing -> mask [H,W] bool
-) -> tuple:  # of Things, in the order of `shapes`
-    "The things of which a mask shows more than half; without any, the one of which it shows most; none if it shows the ground alone."
-    share = {t: (m & mask).sum() / m.sum() for t, m in shapes.items()}
+    shapes: dict,  # object: mask [H,W] bool
+) -> tuple:  # of SceneObject, in the order of `shapes`
+    "The objects of which a mask shows more than half; else the one of which it shows most."
+    share = {thing: (m & mask).sum() / m.sum() for thing, m in shapes.items()}
     most = max(share, key=share.get)
-    return tuple(t for t, s in share.items() if s > 0.5) or ((most,) if share[most] else ())
+    halves = tuple(thing for thing, s in share.items() if s > 0.5)
+    return halves or ((most,) if share[most] else ())
 
-
+# %% ../../nbs/pretraining/judge.ipynb #35766237
 def judge_example(
     seed: int, segmenter: Segmenter
 ) -> tuple:  # marked picture [H,W,3] uint8, user text, response
     "One scene with one candidate marked, and what to say of it."
-    rng, puzzle = np.random.default_rng([seed, 20]), draw_problem(seed)
-    scene, q = puzzle.scene, puzzle.question
+    rng, problem = np.random.default_rng([seed, 20]), draw_problem(seed)
+    scene, q = problem.scene, problem.question
     picture, shapes = scene.picture(), dict(zip(scene.things, scene.masks()))
-    union, things = (
-        lambda some: np.any([shapes[t] for t in some], axis=0),
-        draw_marked(rng, scene, q),
-    )
+
+    def union(things):
+        return np.any([shapes[t] for t in things], axis=0)
+
+    things = draw_marked(rng, scene, q)
     mask = union(things)
     if rng.random() < SPOILED:
-        drawn = segmenter.segment(
-            picture, [spoil_prompt(rng, Target.of(shapes[t])) for t in things]
-        )
+        prompts = [spoil_prompt(rng, Target.of(shapes[t])) for t in things]
+        drawn = segmenter.segment(picture, prompts)
         if shown_in(drawn, shapes):
             mask, things = drawn, shown_in(drawn, shapes)
     points = round(10 * ratio(*iou(mask, union(q.targets))))
-    return (
-        highlight_candidate(picture, mask),
-        scoring_prompt(q.text),
-        f"<think>{judge_chain(scene, q, things, points)}</think><score>{points}</score>",
-    )
+    response = f"<think>{judge_chain(scene, q, things, points)}</think><score>{points}</score>"
+    return highlight_candidate(picture, mask), scoring_prompt(q.text), response
 
-# %% ../../nbs/pretraining/judge.ipynb #12460afa
+# %% ../../nbs/pretraining/judge.ipynb #385382bb
 def judge_loss(
-    policy: Policy, texts: list[str], seen: list[EncodedImage], answers: list[str]
-) -> Tensor:
+    policy: Policy, texts: list[str], encoded: list[EncodedImage], answers: list[str]
+) -> Tensor:  # scalar
     "Mean negative log-probability of the answers' tokens, those of the score counted ten times."
-    rows = [policy.tokenizer(a)["input_ids"] + [policy.tokenizer.eos_token_id] for a in answers]
-    T, opened = max(map(len, rows)), policy.tokenizer.convert_tokens_to_ids("<score>")
-    ids = torch.tensor([r + [policy.tokenizer.pad_token_id] * (T - len(r)) for r in rows])
+    tokenizer = policy.tokenizer
+    rows = [tokenizer(a)["input_ids"] + [tokenizer.eos_token_id] for a in answers]
+    T, score = max(map(len, rows)), tokenizer.convert_tokens_to_ids("<score>")
+    ids = torch.tensor([r + [tokenizer.pad_token_id] * (T - len(r)) for r in rows])
     mask = torch.tensor([[True] * len(r) + [False] * (T - len(r)) for r in rows])
-    weight = mask * (1 + 9 * (ids.roll(1, 1) == opened).float())
-    return -(policy.logprobs(policy.prefill(texts, seen), ids, mask) * weight).sum() / weight.sum()
+    weight = mask * (1 + 9 * (ids.roll(1, 1) == score).float())
+    logp = policy.logprobs(policy.prefill(texts, encoded), ids, mask)
+    return -(logp * weight).sum() / weight.sum()
 
+# %% ../../nbs/pretraining/judge.ipynb #5fbaa853
+def encode_lessons(policy: Policy, lessons: list) -> list[EncodedImage]:
+    "The marked pictures of lessons, 64 at a time."
+    encoded = []
+    for i in range(0, len(lessons), 64):
+        encoded += policy.encode([picture for picture, _, _ in lessons[i : i + 64]])
+    return encoded
 
+# %% ../../nbs/pretraining/judge.ipynb #ffb98d15
+def lesson_order(rng, lessons: list, steps: int, batch: int):  # yields lists of indices
+    "For each step the lessons of a batch, which are of like length."
+
+    def length(k):
+        return len(lessons[k][2])
+
+    window = []
+    for _ in range(steps):
+        if not window:  # eight batches at once, in random order
+            drawn = sorted(rng.integers(len(lessons), size=8 * batch), key=length)
+            window = [drawn[k : k + batch] for k in rng.permutation(8) * batch]
+        yield window.pop()
+
+# %% ../../nbs/pretraining/judge.ipynb #a8f69609
 def train_judge(
     policy: Policy,  # of the embedded sort; changed in place
-    lessons: list,  # of `scoring_lesson`
+    lessons: list,  # of `judge_example`
     steps: int = 1500,
     batch: int = 32,
     lr: float = 2e-3,
     rank: int = 32,
     seed: int = 0,
-    log=lambda step, row: None,
+    log=None,  # called after each step with its number, from 1, and its figures
 ) -> Policy:
     "Teach a policy to score, by a LoRA adapter."
     torch.manual_seed(seed)
-    rng, seen = np.random.default_rng(seed), []
-    for i in range(0, len(lessons), 64):
-        seen += policy.encode([p for p, _, _ in lessons[i : i + 64]])
-    add_score_tokens(policy).add_lora(
-        rank, rank, tokens=policy.tokenizer.convert_tokens_to_ids(list(SCORE_TOKENS))
-    )
+    rng, encoded = np.random.default_rng(seed), encode_lessons(policy, lessons)
+    tokens = add_score_tokens(policy).tokenizer.convert_tokens_to_ids(list(SCORE_TOKENS))
+    policy.add_lora(rank, rank, tokens=tokens)
     policy.model.set_attn_implementation("eager")  # at this size its backward is faster on a CPU
-    optimizer, window = (
-        torch.optim.AdamW(
-            [p for _, p in policy.trainable()], lr, betas=(0.9, 0.98), weight_decay=0.01
-        ),
-        [],
-    )
-    for step in range(1, steps + 1):
-        if not window:  # eight batches of lessons of like length, in random order
-            drawn = sorted(
-                rng.integers(len(lessons), size=8 * batch), key=lambda k: len(lessons[k][2])
-            )
-            window = [drawn[k : k + batch] for k in rng.permutation(8) * batch]
-        some = window.pop()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, step / 30) * (1 - (step - 1) / steps)
-        with torch.autocast(
-            policy.model.device.type, torch.bfloat16
-        ):  # left after every step, since inside it keeps its copies of the weights
-            loss = judge_loss(
-                policy,
-                [lessons[k][1] for k in some],
-                [seen[k] for k in some],
-                [lessons[k][2] for k in some],
-            )
+    trained = [p for _, p in policy.trainable()]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for step, index in enumerate(lesson_order(rng, lessons, steps, batch), 1):
+        _, texts, answers = zip(*(lessons[k] for k in index))
+        optimizer.param_groups[0]["lr"] = lr * min(1, step / 30) * (1 - (step - 1) / steps)
+        with torch.autocast(policy.model.device.type, torch.bfloat16):
+            # left after every step, since inside it keeps its copies of the weights
+            loss = judge_loss(policy, texts, [encoded[k] for k in index], answers)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in policy.trainable()], 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        log(step, dict(step=step, loss=loss.item(), lr=optimizer.param_groups[0]["lr"]))
+        if log:
+            log(step, dict(step=step, loss=loss.item(), lr=optimizer.param_groups[0]["lr"]))
     policy.model.set_attn_implementation("sdpa")
     return policy
 
-# %% ../../nbs/pretraining/judge.ipynb #574e4945
+# %% ../../nbs/pretraining/judge.ipynb #c833704e
 def save_judge(policy: Policy, folder) -> Path:
     "Write the adapter in half precision as a plain peft folder."
     folder = Path(folder)
     policy.adapter.save_pretrained(str(folder), save_embedding_layers=False)
-    file, config = folder / "adapter_model.safetensors", read_json(folder / "adapter_config.json")
-    save_file({k: v.half() for k, v in load_file(file).items()}, file)
-    write_json(
-        folder / "adapter_config.json",
-        config | dict(base_model_name_or_path="embedded", inference_mode=True),
-    )
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file({k: v.half() for k, v in load_file(weights).items()}, weights)
+    shared = dict(base_model_name_or_path="embedded", inference_mode=True)
+    write_json(settings, read_json(settings) | shared)
     return folder
 
+# %% ../../nbs/pretraining/judge.ipynb #68f8231c
+def share_apart(right: list, wrong: list) -> float | None:  # 0..1; None without a pair
+    "How often a right candidate outscores a wrong one; a tie counts half."
+    if not right or not wrong:
+        return None
+    return float(np.sign(np.subtract.outer(right, wrong)).mean() / 2 + 0.5)
 
+# %% ../../nbs/pretraining/judge.ipynb #e5b15b55
 def judge_quality(
-    scorer: Policy, lessons: list, batch: int = 64
-) -> dict:  # format, exact, error, apart; n
-    "How a scorer does on lessons it has not seen: shares of parsable and exact scores, mean error in points, and how often a right candidate outscores a wrong one."
-    told, said = [read_score(a) for *_, a in lessons], []
+    judge: Policy, lessons: list, batch: int = 64
+) -> dict:  # n, format, exact, error, apart
+    "How a judge does on lessons it has not seen."
+    texts = []
     for i in range(0, len(lessons), batch):
-        some = lessons[i : i + batch]
-        prefix = scorer.prefill([t for _, t, _ in some], scorer.encode([p for p, _, _ in some]))
-        said += [
-            r.text for r in to_responses(scorer, scorer.generate(prefix, 1, 192, temperature=0))
-        ]
-    error = np.abs(np.subtract(told, list(map(read_score, said))))
-    right, wrong = [
-        [read_score(s) for s, t in zip(said, told) if lo <= t <= hi] for lo, hi in ((8, 10), (0, 0))
-    ]
-    apart = (
-        float(np.sign(np.subtract.outer(right, wrong)).mean() / 2 + 0.5)
-        if right and wrong
-        else None
-    )
+        pictures, prompts, _ = zip(*lessons[i : i + batch])
+        prefix = judge.prefill(list(prompts), judge.encode(list(pictures)))
+        completions = judge.generate(prefix, 1, 192, temperature=0)
+        texts += [r.text for r in to_responses(judge, completions)]
+    truth, scores = [read_score(answer) for *_, answer in lessons], list(map(read_score, texts))
+    error = np.abs(np.subtract(truth, scores))
+    right = [s for s, t in zip(scores, truth) if 8 <= t <= 10]
+    wrong = [s for s, t in zip(scores, truth) if t == 0]
     return dict(
         n=len(lessons),
-        format=float(np.mean(["</score>" in s for s in said])),
+        format=float(np.mean(["</score>" in text for text in texts])),
         exact=float((error < 0.5).mean()),
         error=float(error.mean()),
-        apart=apart,
+        apart=share_apart(right, wrong),
     )

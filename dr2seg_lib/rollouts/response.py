@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Response', 'to_responses', 'Group']
 
-# %% ../../nbs/rollouts/response.ipynb #292c647d
+# %% ../../nbs/rollouts/response.ipynb #9eaafc82
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from ..models.policy import Policy
 from ..models.sampling import Completions
 from .parsing import Parsed, parse_response, parsed_record, reasoning_text
 
-# %% ../../nbs/rollouts/response.ipynb #0947d174
+# %% ../../nbs/rollouts/response.ipynb #1a1e2ce4
 @dataclass(frozen=True)
 class Response:
     "One answer of the policy: text, parsed parts, and statistics of its T tokens."
@@ -32,7 +32,7 @@ class Response:
 
     @property
     def answer_entropy(self) -> float:
-        "Mean entropy of the tokens inside `<answer>` (the paper's Fig. 4); of the whole response where there is none."
+        "Mean entropy of the tokens inside `<answer>` (Fig. 4); without one, of all tokens."
         first, last = self._answer
         inside = [e for (lo, hi), e in zip(self._spans, self.entropy) if lo >= first and hi <= last]
         return float(np.mean(inside or self.entropy))
@@ -44,49 +44,48 @@ class Response:
 
     @property
     def _answer(self):
-        opened = self.text.find("<answer>")
-        return (
-            (opened + len("<answer>"), self.text.find("</answer>", opened))
-            if opened >= 0
-            else (0, -1)
-        )
+        start = self.text.find("<answer>")
+        if start < 0:
+            return 0, -1
+        return start + len("<answer>"), self.text.find("</answer>", start)
 
     def record(self) -> dict:
         "What rollouts.jsonl keeps of a response."
-        return dict(
-            text=self.text,
-            tokens=self.tokens,
-            entropy=[round(e, 4) for e in self.entropy],
-            think_tokens=self.think_tokens,
-            parsed=parsed_record(self.parsed),
-        )
+        entropy = [round(e, 4) for e in self.entropy]
+        fields = dict(text=self.text, tokens=self.tokens, entropy=entropy)
+        parsed = parsed_record(self.parsed)
+        return fields | dict(think_tokens=self.think_tokens, parsed=parsed)
 
-# %% ../../nbs/rollouts/response.ipynb #dc7b5ab9
+# %% ../../nbs/rollouts/response.ipynb #b2424afd
 def to_responses(
     policy: Policy,
-    done: Completions,
+    completions: Completions,
     parse: Callable[[str], Parsed] = parse_response,  # what a method reads of a text
 ) -> list[Response]:  # one a row
     "Sampled token rows as responses."
-    eos, lengths = policy.tokenizer.eos_token_id, done.mask.sum(1).tolist()
-    ended = [n > 0 and ids[n - 1] == eos for ids, n in zip(done.ids.tolist(), lengths)]
-    rows = [ids[: n - end] for ids, n, end in zip(done.ids.tolist(), lengths, ended)]
-    tokens = [[policy.decode_token(i) for i in row] for row in rows]
+    eos, lengths = policy.tokenizer.eos_token_id, completions.mask.sum(1).tolist()
+    sampled = [ids[:n] for ids, n in zip(completions.ids.tolist(), lengths)]
+    ended = [bool(ids) and ids[-1] == eos for ids in sampled]
+    rows = [ids[:-1] if end else ids for ids, end in zip(sampled, ended)]
+    tokens = [list(map(policy.decode_token, row)) for row in rows]
     texts = ["".join(t) for t in tokens]
-    counts = [
-        len(ids) for ids in tokenize_texts(policy.tokenizer, [reasoning_text(t) for t in texts])
-    ]
-    entropy, margin = done.entropy.tolist(), done.margin.tolist()
-    return [
-        Response(text, parse(text), toks, e[: len(toks)], m[: len(toks)], n, not end)
-        for text, toks, e, m, n, end in zip(texts, tokens, entropy, margin, counts, ended)
-    ]
+    reasoning = tokenize_texts(policy.tokenizer, [reasoning_text(t) for t in texts])
+    statistics = zip(completions.entropy.tolist(), completions.margin.tolist())
+    responses = []
+    for text, parts, ids, end, (entropy, margin) in zip(
+        texts, tokens, reasoning, ended, statistics
+    ):
+        parsed, n = parse(text), len(parts)
+        responses.append(
+            Response(text, parsed, parts, entropy[:n], margin[:n], len(ids), cut=not end)
+        )
+    return responses
 
-# %% ../../nbs/rollouts/response.ipynb #8ee0a42d
+# %% ../../nbs/rollouts/response.ipynb #52f35566
 @dataclass(frozen=True)
 class Group:
-    "One sample with its n first passes and, if asked for, their second passes."
+    "One sample with its G first passes and, where the method has them, their second passes."
 
     sample: Sample
-    first: list  # n Response
-    second: list  # n Response | None
+    first: list  # G Response
+    second: list  # G Response | None

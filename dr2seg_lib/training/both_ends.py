@@ -58,7 +58,7 @@ def held_out_batch(n: int, processes: int) -> int:
     "Questions asked at once by each process: 64, or its even share of fewer."
     return min(64, math.ceil(n / processes))
 
-
+# %% ../../nbs/training/both_ends.ipynb #46ab7848
 def answer_held_out(
     run: Run,
     policy: Policy,
@@ -86,7 +86,7 @@ def answer_held_out(
         )
     return rows
 
-# %% ../../nbs/training/both_ends.ipynb #46ab7848
+# %% ../../nbs/training/both_ends.ipynb #1c955908
 def evaluate_and_save(
     run: Run,
     state,  # TrainingState

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['advantages', 'masked_mean', 'policy_loss', 'kl_k3']
 
-# %% ../../nbs/training/grpo.ipynb #ca8cecb7
+# %% ../../nbs/training/grpo.ipynb #02e42685
 import torch
 from torch import Tensor
 
-# %% ../../nbs/training/grpo.ipynb #ca0ce4d3
+# %% ../../nbs/training/grpo.ipynb #c7824304
 def advantages(
     rewards: Tensor,  # [...,G], last axis = group
     scale: str = "group",  # "group": divide by the group's std; "none": do not
@@ -22,8 +22,11 @@ def advantages(
         raise ValueError(f"advantage_scale: '{scale}' is unknown; use group or none.")
     return centred / (rewards.std(-1, keepdim=True) + 1e-6)
 
-# %% ../../nbs/training/grpo.ipynb #176ea414
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+# %% ../../nbs/training/grpo.ipynb #d0dcbd11
+def masked_mean(
+    x: Tensor,  # [R,T]
+    mask: Tensor,  # [R,T] bool
+) -> Tensor:  # scalar
     "Mean of x where the mask is true; 0 of nothing."
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
@@ -35,16 +38,16 @@ def policy_loss(
     mask: Tensor,  # [R,T] true on answer tokens
     clip: float = 0.2,
 ) -> Tensor:  # scalar
-    "The clipped surrogate, averaged over all answer tokens."
+    "The clipped surrogate, averaged over all answer tokens (docs/methods.md §4)."
     ratio = (logp - old_logp).exp()
     A = advantages[:, None] if advantages.ndim == 1 else advantages
     return -masked_mean(torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A), mask)
 
-# %% ../../nbs/training/grpo.ipynb #d8ca9a3f
+# %% ../../nbs/training/grpo.ipynb #13f314f1
 def kl_k3(
     logp: Tensor,  # [R,T]
     ref_logp: Tensor,  # [R,T]
 ) -> Tensor:  # [R,T], each at least 0
-    "The k3 estimate of KL(policy || reference) at each token."
+    "The k3 estimate of KL(policy || reference) at each token (docs/methods.md §4)."
     delta = ref_logp - logp
     return delta.exp() - delta - 1

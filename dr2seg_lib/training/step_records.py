@@ -56,15 +56,11 @@ def accuracy_share(terms: dict) -> float | None:  # 0..1; None where the method 
     parts = [v.mean().item() / 3 for k, v in terms.items() if k in ACCURACY_TERMS]
     return sum(parts) if parts else None
 
-# %% ../../nbs/training/step_records.ipynb #1cf92898
+# %% ../../nbs/training/step_records.ipynb #413df80a
 def step_metrics(
-    step: int,
-    outcome: StepOutcome,
-    stats: dict,  # of the update
-    lr: float,
-    clock: StageTimer,
+    step: int, outcome: StepOutcome, stats: dict, lr: float, clock: StageTimer
 ) -> dict:
-    "The row of a step."
+    "The row of a step; `stats` are those of the update."
     first = [r for g in outcome.groups for r in g.first]
     second = [r for g in outcome.groups for r in g.second if r]
     sampled = sum(len(r.tokens) for r in first + second)
@@ -84,7 +80,7 @@ def step_metrics(
         **stats,
     )
 
-# %% ../../nbs/training/step_records.ipynb #577377d4
+# %% ../../nbs/training/step_records.ipynb #be56b303
 def rollout_record(step: int, outcome: StepOutcome, b: int, i: int) -> dict:
     "The record of answer i of group b."
     group = outcome.groups[b]

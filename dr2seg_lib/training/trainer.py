@@ -90,9 +90,9 @@ def build_optimizer(policy: Policy, optim: OptimSettings) -> torch.optim.Optimiz
         groups.append(dict(params=norm, lr=norm_lr, base=norm_lr))
     return torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
 
-
+# %% ../../nbs/training/trainer.ipynb #e830baab
 def build_method(config: TrainConfig) -> Method:
-    "The method with its numbers; what scores or draws for it is loaded, so that a wrong name shows."
+    "The method with its numbers; what scores or draws for it is loaded: a wrong name shows now."
     asked = config.method
     method = replace(
         load_method(asked.name), anchor=asked.anchor, gamma=asked.gamma, scorer=asked.scorer
@@ -113,7 +113,7 @@ def build_training_state(config: TrainConfig) -> TrainingState:
     optimizer = accelerator.prepare(build_optimizer(policy, config.optim))
     return TrainingState(policy, build_method(config), optimizer, accelerator)
 
-# %% ../../nbs/training/trainer.ipynb #7df6f7b3
+# %% ../../nbs/training/trainer.ipynb #ff9557c0
 def step_seed(config: TrainConfig, step: int) -> int:
     "Where a step's seeds begin; the next step's are 2^20 on."
     return (config.seed * 2**24 + step) * 2**20 % 2**63
@@ -136,7 +136,7 @@ def compute_rewards(
     terms = {k: torch.stack([terms[k].float() for terms, _ in pairs]) for k in names}
     return terms, torch.stack([reward.float() for _, reward in pairs])
 
-# %% ../../nbs/training/trainer.ipynb #c7e944d2
+# %% ../../nbs/training/trainer.ipynb #4c9c8527
 def collect_rollouts(
     state: TrainingState, samples: list, config: TrainConfig, step: int, clock: StageTimer
 ) -> Rollouts:
@@ -157,11 +157,11 @@ def collect_rollouts(
             config.rollout.max_new_tokens,
             config.rollout.temperature,
             seed=step_seed(config, step) + 2 * first * size,
-            clock=clock,
+            timer=clock,
             parse=method.parse,
         )
 
-# %% ../../nbs/training/trainer.ipynb #ff9557c0
+# %% ../../nbs/training/trainer.ipynb #ccf97e57
 def train_step(
     state: TrainingState, samples: list, config: TrainConfig, step: int
 ) -> tuple[dict, list[dict]]:  # metrics row, rollout records
@@ -174,13 +174,13 @@ def train_step(
         advantage = advantages(reward, config.method.advantage_scale)
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
-        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rollouts.done), "mean"))
+        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
     outcome = StepOutcome(rollouts.groups, terms, reward, advantage, method.combination(terms))
     outcome = all_gather_groups(accelerator, outcome)
     row = step_metrics(step, outcome, stats, lr, clock)
     return row, rollout_records(step, outcome, config.runtime.recorded_groups)
 
-# %% ../../nbs/training/trainer.ipynb #4c9c8527
+# %% ../../nbs/training/trainer.ipynb #2bba82ae
 def stop_for_all(run: Run, accelerator: Accelerator) -> bool:
     "Whether the run was asked to stop, the same in all processes."
     stop = torch.tensor(float(run.stop_requested()), device=accelerator.device)
@@ -207,7 +207,7 @@ def take_step(
         )
     return stop
 
-# %% ../../nbs/training/trainer.ipynb #ccf97e57
+# %% ../../nbs/training/trainer.ipynb #1cb738ac
 def record_start(run: Run, state: TrainingState, config: TrainConfig, data: TrainingData):
     "What the run is trained on, and in which frame its answers' coordinates are."
     if state.accelerator.is_main_process:
@@ -231,7 +231,7 @@ def serve_policy(state: TrainingState, config: TrainConfig, run: Run, stack: Exi
     served = ServedPolicy(state.policy, config.runtime.server, config.model.name, folder)
     return state._replace(policy=stack.enter_context(served))
 
-# %% ../../nbs/training/trainer.ipynb #59096e32
+# %% ../../nbs/training/trainer.ipynb #3265c2af
 def run_steps(
     run: Run, state: TrainingState, config: TrainConfig, data: TrainingData, checkpoint: Path | None
 ) -> bool:  # False: stopped before the end
@@ -247,7 +247,7 @@ def run_steps(
     evaluate_and_save(run, state, config, data.held_out, "after")
     return True
 
-
+# %% ../../nbs/training/trainer.ipynb #fb9f20f7
 def train(
     config: TrainConfig,
     out,  # the run's folder
@@ -267,7 +267,7 @@ def train(
         run_steps(run, state, config, data, checkpoint)
     return run
 
-# %% ../../nbs/training/trainer.ipynb #2bba82ae
+# %% ../../nbs/training/trainer.ipynb #fa426e95
 if __name__ == "__main__" and "__file__" in globals():
     train(TrainConfig.model_validate_json(sys.argv[1]), sys.argv[2], resume=len(sys.argv) > 3)
     destroy_process_group()

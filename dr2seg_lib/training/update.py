@@ -40,7 +40,7 @@ def microbatches(
     size: int,  # groups
 ) -> list[Microbatch]:
     "The step's groups, `size` at a time."
-    n, answers = advantage.shape[1], rollouts.done
+    n, answers = advantage.shape[1], rollouts.completions
     lengths = answers.mask.sum(1).view(-1, n).amax(1)
     flat = advantage.flatten().to(answers.ids.device)
     batches = []
@@ -55,7 +55,7 @@ def microbatches(
 def answer_logprobs(policy: Policy, rollouts: Rollouts, batch: Microbatch) -> Tensor:  # [R,T]
     "What the policy thinks of a microbatch's answers, token by token."
     texts = [rollouts.texts[g] for g in batch.groups]
-    images = [rollouts.seen[g] for g in batch.groups]
+    images = [rollouts.encoded[g] for g in batch.groups]
     return policy.logprobs(policy.prefill(texts, images), batch.ids, batch.mask)
 
 
@@ -73,7 +73,7 @@ def grpo_loss(
     kl = masked_mean(kl_k3(logp, batch.reference), batch.mask)
     return loss + optim.kl * kl, kl
 
-# %% ../../nbs/training/update.ipynb #e7adca2a
+# %% ../../nbs/training/update.ipynb #a1013424
 def sum_gradients(policy: Policy, accelerator: Accelerator):
     "Adds up what the processes have, each from its own groups."
     if accelerator.num_processes == 1:
@@ -102,7 +102,7 @@ def optimizer_step(
         )
     return norm
 
-# %% ../../nbs/training/update.ipynb #a1013424
+# %% ../../nbs/training/update.ipynb #4325eb1c
 def accumulate_gradients(
     policy: Policy,
     accelerator: Accelerator,
@@ -121,7 +121,7 @@ def accumulate_gradients(
         kl_sum += 0.0 if kl is None else (kl * share).item()
     return loss_sum, kl_sum
 
-# %% ../../nbs/training/update.ipynb #a89c5c47
+# %% ../../nbs/training/update.ipynb #6a32f0d3
 def update_policy(
     policy: Policy,
     optimizer,
@@ -134,7 +134,7 @@ def update_policy(
     "One GRPO update, or `optim.updates` of them, on a step's answers."
     optim, losses, kls, norm = config.optim, [], [], 0.0
     batches = microbatches(rollouts, advantage, config.runtime.groups_per_forward)
-    total = accelerator.reduce(rollouts.done.mask.sum(), "sum")
+    total = accelerator.reduce(rollouts.completions.mask.sum(), "sum")
     with clock("reference"), policy.reference():
         for batch in batches if optim.kl else ():
             batch.reference = answer_logprobs(policy, rollouts, batch)

@@ -29,7 +29,7 @@ from dr2seg_lib.viewing.curves import (
 )
 from .figures import Figure
 from .open_records import check_record, open_json, path_text
-from .record_types import LooseProgressRecord, LooseRunRecord, MetricsRecord
+from .record_types import MetricsRecord, ProgressRecord, RunRecord
 from .reward_terms import term_colours
 from .strict_json import parse_strict_json
 from .style import METHOD_COLOURS, short
@@ -169,7 +169,7 @@ def live_record(
     path = folder / "run.json"
     if not path.exists():
         return {}, "waiting", ""
-    info, wrong = open_json(path, LooseRunRecord)
+    info, wrong = open_json(path, RunRecord)
     try:
         return info, run_status(folder), wrong
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -193,7 +193,7 @@ def look(self: Live) -> bool:  # whether there is more to come
         self.steps = parameters.get("steps")
         name = path_text(self.folder.resolve())
         self.about = dict(name=name, lead=live_lead(parameters))
-        known = open_json(self.folder / "progress.json", LooseProgressRecord)[0]
+        known = open_json(self.folder / "progress.json", ProgressRecord)[0]
         now = read_progress(self.folder) if known else None
         progress = {k: now.get(k) for k in ("stage", "i", "n", "note")} if now else {}
         error = " ".join(x for x in (info.get("error"), wrong, self.tail.wrong) if x)

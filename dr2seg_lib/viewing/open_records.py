@@ -11,6 +11,7 @@ from reprlib import repr as brief
 
 from pydantic import ValidationError
 
+from .record_types import by_todays_names
 from .strict_json import parse_strict_json
 
 # %% ../../nbs/viewing/open_records.ipynb #7c8c8489
@@ -143,7 +144,7 @@ def open_json(
         return {}, _problem(path.name, e)
     if not isinstance(value, dict):
         return {}, f"{path.name} is {brief(value)}; make it an object"
-    value, problem = fit_record(schema.by_todays_names(value), schema)
+    value, problem = fit_record(by_todays_names(value, schema), schema)
     return value, _problem(path.name, problem) if problem else ""
 
 # %% ../../nbs/viewing/open_records.ipynb #6541745e
@@ -154,7 +155,7 @@ def read_strictly(
     "What a file of one object holds; where anything does not fit, a sentence."
     try:
         value = parse_strict_json(_bytes(path))
-        known = schema.by_todays_names(value) if isinstance(value, dict) else value
+        known = by_todays_names(value, schema) if isinstance(value, dict) else value
         return check_record(known, schema)
     except FileNotFoundError:
         missing = f"{path} does not exist; check the run folder's name"

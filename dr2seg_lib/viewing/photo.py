@@ -195,10 +195,10 @@ def _segment_box(photo, query, box, point, segmenter):  # no policy is asked
 def _segment_question(photo, query, who, attention):
     image, name = _pixels(photo)
     drawer = load_segmenter(who.segmenter)
-    model, prompt = who.model, METHODS[who.method.name].prompt
+    model, method = who.model, METHODS[who.method.name]
     policy = load_policy(model.name, model.adapter, model.dtype, attention)
     sample, limit = Sample(name, image, query, ()), who.rollout.max_new_tokens
-    (response,) = answer_greedily(policy, [sample], prompt, limit)
+    (response,) = answer_greedily(policy, [sample], method.prompt, limit, method.parse)
     prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, sample.size)
     targets = _segmented(drawer, image, prompts)
     asked = dict(model=model.name, adapter=model.adapter, recipe=who.method.name)

@@ -115,7 +115,7 @@ def ask(self: Playground, query: str | None = None) -> Response:
     began, self.busy = time.perf_counter(), "thinking"
     self.prefix = self._prefill()
     tokens = self.policy.generate(self.prefix, 1, self.max_new_tokens, temperature=0)
-    response = to_responses(self.policy, tokens)[0]
+    response = to_responses(self.policy, tokens, self.method.parse)[0]
     self.first = self._shown(response, began)
     self.segment(self._targets(response.parsed), "first pass")
     self.describe(response.parsed.description or "")
@@ -135,7 +135,8 @@ def describe(self: Playground, description: str) -> Response | None:  # None: no
         self.prefix = self._prefill()
     given = SimpleNamespace(parsed=SimpleNamespace(description=description))
     prompt, limit = self.method.second_prompt, self.max_new_tokens
-    answers = second_pass(self.policy, self.encoded, self.prefix, [[given]], prompt, limit, 0, None)
+    given_first, parse = (self.policy, self.encoded, self.prefix, [[given]]), self.method.parse
+    answers = second_pass(*given_first, prompt, limit, 0, None, parse)
     response = answers[0][0]
     self.second, self.busy = self._shown(response, began), ""
     return response

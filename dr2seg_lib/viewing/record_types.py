@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Number', 'Share', 'Count', 'Numbers', 'Named', 'Names', 'Label', 'Tags', 'Time', 'QuestionCount', 'Box', 'Point',
-           'MAX_AREA', 'Side', 'Size', 'LooseRecord', 'RecordedParameters', 'Resumed', 'RunRecord', 'ProgressRecord',
-           'MetricsRecord', 'ObjectRecord', 'ParsedRecord', 'ResponseRecord', 'CombinationRecord', 'RolloutRecord',
-           'RunLengths', 'PredictionRecord']
+           'MAX_AREA', 'Side', 'Size', 'LooseRecord', 'RecordedParameters', 'Resumed', 'RunRecord', 'by_todays_names',
+           'ProgressRecord', 'MetricsRecord', 'ObjectRecord', 'ParsedRecord', 'ResponseRecord', 'CombinationRecord',
+           'RolloutRecord', 'RunLengths', 'PredictionRecord']
 
 # %% ../../nbs/viewing/record_types.ipynb #98eedd09
 from datetime import datetime
@@ -23,11 +23,6 @@ class LooseRecord(BaseModel):
     "Known fields have their types; others may be there."
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-    @classmethod
-    def by_todays_names(cls, value: dict) -> dict:
-        "A record with the names that its fields have today."
-        return value
 
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -91,15 +86,6 @@ class Resumed(LooseRecord):
 class RunRecord(LooseRecord, RecordFields):
     "run.json in whatever state; its parameters by their dotted names, whoever has written it."
 
-    @classmethod
-    def by_todays_names(cls, value: dict) -> dict:
-        parameters = value.get("parameters")
-        if not isinstance(parameters, dict):
-            return value
-        if "recipes" in parameters:
-            parameters = nested_parameters(parameters, SWEEP_NAMES)
-        return value | {"parameters": flat_parameters(parameters)}
-
     status: str | None = None
     parameters: RecordedParameters | None = None
     seed: Count | None = None
@@ -112,6 +98,19 @@ class RunRecord(LooseRecord, RecordFields):
     machine: str | None = None
     error: str | None = None
     frame: Annotated[int, Field(ge=1, le=10**5)] | None = None
+
+
+def by_todays_names(
+    value: dict,  # of JSON
+    schema: type,
+) -> dict:
+    "A run's record with its parameters by their dotted names; any other record as it is."
+    parameters = value.get("parameters")
+    if schema is not RunRecord or not isinstance(parameters, dict):
+        return value
+    if {"recipes", "settings"} & parameters.keys():
+        parameters = nested_parameters(parameters, SWEEP_NAMES)
+    return value | {"parameters": flat_parameters(parameters)}
 
 # %% ../../nbs/viewing/record_types.ipynb #16ea49de
 class ProgressRecord(LooseRecord):

@@ -9,9 +9,14 @@ __all__ = ['KIND_TITLES', 'INTERVALS_NOTE', 'progress_text', 'duration_text', 'p
 # %% ../../nbs/viewing/report_results.ipynb #c6eb0751
 from datetime import datetime
 
+<<<<<<< HEAD
 from ..core.notes import CUT_SHARE, split_notes
 from .comparison_plots import before_after_plot
 from .figures import figure_svg
+=======
+from ..core.notes import cut_note, split_notes
+from .figures import before_after_plot, figure_svg
+>>>>>>> hF
 from .open_records import path_text
 from .report_blocks import page_section
 from .tables import before_after_table, evaluation_table
@@ -85,27 +90,19 @@ def page_heading(run: dict) -> dict:  # name, status, title, data, lead, notices
 # %% ../../nbs/viewing/report_results.ipynb #eec6e835
 def cut_remark(
     summary: dict,  # of an evaluation
-    limit: int | None,  # max_new_tokens, where it is recorded
-    when: str = "",  # " before training"
+    when: str = "",  # "before training: "
 ) -> dict | None:  # text, warns; None: none was cut, or nobody counted
     "How many answers ended at the limit."
-    share = summary.get("cut")
-    if not share:
-        return None
-    at = f" at {limit} tokens" if limit else ""
-    mend = "; raise max_new_tokens" if share > CUT_SHARE else ""
-    return dict(
-        text=f"{100 * share:.1f} % of the answers{when} were cut{at}{mend}", warns=bool(mend)
-    )
+    note = cut_note(summary, least=0)
+    return dict(text=when + note, warns=bool(cut_note(summary))) if note else None
 
 
 def remarks(run: dict) -> list:  # of {"text", "warns"}
     "What must be said of the figures."
     results = run["results"]
-    limit = _asked(run).get("rollout.max_new_tokens")
-    cuts = [cut_remark(results, limit)]
+    cuts = [cut_remark(results)]
     for k in ("before", "after"):
-        cuts.append(cut_remark(results.get(k) or {}, limit, f" {k} training"))
+        cuts.append(cut_remark(results.get(k) or {}, f"{k} training: "))
     notes = [dict(text=note, warns=False) for note in split_notes(results)]
     return notes + [c for c in cuts if c]
 

@@ -288,7 +288,7 @@ def test_a_run_leaves_predictions_and_summary(whole):
 def test_stopped_after_a_batch_and_resumed_is_unbroken_to_the_byte(
     whole, tmp_path, monkeypatch, batches
 ):
-    "Stopped politely after some batches; the fourth is the last, and only the summary is left to do."
+    "Stopped after some batches; the fourth is the last, and only the summary is left."
     written, append = [], append_jsonl
 
     def appended(path, rows):
@@ -344,7 +344,7 @@ def alone(one_thread, tmp_path):
 def test_several_processes_give_the_predictions_of_one_to_the_byte(
     alone, processes, tmp_path, monkeypatch
 ):
-    "Seven samples are three batches and a half: with two processes one has less to do in the last round, with three two have nothing."
+    "Seven samples, three batches and a half: some processes have less in the last round."
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = run_evaluation(EvaluateConfig(**SMALL, processes=processes), tmp_path / "run")
     assert run.status == "done"
@@ -358,13 +358,18 @@ def test_several_processes_give_the_predictions_of_one_to_the_byte(
 def test_killed_with_all_its_processes_and_resumed_with_another_number(
     alone, tmp_path, monkeypatch
 ):
-    "SIGKILL to every process of a run of two after its first round; three go on, are stopped, and one ends it."
+    "SIGKILL to both processes after the first round; three go on, are stopped; one ends it."
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, config = tmp_path / "run", EvaluateConfig(**SMALL | dict(batch=1), processes=2)
     bytes_one = bytes_of(
         run_evaluation(EvaluateConfig(**SMALL | dict(batch=1)), tmp_path / "one").folder
     )
-    code = f"from dr2seg_lib.evaluation.config import EvaluateConfig; from dr2seg_lib.evaluation.evaluate import run_evaluation; run_evaluation(EvaluateConfig.model_validate_json({config.model_dump_json()!r}), {str(folder)!r})"
+    imports = (
+        "from dr2seg_lib.evaluation.config import EvaluateConfig; "
+        "from dr2seg_lib.evaluation.evaluate import run_evaluation; "
+    )
+    asked = f"EvaluateConfig.model_validate_json({config.model_dump_json()!r})"
+    code = f"{imports}run_evaluation({asked}, {str(folder)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (
         (folder / "predictions.jsonl").exists() and (folder / "predictions.jsonl").stat().st_size
@@ -453,7 +458,7 @@ def test_each_process_needs_a_gpu_where_there_are_any(monkeypatch):
 
 
 def reasonseg(root, n):
-    "A ReasonSeg split of the world's scenes as polygons, with pixels to ignore, one file without polygons and one broken."
+    "A ReasonSeg split of scenes: pixels to ignore, a file without polygons, a broken one."
     folder = root / "ReasonSeg" / "val"
     folder.mkdir(parents=True)
 
@@ -475,18 +480,17 @@ def reasonseg(root, n):
 
 
 def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
-    "Counted again by hand, under both protocols. The answers come from a policy that gives the true box, so that this is about the data."
+    "Counted by hand under both protocols; answers give the true box, so this is about the data."
     root = reasonseg(tmp_path / "data", 200)
 
-    def told(policy, samples, prompt, max_new_tokens, parse):
-        return [
-            said(
-                f'<think>x.</think><answer>[{{"bbox_2d": {[int(v * policy.frame / s.size[k % 2]) for k, v in enumerate(s.targets[0].box)]}, "point_2d": [50, 50]}}]</answer>'
-                if s.targets
-                else ""
-            )
-            for s in samples
-        ]
+    def true_box(sample, frame):
+        if not sample.targets:
+            return ""
+        box = [int(v * frame / sample.size[k % 2]) for k, v in enumerate(sample.targets[0].box)]
+        return f'<think>x.</think><answer>[{{"bbox_2d": {box}, "point_2d": [50, 50]}}]</answer>'
+
+    def answers(policy, samples, prompt, max_new_tokens, parse):
+        return [said(true_box(sample, policy.frame)) for sample in samples]
 
     class Boxes(Segmenter):
         def masks(self, image, targets):
@@ -497,7 +501,7 @@ def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
                 found[-1][y1 : y2 + 1, x1 : x2 + 1] = True
             return found
 
-    monkeypatch.setattr("dr2seg_lib.evaluation.evaluate.answer_greedily", told)
+    monkeypatch.setattr("dr2seg_lib.evaluation.evaluate.answer_greedily", answers)
     monkeypatch.setattr("dr2seg_lib.evaluation.evaluate.load_segmenter", lambda name: Boxes())
     for protocol in ("lisa", "visionreasoner"):
         run = run_evaluation(EvaluateConfig(data=str(root), protocol=protocol), tmp_path / protocol)
@@ -505,7 +509,7 @@ def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
             read_jsonl(run.folder / "predictions.jsonl"),
             read_json(run.folder / "results.json"),
         )
-        I = U = total = 0
+        inter = union = total = 0
         for i, (r, s) in enumerate(zip(rows, MiniReasonSeg("val", 200))):
             if i == 2:
                 assert "002.json" in r["error"]
@@ -526,13 +530,13 @@ def test_200_samples_of_reasonseg_end_to_end(tmp_path, monkeypatch):
             drawn = coco.decode(r["rle"]) > 0
             i_, u_ = (true & drawn & ~ignored).sum(), ((true | drawn) & ~ignored).sum()
             assert (r["i"], r["u"]) == (i_, u_), (protocol, i)
-            I, U, total = I + i_, U + u_, total + (i_ / u_ if u_ else 1)
+            inter, union, total = inter + i_, union + u_, total + (i_ / u_ if u_ else 1)
         assert results["n"] == 200
         assert results["broken"] == 1
         assert results["evaluation"]["protocol"] == protocol
         assert results["evaluation"]["format"] == "ReasonSeg"
         assert results["gIoU"] == pytest.approx(total / 200)
-        assert results["cIoU"] == pytest.approx(I / U)
+        assert results["cIoU"] == pytest.approx(inter / union)
         assert results["N_acc"] == 1
         assert set(results["strata"]["query"]) == {"long", "short"}
 
@@ -591,8 +595,8 @@ def test_a_wrong_adapter_is_one_sentence(adapter, tmp_path):
         return str(pytest.raises(ValueError, check_evaluation, config).value)
 
     assert (
-        told(tmp_path / "nowhere")
-        == f"adapter {tmp_path}/nowhere does not exist; name a checkpoint such as runs/x/checkpoints/step-000060"
+        told(tmp_path / "nowhere") == f"adapter {tmp_path}/nowhere does not exist; "
+        "name a checkpoint such as runs/x/checkpoints/step-000060"
     )
     assert (
         told(adapter.parents[1])
@@ -608,13 +612,15 @@ def test_a_wrong_adapter_is_one_sentence(adapter, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=f"adapter {other} was made for another model than embedded; name the model it was trained on",
+        match=f"adapter {other} was made for another model than embedded; "
+        "name the model it was trained on",
     ):
         load_policy("embedded", str(other))
     write_json(other / "manifest.json", dict(step=1, files={"adapter_model.safetensors": "0"}))
     assert (
         told(other)
-        == f"adapter {other} is damaged (adapter_model.safetensors differs from its manifest); name another checkpoint"
+        == f"adapter {other} is damaged (adapter_model.safetensors differs from its manifest); "
+        "name another checkpoint"
     )
 
 
@@ -681,7 +687,8 @@ def without_layer_1(folder):
                 .replace('"intermediate_size": 704', '"intermediate_size": 700')
             ),
             None,
-            "lacks weights of the size that its config.json says, model.language_model.layers.0.mlp.down_proj.weight for one",
+            "lacks weights of the size that its config.json says, "
+            "model.language_model.layers.0.mlp.down_proj.weight for one",
         ),
         (
             without_layer_1,
@@ -692,7 +699,7 @@ def without_layer_1(folder):
     ids=["config", "missing", "cut", "index", "tokenizer", "other tokenizer", "sizes", "weights"],
 )
 def test_a_checkpoint_that_is_not_whole_is_one_sentence(sharded, harm, at_once, later, tmp_path):
-    "Told before anything heavy starts where the files alone show it, and at the latest when it is loaded; weights that are not there are never made up."
+    "Told at once where the files show it, else when it is loaded; no weights are made up."
     folder = tmp_path / "model"
     shutil.copytree(sharded, folder)
     assert validate_model(str(folder)) == str(folder)
@@ -743,7 +750,8 @@ def test_flash_attention_is_told_before_anything_starts_where_it_cannot_be(
 ):
     with pytest.raises(
         ValueError,
-        match="attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa",
+        match="attention flash needs a GPU and the package flash_attn; "
+        "install it with pip install flash-attn, or use sdpa",
     ):
         check(config(attention="flash", dtype="bfloat16"))
     monkeypatch.setattr("dr2seg_lib.models.loading.is_flash_attn_2_available", lambda: True)
@@ -832,7 +840,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_a_checkpoint_is_judged_as_it_was_trained(adapter, tmp_path, capsys):
-    "The notebook in its kernel, with nothing given but the checkpoint; what it took from the run is said and recorded."
+    "Given nothing but the checkpoint; what it took from the run is printed and recorded."
     folder = tmp_path / "runs" / "x" / "checkpoints" / "step-000002"
     shutil.copytree(adapter, folder)
     write_json(

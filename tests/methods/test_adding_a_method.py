@@ -1,4 +1,4 @@
-"A method from outside, the one of docs/adding_a_method.md: everything learns of it from its file alone."
+"The method of docs/adding_a_method.md: everything learns of it from its file alone."
 
 import re
 from dataclasses import replace
@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from dr2seg_lib.data.mini import MiniReasonSeg
+from dr2seg_lib.data.samples import Target
+from dr2seg_lib.evaluation.evaluate import predict_batch
 from dr2seg_lib.methods.names import MethodLabel, labels_in, library_labels, method_names
 from dr2seg_lib.methods.registry import METHODS, load_method, register_method
+from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.rollouts.combination import combined_reward, recorded_combination
+from dr2seg_lib.rollouts.parsing import Parsed
+from dr2seg_lib.segmenters.loading import load_segmenter
 from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training.trainer import train
 from dr2seg_lib.viewing.inspector import inspect
@@ -41,7 +47,7 @@ def name(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(name, tmp_path_factory):
-    return train(TrainConfig(**TINY, recipe=name), tmp_path_factory.mktemp("runs") / "terse-1")
+    return train(TrainConfig(**TINY, method=name), tmp_path_factory.mktemp("runs") / "terse-1")
 
 
 def test_training_pays_by_it(run):
@@ -81,6 +87,18 @@ def test_the_inspector_shows_its_factor_and_prompt(run):
     assert view.about["factor"] == "brevity"
     row = view.run.groups["rollouts"][0][0]
     assert view.run.asked_of(row, "first").startswith("Please find")
+
+
+def test_a_method_may_read_answers_in_its_own_way():
+    def parse(text):
+        return Parsed(description="mine", objects=[Target((0, 0, 56, 56), (28, 28))])
+
+    samples, prompt = MiniReasonSeg("val", 1), METHODS["dr2seg"].prompt
+    asked = Policy.load(), load_segmenter("grabcut"), samples, prompt, [0]
+    (row,) = predict_batch(*asked, max_new_tokens=4, parse=parse)
+    assert row["format"] == 1
+    assert row["parsed"]["description"] == "mine"
+    assert row["parsed"]["objects"] == [dict(box=[0, 0, 56, 56], point=[28, 28])]
 
 
 # names

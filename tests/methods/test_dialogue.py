@@ -63,10 +63,13 @@ ITEM = '{"bbox_2d": [1,2,3,4], "point_2d": [2,3]}'
 
 def test_vision_reasoner_byte_for_byte():
     assert visionreasoner_prompt("The Umbrella.") == (
-        'Please find "the umbrella" with bboxs and points.Compare the difference between object(s) and find the most closely matched '
-        "object(s).Output the thinking process in <think> </think> and final answer in <answer> </answer> tags.Output the bbox(es) and "
-        "point(s) inside the interested object(s) in JSON format.i.e., <think> thinking process here </think><answer>"
-        '[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, {"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]</answer>'
+        'Please find "the umbrella" with bboxs and points.Compare the difference between object(s) '
+        "and find the most closely matched object(s).Output the thinking process in "
+        "<think> </think> and final answer in <answer> </answer> tags.Output the bbox(es) and "
+        "point(s) inside the interested object(s) in JSON format.i.e., "
+        "<think> thinking process here </think><answer>"
+        '[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, '
+        '{"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]</answer>'
     )
 
 

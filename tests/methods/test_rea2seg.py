@@ -1,4 +1,4 @@
-"Rea2Seg: attention against the model's own, candidates on maps drawn by hand, scores out of hostile text, the whole on real samples."
+"Rea2Seg: attention against the model's own, candidates on maps by hand, scores, the whole."
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ from dr2seg_lib.pretraining.judge import (
     spoil_prompt,
     train_judge,
 )
-from dr2seg_lib.pretraining.policy import make_model
+from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import make_processor, make_tokenizer
 from dr2seg_lib.rollouts.parsing import find_block, parse_response
 from dr2seg_lib.rollouts.response import Response
@@ -63,7 +63,10 @@ from dr2seg_lib.segmenters.base import Segmenter
 from dr2seg_lib.segmenters.loading import load_segmenter
 from dr2seg_lib.viewing.rea2seg import gallery, gallery_picks
 
-ANSWER = '<think>it is at the top.</think><answer>[{"bbox_2d": [10,20,30,44], "point_2d": [20,32]}]</answer>'
+ANSWER = (
+    "<think>it is at the top.</think>"
+    '<answer>[{"bbox_2d": [10,20,30,44], "point_2d": [20,32]}]</answer>'
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def says(*texts):
 
 
 def test_attention_equals_what_the_model_itself_returns(tiny, samples):
-    "Against one plain forward of the whole chat, prompts of unequal length, the upper half of the layers, all heads."
+    "Against one plain forward: prompts of unequal length, upper half of the layers, all heads."
     some = samples[:2]
     texts, seen = (
         [dr2seg_prompt("where"), dr2seg_prompt(some[1].query)],
@@ -561,7 +564,7 @@ def test_a_missing_scorer_is_named(monkeypatch, tmp_path):
 
 
 def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tiny):
-    "By `load_policy`, which moves them to the GPU where there is one and tells a failure in a sentence."
+    "By `load_policy`, which moves them to the GPU and tells a failure in a sentence."
     loaded = []
     for module in "methods", "evaluation":
         monkeypatch.setattr(

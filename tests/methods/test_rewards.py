@@ -380,7 +380,8 @@ def test_too_many_and_too_few_cost_alike():
 
 
 def test_matching_beats_greedy():
-    # pair scores: p1 is 2 with a and 2 with b, p2 is 2 with a and 0 with b: greedy p1–a leaves 2 + 0, the best is 2 + 2
+    # p1 has 2 points with a and with b, p2 has 2 with a and 0 with b
+    # greedy p1–a leaves 2 + 0, the best is 2 + 2
     a, b = Target((0, 0, 99, 99), (0, 0)), Target((0, 9, 99, 108), (99, 108))
     p1, p2 = item((0, 5, 99, 104), (50, 50)), item((0, -9, 99, 90), (50, 40))
     assert [acc(says(p), [t]) for p in (p1, p2) for t in (a, b)] == [2, 2, 2, 2]
@@ -478,8 +479,9 @@ ALL = dict(thinking_format=1, answer_format=1, iou=1, box=1, points=1)
 
 
 def zero(box="[100,200,300,400]", one="[150,300]", two="[250,300]", target=(PAIR,), **kwargs):
+    answer = f'{{"bbox": {box}, "points_1": {one}, "points_2": {two}}}'
     return seg_zero(
-        f'<think>A mug.</think><answer>{{"bbox": {box}, "points_1": {one}, "points_2": {two}}}</answer>',
+        f"<think>A mug.</think><answer>{answer}</answer>",
         list(target),
         **kwargs,
     )

@@ -1,4 +1,4 @@
-"The engine against the plain loop: whole training steps, every answer reading its own prompt and its own picture."
+"Whole training steps by the engine, and by a plain loop without any sharing."
 
 import sys
 from pathlib import Path
@@ -18,20 +18,13 @@ import embedded
 @pytest.fixture(scope="module")
 def both():
     "Two steps of DR²Seg with two updates each: rows, records and the adapter that comes of them."
-    config, data, out = (
-        TrainConfig(
-            prompts=2,
-            samples=3,
-            updates=2,
-            kl=0.1,
-            rank=4,
-            alpha=4,
-            max_new_tokens=60,
-            eval_samples=0,
-        ),
-        load_data("mini", "train"),
-        [],
+    config = TrainConfig(
+        rollout=dict(questions_per_step=2, group_size=3, max_new_tokens=60),
+        optim=dict(updates=2, kl=0.1),
+        lora=dict(rank=4, alpha=4),
+        evaluation=dict(samples=0),
     )
+    data, out = load_data("mini", "train"), []
     for kind in (None, embedded.Plain):
         state = build_training_state(config)
         if kind:

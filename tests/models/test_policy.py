@@ -28,10 +28,12 @@ from dr2seg_lib.methods.seg_zero import seg_zero_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.attention_maps import token_attention
 from dr2seg_lib.models.chat import chat_messages, tokenize_texts
-from dr2seg_lib.models.policy import ATTENTION_KINDS, EncodedImage, Policy
+from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.models.prefix_cache import causal_mask
+from dr2seg_lib.models.pretrained import ATTENTION_KINDS
 from dr2seg_lib.models.sampling import Completions
-from dr2seg_lib.pretraining.policy import make_model
+from dr2seg_lib.models.vision import EncodedImage
+from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import CHAT_TEMPLATE, make_processor, make_tokenizer
 from dr2seg_lib.rollouts.parsing import reasoning_text
 from dr2seg_lib.rollouts.response import to_responses
@@ -110,26 +112,26 @@ def policy(request):
 
 
 @pytest.fixture(scope="module")
-def asked(policy):
+def batch(policy):
     "Prompts of unequal length on several images, and four sampled answers to each."
     samples = [MiniReasonSeg("val")[i] for i in range(3)]
     texts = [dr2seg_prompt(s.query) for s in samples]
-    seen = policy.encode([s.image for s in samples])
+    encoded = policy.encode([s.image for s in samples])
     assert len({len(policy.tokenizer(t)["input_ids"]) for t in texts}) > 1
     for policy.seed in range(
         50
     ):  # random weights may say <|image_pad|>, behind which the oracle would look for an image
-        done = policy.generate(
-            policy.prefill(texts, seen), n=4, max_new_tokens=24, seed=policy.seed
+        completions = policy.generate(
+            policy.prefill(texts, encoded), group_size=4, max_new_tokens=24, seed=policy.seed
         )
-        if (done.ids != policy.model.config.image_token_id).all():
-            return samples, texts, seen, done
+        if (completions.ids != policy.model.config.image_token_id).all():
+            return samples, texts, encoded, completions
 
 
-def plain_logprobs(policy, samples, texts, seen, done):
-    "The oracle: one padded forward of the model's own `forward` for every answer, the prompt repeated."
-    ids, attention = policy.tokenize(texts, seen)
-    n = len(done.ids) // len(texts)
+def plain_logprobs(policy, samples, texts, encoded, completions):
+    "The oracle: one padded forward of the model itself, the prompt repeated for every answer."
+    ids, attention = policy.tokenize(texts, encoded)
+    n = len(completions.ids) // len(texts)
 
     def squash(s):
         return cv2.resize(s.image, (112, 112), interpolation=cv2.INTER_AREA)
@@ -137,22 +139,22 @@ def plain_logprobs(policy, samples, texts, seen, done):
     images = policy.processor.image_processor(
         [squash(s) for s in samples for _ in range(n)], do_resize=False, return_tensors="pt"
     )
-    full = torch.cat([ids.repeat_interleave(n, 0), done.ids], 1)
-    mask = torch.cat([attention.repeat_interleave(n, 0), done.mask.long()], 1)
+    full = torch.cat([ids.repeat_interleave(n, 0), completions.ids], 1)
+    mask = torch.cat([attention.repeat_interleave(n, 0), completions.mask.long()], 1)
     logits = policy.model(
         input_ids=full,
         attention_mask=mask,
         mm_token_type_ids=(full == policy.model.config.image_token_id).int(),
         **images,
     ).logits
-    logp = logits[:, -done.ids.shape[1] - 1 : -1].log_softmax(-1)
-    return logp.gather(2, done.ids[..., None])[..., 0] * done.mask
+    logp = logits[:, -completions.ids.shape[1] - 1 : -1].log_softmax(-1)
+    return logp.gather(2, completions.ids[..., None])[..., 0] * completions.mask
 
 
-def test_shared_prefix_equals_plain_forward_in_values_and_gradients(policy, asked):
-    samples, texts, seen, done = asked
-    shared = policy.logprobs(policy.prefill(texts, seen), done.ids, done.mask)
-    plain = plain_logprobs(policy, samples, texts, seen, done)
+def test_shared_prefix_equals_plain_forward_in_values_and_gradients(policy, batch):
+    samples, texts, encoded, completions = batch
+    shared = policy.logprobs(policy.prefill(texts, encoded), completions.ids, completions.mask)
+    plain = plain_logprobs(policy, samples, texts, encoded, completions)
     assert (shared - plain).abs().max() < 1e-5
     weights, parameters = (
         torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)),
@@ -165,9 +167,9 @@ def test_shared_prefix_equals_plain_forward_in_values_and_gradients(policy, aske
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-def test_answers_that_end_at_once(policy, asked):
-    _, texts, seen, _ = asked
-    prefix, ids = policy.prefill(texts, seen), torch.tensor([[1], [2], [3], [4], [5], [6]])
+def test_answers_that_end_at_once(policy, batch):
+    _, texts, encoded, _ = batch
+    prefix, ids = policy.prefill(texts, encoded), torch.tensor([[1], [2], [3], [4], [5], [6]])
     logp = policy.logprobs(prefix, ids, torch.ones(6, 1, dtype=torch.bool))
     assert logp.shape == (6, 1)
     assert torch.allclose(
@@ -176,18 +178,21 @@ def test_answers_that_end_at_once(policy, asked):
     logp.sum().backward()
 
 
-def test_sampling_records_what_scoring_finds(policy, asked):
-    _, texts, seen, done = asked
+def test_sampling_records_what_scoring_finds(policy, batch):
+    _, texts, encoded, completions = batch
     assert (
-        policy.logprobs(policy.prefill(texts, seen), done.ids, done.mask) - done.logp * done.mask
+        policy.logprobs(policy.prefill(texts, encoded), completions.ids, completions.mask)
+        - completions.logp * completions.mask
     ).abs().max() < 1e-5
-    assert ((done.entropy >= 0) & (done.margin >= 0) & (done.margin <= 1)).all()
-    assert (done.mask.int().diff(dim=1) <= 0).all()  # a row, once ended, stays ended
+    assert (
+        (completions.entropy >= 0) & (completions.margin >= 0) & (completions.margin <= 1)
+    ).all()
+    assert (completions.mask.int().diff(dim=1) <= 0).all()  # a row, once ended, stays ended
 
 
-def test_second_prompt_reads_only_its_text(policy, asked):
-    "Behind the image of a first prompt, a second one gives the logits, answers and scores of a prompt read whole."
-    _, texts, seen, done = asked
+def test_second_prompt_reads_only_its_text(policy, batch):
+    "A prompt behind the image of a first one has the logits, answers and scores of a whole one."
+    _, texts, encoded, completions = batch
     of = torch.tensor([2, 0, 2, 1])
     again = [
         visionreasoner_prompt(d)
@@ -198,10 +203,10 @@ def test_second_prompt_reads_only_its_text(policy, asked):
             "the cross",
         )
     ]
-    prefix = policy.prefill(texts, seen)
+    prefix = policy.prefill(texts, encoded)
     short, whole = (
-        policy.prefill(again, [seen[i] for i in of], prefix, of),
-        policy.prefill(again, [seen[i] for i in of]),
+        policy.prefill(again, [encoded[i] for i in of], prefix, of),
+        policy.prefill(again, [encoded[i] for i in of]),
     )
     assert (short.logits - whole.logits).abs().max() < 1e-5
     assert torch.equal(short.start, whole.start)
@@ -209,24 +214,26 @@ def test_second_prompt_reads_only_its_text(policy, asked):
         policy.generate(short, 2, 16, seed=3).ids, policy.generate(whole, 2, 16, seed=3).ids
     )
     assert (
-        policy.logprobs(short, done.ids[:8], done.mask[:8])
-        - policy.logprobs(whole, done.ids[:8], done.mask[:8])
+        policy.logprobs(short, completions.ids[:8], completions.mask[:8])
+        - policy.logprobs(whole, completions.ids[:8], completions.mask[:8])
     ).abs().max() < 1e-5
 
 
-def test_same_seed_same_answers(policy, asked):
-    _, texts, seen, done = asked
-    prefix = policy.prefill(texts, seen)
-    assert torch.equal(policy.generate(prefix, 4, 24, seed=policy.seed).ids, done.ids)
-    assert not torch.equal(policy.generate(prefix, 4, 24, seed=policy.seed + 1).ids, done.ids)
+def test_same_seed_same_answers(policy, batch):
+    _, texts, encoded, completions = batch
+    prefix = policy.prefill(texts, encoded)
+    assert torch.equal(policy.generate(prefix, 4, 24, seed=policy.seed).ids, completions.ids)
+    assert not torch.equal(
+        policy.generate(prefix, 4, 24, seed=policy.seed + 1).ids, completions.ids
+    )
 
 
-def test_reference_is_the_adapter_off(policy, asked):
-    samples, texts, seen, done = asked
+def test_reference_is_the_adapter_off(policy, batch):
+    samples, texts, encoded, completions = batch
     with policy.reference():
-        still = policy.logprobs(policy.prefill(texts, seen), done.ids, done.mask)
+        still = policy.logprobs(policy.prefill(texts, encoded), completions.ids, completions.mask)
     with policy.adapter.disable_adapter():
-        plain = plain_logprobs(policy, samples, texts, seen, done)
+        plain = plain_logprobs(policy, samples, texts, encoded, completions)
     assert (still - plain).abs().max() < 1e-5
     assert not still.requires_grad
 
@@ -254,9 +261,9 @@ def test_missing_files_are_named(tmp_path, policy):
         policy.load_adapter(tmp_path)
 
 
-def test_an_answer_depends_on_its_own_seed_alone(policy, asked):
-    _, texts, seen, _ = asked
-    prefix, seeds = policy.prefill(texts, seen), list(range(12))
+def test_an_answer_depends_on_its_own_seed_alone(policy, batch):
+    _, texts, encoded, _ = batch
+    prefix, seeds = policy.prefill(texts, encoded), list(range(12))
     together = policy.generate(prefix, 4, 24, seed=seeds)
     alone = policy.generate(prefix.rows(torch.tensor([1])), 4, 24, seed=seeds[4:8])
     T = min(together.ids.shape[1], alone.ids.shape[1])
@@ -264,10 +271,10 @@ def test_an_answer_depends_on_its_own_seed_alone(policy, asked):
     assert not torch.equal(together.ids[:4], together.ids[4:8])
 
 
-def test_draws_follow_the_distribution(policy, asked):
+def test_draws_follow_the_distribution(policy, batch):
     "First tokens of many answers against the softmax they are drawn from."
-    _, texts, seen, _ = asked
-    prefix = policy.prefill(texts[:1], seen[:1])
+    _, texts, encoded, _ = batch
+    prefix = policy.prefill(texts[:1], encoded[:1])
     first = (
         policy.generate(prefix, 4096, 1, seed=5)
         .ids[:, 0]
@@ -286,12 +293,12 @@ def test_qwen3_vl_speaks_in_thousandths_and_needs_its_deep_features(tmp_path):
     processor.save_pretrained(tmp_path)
     policy, sample = Policy.load(str(tmp_path)), MiniReasonSeg("val")[0]
     assert (policy.frame, policy.side) == (1000, 112)
-    seen = policy.encode([sample.image])
-    assert len(seen[0].deep) == 2
-    assert seen[0].deep[0].shape == seen[0].tokens.shape == (49, 64)
+    encoded = policy.encode([sample.image])
+    assert len(encoded[0].deep) == 2
+    assert encoded[0].deep[0].shape == encoded[0].tokens.shape == (49, 64)
     whole, blind = (
-        policy.prefill(["what is red"], seen),
-        policy.prefill(["what is red"], [EncodedImage(seen[0].tokens, seen[0].grid)]),
+        policy.prefill(["what is red"], encoded),
+        policy.prefill(["what is red"], [EncodedImage(encoded[0].tokens, encoded[0].grid)]),
     )
     assert (whole.logits - blind.logits).abs().max() > 1e-3
 
@@ -305,7 +312,7 @@ def test_another_kind_of_model_is_named(tmp_path):
 
 
 def test_attention_changes_time_not_answers():
-    "Written out or torch's own: the same image tokens, answers, scores and gradients of the embedded policy, by the batched tower and by the tower's own way."
+    "Same image tokens, answers, scores and gradients by eager attention and by sdpa."
     samples = [MiniReasonSeg("val")[i] for i in range(3)]
     texts, found = [dr2seg_prompt(s.query) for s in samples], {}
     for attention in ("sdpa", "eager"):
@@ -319,12 +326,12 @@ def test_attention_changes_time_not_answers():
             == policy.model.model.language_model.config._attn_implementation
             == attention
         )
-        seen = policy.encode([s.image for s in samples])
-        done = policy.generate(policy.prefill(texts, seen), 2, 40, seed=1)
-        scores = policy.logprobs(policy.prefill(texts, seen), done.ids, done.mask)
+        encoded = policy.encode([s.image for s in samples])
+        completions = policy.generate(policy.prefill(texts, encoded), 2, 40, seed=1)
+        scores = policy.logprobs(policy.prefill(texts, encoded), completions.ids, completions.mask)
         found[attention] = (
-            torch.cat([s.tokens for s in seen]),
-            done.ids,
+            torch.cat([s.tokens for s in encoded]),
+            completions.ids,
             scores,
             torch.autograd.grad(scores.sum(), [p for _, p in policy.trainable()]),
         )
@@ -359,7 +366,7 @@ def test_flash_goes_to_the_vision_tower_alone(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=["word level", "byte level"])
-def asker(request):
+def text_policy(request):
     "A policy with the embedded tokenizer, and one with Qwen's kind and Qwen's template."
     torch.manual_seed(0)
     if request.param == "word level":
@@ -368,8 +375,8 @@ def asker(request):
 
 
 @pytest.fixture(scope="module")
-def picture(asker):
-    return asker.encode([MiniReasonSeg("val")[0].image])[0]
+def picture(text_policy):
+    return text_policy.encode([MiniReasonSeg("val")[0].image])[0]
 
 
 def at_once(policy, text, n):
@@ -424,15 +431,17 @@ PROMPTS = [str, visionreasoner_prompt, dr2seg_prompt, seg_zero_prompt, dpad_prom
 @given(text=ORDINARY, prompt=st.sampled_from(PROMPTS))
 @example(text="", prompt=str)
 @settings(max_examples=300)
-def test_ordinary_text_has_the_ids_of_the_whole_chat(asker, picture, text, prompt):
-    assert placed(asker, prompt(text), picture) == at_once(asker, prompt(text), len(picture.tokens))
+def test_ordinary_text_has_the_ids_of_the_whole_chat(text_policy, picture, text, prompt):
+    assert placed(text_policy, prompt(text), picture) == at_once(
+        text_policy, prompt(text), len(picture.tokens)
+    )
 
 
-def test_questions_of_the_world_have_the_ids_of_the_whole_chat(asker, picture):
+def test_questions_of_the_world_have_the_ids_of_the_whole_chat(text_policy, picture):
     for s in MiniReasonSeg("train", 100):
         for prompt in (dr2seg_prompt, visionreasoner_prompt):
-            assert placed(asker, prompt(s.query), picture) == at_once(
-                asker, prompt(s.query), len(picture.tokens)
+            assert placed(text_policy, prompt(s.query), picture) == at_once(
+                text_policy, prompt(s.query), len(picture.tokens)
             )
 
 
@@ -455,23 +464,23 @@ def control_ids(policy):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: ascii(t)[:24])
-def test_no_special_token_is_read_from_a_text(asker, picture, text):
-    control = control_ids(asker)
+def test_no_special_token_is_read_from_a_text(text_policy, picture, text):
+    control = control_ids(text_policy)
 
     def count(ids):
         return [sum(i == c for i in ids) for c in sorted(control)]
 
     for prompt in (dr2seg_prompt, visionreasoner_prompt, scoring_prompt):
-        assert count(placed(asker, prompt(text), picture)) == count(
-            placed(asker, prompt("the cup"), picture)
+        assert count(placed(text_policy, prompt(text), picture)) == count(
+            placed(text_policy, prompt("the cup"), picture)
         )
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: ascii(t)[:24])
-def test_hostile_text_is_asked_in_both_passes(asker, picture, text):
-    first = asker.prefill([dr2seg_prompt(text), dr2seg_prompt("the cup")], [picture] * 2)
-    second = asker.prefill([visionreasoner_prompt(text)], [picture], first, torch.tensor([0]))
-    whole = asker.prefill([visionreasoner_prompt(text)], [picture])
+def test_hostile_text_is_asked_in_both_passes(text_policy, picture, text):
+    first = text_policy.prefill([dr2seg_prompt(text), dr2seg_prompt("the cup")], [picture] * 2)
+    second = text_policy.prefill([visionreasoner_prompt(text)], [picture], first, torch.tensor([0]))
+    whole = text_policy.prefill([visionreasoner_prompt(text)], [picture])
     assert first.logits.isfinite().all()
     assert (second.logits - whole.logits).abs().max() < 1e-4
     assert torch.equal(second.start, whole.start)
@@ -488,47 +497,54 @@ def answer_of(policy, text, extra=()):
 @pytest.mark.parametrize(
     "text", HOSTILE[:-1], ids=lambda t: ascii(t)[:24]
 )  # no tokens decode to a lone surrogate
-def test_a_sampled_answer_may_spell_or_hold_special_tokens(asker, picture, text):
+def test_a_sampled_answer_may_spell_or_hold_special_tokens(text_policy, picture, text):
     sample = MiniReasonSeg("val")[0]
-    said = f"<think>it is {text} a</think><description>the {text} ball</description><answer>[{text}12]</answer>"
-    done = answer_of(asker, said)
-    (one,) = to_responses(asker, done)
-    prefix = asker.prefill([dr2seg_prompt(sample.query)], [picture])
-    assert asker.logprobs(prefix, done.ids, done.mask).isfinite().all()
-    assert one.think_tokens == len(tokenize_texts(asker.tokenizer, [reasoning_text(one.text)])[0])
-    asked = second_pass(asker, [picture], prefix, [[one]], visionreasoner_prompt, 8, 1.0, [0])
+    think = f"<think>it is {text} a</think>"
+    said = think + f"<description>the {text} ball</description><answer>[{text}12]</answer>"
+    completions = answer_of(text_policy, said)
+    (one,) = to_responses(text_policy, completions)
+    prefix = text_policy.prefill([dr2seg_prompt(sample.query)], [picture])
+    assert text_policy.logprobs(prefix, completions.ids, completions.mask).isfinite().all()
+    assert one.think_tokens == len(
+        tokenize_texts(text_policy.tokenizer, [reasoning_text(one.text)])[0]
+    )
+    asked = second_pass(text_policy, [picture], prefix, [[one]], visionreasoner_prompt, 8, 1.0, [0])
     assert (asked[0][0] is not None) == (one.parsed.description is not None)
-    seen = token_attention(
-        asker,
+    encoded = token_attention(
+        text_policy,
         dr2seg_prompt(text),
         picture,
-        asker.prefill([dr2seg_prompt(text)], [picture]),
+        text_policy.prefill([dr2seg_prompt(text)], [picture]),
         one.tokens,
     )
-    assert seen.shape == (len(one.tokens), 7, 7)
-    assert np.isfinite(seen).all()
+    assert encoded.shape == (len(one.tokens), 7, 7)
+    assert np.isfinite(encoded).all()
     grid = attention_grid(
-        asker,
+        text_policy,
         dr2seg_prompt(text),
         picture,
-        asker.prefill([dr2seg_prompt(text)], [picture]),
+        text_policy.prefill([dr2seg_prompt(text)], [picture]),
         one.text,
     )
     assert grid.shape == (7, 7)
-    assert not control_ids(asker) & set(coordinate_tokens(asker.tokenizer, one.text)[0])
+    assert not control_ids(text_policy) & set(coordinate_tokens(text_policy.tokenizer, one.text)[0])
 
 
-def test_every_token_can_be_sampled(asker, picture):
+def test_every_token_can_be_sampled(text_policy, picture):
     "Control tokens and ids without a token among them."
-    every = torch.arange(asker.model.get_input_embeddings().num_embeddings)[None]
-    done = Completions(
+    every = torch.arange(text_policy.model.get_input_embeddings().num_embeddings)[None]
+    completions = Completions(
         every, torch.ones_like(every, dtype=torch.bool), *torch.zeros(3, *every.shape)
     )
-    (one,) = to_responses(asker, done)
+    (one,) = to_responses(text_policy, completions)
     assert "".join(one.tokens) == one.text
     assert "<|image_pad|>" in one.text
     assert (
-        asker.logprobs(asker.prefill([dr2seg_prompt("the cup")], [picture]), done.ids, done.mask)
+        text_policy.logprobs(
+            text_policy.prefill([dr2seg_prompt("the cup")], [picture]),
+            completions.ids,
+            completions.mask,
+        )
         .isfinite()
         .all()
     )
@@ -537,53 +553,56 @@ def test_every_token_can_be_sampled(asker, picture):
 # questions that are too long
 
 
-def test_a_question_has_a_limit_in_tokens(asker):
+def test_a_question_has_a_limit_in_tokens(text_policy):
     ball = Sample("x-1", MiniReasonSeg("val")[0].image, "the ball", ())
-    assert asker.question_problem(ball) is None
+    assert text_policy.question_problem(ball) is None
     words = " ".join(["ball"] * 1000)
-    told = asker.question_problem(dataclasses.replace(ball, query=words))
-    assert (
-        told
-        == "sample x-1: its question of 4,999 characters has more than 512 tokens; shorten it, or raise max_question_tokens."
+    problem = text_policy.question_problem(dataclasses.replace(ball, query=words))
+    assert problem == (
+        "sample x-1: its question of 4,999 characters has more than 512 tokens; "
+        "shorten it, or raise max_question_tokens."
     )
-    assert asker.question_problem(dataclasses.replace(ball, query=" ".join(["ball"] * 10))) is None
+    assert (
+        text_policy.question_problem(dataclasses.replace(ball, query=" ".join(["ball"] * 10)))
+        is None
+    )
 
 
-def test_the_limit_is_a_number_of_tokens(asker, monkeypatch):
+def test_the_limit_is_a_number_of_tokens(text_policy, monkeypatch):
     sample = MiniReasonSeg("val")[0]
-    n = len(asker.tokenizer(sample.query)["input_ids"])
-    monkeypatch.setattr(asker, "max_question_tokens", n)
-    assert asker.question_problem(sample) is None
-    monkeypatch.setattr(asker, "max_question_tokens", n - 1)
-    assert f"has more than {n - 1} tokens" in asker.question_problem(sample)
+    n = len(text_policy.tokenizer(sample.query)["input_ids"])
+    monkeypatch.setattr(text_policy, "max_question_tokens", n)
+    assert text_policy.question_problem(sample) is None
+    monkeypatch.setattr(text_policy, "max_question_tokens", n - 1)
+    assert f"has more than {n - 1} tokens" in text_policy.question_problem(sample)
 
 
 @pytest.mark.parametrize(
     "query", ["a" * 10**8, "<|image_pad|>" * 10**6, "猫" * 10**7, " " * 10**7], ids=lambda q: q[:5]
 )
-def test_a_huge_question_is_refused_at_once(asker, picture, query):
+def test_a_huge_question_is_refused_at_once(text_policy, picture, query):
     sample, began = Sample("x-1", MiniReasonSeg("val")[0].image, query, ()), time.monotonic()
-    assert "more than 512 tokens" in asker.question_problem(sample)
+    assert "more than 512 tokens" in text_policy.question_problem(sample)
     with pytest.raises(ValueError, match="has more than 2560 tokens; shorten its question"):
-        asker.prefill([query], [picture])
+        text_policy.prefill([query], [picture])
     assert time.monotonic() - began < 1
 
 
-def test_a_description_that_is_too_long_is_none(asker, picture, monkeypatch):
+def test_a_description_that_is_too_long_is_none(text_policy, picture, monkeypatch):
     long, short = (
         f"<think>a</think><description>{' '.join(['ball'] * n)}</description><answer>[]</answer>"
         for n in (40, 2)
     )
     first = [
         [
-            *to_responses(asker, answer_of(asker, long)),
-            *to_responses(asker, answer_of(asker, short)),
+            *to_responses(text_policy, answer_of(text_policy, long)),
+            *to_responses(text_policy, answer_of(text_policy, short)),
         ]
     ]
-    prefix = asker.prefill([dr2seg_prompt("the ball")], [picture])
-    monkeypatch.setattr(asker, "max_question_tokens", 20)
+    prefix = text_policy.prefill([dr2seg_prompt("the ball")], [picture])
+    monkeypatch.setattr(text_policy, "max_question_tokens", 20)
     ((none, some),) = second_pass(
-        asker, [picture], prefix, first, visionreasoner_prompt, 8, 1.0, [0, 1]
+        text_policy, [picture], prefix, first, visionreasoner_prompt, 8, 1.0, [0, 1]
     )
     assert none is None
     assert some is not None

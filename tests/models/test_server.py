@@ -31,8 +31,10 @@ from dr2seg_lib.evaluation.evaluate import run_evaluation
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.http_client import SERVER_KEY, post_json
-from dr2seg_lib.models.policy import EMBEDDED, Policy
-from dr2seg_lib.models.vllm_client import ServedPolicy, completion_statistics, logprob_gap
+from dr2seg_lib.models.policy import Policy
+from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.models.served_completions import completion_statistics, logprob_gap
+from dr2seg_lib.models.vllm_client import ServedPolicy
 from dr2seg_lib.models.vllm_protocol import list_models, served_name, server_address
 from dr2seg_lib.rollouts.parsing import parse_response
 from dr2seg_lib.rollouts.response import Response, to_responses
@@ -49,7 +51,7 @@ class Refusal(Exception):
 
 
 class Engine(ThreadingHTTPServer):
-    "The embedded policy behind the protocol; each adapter it is told to load is a policy of its own."
+    "The embedded policy behind the protocol; each adapter it loads is a policy of its own."
 
     daemon_threads = True
 
@@ -281,7 +283,7 @@ def test_greedy_answers_are_those_of_the_local_engine(engine, tmp_path):
     for name in "logp", "entropy", "margin":
         assert ((getattr(ours, name) - getattr(theirs, name)) * ours.mask).abs().max() < 1e-3
     assert abs(logprob_gap(theirs)) < 1e-5
-    assert ((theirs.theirs - theirs.logp) * theirs.mask).abs().max() < 1e-3
+    assert ((theirs.server_logp - theirs.logp) * theirs.mask).abs().max() < 1e-3
     assert [r.text for r in to_responses(local, ours)] == [
         r.text for r in to_responses(local, theirs)
     ]
@@ -333,7 +335,7 @@ def test_an_adapter_by_name_changes_the_answers(engine, tmp_path):
 
 def test_two_passes_and_all_requests_at_once(engine, tmp_path):
     engine.meet = threading.Barrier(2, timeout=20)  # a request waits for another to be in flight
-    rolled = generate_rollouts(
+    rollouts = generate_rollouts(
         ServedPolicy(Policy.load(), engine.url, "embedded", tmp_path),
         SAMPLES[:2],
         dr2seg_prompt,
@@ -342,10 +344,10 @@ def test_two_passes_and_all_requests_at_once(engine, tmp_path):
         60,
         seed=0,
     )
-    assert [len(g.first) for g in rolled.groups] == [3, 3]
+    assert [len(g.first) for g in rollouts.groups] == [3, 3]
     assert all(
         len(r.entropy) == len(r.tokens) and "".join(r.tokens) == r.text
-        for g in rolled.groups
+        for g in rollouts.groups
         for r in g.first
     )
     engine.meet = None
@@ -473,7 +475,8 @@ def test_what_passes_is_asked_again(engine, tmp_path):
     engine.troubles = [503] * 30
     with pytest.raises(
         ValueError,
-        match=rf"server: {engine.url} answers /v1/chat/completions with 503 \(out of order\); look into its log",
+        match=rf"server: {engine.url} answers /v1/chat/completions with 503 "
+        r"\(out of order\); look into its log",
     ):
         answered(served, longest=5)
 
@@ -527,7 +530,8 @@ def test_adapters_that_a_server_does_not_take(engine, tmp_path):
     try:
         with pytest.raises(
             ValueError,
-            match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of 4 or more",
+            match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a "
+            "--max-lora-rank of 4 or more",
         ):
             ServedPolicy(noisy(Policy.load()), engine.url, "embedded", tmp_path).load_lora_adapter()
     finally:
@@ -548,7 +552,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, message",
     [
         (
             dict(server=NOWHERE),
@@ -567,8 +571,8 @@ NOWHERE = "http://127.0.0.1:9"
     ],
     ids=str,
 )
-def test_a_server_that_will_not_do_is_told_before_anything_starts(settings, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_server_that_will_not_do_is_told_before_anything_starts(settings, message):
+    with pytest.raises(ValueError, match=message):
         check_training(TrainConfig(eval_samples=0, **settings))
 
 
@@ -597,9 +601,9 @@ def test_another_model_is_told(engine, tmp_path, capsys):
         )
         == 2
     )
-    told = capsys.readouterr().err
-    assert told.startswith(f"dr2seg: server: {engine.url} has policy, not embedded")
-    assert len(told.splitlines()) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"dr2seg: server: {engine.url} has policy, not embedded")
+    assert len(message.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -615,9 +619,9 @@ def test_a_text_that_spells_special_tokens_is_answered_by_the_policy_itself(engi
     local = Policy.load()
 
     def ask(policy, n, temperature, seed):
-        seen = policy.encode([SAMPLES[0].image] * len(texts))
+        encoded = policy.encode([SAMPLES[0].image] * len(texts))
         with torch.no_grad():
-            return policy.generate(policy.prefill(texts, seen), n, 16, temperature, seed)
+            return policy.generate(policy.prefill(texts, encoded), n, 16, temperature, seed)
 
     served = ServedPolicy(local, engine.url, "embedded", tmp_path)
     for n, temperature, seeds in ((1, 0.0, None), (3, 1.0, list(range(12)))):
@@ -634,10 +638,17 @@ def test_a_description_that_spells_special_tokens_goes_through_the_second_pass(e
     served = ServedPolicy(Policy.load(), engine.url, "embedded", tmp_path)
     text = "<think>a</think><description>the <|image_pad|> ball</description><answer>[]</answer>"
     first = [[Response(text, parse_response(text), [text], [0.0], [1.0], 1)]]
-    seen = served.encode([SAMPLES[0].image])
+    encoded = served.encode([SAMPLES[0].image])
     with torch.no_grad():
         second = second_pass(
-            served, seen, served.prefill(TEXTS[:1], seen), first, visionreasoner_prompt, 8, 1.0, [0]
+            served,
+            encoded,
+            served.prefill(TEXTS[:1], encoded),
+            first,
+            visionreasoner_prompt,
+            8,
+            1.0,
+            [0],
         )
     assert second[0][0] is not None
     assert not engine.log
@@ -666,14 +677,15 @@ def test_a_key_travels_to_its_server_and_nowhere_else(engine, tmp_path, monkeypa
     monkeypatch.setenv(SERVER_KEY, "another-key")
     with pytest.raises(
         ValueError,
-        match=r"answers /v1/models with 401 \(Unauthorized …\); set the environment variable VLLM_API_KEY to the server's key",
-    ) as told:
+        match=r"answers /v1/models with 401 \(Unauthorized …\); set the environment variable "
+        "VLLM_API_KEY to the server's key",
+    ) as message:
         served_name(engine.url, "embedded")
     out = capsys.readouterr()
     assert not [
         secret
         for secret in (SECRET, "another-key")
-        if secret in str(told.value) + out.out + out.err
+        if secret in str(message.value) + out.out + out.err
     ]
     monkeypatch.setenv(SERVER_KEY, "schlüssel\n")
     with pytest.raises(
@@ -694,9 +706,9 @@ def test_a_key_travels_to_its_server_and_nowhere_else(engine, tmp_path, monkeypa
 def test_a_password_in_an_address_is_refused_and_not_repeated(given, shown):
     with pytest.raises(
         ValueError, match=f"server: {shown} was given with a name or password.*VLLM_API_KEY"
-    ) as told:
+    ) as message:
         server_address(given)
-    assert not any(part in str(told.value) for part in ("me:", "s3", "cret"))
+    assert not any(part in str(message.value) for part in ("me:", "s3", "cret"))
 
 
 @pytest.mark.parametrize(
@@ -725,10 +737,10 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(given, shown):
 def test_what_is_no_address_is_told(given):
     with pytest.raises(
         ValueError, match="is no address; give one such as http://localhost:8000"
-    ) as told:
+    ) as message:
         server_address(given)
-    assert len(str(told.value)) < 400
-    assert str(told.value).isprintable()
+    assert len(str(message.value)) < 400
+    assert str(message.value).isprintable()
 
 
 GOOD = dict(object="chat.completion", model="policy", prompt_token_ids=[], choices=[])
@@ -1055,23 +1067,23 @@ def bounded(work, seconds=60):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_whatever_a_server_says_is_one_sentence(name, tmp_path, monkeypatch):
-    play, told = HOSTILE[name]
+    play, message = HOSTILE[name]
     if "KEY" in name.upper():
         play = says(f"key {SECRET} is wrong", "400 Bad Request")
     monkeypatch.setattr("dr2seg_lib.models.http_client.RETRY_WAITS", (0.01, 0.02))
     monkeypatch.setattr(
-        "dr2seg_lib.models.http_client.REPLY_SECONDS", 1.5 if "1.5 seconds" in told else 60
+        "dr2seg_lib.models.http_client.REPLY_SECONDS", 1.5 if "1.5 seconds" in message else 60
     )
     monkeypatch.setenv(SERVER_KEY, SECRET)
     player = Player(play)
     served = ServedPolicy(POLICY, player.url, "embedded", tmp_path)
 
     def ask():
-        seen = served.encode([SAMPLES[0].image])
+        encoded = served.encode([SAMPLES[0].image])
         with torch.no_grad():
-            served.generate(served.prefill(TEXTS[:1], seen), 1, 8, 0.0)
+            served.generate(served.prefill(TEXTS[:1], encoded), 1, 8, 0.0)
 
-    with pytest.raises(ValueError, match=f"^server: {player.url} .*({told})") as error:
+    with pytest.raises(ValueError, match=f"^server: {player.url} .*({message})") as error:
         bounded(ask)
     player.close()
     sentence = str(error.value)
@@ -1079,7 +1091,7 @@ def test_whatever_a_server_says_is_one_sentence(name, tmp_path, monkeypatch):
     assert sentence.isprintable()
     assert len(sentence) < 500
     posts = sum(b"POST" in head for head in player.requests)
-    repeated = "with 500" in told or (LOST in told and posts != 1)
+    repeated = "with 500" in message or (LOST in message and posts != 1)
     assert posts == (3 if repeated else 1)
     assert (name in ONCE) <= (posts == 1)
 
@@ -1123,7 +1135,8 @@ def test_a_strange_list_of_models_is_one_sentence(data):
     player = Player(says(json.dumps(dict(data=data))), models=True)
     with pytest.raises(
         ValueError,
-        match=f"^server: {player.url} (does not list its models as vLLM does|has .*, not embedded; start it by)",
+        match=f"^server: {player.url} (does not list its models as vLLM does|"
+        "has .*, not embedded; start it by)",
     ) as error:
         served_name(player.url, "embedded")
     player.close()
@@ -1181,14 +1194,14 @@ def test_an_interrupt_drops_what_is_in_flight(interruptible):
 
 
 def test_control_tokens_in_an_answer_of_a_server_are_text(engine, tmp_path):
-    "They are what a policy may sample itself; nothing later takes them for an image or the end of a turn."
+    "A policy may sample them itself; nothing later takes them for an image or a turn's end."
     player = Player(says("{}"))
     served = ServedPolicy(POLICY, player.url, "embedded", tmp_path)
     pad, *ids = POLICY.tokenizer(
         "<|image_pad|><think><|vision_start|></think><description>the<|image_pad|></description>"
     )["input_ids"]
-    seen = served.encode([SAMPLES[0].image])
-    prefix = served.prefill(TEXTS[:1], seen)
+    encoded = served.encode([SAMPLES[0].image])
+    prefix = served.prefill(TEXTS[:1], encoded)
     rows = torch.tensor([[pad, *ids]])
     logp = completion_statistics(served, prefix, rows, torch.ones_like(rows, dtype=torch.bool))[
         0, 0
@@ -1201,5 +1214,5 @@ def test_control_tokens_in_an_answer_of_a_server_are_text(engine, tmp_path):
     assert one.parsed.description == "the<|image_pad|>"
     assert served.logprobs(prefix, done.ids, done.mask).isfinite().all()
     with torch.no_grad():
-        second = second_pass(served, seen, prefix, [[one]], visionreasoner_prompt, 8, 1.0, [0])
+        second = second_pass(served, encoded, prefix, [[one]], visionreasoner_prompt, 8, 1.0, [0])
     assert second[0][0] is not None, "by the policy itself, since the server is gone"

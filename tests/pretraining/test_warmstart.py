@@ -1,4 +1,4 @@
-"The embedded policy's making: lossless tokenizer, exact batches; and the quality of the one that ships."
+"The making of the embedded policy: its tokenizer, its batches, and the quality of what ships."
 
 import subprocess
 import sys
@@ -11,15 +11,12 @@ import torch
 from dr2seg_lib.core.files import read_json
 from dr2seg_lib.data.mini import draw_problem
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
-from dr2seg_lib.models.policy import EMBEDDED, Policy
-from dr2seg_lib.pretraining.policy import (
-    CURRICULUM,
-    CurriculumStage,
-    _draw_page,
-    make_model,
-    soft_number_labels,
-    training_example,
-)
+from dr2seg_lib.models.policy import Policy
+from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.pretraining.lesson_batches import soft_number_labels
+from dr2seg_lib.pretraining.lessons import draw_lesson_page, training_example
+from dr2seg_lib.pretraining.policy import CURRICULUM, CurriculumStage
+from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import WORLD_FRAME, make_tokenizer
 from dr2seg_lib.runs.run_folder import Run
 
@@ -32,7 +29,7 @@ def tokenizer():
 def test_tokenizer_gives_every_lesson_back_byte_for_byte(tokenizer):
     rng = np.random.default_rng(0)
     for seed in range(60):
-        page = _draw_page(seed)
+        page = draw_lesson_page(seed)
         for text in training_example(rng, page, 0.5, 0.2):
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids) == text

@@ -30,15 +30,19 @@ def policy():
 
 
 @pytest.fixture(scope="module")
-def rolled(policy):
-    return generate_rollouts(policy, SAMPLES, dr2seg_prompt, visionreasoner_prompt, n=4, seed=3)
-
-
-def test_shape_and_record(policy, rolled):
-    assert (
-        [len(g.first) for g in rolled.groups] == [4, 4, 4] == [len(g.second) for g in rolled.groups]
+def rollouts(policy):
+    return generate_rollouts(
+        policy, SAMPLES, dr2seg_prompt, visionreasoner_prompt, group_size=4, seed=3
     )
-    for g in rolled.groups:
+
+
+def test_shape_and_record(policy, rollouts):
+    assert (
+        [len(g.first) for g in rollouts.groups]
+        == [4, 4, 4]
+        == [len(g.second) for g in rollouts.groups]
+    )
+    for g in rollouts.groups:
         for one, two in zip(g.first, g.second):
             assert "".join(one.tokens) == one.text
             assert len(one.tokens) == len(one.entropy) == len(one.margin)
@@ -48,18 +52,19 @@ def test_shape_and_record(policy, rolled):
             assert (two is None) == (one.parsed.description is None)
 
 
-def test_texts_decode_from_the_sampled_tokens(policy, rolled):
+def test_texts_decode_from_the_sampled_tokens(policy, rollouts):
     texts = policy.tokenizer.batch_decode(
-        [row[m] for row, m in zip(rolled.done.ids, rolled.done.mask)], skip_special_tokens=True
+        [row[m] for row, m in zip(rollouts.completions.ids, rollouts.completions.mask)],
+        skip_special_tokens=True,
     )
-    assert texts == [r.text for g in rolled.groups for r in g.first]
+    assert texts == [r.text for g in rollouts.groups for r in g.first]
 
 
 @pytest.fixture(scope="module")
 def shown(policy):
     "One encoded image, and a first prompt read about it."
-    seen = policy.encode([SAMPLES[0].image])
-    return seen, policy.prefill([dr2seg_prompt(SAMPLES[0].query)], seen)
+    encoded = policy.encode([SAMPLES[0].image])
+    return encoded, policy.prefill([dr2seg_prompt(SAMPLES[0].query)], encoded)
 
 
 def test_second_pass_depends_on_image_and_description_alone(policy, shown):
@@ -100,12 +105,12 @@ def test_no_description_no_second_pass(policy, shown):
 
 
 def test_one_pass_recipes_ask_once(policy):
-    clock = StageTimer()
-    rolled = generate_rollouts(
-        policy, SAMPLES[:1], visionreasoner_prompt, None, n=2, seed=0, clock=clock
+    timer = StageTimer()
+    rollouts = generate_rollouts(
+        policy, SAMPLES[:1], visionreasoner_prompt, None, group_size=2, seed=0, timer=timer
     )
-    assert rolled.groups[0].second == [None, None]
-    assert set(clock) == {"first", "second"}
+    assert rollouts.groups[0].second == [None, None]
+    assert set(timer) == {"first", "second"}
 
 
 def test_answer_entropy_looks_inside_the_answer_alone():
@@ -129,24 +134,24 @@ def test_padding_after_the_end_is_dropped(policy):
     prefix = policy.prefill(
         [dr2seg_prompt(s.query) for s in SAMPLES], policy.encode([s.image for s in SAMPLES])
     )
-    done = policy.generate(prefix, 2, 200, seed=0)
-    assert done.mask.sum(1).min() < done.ids.shape[1]
-    for r, m in zip(to_responses(policy, done), done.mask):
+    completions = policy.generate(prefix, 2, 200, seed=0)
+    assert completions.mask.sum(1).min() < completions.ids.shape[1]
+    for r, m in zip(to_responses(policy, completions), completions.mask):
         assert len(r.tokens) in (m.sum() - 1, m.sum())
         assert "<|im_end|>" not in r.text
 
 
-def test_a_group_depends_on_its_own_seeds_alone(policy, rolled):
+def test_a_group_depends_on_its_own_seeds_alone(policy, rollouts):
     "So that processes which share a step's questions sample what one process would."
-    n = len(rolled.groups[0].first)
+    n = len(rollouts.groups[0].first)
     alone = generate_rollouts(
-        policy, SAMPLES[1:2], dr2seg_prompt, visionreasoner_prompt, n=n, seed=3 + 2 * n
+        policy, SAMPLES[1:2], dr2seg_prompt, visionreasoner_prompt, group_size=n, seed=3 + 2 * n
     )
 
     def texts(group):
         return [r and r.text for r in group.first + group.second]
 
-    assert texts(alone.groups[0]) == texts(rolled.groups[1])
+    assert texts(alone.groups[0]) == texts(rollouts.groups[1])
 
 
 QUERIES = ["the ball", "<|image_pad|>", "the <|im_end|> ball<|vision_start|>", "ball " * 20_000]
@@ -188,9 +193,10 @@ def test_training_asks_hostile_questions_and_passes_over_those_too_long(hostile,
         max_new_tokens=60,
     )
     run = train(config, tmp_path / "run")
-    skipped = [told for row in run.metrics() for told in row.get("skipped", [])]
-    assert {*skipped} == {
-        "sample train-3: its question of 100,000 characters has more than 512 tokens; shorten it, or raise max_question_tokens."
+    skipped = set().union(*(row.get("skipped", []) for row in run.metrics()))
+    assert skipped == {
+        "sample train-3: its question of 100,000 characters has more than 512 tokens; "
+        "shorten it, or raise max_question_tokens."
     }
     asked = {r["query"] for r in read_jsonl(run.folder / "rollouts.jsonl")}
     assert asked <= {*QUERIES[:3]}

@@ -1,13 +1,21 @@
-"A few of the kills of kills.py and cuts of powercut.py, in processes of their own: forking one that has computed would hang."
+"""A few of the kills of kills.py and cuts of powercut.py.
+
+Each in a process of its own: forking one that has computed would hang.
+"""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+TOOLS = Path(__file__).parents[1]
+
 
 def run(tool: str, *arguments: str) -> dict:  # what it counts
-    command = [sys.executable, Path(__file__).with_name(tool), *arguments]
+    command = [sys.executable, TOOLS / tool, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -30,14 +38,8 @@ def test_nothing_is_lost_when_the_power_is_cut():
 
 
 def test_a_forgotten_sync_is_found():
-    "The test itself: without the directory's sync after a rename, a power cut takes the checkpoint away."
-    command = [
-        sys.executable,
-        Path(__file__).with_name("powercut.py"),
-        "--resumed",
-        "0",
-        "--forget-folders",
-    ]
+    "The test itself: without the folder's sync after a rename, a power cut takes the checkpoint."
+    command = [sys.executable, TOOLS / "powercut.py", "--resumed", "0", "--forget-folders"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert "lost" in done.stderr

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -203,6 +204,25 @@ def test_a_run_on_another_machine_is_judged_by_its_heartbeat(tmp_path):
         assert run.status == "running"
 
 
+def test_a_run_of_somebody_else_can_be_asked_for_its_status():
+    "As root nothing is forbidden, so who asks gives its rights away first."
+    script = """import encodings.utf_8_sig, os, sys
+from filelock import lock_descriptor
+from dr2seg_lib.runs.status import run_status
+os.geteuid() or os.seteuid(65534)
+print(run_status(sys.argv[1]))"""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        Path(name).chmod(0o755)
+        with Run.create(folder, {}, bar=False):
+            (folder / ".lock").chmod(0o444)
+            folder.chmod(0o555)
+            command = [sys.executable, "-c", script, str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            folder.chmod(0o755)
+    assert done.stdout == "running\n", done.stderr
+
+
 # ---- what a folder takes
 
 
@@ -377,12 +397,25 @@ def test_a_second_sigterm_ends_whatever_the_process_is_at(call, tmp_path):
     assert run.status == "done"
 
 
+CHILD = """
+import sys, time
+from dr2seg_lib.runs.signals import die_with_parent
+from dr2seg_lib.runs.status import lock_folder
+die_with_parent(int(sys.argv[1]))
+lock = lock_folder(sys.argv[2])
+print("ready", flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import os, subprocess, sys, time
+folder, child = sys.argv[1:]
+subprocess.Popen([sys.executable, "-c", child, str(os.getpid()), folder])
+time.sleep(60)
+"""
+
+
 def test_a_process_dies_with_the_one_that_started_it(tmp_path):
-    child = "import os, sys, time; from dr2seg_lib.runs.signals import die_with_parent; from dr2seg_lib.runs.status import lock_folder; die_with_parent(int(sys.argv[1])); lock_folder(sys.argv[2]); print('ready', flush=True); time.sleep(60)"
-    parent = start(
-        f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid()), sys.argv[1]]); time.sleep(60)",
-        tmp_path,
-    )
+    parent = start(PARENT, tmp_path, CHILD)
     assert lock_folder(tmp_path) is None
     parent.kill()
     parent.wait()
@@ -450,7 +483,8 @@ def test_one_bad_file_of_a_run_hides_no_other_run(name, text, tmp_path):
 def test_a_run_deleted_while_at_work_is_one_sentence(tmp_path):
     with pytest.raises(
         OSError,
-        match="metrics.jsonl cannot be written .No such file or directory.; .*run was deleted or moved; restore it and resume, or start anew",
+        match="metrics.jsonl cannot be written .No such file or directory.; "
+        ".*run was deleted or moved; restore it and resume, or start anew",
     ):
         with Run.create(tmp_path / "run", {}, bar=False) as run:
             shutil.rmtree(run.folder)
@@ -624,7 +658,8 @@ def test_on_a_full_disk_no_line_is_half_and_the_run_goes_on_later(small_disk):
 
     with pytest.raises(
         OSError,
-        match="metrics.jsonl cannot be written .No space left on device.; free space or grant permission, then resume",
+        match="metrics.jsonl cannot be written .No space left on device.; "
+        "free space or grant permission, then resume",
     ):
         with Run.create(small_disk / "run", {}, bar=False) as run:
             for step in itertools.count(1):
@@ -643,7 +678,8 @@ def test_on_a_full_disk_the_last_checkpoint_stays_whole(small_disk):
     kept = save_checkpoint(small_disk, 1, fill("x" * 60_000))
     with pytest.raises(
         OSError,
-        match="the checkpoint of step 2 cannot be written to .*disk/checkpoints .*No space left.*free space",
+        match="the checkpoint of step 2 cannot be written to .*disk/checkpoints "
+        ".*No space left.*free space",
     ):
         save_checkpoint(small_disk, 2, fill("x" * 600_000))
     assert find_resumable_checkpoint(small_disk) == kept

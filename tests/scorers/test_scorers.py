@@ -23,22 +23,19 @@ from dr2seg_lib.evaluation.discrimination import (
     similarity_ratio,
 )
 from dr2seg_lib.methods.dpad import discriminative
-from dr2seg_lib.models.policy import EMBEDDED as POLICY
-from dr2seg_lib.pretraining.scorer import (
+from dr2seg_lib.models.pretrained import EMBEDDED as POLICY
+from dr2seg_lib.pretraining.scorer import draw_scorer_batch, train_clip
+from dr2seg_lib.pretraining.scorer_loss import caption_fit, contrastive_loss
+from dr2seg_lib.pretraining.scorer_pages import (
     SCORER_SIZE,
     ScorerCaption,
     ScorerPicture,
-    caption_fit,
-    contrastive_loss,
-    draw_caption,
-    draw_page,
-    draw_scorer_batch,
-    make_merges,
-    preferences,
+    caption_picture,
+    draw_scorer_page,
     preprocess_picture,
-    train_clip,
-    write_merges,
 )
+from dr2seg_lib.pretraining.scorer_quality import preferences
+from dr2seg_lib.pretraining.scorer_tokenizer import make_merges, write_merges
 from dr2seg_lib.rollouts.parsing import parse_response
 from dr2seg_lib.scorers.clip import (
     EMBEDDED_CLIP,
@@ -581,9 +578,9 @@ def test_what_is_true_of_which_picture():
 def test_captions_are_true():
     rng = np.random.default_rng(0)
     for seed in range(WARM_START + 50, WARM_START + 70):
-        page = draw_page(seed)
+        page = draw_scorer_page(seed)
         for picture in (page.whole, *page.each, page.two):
-            c = draw_caption(rng, page, picture)
+            c = caption_picture(rng, page, picture)
             assert set(c.named) == set(picture.named) <= set(picture.inside)
             assert "a orange" not in c.text
             for t in c.named:
@@ -594,8 +591,8 @@ def test_captions_are_true():
 
 
 def test_a_page_is_what_the_scorer_will_see(clip):
-    page = draw_page(WARM_START)
-    p = page.puzzle
+    page = draw_scorer_page(WARM_START)
+    p = page.problem
     assert np.array_equal(page.whole.pixels, preprocess_picture(p.scene.picture()))
     assert page.whole.pixels.shape == (SCORER_SIZE, SCORER_SIZE, 3)
     target = Target.of(p.scene.masks()[0])
@@ -622,7 +619,7 @@ def test_loss_prefers_the_truth():
 
 
 def test_lessons_are_pairs():
-    rng, pages = np.random.default_rng(0), [draw_page(WARM_START + i) for i in range(3)]
+    rng, pages = np.random.default_rng(0), [draw_scorer_page(WARM_START + i) for i in range(3)]
     captions, pictures = draw_scorer_batch(rng, pages, 2, 2)
     assert len(captions) == len(pictures)
     assert 6 <= len(captions) <= 8

@@ -409,7 +409,7 @@ def test_one_text_a_file_is_drawn_anew_in_each_pass(tmp_path):
         (dict(model="embeded"), "use embedded"),
         (dict(steps=0), "steps"),
         (dict(data="coco"), "data: coco does not exist.*called mini"),
-        (dict(eval_data="coco"), "eval_data: coco does not exist.*called mini"),
+        (dict(eval_data="coco"), "evaluation.data: coco does not exist.*called mini"),
         (dict(samples=1), "rollout.group_size"),
     ],
     ids=str,

@@ -12,6 +12,7 @@ from invented_runs import Reader
 from jinja2 import UndefinedError
 
 from dr2seg_lib.core.markup import latex_text
+from dr2seg_lib.core.notes import cut_note
 from dr2seg_lib.core.templates import STATIC_FOLDER, TEMPLATE_FOLDER, render
 from dr2seg_lib.core.text_table import rows_table
 from dr2seg_lib.evaluation.published import COLUMN_TITLES
@@ -520,15 +521,13 @@ def test_split_and_cut_answers_are_told(tmp_path):
     files["results.json"]["before"]["cut"], files["results.json"]["after"]["cut"] = 0.031, 0.004
     html = write_report(hostile.write(tmp_path / "run", files), cards=1).read_text()
     assert "<p class=note>The set names no splits: 20 % of it was held out.</p>" in html
-    assert (
-        "<p class=notice>3.1 % of the answers before training were cut at 192 tokens; raise max_new_tokens</p>"
-        in html
-    )
-    assert "<p class=note>0.4 % of the answers after training were cut at 192 tokens</p>" in html
+    warning, rest = cut_note(dict(cut=0.031)), cut_note(dict(cut=0.004), least=0)
+    assert f"<p class=notice>before training: {warning}</p>" in html
+    assert f"<p class=note>after training: {rest}</p>" in html
     files = hostile.evaluate()
     html = write_report(hostile.write(tmp_path / "eval", files), cards=1).read_text()
-    assert "2.0 % of the answers were cut at 192 tokens; raise max_new_tokens" in html
+    assert f"<p class=notice>{cut_note(dict(cut=0.02))}</p>" in html
     del files["results.json"]["cut"], files["results.json"]["evaluation"]["split_note"]
     html = write_report(hostile.write(tmp_path / "eval", files), cards=1).read_text()
-    assert "were cut" not in html
+    assert "cut short" not in html
     assert "held out" not in html

@@ -255,7 +255,7 @@ def test_the_picture_dims_what_was_not_asked_for():
             [str(HOPPER), "what", "--attention", "fast"],
             "attention 'fast' is unknown; use one of sdpa, eager, flash",
         ),
-        ([str(HOPPER), "what", "--recipe", "dr3seg"], "recipe 'dr3seg' is unknown; use one of"),
+        ([str(HOPPER), "what", "--recipe", "dr3seg"], "method 'dr3seg' is unknown; use one of"),
         (
             [str(HOPPER), "what", "--adapter", "nowhere"],
             "adapter nowhere does not exist; name a checkpoint such as",
