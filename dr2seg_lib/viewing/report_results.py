@@ -9,14 +9,9 @@ __all__ = ['KIND_TITLES', 'INTERVALS_NOTE', 'progress_text', 'duration_text', 'p
 # %% ../../nbs/viewing/report_results.ipynb #c6eb0751
 from datetime import datetime
 
-<<<<<<< HEAD
-from ..core.notes import CUT_SHARE, split_notes
+from ..core.notes import cut_note, split_notes
 from .comparison_plots import before_after_plot
 from .figures import figure_svg
-=======
-from ..core.notes import cut_note, split_notes
-from .figures import before_after_plot, figure_svg
->>>>>>> hF
 from .open_records import path_text
 from .report_blocks import page_section
 from .tables import before_after_table, evaluation_table
