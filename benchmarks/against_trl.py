@@ -422,12 +422,7 @@ def draw(rows: list[dict], path: Path):
     "Seconds a step over each factor."
     import matplotlib.pyplot as plt
 
-<<<<<<< HEAD
-    from dr2seg_lib.viewing.style import FIGURE_STYLE, METHOD_COLOURS
-
-=======
     colours = dict(trl="#8a8f98", ours="#3b6fd4")
->>>>>>> hF
     factors = list(dict.fromkeys(r["factor"] for r in rows))
     size = (3.3 * len(factors), 3)
     fig, axes = plt.subplots(1, len(factors), figsize=size, layout="constrained", sharey=True)
