@@ -85,7 +85,7 @@ def draw_panel(
     if max(map(abs, ax.get_ylim())) < 1e-3:
         ax.yaxis.set_major_formatter(_number)
 
-# %% ../../nbs/viewing/axes.ipynb #c0014
+# %% ../../nbs/viewing/axes.ipynb #c0016
 CLEAR = "rgba(0,0,0,0)"
 TITLE, TICKS, LABEL, LEGEND = 26, 22, 17, 30  # heights, pixels
 LEFT, GAP = 44, 0.062  # pixels; share of the width between two panels
@@ -117,7 +117,7 @@ class Frame:
         left = col * (wide + GAP)
         return (left, min(left + wide, 1)), (max(top - high, 0), top)
 
-# %% ../../nbs/viewing/axes.ipynb #c0016
+# %% ../../nbs/viewing/axes.ipynb #c0018
 def axis_number(k: int) -> str:
     "What plotly's names of the axes of panel k end in: '', '2', '3', …"
     return str(k + 1) if k else ""
@@ -149,7 +149,7 @@ def axis_layout(panel: Panel, k: int, frame: Frame) -> dict:  # {"xaxis2": …, 
         x |= dict(constrain="domain")
     return {f"xaxis{n}": x, f"yaxis{n}": y}
 
-# %% ../../nbs/viewing/axes.ipynb #c0018
+# %% ../../nbs/viewing/axes.ipynb #c0020
 KEY_SIGNS = {"": "━━", "dash": "╍╍", "dot": "┈┈"}
 
 
@@ -183,7 +183,7 @@ def panel_traces(panel: Panel, k: int) -> list:  # of dicts
             traces.append(trace | place | dict(showlegend=own))
     return traces
 
-# %% ../../nbs/viewing/axes.ipynb #c0020
+# %% ../../nbs/viewing/axes.ipynb #c0023
 def panel_legend(frame: Frame, k: int) -> dict:
     "A legend below panel k."
     (left, right), (low, _) = frame.domains(k)

@@ -103,7 +103,7 @@ def before_after_plot(
     legend = "right" if crowd else "inside"
     return Chart([panel], groups, legend=legend, marker="dot", **size)
 
-# %% ../../nbs/viewing/comparison_plots.ipynb #c0014
+# %% ../../nbs/viewing/comparison_plots.ipynb #c0015
 BETTER, WORSE = "#149a80", "#d0503f"
 ALIKE = 0.1  # of IoU
 
@@ -131,7 +131,7 @@ def gain_points(
     texts = [f"{p['sample']}: IoU {p['iou']:.2f} → {q['iou']:.2f}" for p, q in chosen]
     return Points(x, y, colour, f"{name}: {len(chosen)}", alpha=0.7, texts=texts)
 
-# %% ../../nbs/viewing/comparison_plots.ipynb #c0016
+# %% ../../nbs/viewing/comparison_plots.ipynb #c0017
 def token_panel(
     first: tuple,  # (arm, rows)
     second: tuple,  # (arm, rows)

@@ -94,7 +94,7 @@ def line_traces(line: Line) -> list:  # of dicts
     trace["customdata"] = list(zip(plotly_numbers(line.low), plotly_numbers(line.high)))
     return [band_trace(line), trace]
 
-# %% ../../nbs/viewing/marks.ipynb #c0015
+# %% ../../nbs/viewing/marks.ipynb #c0016
 SHARP = 64  # more points than these are drawn as pixels in the SVG
 
 
@@ -120,7 +120,7 @@ class Points:
     def traces(self) -> list:  # plotly's face
         return points_traces(self)
 
-# %% ../../nbs/viewing/marks.ipynb #c0017
+# %% ../../nbs/viewing/marks.ipynb #c0018
 def points_traces(points: Points) -> list:  # of dicts
     "plotly's face."
     symbol = "circle-open" if points.hollow else "circle"
@@ -137,7 +137,7 @@ def points_traces(points: Points) -> list:  # of dicts
         trace["hovertemplate"] = "%{text}<br>" + point
     return [trace]
 
-# %% ../../nbs/viewing/marks.ipynb #c0020
+# %% ../../nbs/viewing/marks.ipynb #c0021
 @dataclass
 class Bars:
     "Upright bars."
@@ -166,7 +166,7 @@ def bars_traces(bars: Bars) -> list:  # of dicts
     text["hovertemplate"] = "%{y:.3g}<extra>%{fullData.name}</extra>"
     return [dict(type="bar", x=x, y=y, base=base, showlegend=False, **look, **text)]
 
-# %% ../../nbs/viewing/marks.ipynb #c0023
+# %% ../../nbs/viewing/marks.ipynb #c0025
 @dataclass
 class Arrow:
     "From one point to another, short of both by a dot's radius."
@@ -192,7 +192,7 @@ def arrow_traces(arrow: Arrow) -> list:  # of dicts
     legend = dict(legendgroup=plotly_text(arrow.group), showlegend=False, hoverinfo="skip")
     return [dict(x=plotly_numbers(x), y=plotly_numbers(y), mode="lines+markers", **look, **legend)]
 
-# %% ../../nbs/viewing/marks.ipynb #c0024
+# %% ../../nbs/viewing/marks.ipynb #c0026
 @dataclass
 class Note:
     "A text beside a point; plotly keeps it with the layout, not with the traces."

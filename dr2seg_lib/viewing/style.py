@@ -24,7 +24,7 @@ def arm_colours(
     spare = cycle(OTHER_COLOURS)
     return {arm: method_colour(arm or "dr2seg") or next(spare) for arm in arms}
 
-# %% ../../nbs/viewing/style.ipynb #c0008
+# %% ../../nbs/viewing/style.ipynb #c0010
 LONGEST = 48  # characters of a name in a figure
 MOST = 32  # names in a figure
 
@@ -42,7 +42,7 @@ def short(
     line = line.lstrip("_")  # matplotlib leaves a name that begins with _ out of legends
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
-# %% ../../nbs/viewing/style.ipynb #c0011
+# %% ../../nbs/viewing/style.ipynb #c0013
 TEXT_STYLE = {
     "text.parse_math": False,  # a name may hold a $
     "text.color": MUTED,
@@ -67,7 +67,7 @@ AXES_STYLE = {
     "ytick.major.size": 0,
 }
 
-# %% ../../nbs/viewing/style.ipynb #c0012
+# %% ../../nbs/viewing/style.ipynb #c0014
 GRID_STYLE = {
     "axes.grid": True,
     "axes.grid.axis": "y",
