@@ -10,7 +10,8 @@ from matplotlib import rc_context
 
 from ..core.templates import render
 from ..rollouts.parsing import to_image_coordinates
-from .figures import FIGURE_STYLE, METHOD_COLOURS, MUTED, Figure, overlay, short
+from .figures import Figure
+from .overlays import overlay
 from .report_pictures import PAGE_SIDE
 from .report_samples import tags_text
 from .responses import pass_html
@@ -24,6 +25,7 @@ from dr2seg_lib.viewing.screen import (
     row_run_lengths,
     truth_view,
 )
+from .style import FIGURE_STYLE, METHOD_COLOURS, MUTED, short
 from .view import fill_lines
 
 # %% ../../nbs/viewing/group_view.ipynb #4efe8f99

@@ -23,7 +23,8 @@ from ..models.policy import Policy
 from ..rollouts.parsing import parsed_record, recorded_parse, to_image_coordinates
 from ..rollouts.response import Response, to_responses
 from ..rollouts.two_stage import second_pass
-from .figures import FIGURE_STYLE, Figure, overlay, panels
+from .figures import Figure, panels
+from .overlays import overlay
 from .playground_inputs import askable_sample, cached_policy
 from .responses import pass_html
 from .run_reader import DRAWING_LOCK, segmenter_of
@@ -36,6 +37,7 @@ from dr2seg_lib.viewing.screen import (
     row_run_lengths,
     truth_view,
 )
+from .style import FIGURE_STYLE
 from .view import View, fill_lines
 
 # %% ../../nbs/viewing/playground.ipynb #32f9401f

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ..core.files import write_text
 from ..core.templates import render
-from dr2seg_lib.viewing.figures import (
+from dr2seg_lib.viewing.curves import (
     reward_terms_plot,
     stage_seconds_plot,
     training_curves,

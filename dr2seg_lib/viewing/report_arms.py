@@ -9,7 +9,8 @@ __all__ = ['inner_arms', 'start_table', 'arms_section', 'arm_strata_section']
 import re
 
 from ..core.text_table import Table, rows_table
-from .figures import before_after_plot, training_curves
+from .comparison_plots import before_after_plot
+from .curves import training_curves
 from .open_records import path_text
 from .report_blocks import chart_block, page_section, table_block
 from .tables import MEASURES, aggregate_seeds, arms_table, strata_table

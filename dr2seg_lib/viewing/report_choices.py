@@ -13,7 +13,6 @@ from ..core.statistics import Interval
 from ..core.text_table import rows_table
 from ..data.samples import Sample
 from ..models.attention_maps import attention_overlay, heat_map
-from .figures import METHOD_COLOURS, MUTED
 from .report_blocks import cards_section, chart_block, page_section, table_block
 from .report_conditioning import interval_plot
 from .report_pictures import PAGE_SIDE, layered_picture
@@ -21,6 +20,7 @@ from .report_samples import select_samples, stored_mask, tags_text
 from .responses import response_parts
 from .run_samples import decode_stored_mask, sample_by_id
 from .screen import data_uri, fit_picture
+from .style import METHOD_COLOURS, MUTED
 
 # %% ../../nbs/viewing/report_choices.ipynb #26ce38bd
 CHOICE_TITLES = dict(

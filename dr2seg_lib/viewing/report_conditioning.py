@@ -13,8 +13,9 @@ from matplotlib import rc_context
 
 from ..core.statistics import bootstrap_interval
 from ..core.text_table import rows_table
-from .figures import FIGURE_STYLE, METHOD_COLOURS, MUTED, Figure, panels, short
+from .figures import Figure, panels
 from .report_blocks import chart_block, page_section, table_block
+from .style import FIGURE_STYLE, METHOD_COLOURS, MUTED, short
 
 # %% ../../nbs/viewing/report_conditioning.ipynb #db264574
 def _interval_axes(ax, names):

@@ -10,7 +10,8 @@ __all__ = ['KIND_TITLES', 'INTERVALS_NOTE', 'progress_text', 'duration_text', 'p
 from datetime import datetime
 
 from ..core.notes import cut_note, split_notes
-from .figures import before_after_plot, figure_svg
+from .comparison_plots import before_after_plot
+from .figures import figure_svg
 from .open_records import path_text
 from .report_blocks import page_section
 from .tables import before_after_table, evaluation_table

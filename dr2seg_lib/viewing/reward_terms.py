@@ -9,7 +9,7 @@ __all__ = ['TERM_COLOURS', 'split_terms', 'term_names', 'term_colours']
 from collections.abc import Iterable
 from itertools import cycle
 
-from .figures import OTHER_COLOURS
+from .style import OTHER_COLOURS
 
 # %% ../../nbs/viewing/reward_terms.ipynb #f27c8336
 def split_terms(

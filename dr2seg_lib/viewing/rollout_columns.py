@@ -6,7 +6,7 @@
 __all__ = ['scalar', 'row_fields', 'field_columns']
 
 # %% ../../nbs/viewing/rollout_columns.ipynb #cd3ac868
-from .figures import MOST
+from .style import MOST
 
 # %% ../../nbs/viewing/rollout_columns.ipynb #362a191b
 def scalar(value):

@@ -12,7 +12,8 @@ import anywidget
 import traitlets as t
 
 from ..core.templates import STATIC_FOLDER
-from .figures import Figure, drawable, panels
+from .figures import Figure, panels
+from .style import drawable
 
 # %% ../../nbs/viewing/view.ipynb #0fe263b4
 def fill_lines(

@@ -44,7 +44,6 @@ def state(view):  # of a widget, as it goes to the browser
             "at",
             "rollout",
             "shown",
-            "columns",
             "state",
             "html",
         )

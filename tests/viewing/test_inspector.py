@@ -6,6 +6,7 @@ import time
 
 import browser
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from browser import chromium
 from invented_runs import BAD, Reader, make_run, metrics
@@ -27,7 +28,7 @@ from dr2seg_lib.viewing.compare import (
 )
 from dr2seg_lib.viewing.group_view import rollout_entry
 from dr2seg_lib.viewing.inspector import inspect
-from dr2seg_lib.viewing.live import Live, live, training_columns
+from dr2seg_lib.viewing.live import Live, live, live_charts
 from dr2seg_lib.viewing.playground import (
     Playground,
     target_from_click,
@@ -467,7 +468,7 @@ def test_live_follows_and_stops(tmp_path):
     view = Live(tmp_path / "later", every=0.05)
     assert view.state["status"] == "waiting"
     assert view.thread.is_alive()
-    with Run.create(tmp_path / "later", dict(recipe="dr2seg", steps=9, seed=3), bar=False) as run:
+    with Run.create(tmp_path / "later", dict(method="dr2seg", steps=9, seed=3), bar=False) as run:
         for step in range(1, 10):
             run.log(metrics(rng, step))
             run.progress("training", step, 9)
@@ -478,25 +479,67 @@ def test_live_follows_and_stops(tmp_path):
             time.sleep(0.1)
     view.thread.join(5)
     assert step == 5
-    assert view.columns["step"] == [1, 2, 3, 4, 5]
     assert view.state["status"] == "interrupted"
     assert not view.thread.is_alive()
-    assert set(view.columns) >= {"tokens", "kl", "terms.accuracy", "seconds.update"}
-    assert "seconds.total" not in view.columns
+    curves = view.charts()["curves"]
+    assert curves.panels[0].marks[-1].x.tolist() == [1, 2, 3, 4, 5]
+    titles = [panel.title for panel in curves.panels]
+    assert set(titles) >= {"reasoning tokens", "KL to the reference", "accuracy reward"}
+    assert not any("total" in bars.name for bars in view.charts()["seconds"].panels[0].marks)
+
+
+def ask_for_figures(view):
+    "What the drawing side sends when a browser shows a view."
+    view._handle_custom_msg(dict(ask="figures"), [])
+
+
+def test_live_grows_a_figure_widget(tmp_path):
+    "Before a browser asks there is none; then its traces grow, and a term that comes later too."
+    rng, run = np.random.default_rng(0), None
+    run = Run.create(tmp_path / "run", dict(method="dr2seg", steps=9, seed=0), bar=False)
+    run.log(metrics(rng, 1))
+    view = Live(run, every=60)
+    assert view.figures == {}
+    ask_for_figures(view)
+    widget = view.figures["curves"]
+    assert isinstance(widget, go.FigureWidget)
+    before = len(widget.data)
+    row = metrics(rng, 2)
+    run.log(row)
+    view.look()
+    assert view.figures["curves"] is widget
+    assert len(widget.data) == before
+    assert widget.data[-1].x == (1, 2)
+    run.log(row | dict(step=3, terms=row["terms"] | dict(late=1.0)))
+    view.look()
+    assert len(widget.data) > before
+    assert widget._config["typesetMath"] is False
+    view.close()
+    run.finish("done")
+
+
+def test_a_comparison_has_figure_widgets(whole, other):
+    view = compare([whole, other])
+    assert view.figures == {}
+    ask_for_figures(view)
+    assert set(view.figures) == {"training", "tokens"}
+    drawn = view.figures["training"].data
+    assert [t.name for t in drawn if t.showlegend] == ["dr2seg", "visionreasoner"]
+    view.close()
 
 
 def test_curves_of_a_long_run_are_thinned():
     rng = np.random.default_rng(0)
     rows = [metrics(rng, s) for s in range(1, 5001)]
     began = time.process_time()
-    columns = training_columns(rows, 400)
-    assert time.process_time() - began < 1
-    assert len(columns["step"]) == 400
-    assert columns["step"][-1] == 5000
-    assert np.mean(columns["tokens"]) == pytest.approx(
-        np.mean([r["tokens"] for r in rows]), rel=1e-2
-    )
-    assert len(json.dumps(columns)) < 200_000
+    chart = live_charts(rows)["curves"]
+    assert time.process_time() - began < 2
+    tokens = next(panel for panel in chart.panels if panel.title == "reasoning tokens")
+    raw = tokens.marks[0]
+    assert len(raw.x) == 400
+    assert raw.x[-1] == 5000
+    assert np.mean(raw.y) == pytest.approx(np.mean([r["tokens"] for r in rows]), rel=1e-2)
+    assert len(chart.plotly().to_json()) < 600_000
 
 
 def test_a_finished_run_needs_no_thread(whole):
@@ -515,7 +558,7 @@ def test_comparison(whole, other):
     page = Reader(view.html)
     assert not page.open
     assert "dr2seg against visionreasoner" in view.html
-    assert view.html.count("class=d2-chart") == 2
+    assert view.html.count('class="d2-chart"') == 2
     a, b = (final_predictions(RunReader(f)) for f in (whole, other))
     won, lost = disagreements(a, b)
     assert len(won) + len(lost) == sum((x["iou"] >= 0.5) != (y["iou"] >= 0.5) for x, y in zip(a, b))
@@ -667,6 +710,7 @@ CELLS = [
     "from dr2seg_lib.training.trainer import train\n"
     "train(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
     "w2 = inspect('spoken')\nw2",
+    "from dr2seg_lib.core.files import read_jsonl\nfrom dr2seg_lib.viewing.curves import training_curves\ntraining_curves({'<b>bold</b>': read_jsonl('dr2seg-1/metrics.jsonl'), 'other': read_jsonl('dr2seg-1/metrics.jsonl')})",
 ]
 
 
@@ -851,7 +895,9 @@ def test_live_in_the_browser(lab):
     assert "no run in this folder yet" in view.inner_text()
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 4 }")
     browser.command(lab, "notebook:run-cell", wait=False)
-    lab.wait_for_function("() => document.querySelectorAll('.d2-live .d2-plot').length > 8")
+    lab.wait_for_function(
+        "() => document.querySelectorAll('.d2-live .js-plotly-plot .gtitle, .d2-live .js-plotly-plot .annotation').length > 8"
+    )
     asked = lab.locator(".d2-ask")
     asked.locator(".d2-main").click()
     asked.locator(".d2-wait").first.wait_for()  # what was said before has gone
@@ -948,6 +994,29 @@ def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
     view.locator("[data-pass=first] .heat i").nth(5).hover()
     lab.wait_for_timeout(400)
     assert (browser.shown(view.locator("canvas")) == before).all()
+    assert not lab.errors
+
+
+@needs_browser
+def test_a_chart_answers_to_the_pointer(lab):
+    "Values under the pointer, a legend that hides, and a name that is text: plotly's face in JupyterLab."
+    lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 6 }")
+    browser.command(lab, "notebook:run-cell")
+    plot = lab.locator(".jp-RenderedPlotly").last
+    plot.locator(".trace.scatter").first.wait_for()
+    plot.scroll_into_view_if_needed()
+    assert "<b>bold</b>" in plot.locator(".legendtext").all_text_contents()
+    lab.wait_for_timeout(500)
+    area = plot.locator(".nsewdrag").first.bounding_box()
+    lab.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+    plot.locator(".hoverlayer .legendtext").first.wait_for()
+    labels = plot.locator(".hoverlayer").text_content()
+    assert "step " in labels
+    assert "<b>bold</b>" in labels
+    lines = plot.locator(".trace.scatter:visible").count()
+    plot.locator(".legendtoggle").first.click()
+    lab.wait_for_timeout(1000)
+    assert plot.locator(".trace.scatter:visible").count() < lines
     assert not lab.errors
 
 
