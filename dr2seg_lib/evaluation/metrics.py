@@ -89,8 +89,10 @@ def aggregate(rows: list[dict]) -> dict:
 
 # %% ../../nbs/evaluation/metrics.ipynb #b940efde
 def _strata(rows: list[dict], tag: str) -> dict:  # {value: measures}
-    values = sorted({r["tags"][tag] for r in rows if tag in r["tags"]}, key=str)
-    return {str(v): aggregate([r for r in rows if r["tags"].get(tag) == v]) for v in values}
+    strata = {}
+    for value in sorted({r["tags"][tag] for r in rows if tag in r["tags"]}, key=str):
+        strata[str(value)] = aggregate([r for r in rows if r["tags"].get(tag) == value])
+    return strata
 
 
 def metrics_by_tag(rows: list[dict]) -> dict:  # {tag: {value: what `aggregate` gives}}

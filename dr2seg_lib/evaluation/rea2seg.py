@@ -64,8 +64,10 @@ def summarize_rea2seg(
     rows: list[dict],
 ) -> dict:  # {dimension or "all": {n, name: [mean, low, high]}}
     "Means with intervals, for each dimension and for all."
-    groups = {d: [r for r in rows if r["tags"].get("dimension") == d] for d in DIMENSIONS}
-    groups["all"] = rows
+    groups = {name: [] for name in DIMENSIONS} | dict(all=rows)
+    for row in rows:
+        if row["tags"].get("dimension") in DIMENSIONS:
+            groups[row["tags"]["dimension"]].append(row)
     return {name: _figures_of(group) for name, group in groups.items() if group}
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #53ae6efe

@@ -136,7 +136,9 @@ def test_a_step_tells_the_share_of_its_cut_answers():
     groups = [Group(SAMPLE, [answer(True), answer(False)], [answer(True), None])]
     row = step_metrics(
         1,
-        StepOutcome(groups, dict(accuracy=torch.ones(1, 2)), torch.ones(1, 2), torch.ones(1, 2)),
+        StepOutcome(
+            groups, dict(accuracy=torch.ones(1, 2)), torch.ones(1, 2), torch.ones(1, 2), {}
+        ),
         {},
         0.1,
         StageTimer(first=1.0, second=1.0),

@@ -54,7 +54,7 @@ from dr2seg_lib.viewing.discrimination import (
     stratified_table,
     token_strata_plot,
 )
-from dr2seg_lib.viewing.figures import METHOD_COLOURS
+from dr2seg_lib.viewing.style import METHOD_COLOURS
 
 VAL = SPLIT_SEEDS["val"][0]
 TINY = dict(
@@ -821,23 +821,24 @@ def test_table_has_a_line_for_every_method_in_every_stratum():
 
 def test_scatter_shows_every_sample_and_the_band():
     rows = [answered(i, "", tokens=t) for i, t in enumerate((2, 4, 9))]
-    ax = token_strata_plot(dict(dpad=rows), by=["difficulty"]).axes[0]
-    dots, band, line = ax.collections
-    assert sorted(dots.get_offsets()[:, 1].tolist()) == [2, 4, 9]
-    assert line.get_segments()[0][0][1] == 5
-    assert sorted({round(y, 6) for y in band.get_paths()[0].vertices[:, 1]}) == pytest.approx(
-        [5 - np.std([2, 4, 9]), 5 + np.std([2, 4, 9])], abs=1e-5
-    )
-    assert tuple(dots.get_facecolor()[0][:3]) == pytest.approx(
-        tuple(int(METHOD_COLOURS["dpad"][k : k + 2], 16) / 255 for k in (1, 3, 5))
-    )
-    assert (
-        len(
-            similarity_scatter(
-                dict(dpad=[r | dict(s1=0.3, s2=0.2, ts1=0.1, ts2=0.2) for r in rows])
-            ).axes
-        )
-        == 2
-    )
-    assert token_strata_plot({}).axes
-    assert similarity_scatter({}).axes
+    (panel,) = token_strata_plot(dict(dpad=rows), by=["difficulty"]).panels
+    dots, line = panel.marks
+    assert sorted(dots.y) == [2, 4, 9]
+    assert dots.colour == METHOD_COLOURS["dpad"]
+    assert list(line.y) == [5, 5]
+    assert line.low == pytest.approx([5 - np.std([2, 4, 9])] * 2)
+    assert line.high == pytest.approx([5 + np.std([2, 4, 9])] * 2)
+
+
+def test_similarities_are_a_dot_a_sample():
+    rows = [answered(i, "") | dict(s1=0.3, s2=0.2, ts1=0.1, ts2=0.2) for i in range(3)]
+    caption, reasoning = similarity_scatter(dict(dpad=rows)).panels
+    diagonal, dots = caption.marks
+    assert list(diagonal.x) == list(diagonal.y)
+    assert list(zip(dots.x, dots.y)) == [(20, 30)] * 3
+    assert reasoning.marks[1].y == [10] * 3
+
+
+def test_scatters_of_nothing_are_empty():
+    assert token_strata_plot({}).panels[0].marks == []
+    assert len(similarity_scatter({}).panels[0].marks) == 1
