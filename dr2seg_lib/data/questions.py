@@ -107,7 +107,7 @@ def ask_class_extreme(rng, scene) -> Question | None:
     facts = f"they are {t.colour}", f"the {short_name(t, scene)} is closest to the {edge}"
     return Question(text, (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #88608fc8
+# %% ../../nbs/data/questions.ipynb #e406c1db
 def ask_hop(rng, scene) -> Question | None:
     "The nearest neighbour of an object that is itself paraphrased."
     a = pick_one(rng, scene.things)
@@ -121,7 +121,7 @@ def ask_hop(rng, scene) -> Question | None:
     )
     return Question(f"what lies nearest to the object coloured like {like}", (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #44150184
+# %% ../../nbs/data/questions.ipynb #28425a07
 def ask_same_colour(rng, scene) -> Question | None:
     "The one object that shares its colour with another, which is named."
     a = pick_one(rng, scene.things)
@@ -135,7 +135,7 @@ def ask_same_colour(rng, scene) -> Question | None:
     facts = f"the {name} is {a.colour}", f"the {other} is {a.colour} too"
     return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #4b34c2cb
+# %% ../../nbs/data/questions.ipynb #240a4de6
 def ask_same_shape(rng, scene) -> Question | None:
     "The one object that shares its shape with another, which is named."
     a = pick_one(rng, scene.things)
@@ -146,7 +146,7 @@ def ask_same_shape(rng, scene) -> Question | None:
     facts = f"the {name} is a {a.shape}", f"the {other} is a {a.shape} too"
     return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #9e9dc27b
+# %% ../../nbs/data/questions.ipynb #30e95547
 def find_odd(
     scene,
     feature: str,  # colour or shape
@@ -158,7 +158,7 @@ def find_odd(
         return None, None
     return t, next(v for v in values if v != getattr(t, feature))
 
-# %% ../../nbs/data/questions.ipynb #b5b13afe
+# %% ../../nbs/data/questions.ipynb #ec3cd1c6
 def ask_odd(rng, scene) -> Question | None:
     "The odd one out."
     texts = "which object does not belong with the others", "what is the odd one out here"
@@ -172,7 +172,7 @@ def ask_odd(rng, scene) -> Question | None:
         facts = form, f"the {short_name(t, scene)} is a {t.shape}"
         return Question(pick_one(rng, texts), (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #51c9b19b
+# %% ../../nbs/data/questions.ipynb #35c61ca0
 def ask_exclude(rng, scene) -> Question | None:
     "Of two objects of a shape, the one without a colour."
     a = pick_one(rng, scene.things)
@@ -187,7 +187,7 @@ def ask_exclude(rng, scene) -> Question | None:
     )
     return Question(text, (t,), facts)
 
-# %% ../../nbs/data/questions.ipynb #fc5c1577
+# %% ../../nbs/data/questions.ipynb #49f397eb
 def ask_all_colour(rng, scene) -> Question | None:
     "Both objects of a colour."
     group = of_colour(scene, pick_one(rng, scene.things).colour)
@@ -198,7 +198,7 @@ def ask_all_colour(rng, scene) -> Question | None:
     text, fact = f"which two objects have the colour of {like}", f"{like} is {colour}"
     return Question(text, tuple(group), (fact,))
 
-# %% ../../nbs/data/questions.ipynb #a18ea788
+# %% ../../nbs/data/questions.ipynb #a92a9d00
 def find_pair(
     scene,
     feature: str,  # colour or shape
@@ -208,7 +208,7 @@ def find_pair(
     group = [t for t in scene.things if values.count(getattr(t, feature)) > 1]
     return group if len(group) == 2 else None
 
-# %% ../../nbs/data/questions.ipynb #9286c9e7
+# %% ../../nbs/data/questions.ipynb #894fd8d3
 def ask_pair_colour(rng, scene) -> Question | None:
     "The two objects of one colour, which is not named."
     if not (pair := find_pair(scene, "colour")):
@@ -216,7 +216,7 @@ def ask_pair_colour(rng, scene) -> Question | None:
     texts = "which two objects were painted alike", "which two objects match in colour"
     return Question(pick_one(rng, texts), tuple(pair), (f"two are {pair[0].colour}",))
 
-# %% ../../nbs/data/questions.ipynb #53efbf47
+# %% ../../nbs/data/questions.ipynb #bdaba354
 def ask_pair_shape(rng, scene) -> Question | None:
     "The two objects of one shape, which is not named."
     if not (pair := find_pair(scene, "shape")):
@@ -225,7 +225,7 @@ def ask_pair_shape(rng, scene) -> Question | None:
     fact = f"two have the form of a {pair[0].shape}"
     return Question(pick_one(rng, texts), tuple(pair), (fact,))
 
-# %% ../../nbs/data/questions.ipynb #fe4ee293
+# %% ../../nbs/data/questions.ipynb #933b9ec4
 KINDS = {  # kind: (question, query type, dimension)
     "colour": (ask_colour, "attribute", "discriminative"),
     "shape": (ask_shape, "attribute", "discriminative"),
