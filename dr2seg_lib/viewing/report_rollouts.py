@@ -17,7 +17,7 @@ from .report_blocks import cards_section, draw_lots
 from .report_pictures import layered_picture
 from .report_samples import drawn_answer, stored_mask, tags_text
 from .responses import pass_parts
-from .reward_terms import split_terms, term_colours, term_names
+from .reward_terms import rollout_terms, split_terms, term_colours
 from .run_groups import group_rollouts
 from .run_samples import sample_by_id, truth_iou
 
@@ -90,7 +90,7 @@ def group_table(
     factor: str | None = "",  # of `factor_of`
 ) -> dict:  # terms, rows
     "Lengths, reward terms, the reward as they add up to it, and advantage of a group's rollouts."
-    names = term_names(records)
+    names = rollout_terms(records)
     colours, span = term_colours(names), bar_span(records, factor)
     top = max(1e-9, *(abs(r["advantage"]) for r in records))
 

@@ -29,7 +29,7 @@ from dr2seg_lib.viewing.record_types import (
     RolloutRecord,
     RunRecord,
 )
-from .reward_terms import term_names
+from .reward_terms import rollout_terms
 from .run_groups import group_rollouts, pair_predictions
 from dr2seg_lib.viewing.run_samples import (
     decode_stored_mask,
@@ -81,7 +81,7 @@ class RunReader:
         pairs = pair_predictions(before, after)
         self.groups = dict(rollouts=group_rollouts(rollouts), evaluation=pairs)
         self.factor = factor_of(rollouts)
-        self.terms = term_names(rollouts)
+        self.terms = rollout_terms(rollouts)
         self.masks, self._data = {}, {}
 
     def asked(

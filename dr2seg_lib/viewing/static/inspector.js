@@ -1,4 +1,4 @@
-// The drawing side of dr2seg_lib.inspector: one module, three views (inspect, live, ask). Data comes in traits, once per sample.
+// The drawing side of dr2seg_lib.viewing: one module, four views (inspect, live, compare, ask). Data comes in traits, once per sample.
 
 // ---- small parts --------------------------------------------------------------------------------------------------------
 const SVG = new Set(["svg", "path", "line", "rect", "text", "g", "circle"]);
