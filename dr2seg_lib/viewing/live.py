@@ -29,11 +29,11 @@ from dr2seg_lib.viewing.curves import (
 )
 
 # %% ../../nbs/viewing/live.ipynb #c0003
+from ..core.json_text import parse_strict_json
 from .figures import Figure
 from .open_records import check_record, open_json, path_text
 from .record_types import MetricsRecord, ProgressRecord, RunRecord
 from .reward_terms import term_colours
-from .strict_json import parse_strict_json
 from .style import METHOD_COLOURS, short
 from .view import notice_figure
 
