@@ -262,7 +262,7 @@ def find_truncation(
     except LOAD_ERRORS as e:
         return f"{file.name} is cut short or no safetensors file: {e}"
 
-# %% ../../nbs/core/files.ipynb #64ced9f5
+# %% ../../nbs/core/files.ipynb #96b413c0
 def list_shards(
     folder: Path,  # in the layout of transformers
 ) -> list[str]:  # file names; [] where there are no weights
@@ -272,7 +272,7 @@ def list_shards(
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return [single.name] if single.is_file() else []
 
-# %% ../../nbs/core/files.ipynb #2c921859
+# %% ../../nbs/core/files.ipynb #345394f9
 def find_checkpoint_problem(
     folder: Path,  # in the layout of transformers
 ) -> str | None:  # in words; None when there is none

@@ -44,7 +44,7 @@ def unique_object(
     ((key, _),) = Counter(k for k, _ in pairs).most_common(1)
     raise ValueError(f"{brief(key)} is there twice")
 
-# %% ../../nbs/core/json_text.ipynb #d2e321de
+# %% ../../nbs/core/json_text.ipynb #dcc0b375
 MAX_DEPTH = 64  # levels of nesting in a record of a run; ours have five
 
 
@@ -63,7 +63,7 @@ def json_depth(
         level = inner
     return depth
 
-# %% ../../nbs/core/json_text.ipynb #e14d07ea
+# %% ../../nbs/core/json_text.ipynb #09ac220c
 NUMBER_HOOKS = dict(parse_float=parse_finite, parse_int=parse_integer, parse_constant=no_number)
 
 
@@ -79,7 +79,7 @@ def decode_text(
             continue
     raise ValueError("is not UTF-8")
 
-# %% ../../nbs/core/json_text.ipynb #f3fb99d8
+# %% ../../nbs/core/json_text.ipynb #98b4c0be
 def parse_json_text(
     text: str,  # of one JSON value
     unique_keys: bool = False,  # refuse an object that has a key twice
@@ -94,7 +94,7 @@ def parse_json_text(
     except ValueError as e:
         raise ValueError("is not valid JSON") from e
 
-# %% ../../nbs/core/json_text.ipynb #0644c541
+# %% ../../nbs/core/json_text.ipynb #f0865235
 def replace_half_characters(
     value,  # parsed JSON
 ):
@@ -107,7 +107,7 @@ def replace_half_characters(
         return {replace_half_characters(k): replace_half_characters(v) for k, v in value.items()}
     return value
 
-# %% ../../nbs/core/json_text.ipynb #16f696a0
+# %% ../../nbs/core/json_text.ipynb #c6454211
 def parse_strict_json(
     data: bytes,  # of one JSON value
 ):  # that value; a ValueError in a few words where there is none
@@ -117,7 +117,7 @@ def parse_strict_json(
         raise ValueError("is nested too deeply")
     return replace_half_characters(value) if b"\\ud" in data.lower() else value
 
-# %% ../../nbs/core/json_text.ipynb #6e8c397d
+# %% ../../nbs/core/json_text.ipynb #c65172ef
 def load_json(
     text: str | None,  # an answer
 ):  # what the JSON says; None when it says nothing

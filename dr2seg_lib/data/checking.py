@@ -57,7 +57,7 @@ def rough_tokens(
     pieces = re.findall(r"\w+|[^\w\s]+", text)
     return sum(-(-len(piece.encode("utf-8", "replace")) // 8) for piece in pieces)
 
-# %% ../../nbs/data/checking.ipynb #fd80754e
+# %% ../../nbs/data/checking.ipynb #45798c2d
 SPLIT_COUNTS = "samples", "images", "targets", "without targets", "with ignore"
 
 
@@ -78,7 +78,7 @@ class DataReport:
         verdict = f"{len(self.broken)} broken:" if self.broken else "nothing broken"
         return "\n".join([*lines, *self.remarks, verdict, *self.broken])
 
-# %% ../../nbs/data/checking.ipynb #0a4cc191
+# %% ../../nbs/data/checking.ipynb #d5235459
 def find_question_problem(
     query: str,
     count_tokens: Callable,  # text -> tokens
@@ -89,7 +89,7 @@ def find_question_problem(
         mend = f"shorten it to {MAX_QUESTION_TOKENS}, or raise data.max_question_tokens"
         return f"has about {n:,} tokens; {mend}."
 
-# %% ../../nbs/data/checking.ipynb #61617d28
+# %% ../../nbs/data/checking.ipynb #793daada
 def find_question_remark(
     query: str,
 ) -> str | None:
@@ -97,7 +97,7 @@ def find_question_remark(
     if tokens := sorted(set(SPECIAL_TOKEN.findall(query))):
         return f"holds {shorten_line(', '.join(tokens), 80)}; it is read as text, not as a token."
 
-# %% ../../nbs/data/checking.ipynb #e2a10e4d
+# %% ../../nbs/data/checking.ipynb #53be27b7
 class DataChecker:
     "What `check_data` gathers while it reads a data set."
 
@@ -106,7 +106,7 @@ class DataChecker:
         self.counts, self.broken, self.remarks = {}, Sentences(), Sentences()
         self.pictures = {}  # hash of an image: {(split, name)}
 
-# %% ../../nbs/data/checking.ipynb #1a57e741
+# %% ../../nbs/data/checking.ipynb #cdd58ce8
 @patch
 def try_open(self: DataChecker, f: Callable, *args, sentences: Sentences):
     "A split or set; None if it cannot be opened, with the reason among the sentences."
@@ -115,7 +115,7 @@ def try_open(self: DataChecker, f: Callable, *args, sentences: Sentences):
     except (ValueError, FileNotFoundError) as e:
         sentences.add(str(e))
 
-# %% ../../nbs/data/checking.ipynb #4d17bbb4
+# %% ../../nbs/data/checking.ipynb #df8fa191
 @patch
 def check_sample(self: DataChecker, s: Sample, split: str, ids: set):
     "Whether an id is there twice, and whether a question is sound."
@@ -129,7 +129,7 @@ def check_sample(self: DataChecker, s: Sample, split: str, ids: set):
     if remark := find_question_remark(s.query):
         self.remarks.add(f"{where} {remark}")
 
-# %% ../../nbs/data/checking.ipynb #a4772cfa
+# %% ../../nbs/data/checking.ipynb #be8bed8a
 @patch
 def check_split(self: DataChecker, split: str, progress: Callable):
     "Reads every sample of a split."
@@ -156,7 +156,7 @@ def check_split(self: DataChecker, split: str, progress: Callable):
         counts["without targets"] += not s.targets
         counts["with ignore"] += s.ignore is not None
 
-# %% ../../nbs/data/checking.ipynb #09d7b5d7
+# %% ../../nbs/data/checking.ipynb #a6e22052
 @patch
 def remark_on_division(self: DataChecker):
     "How a set without splits is divided; from here on its pictures have the divided sides."
@@ -170,7 +170,7 @@ def remark_on_division(self: DataChecker):
     for digest, places in self.pictures.items():
         self.pictures[digest] = {(side[name], name) for _, name in places}
 
-# %% ../../nbs/data/checking.ipynb #1e5ab886
+# %% ../../nbs/data/checking.ipynb #cad0cf55
 @patch
 def remark_on_shared_pictures(self: DataChecker):
     "Which splits have pictures in common."
@@ -184,11 +184,11 @@ def remark_on_shared_pictures(self: DataChecker):
         what = f"{' and '.join(splits)} have {len(names):,} of the same pictures"
         self.remarks.add(f"{what}, such as {example}.")
 
-# %% ../../nbs/data/checking.ipynb #50c8e50a
+# %% ../../nbs/data/checking.ipynb #594788d0
 def no_progress(split: str, i: int, n: int):
     "Shows nothing."
 
-# %% ../../nbs/data/checking.ipynb #594788d0
+# %% ../../nbs/data/checking.ipynb #73e75ef2
 def check_data(
     name: str | Path,  # a path, or a data set of the hub
     progress: Callable = no_progress,  # called after each sample: split, number, of how many

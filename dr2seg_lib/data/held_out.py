@@ -46,7 +46,7 @@ def describe_division(
     share = f"about {100 * HELD_OUT:.0f} % of the images, at least one"
     return f"no record names a split: {held} held out, chosen by a hash of {by} ({share})"
 
-# %% ../../nbs/data/held_out.ipynb #b05b7ce9
+# %% ../../nbs/data/held_out.ipynb #5afa709e
 def divide_held_out(
     records: Callable,  # () -> (image, key) of each record, in order
     split: str,  # of HELD_OUT_SIDES

@@ -50,7 +50,7 @@ def parse_shapes(
         values.append(IGNORE_VALUE if "ignore" in label else TARGET_VALUE)
     return polygons, values
 
-# %% ../../nbs/data/reasonseg.ipynb #b0d98e06
+# %% ../../nbs/data/reasonseg.ipynb #3a4d6288
 def paint_shapes(
     shapes: list,
     size: tuple,  # (W,H) of the image
@@ -63,7 +63,7 @@ def paint_shapes(
     targets = (Target.of(target),) if target.any() else ()
     return targets, ignore if ignore.any() else None
 
-# %% ../../nbs/data/reasonseg.ipynb #7fcdac69
+# %% ../../nbs/data/reasonseg.ipynb #55ee75f0
 def pick_texts(
     index: list,  # (name, number of the text), grouped by name
     seed,  # a number or a list of them
@@ -75,7 +75,7 @@ def pick_texts(
     picks = np.random.default_rng(seed).integers([len(ks) for ks in files.values()])
     return [(name, ks[pick]) for (name, ks), pick in zip(files.items(), picks)]
 
-# %% ../../nbs/data/reasonseg.ipynb #8b2eb492
+# %% ../../nbs/data/reasonseg.ipynb #ac6d918f
 def text_id(
     name: str,
     k: int,  # number of the text
@@ -83,7 +83,7 @@ def text_id(
     "The id of a sample."
     return f"{name}#{k}" if k else name
 
-# %% ../../nbs/data/reasonseg.ipynb #baef745e
+# %% ../../nbs/data/reasonseg.ipynb #97766977
 REASONSEG_SPLITS = "train", "val", "test"
 
 
@@ -93,7 +93,7 @@ def has_pairs(
     "Whether there are pictures and annotations."
     return any(folder.glob("*.jpg")) and any(folder.glob("*.json"))
 
-# %% ../../nbs/data/reasonseg.ipynb #97766977
+# %% ../../nbs/data/reasonseg.ipynb #56a6e7d6
 def find_splits(
     path: Path,
 ) -> dict:  # {name: folder}; {} where this is no ReasonSeg
@@ -106,7 +106,7 @@ def find_splits(
         return {}
     return {path.name if path.name in REASONSEG_SPLITS else "all": path}
 
-# %% ../../nbs/data/reasonseg.ipynb #56a6e7d6
+# %% ../../nbs/data/reasonseg.ipynb #305c343d
 def list_names(
     folder: Path,
 ) -> list:  # of str
@@ -114,7 +114,7 @@ def list_names(
     files = (p for p in folder.iterdir() if p.suffix in (".json", ".jpg"))
     return sorted({p.stem for p in files if p.name[0] != "."})
 
-# %% ../../nbs/data/reasonseg.ipynb #8a7be13e
+# %% ../../nbs/data/reasonseg.ipynb #b77b2913
 class ReasonSegDataset(SplitReader):
     "ReasonSeg's folders (protocol `lisa`)."
 
@@ -140,7 +140,7 @@ class ReasonSegDataset(SplitReader):
             names, self.split_note = divide_held_out(lambda: pairs, split, None, path)
         super().__init__(self.choose_texts(names, split, limit, texts), limit)
 
-# %% ../../nbs/data/reasonseg.ipynb #b77b2913
+# %% ../../nbs/data/reasonseg.ipynb #11a19f4b
 @patch
 def choose_texts(
     self: ReasonSegDataset, names: list, split: str, limit, texts
@@ -151,7 +151,7 @@ def choose_texts(
     texts = texts or ("all" if split == "train" else "first")
     return list(islice(self.iter_texts(names, texts == "first"), limit))
 
-# %% ../../nbs/data/reasonseg.ipynb #11a19f4b
+# %% ../../nbs/data/reasonseg.ipynb #a56f3fbc
 @patch
 def iter_texts(
     self: ReasonSegDataset, names: list, first: bool = False
@@ -161,7 +161,7 @@ def iter_texts(
         for k in range(1 if first else self.count_texts(name)):
             yield name, k
 
-# %% ../../nbs/data/reasonseg.ipynb #a56f3fbc
+# %% ../../nbs/data/reasonseg.ipynb #2b11f374
 @patch
 def sample_texts(
     self: ReasonSegDataset, seed
@@ -171,7 +171,7 @@ def sample_texts(
     reader.index = pick_texts(self.index, seed)
     return reader
 
-# %% ../../nbs/data/reasonseg.ipynb #2b11f374
+# %% ../../nbs/data/reasonseg.ipynb #6b83a457
 @patch
 def count_texts(self: ReasonSegDataset, name: str) -> int:
     "The texts of a file; a broken file counts as one, and is named when it is read."
@@ -180,7 +180,7 @@ def count_texts(self: ReasonSegDataset, name: str) -> int:
     except BrokenRecord:
         return 1
 
-# %% ../../nbs/data/reasonseg.ipynb #6b83a457
+# %% ../../nbs/data/reasonseg.ipynb #d73cec9a
 @patch
 def record(self: ReasonSegDataset, name: str) -> tuple:  # file, annotation
     file = self.folder / f"{name}.json"
@@ -189,20 +189,20 @@ def record(self: ReasonSegDataset, name: str) -> tuple:  # file, annotation
         raise broken_record(file, "the annotation", "does not exist", mend)
     return file, parse_json(read_bounded(file, file), file, ("utf-8-sig", "cp1252"))
 
-# %% ../../nbs/data/reasonseg.ipynb #d73cec9a
+# %% ../../nbs/data/reasonseg.ipynb #9363f726
 @patch
 def question_of(self: ReasonSegDataset, key: tuple) -> tuple:  # id, image, question
     name, k = key
     file, record = self.record(name)
     return text_id(name, k), name, read_text_item(record, "text", k, file)
 
-# %% ../../nbs/data/reasonseg.ipynb #9363f726
+# %% ../../nbs/data/reasonseg.ipynb #e223c668
 @patch
 def image_data(self: ReasonSegDataset, key: tuple) -> bytes:
     file = self.folder / f"{key[0]}.jpg"
     return read_bounded(file, file, "the image", MAX_IMAGE_BYTES)
 
-# %% ../../nbs/data/reasonseg.ipynb #e223c668
+# %% ../../nbs/data/reasonseg.ipynb #9a4b39b2
 @patch
 def read(self: ReasonSegDataset, key: tuple) -> tuple:  # image name, Sample
     (name, k), (where, record) = key, self.record(key[0])

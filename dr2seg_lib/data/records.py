@@ -88,7 +88,7 @@ def read_text_item(
     name = f"{field}[{k}]"
     return read_field({name: texts[k]} if k < len(texts) else {}, name, str, where)
 
-# %% ../../nbs/data/records.ipynb #546a8aec
+# %% ../../nbs/data/records.ipynb #818102d9
 def is_number_list(
     values,  # parsed JSON, anything
     n: int,  # how many
@@ -98,7 +98,7 @@ def is_number_list(
         return False
     return all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
 
-# %% ../../nbs/data/records.ipynb #c9be427b
+# %% ../../nbs/data/records.ipynb #c1a74663
 MAX_RECORD = 2**24  # bytes of a record's JSON; the largest masks of photographs have a tenth
 MAX_LISTS = 2**19  # lists and objects in it; an outline has one for each point
 
@@ -126,7 +126,7 @@ def read_bounded(
         raise broken_record(where, field, f"is longer than {most:,} bytes", "make it smaller")
     return data
 
-# %% ../../nbs/data/records.ipynb #ca903586
+# %% ../../nbs/data/records.ipynb #00b11c03
 def parse_json(
     data: bytes,
     where,  # the file, with line or row
@@ -152,7 +152,7 @@ def parse_json(
         problem = f"cannot be parsed ({e.__cause__ or e})"
         raise broken_record(where, "the JSON", problem, "correct it") from None
 
-# %% ../../nbs/data/records.ipynb #b83e655b
+# %% ../../nbs/data/records.ipynb #3d357e5b
 MAX_ID_LENGTH = 1000  # characters of an id, or of a tag
 MAX_TAGS = 64  # of a record
 
@@ -166,7 +166,7 @@ def check_id(
         problem, mend = f"has {len(id):,} characters", f"use {MAX_ID_LENGTH:,} or less"
         raise broken_record(where, 'field "id"', problem, mend)
 
-# %% ../../nbs/data/records.ipynb #d8fd90d0
+# %% ../../nbs/data/records.ipynb #021bf56b
 def find_tag_problem(
     tags: dict,
 ) -> tuple | None:  # problem, mend
@@ -182,7 +182,7 @@ def find_tag_problem(
         if not isinstance(value, (str, int, float)) or infinite:
             return "holds more than texts and numbers", "make each tag one of these"
 
-# %% ../../nbs/data/records.ipynb #05afd0c0
+# %% ../../nbs/data/records.ipynb #b833b3c0
 def plain_tags(
     tags: dict,
     where,
@@ -192,7 +192,7 @@ def plain_tags(
         raise broken_record(where, 'field "tags"', *problem)
     return tags
 
-# %% ../../nbs/data/records.ipynb #c8c51b84
+# %% ../../nbs/data/records.ipynb #8233a650
 def normalize_question(
     query: str,  # as the data set has it
     eval: bool = False,  # evaluation strips more punctuation than training

@@ -65,7 +65,7 @@ def instance_tables(
         tables.append({e["id"]: e for e in entries if has_plain_id(e)})
     return tables
 
-# %% ../../nbs/data/refcoco.ipynb #8fe4769b
+# %% ../../nbs/data/refcoco.ipynb #6c3954cd
 def look_up(
     table: dict,  # {id: entry}
     record: dict,
@@ -79,7 +79,7 @@ def look_up(
     mend = "use the two files of one release"
     raise broken_record(where, f'field "{field}"', f"{key} is not in instances.json", mend)
 
-# %% ../../nbs/data/refcoco.ipynb #148c8a79
+# %% ../../nbs/data/refcoco.ipynb #a961e796
 def sentence_text(
     sentence,  # of a reference: {"sent": text}, or anything
 ) -> str | None:
@@ -87,7 +87,7 @@ def sentence_text(
     text = sentence.get("sent") if isinstance(sentence, dict) else None
     return text if isinstance(text, str) else None
 
-# %% ../../nbs/data/refcoco.ipynb #8d605c2d
+# %% ../../nbs/data/refcoco.ipynb #39a22b24
 def join_reference(
     ref,  # of the pickle, anything
     annotations: dict,
@@ -111,7 +111,7 @@ def join_reference(
     except BrokenRecord as e:
         return dict(broken=str(e), split=split_name(ref if isinstance(ref, dict) else None))
 
-# %% ../../nbs/data/refcoco.ipynb #14cb76cb
+# %% ../../nbs/data/refcoco.ipynb #735fdf1a
 def joined_lines(
     references: list,
     tables: list,  # what `instance_tables` gives
@@ -126,7 +126,7 @@ def joined_lines(
             raise refused_pickle(refs, f"it says more than {MAX_TABLE:,} bytes")
         yield line
 
-# %% ../../nbs/data/refcoco.ipynb #a78069af
+# %% ../../nbs/data/refcoco.ipynb #f6a3c585
 def joined_file(
     refs: Path,  # the pickle
 ) -> Path:
@@ -137,7 +137,7 @@ def joined_file(
     name = str(file.resolve()).strip("/").replace("/", "-")
     return Path.home() / ".cache" / "dr2seg" / name
 
-# %% ../../nbs/data/refcoco.ipynb #9deb2c04
+# %% ../../nbs/data/refcoco.ipynb #31ee9434
 def join_refs(
     refs: Path,  # refs(….p), beside instances.json
 ) -> Path:  # JSON lines; the first says what they were made from
@@ -161,7 +161,7 @@ def join_refs(
         raise ValueError(f"{shorten_line(str(e))}; give {file.parent} room.") from None
     return file
 
-# %% ../../nbs/data/refcoco.ipynb #790b8a54
+# %% ../../nbs/data/refcoco.ipynb #4d058f15
 def belongs_to_split(
     own: str | None,  # the split that a record names
     split: str,  # that is asked for
@@ -173,7 +173,7 @@ def belongs_to_split(
         return split[-1] in own
     return "test" in own if split == "test" else own == split
 
-# %% ../../nbs/data/refcoco.ipynb #ea85675a
+# %% ../../nbs/data/refcoco.ipynb #c3fe3307
 def find_refs(
     path: Path,  # a folder, or the pickle itself
 ) -> Path | None:
@@ -184,7 +184,7 @@ def find_refs(
     names = [n for n in ("refs(unc).p", "refs(umd).p", *sorted(files)) if n in files]
     return files[names[0]] if names else None
 
-# %% ../../nbs/data/refcoco.ipynb #cec7e66c
+# %% ../../nbs/data/refcoco.ipynb #934778b4
 def find_coco_images(
     folder: Path,  # of the pickle
 ) -> Path:
@@ -196,7 +196,7 @@ def find_coco_images(
     mend = f"put or link COCO train2014 at {folder / 'train2014'}"
     raise FileNotFoundError(f"{folder} has no images; {mend}.")
 
-# %% ../../nbs/data/refcoco.ipynb #c829dd63
+# %% ../../nbs/data/refcoco.ipynb #d58ecdce
 class RefCOCODataset(SplitReader):
     "RefCOCO, RefCOCO+ and RefCOCOg: a folder with refs(unc).p or refs(umd).p and instances.json."
 
@@ -227,7 +227,7 @@ class RefCOCODataset(SplitReader):
     def splits(cls, path: Path) -> dict:  # {name: None}
         return list_split_names(join_refs(find_refs(path)))
 
-# %% ../../nbs/data/refcoco.ipynb #d58ecdce
+# %% ../../nbs/data/refcoco.ipynb #122b9123
 @patch
 def iter_keys(self: RefCOCODataset, split: str) -> Iterator[tuple]:  # offset, line number, sentence
     "Where the questions of a split are, as they come."
@@ -238,7 +238,7 @@ def iter_keys(self: RefCOCODataset, split: str) -> Iterator[tuple]:  # offset, l
         for k in range(max(1, len(sentences)) if isinstance(sentences, list) else 1):
             yield at, number, k
 
-# %% ../../nbs/data/refcoco.ipynb #122b9123
+# %% ../../nbs/data/refcoco.ipynb #f16c29c9
 @patch
 def record(self: RefCOCODataset, key) -> tuple:  # where, what the joined file says
     where = f"{self.file}:{key[1]}"
@@ -247,7 +247,7 @@ def record(self: RefCOCODataset, key) -> tuple:  # where, what the joined file s
         raise BrokenRecord(shorten_line(str(record["broken"])))
     return where, record
 
-# %% ../../nbs/data/refcoco.ipynb #f16c29c9
+# %% ../../nbs/data/refcoco.ipynb #097b4ffc
 @patch
 def question_of(self: RefCOCODataset, key) -> tuple:  # id, image, question
     (where, record), k = self.record(key), int(key[2])
@@ -256,18 +256,18 @@ def question_of(self: RefCOCODataset, key) -> tuple:  # id, image, question
     id = f"{record.get('id')}#{k}" if self.level == "expression" else str(record.get("id"))
     return id, name, query
 
-# %% ../../nbs/data/refcoco.ipynb #097b4ffc
+# %% ../../nbs/data/refcoco.ipynb #8729ee7a
 @patch
 def image_file(self: RefCOCODataset, name: str, where) -> Path:
     return resolve_inside(self.images, name, where, "file_name")
 
-# %% ../../nbs/data/refcoco.ipynb #8729ee7a
+# %% ../../nbs/data/refcoco.ipynb #24aba24b
 @patch
 def image_data(self: RefCOCODataset, key) -> bytes:
     (_, name, _), where = self.question_of(key), f"{self.file}:{key[1]}"
     return read_bounded(self.image_file(name, where), where, "the image", MAX_IMAGE_BYTES)
 
-# %% ../../nbs/data/refcoco.ipynb #24aba24b
+# %% ../../nbs/data/refcoco.ipynb #d80d171d
 @patch
 def read(self: RefCOCODataset, key) -> tuple:  # image name, Sample
     (where, record), (id, name, query) = self.record(key), self.question_of(key)

@@ -63,11 +63,11 @@ def file_layout(
     with open_parquet(file) as parquet:
         return read_layout(parquet, file)
 
-# %% ../../nbs/data/row_groups.ipynb #x
+# %% ../../nbs/data/row_groups.ipynb #6f165704
 MAX_GROUP = 2**31  # bytes of a row group in memory
 IMAGE_ROWS, LABEL_ROWS = 16, 4096  # rows of a piece, with images and without
 
-# %% ../../nbs/data/row_groups.ipynb #6f165704
+# %% ../../nbs/data/row_groups.ipynb #e36f3291
 def read_group(
     file: Path,
     g: int,  # number of the group
@@ -94,7 +94,7 @@ def read_group(
             raise broken_record(file, where, problem, "fetch the file again")
         return Table.from_batches(pieces)
 
-# %% ../../nbs/data/row_groups.ipynb #da2fa920
+# %% ../../nbs/data/row_groups.ipynb #6e84370f
 def rows_mask(
     rows,  # pyarrow list array, a list of pixels a row
     size: tuple,  # (W,H) of the image

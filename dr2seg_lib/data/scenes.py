@@ -223,7 +223,7 @@ def place_objects(
         things.append(SceneObject(shape, colour, float(x), float(y), float(r), float(turn)))
     return things
 
-# %% ../../nbs/data/scenes.ipynb #d6efc5b0
+# %% ../../nbs/data/scenes.ipynb #c199c5c7
 def draw_scene(
     rng,  # numpy Generator
     kind: str,  # of question, a key of KINDS
@@ -238,7 +238,7 @@ def draw_scene(
             continue
         return Scene(tuple(things[i] for i in rng.permutation(n)), int(rng.integers(1 << 31)))
 
-# %% ../../nbs/data/scenes.ipynb #b59fa149
+# %% ../../nbs/data/scenes.ipynb #43696bbb
 def short_name(
     thing: SceneObject,
     scene: Scene,
@@ -248,14 +248,14 @@ def short_name(
     twins = [t for t in scene.things if (t.colour, t.shape) == (thing.colour, thing.shape)]
     return f"{thing.size} {name}" if len(twins) > 1 else name
 
-# %% ../../nbs/data/scenes.ipynb #fa43ba15
+# %% ../../nbs/data/scenes.ipynb #dab8fb6f
 def object_caption(
     thing: SceneObject,
 ) -> str:  # e.g. "a small red ball"
     "What a picture of the object alone shows."
     return f"a {thing.size} {thing.colour} {thing.shape}"
 
-# %% ../../nbs/data/scenes.ipynb #e19cef18
+# %% ../../nbs/data/scenes.ipynb #dab927e7
 def describe_objects(
     things,  # one or two SceneObject
     scene: Scene,

@@ -55,7 +55,7 @@ class Sam2Size:
     window_spec: tuple = (8, 4, 14, 7)
     d_model: int = 128  # channels of neck, prompt encoder and mask decoder
 
-# %% ../../nbs/segmenters/sam2.ipynb #x
+# %% ../../nbs/segmenters/sam2.ipynb #70759458
 @patch
 def build(self: Sam2Size) -> nn.Module:
     "A `SAM2Base` of this size on the CPU, its weights random."
@@ -74,10 +74,10 @@ def build(self: Sam2Size) -> nn.Module:
     options = dict(hydra_overrides_extra=overrides, apply_postprocessing=False)
     return import_sam2("build_sam").build_sam2(SAM2_BASE, device="cpu", **options)
 
-# %% ../../nbs/segmenters/sam2.ipynb #22473626
+# %% ../../nbs/segmenters/sam2.ipynb #3cc3bb6b
 PROMPT_BATCH = 16  # prompts through the decoder at once
 
-# %% ../../nbs/segmenters/sam2.ipynb #3cc3bb6b
+# %% ../../nbs/segmenters/sam2.ipynb #6d7fbe48
 class Sam2Segmenter(Segmenter):
     "Meta's SAM 2, prompted by box and point."
 
@@ -103,7 +103,7 @@ class Sam2Segmenter(Segmenter):
             masks.extend(self.best_masks(prompts[i : i + PROMPT_BATCH], image.shape[:2]))
         return masks
 
-# %% ../../nbs/segmenters/sam2.ipynb #x
+# %% ../../nbs/segmenters/sam2.ipynb #12a5ee2f
 @patch
 def best_masks(
     self: Sam2Segmenter,
@@ -119,7 +119,7 @@ def best_masks(
     best = scores.reshape(-1, 3).argmax(1)
     return masks.reshape(-1, 3, *hw)[np.arange(n), best] > 0
 
-# %% ../../nbs/segmenters/sam2.ipynb #3506a6b8
+# %% ../../nbs/segmenters/sam2.ipynb #41d4f5ff
 SAM2_FILES = "config.json", "model.safetensors"
 
 
@@ -137,7 +137,7 @@ def save_sam2(
     config = dict(base=SAM2_BASE, size=asdict(size), training=training)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
-# %% ../../nbs/segmenters/sam2.ipynb #7d64b02a
+# %% ../../nbs/segmenters/sam2.ipynb #382a44b1
 def read_config(
     folder: Path,  # of a model
 ) -> dict:
@@ -152,7 +152,7 @@ def read_config(
         raise ValueError(f"segmenter: {path} is no JSON object; {mend}.")
     return config
 
-# %% ../../nbs/segmenters/sam2.ipynb #382a44b1
+# %% ../../nbs/segmenters/sam2.ipynb #ca585ae7
 def load_sam2(
     folder: Path,  # holds config.json and model.safetensors
 ) -> nn.Module:  # `SAM2Base` in float32 on the CPU

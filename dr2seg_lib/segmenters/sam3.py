@@ -223,7 +223,7 @@ class Sam3Size:
         processor = Sam3Processor(Sam3ImageProcessor(size=side), tokenizer)
         return Sam3Segmenter(Sam3Model(self.config(tokenizer)), processor)
 
-# %% ../../nbs/segmenters/sam3.ipynb #x
+# %% ../../nbs/segmenters/sam3.ipynb #27b9002f
 @patch
 def config(self: Sam3Size, tokenizer: CLIPTokenizer) -> Sam3Config:
     "The configuration of this size."
@@ -241,7 +241,7 @@ def config(self: Sam3Size, tokenizer: CLIPTokenizer) -> Sam3Config:
         vision_config=vision_config(self.image_size, part),
     )
 
-# %% ../../nbs/segmenters/sam3.ipynb #46b346f4
+# %% ../../nbs/segmenters/sam3.ipynb #6a860487
 SAM3_TYPES = "sam3", "sam3_video"
 
 
@@ -255,7 +255,7 @@ def is_sam3(
         return read_config(name).get("model_type") in SAM3_TYPES
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]*sam3[\w.-]*", name, re.IGNORECASE))
 
-# %% ../../nbs/segmenters/sam3.ipynb #1001957e
+# %% ../../nbs/segmenters/sam3.ipynb #fdba7cb4
 def load_sam3(
     name: str,  # a folder in the layout of transformers, or a hub id
     device: str = "cpu",
