@@ -172,6 +172,12 @@ def plain_page(notebook: Path, to: Path):
     to.write_text(html)
 
 
+IMPORTS = """\
+from dr2seg_lib.viewing.compare import compare
+from dr2seg_lib.viewing.inspector import inspect
+from dr2seg_lib.viewing.live import live
+from dr2seg_lib.viewing.playground import Playground
+"""
 VIEWS = dict(
     inspector="w = inspect('{run}')\nw.at = {at}\nw",
     live="live('{run}')",
@@ -270,9 +276,7 @@ def pictures(run: Path, other: Path | None, to: Path):
             for k, v in VIEWS.items()
             if other or k != "compare"
         }
-        names = dict(compare="compare", inspector="inspect", live="live", playground="Playground")
-        imports = [f"from dr2seg_lib.viewing.{m} import {name}" for m, name in names.items()]
-        notebook(Path(folder) / "views.ipynb", ["\n".join(imports), *views.values()])
+        notebook(Path(folder) / "views.ipynb", [IMPORTS, *views.values()])
         with jupyterlab(folder) as address, browser(1240) as page:
             opened(page, address, "views.ipynb")
             command(page, "notebook:run-all-cells")

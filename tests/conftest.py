@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+from browser import chromium
 from hypothesis import settings
 
 # Inherited by the kernels that tests start. Nothing is downloaded, and no bar is drawn.
@@ -14,3 +16,13 @@ os.environ |= {
 
 settings.register_profile("project", deadline=None)  # a busy machine is no failure
 settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items):
+    "Tests that drive a browser are skipped where there is none."
+    if chromium():
+        return
+    reason = "no Chromium is found; install one, such as with apt-get install -y chromium"
+    for item in items:
+        if item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,4 +1,7 @@
-"""Run folders as a stranger could send them: python tests/hostile_runs.py FOLDER [--n 60] [--seed 0] writes some."""
+"""Run folders as a stranger could send them.
+
+python tests/hostile_runs.py FOLDER [--n 60] [--seed 0]     writes some
+"""
 
 import argparse
 import copy
@@ -75,7 +78,8 @@ KINDS = "training", "evaluate", "rea2seg", "conditioning", "ablate"
 
 def said(n=30):
     return dict(
-        text='<think>so it is this.</think><description>the ring</description><answer>[{"bbox_2d": [10,10,60,60], "point_2d": [30,30]}]</answer>',
+        text="<think>so it is this.</think><description>the ring</description>"
+        '<answer>[{"bbox_2d": [10,10,60,60], "point_2d": [30,30]}]</answer>',
         tokens=["<think>", "so it", " is this.", "</think>", "…"],
         entropy=[0.0, 0.4, 1.2, 0.0, 0.1],
         think_tokens=n,

@@ -13,7 +13,7 @@ from dr2seg_lib.data.mini import draw_problem
 from dr2seg_lib.data.scenes import describe_objects
 from dr2seg_lib.rollouts.parsing import format_response, parse_response
 from dr2seg_lib.runs.run_folder import Run
-from dr2seg_lib.viewing.run_reader import sample_by_id
+from dr2seg_lib.viewing.run_samples import sample_by_id
 
 STRATA = "kind", "query_type", "dimension", "difficulty", "targets"
 

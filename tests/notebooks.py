@@ -90,8 +90,12 @@ def stale_cells(path: Path, executed) -> list[str]:
     return [cell.source.split("\n")[0] for cell in stale]
 
 
+LIVING = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
+
+
 def write(path: Path, executed):
-    "Stores the outputs, without warnings and counters."
+    "Stores the outputs, without warnings, counters, and what only a kernel or JupyterLab shows."
+    executed.metadata.pop("widgets", None)
     for cell in executed.cells:
         if cell.cell_type != "code":
             continue
@@ -99,6 +103,8 @@ def write(path: Path, executed):
         cell.execution_count = None
         cell.metadata.pop("execution", None)
         for output in cell.outputs:
+            for kind in LIVING:
+                output.get("data", {}).pop(kind, None)
             if "execution_count" in output:
                 output.execution_count = None
     nbformat.write(executed, path)

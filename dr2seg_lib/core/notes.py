@@ -18,12 +18,13 @@ def split_notes(
     return list(dict.fromkeys(filter(None, notes)))
 
 
-def cut_note(summary: dict) -> str:  # "" where few answers were cut, or none knows
-    "A warning of answers that were cut at their limit of tokens."
+def cut_note(
+    summary: dict,  # of an evaluation
+    least: float = CUT_SHARE,  # share of the questions up to which nothing is said
+) -> str:  # "" where few answers were cut, or none knows
+    "How many answers were cut at their limit of tokens; a warning where the limit is judged."
     share = summary.get("cut")
-    if not isinstance(share, (int, float)) or share <= CUT_SHARE:
+    if not isinstance(share, (int, float)) or share <= least:
         return ""
-    return (
-        f"{100 * share:.1f} % of the questions got an answer that max_new_tokens cut short, "
-        "which is mostly a miss; raise max_new_tokens"
-    )
+    mend = ", which is mostly a miss; raise max_new_tokens" if share > CUT_SHARE else ""
+    return f"{100 * share:.1f} % of the questions got an answer that max_new_tokens cut short{mend}"

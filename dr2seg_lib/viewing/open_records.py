@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['record_problem', 'check_record', 'path_text', 'open_rows', 'fit_record', 'open_json', 'read_strictly']
 
-# %% ../../nbs/viewing/open_records.ipynb #e02f757e
+# %% ../../nbs/viewing/open_records.ipynb #accdf59c
 from pathlib import Path
 from reprlib import repr as brief
 
 from pydantic import ValidationError
 
-from .record_types import by_todays_names, parse_strict_json
+from .record_types import by_todays_names
+from ..core.json_text import parse_strict_json
 
-# %% ../../nbs/viewing/open_records.ipynb #af3ecab4
+# %% ../../nbs/viewing/open_records.ipynb #7c8c8489
 _MEND = dict(
     float_type="make it a number",
     int_type="make it a whole number",
@@ -29,22 +30,22 @@ def _field(loc: tuple) -> str:  # ("strata", "easy", 0) -> strata.easy[0]; of a 
     named = [f"[{p}]" if isinstance(p, int) else f".{p[:60]}" for p in loc]
     return "".join(named).removeprefix(".")
 
-
+# %% ../../nbs/viewing/open_records.ipynb #6d6a25a3
 def record_problem(
-    error: ValidationError,  # of a Record
+    error: ValidationError,  # of a LooseRecord
 ) -> str:  # such as: field "reward" is 'much'; make it a number
     "The first thing that is wrong with a record, and its mend."
     first = error.errors(include_url=False, include_context=False)[0]
     mend = _MEND.get(first["type"]) or first["msg"].replace("Input should be", "make it")
     if not first["loc"]:
         return f"is {brief(first['input'])}; {mend}"
-    said = "is missing" if first["type"] == "missing" else f"is {brief(first['input'])}"
-    return f'field "{_field(first["loc"])}" {said}; {mend}'
+    state = "is missing" if first["type"] == "missing" else f"is {brief(first['input'])}"
+    return f'field "{_field(first["loc"])}" {state}; {mend}'
 
 
 def check_record(
     value,  # parsed JSON, anything
-    schema: type,  # of Record
+    schema: type,  # of LooseRecord
 ) -> dict:
     "The value itself, if it fits; else a ValueError."
     try:
@@ -53,7 +54,7 @@ def check_record(
         raise ValueError(record_problem(e)) from None
     return value
 
-# %% ../../nbs/viewing/open_records.ipynb #bea9203b
+# %% ../../nbs/viewing/open_records.ipynb #aee3d4b8
 def _bytes(path: Path) -> bytes:  # of a file that may be anything; else an error in words
     if not path.exists():
         raise FileNotFoundError("is not there")
@@ -70,20 +71,12 @@ def path_text(path: Path) -> str:
     return path.name.encode("utf-8", "replace").decode()
 
 
-def _told(where: str, error) -> str:  # "run.json is not there", "run.json: field …"
+def _problem(where: str, error) -> str:  # "run.json is not there", "run.json: field …"
     return f"{where}{': ' if str(error).startswith('field') else ' '}{error}"
 
-
-def open_rows(
-    path: Path,  # of JSON lines
-    schema: type,  # of Record
-) -> tuple:  # rows; a sentence on what is left out, or ''
-    "The rows of a file that fit."
-    try:
-        lines = _bytes(path).split(b"\n")
-    except (ValueError, FileNotFoundError) as e:
-        return [], _told(path.name, e)
-    rows, wrong = [], []
+# %% ../../nbs/viewing/open_records.ipynb #6f0d1fd3
+def _parse_lines(lines, name, schema):  # rows that fit; sentences
+    rows, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -91,32 +84,29 @@ def open_rows(
             rows.append(check_record(parse_strict_json(line), schema))
         except ValueError as e:
             last = number == len(lines)  # no newline follows
-            wrong.append(_told(f"{path.name}, line {number}", "is cut short" if last else e))
-    more = f" ({len(wrong)} lines are left out)" if len(wrong) > 1 else ""
-    return rows, f"{wrong[0]}{more}" if wrong else ""
+            problems.append(_problem(f"{name}, line {number}", "is cut short" if last else e))
+    return rows, problems
 
-# %% ../../nbs/viewing/open_records.ipynb #c144187f
+
+def open_rows(
+    path: Path,  # of JSON lines
+    schema: type,  # of LooseRecord
+) -> tuple:  # rows; a sentence on what is left out, or ''
+    "The rows of a file that fit."
+    try:
+        lines = _bytes(path).split(b"\n")
+    except (ValueError, FileNotFoundError) as e:
+        return [], _problem(path.name, e)
+    rows, problems = _parse_lines(lines, path.name, schema)
+    more = f" ({len(problems)} lines are left out)" if len(problems) > 1 else ""
+    return rows, f"{problems[0]}{more}" if problems else ""
+
+# %% ../../nbs/viewing/open_records.ipynb #6ba61dad
 def _without(value: dict, loc: tuple) -> dict:  # loc: of an error
-    "An object without the field that does not fit, or without that field of a field."
     inner = value.get(loc[0])
     if len(loc) > 1 and isinstance(inner, dict) and loc[1] in inner:
         return value | {loc[0]: {k: v for k, v in inner.items() if k != loc[1]}}
     return {k: v for k, v in value.items() if k != loc[0]}
-
-
-def fit_record(
-    value: dict,  # parsed JSON
-    schema: type,  # of Record
-) -> tuple:  # the object as far as it fits; a complaint, or ''
-    "What is left of an object when all that does not fit is left out."
-    wrong = ""
-    for _ in range(3):  # what is left out may be what its holder needs
-        try:
-            return check_record(value, schema), wrong
-        except ValueError as e:
-            wrong = wrong or str(e)
-        value = _fitting(value, schema)
-    return {}, wrong
 
 
 def _fitting(value: dict, schema: type) -> dict:
@@ -127,25 +117,40 @@ def _fitting(value: dict, schema: type) -> dict:
             value = _without(value, error["loc"])
     return value
 
+# %% ../../nbs/viewing/open_records.ipynb #e3c4f69a
+def fit_record(
+    value: dict,  # parsed JSON
+    schema: type,  # of LooseRecord
+) -> tuple:  # the object as far as it fits; a sentence, or ''
+    "What is left of an object when all that does not fit is left out."
+    problem = ""
+    for _ in range(3):  # what is left out may be what its holder needs
+        try:
+            return check_record(value, schema), problem
+        except ValueError as e:
+            problem = problem or str(e)
+        value = _fitting(value, schema)
+    return {}, problem
 
+# %% ../../nbs/viewing/open_records.ipynb #3dd96fb5
 def open_json(
     path: Path,
-    schema: type,  # of Record
+    schema: type,  # of LooseRecord
 ) -> tuple:  # the object as far as it fits, or {}; a sentence on what is left out, or ''
     "What a file of one object holds."
     try:
         value = parse_strict_json(_bytes(path))
     except (ValueError, FileNotFoundError) as e:
-        return {}, _told(path.name, e)
+        return {}, _problem(path.name, e)
     if not isinstance(value, dict):
         return {}, f"{path.name} is {brief(value)}; make it an object"
-    value, wrong = fit_record(by_todays_names(value, schema), schema)
-    return value, _told(path.name, wrong) if wrong else ""
+    value, problem = fit_record(by_todays_names(value, schema), schema)
+    return value, _problem(path.name, problem) if problem else ""
 
-
+# %% ../../nbs/viewing/open_records.ipynb #6541745e
 def read_strictly(
     path: Path,
-    schema: type,  # of Record
+    schema: type,  # of LooseRecord
 ) -> dict:
     "What a file of one object holds; where anything does not fit, a sentence."
     try:
@@ -153,8 +158,8 @@ def read_strictly(
         known = by_todays_names(value, schema) if isinstance(value, dict) else value
         return check_record(known, schema)
     except FileNotFoundError:
-        wrong = f"{path} does not exist; check the run folder's name"
+        missing = f"{path} does not exist; check the run folder's name"
     except ValueError as e:
         mend = ", or" if ";" in str(e) else "; correct it, or"
-        raise ValueError(f"{_told(str(path), e)}{mend} leave the run out.") from None
-    raise FileNotFoundError(wrong)
+        raise ValueError(f"{_problem(str(path), e)}{mend} leave the run out.") from None
+    raise FileNotFoundError(missing)

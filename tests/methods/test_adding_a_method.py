@@ -18,10 +18,10 @@ from dr2seg_lib.rollouts.parsing import Parsed
 from dr2seg_lib.segmenters.loading import load_segmenter
 from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training.trainer import train
-from dr2seg_lib.viewing.figures import arm_colours
 from dr2seg_lib.viewing.inspector import inspect
 from dr2seg_lib.viewing.paper_tables import side_by_side
 from dr2seg_lib.viewing.report import write_report
+from dr2seg_lib.viewing.style import arm_colours
 
 PAGE = Path(__file__).parents[2] / "docs/adding_a_method.md"
 CODE = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)[1]

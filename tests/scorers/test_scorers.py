@@ -1,4 +1,4 @@
-"Texts and pictures to cosines: the embedded CLIP, open_clip's own ways of loading, DPAD's metrics, and what is said when a scorer cannot be had."
+"Texts and pictures to cosines: the embedded CLIP, open_clip's ways of loading, DPAD's metrics."
 
 import json
 import shutil
@@ -54,7 +54,7 @@ from dr2seg_lib.viewing.discrimination import (
     stratified_table,
     token_strata_plot,
 )
-from dr2seg_lib.viewing.figures import METHOD_COLOURS
+from dr2seg_lib.viewing.style import METHOD_COLOURS
 
 VAL = SPLIT_SEEDS["val"][0]
 TINY = dict(
@@ -108,7 +108,7 @@ def test_it_is_open_clips_own_class_in_float32(clip):
 
 
 def test_what_a_policy_says_of_a_target(clip, samples):
-    "Size, colour and shape with an article, and two targets joined: the words of captions and descriptions."
+    "Size, colour and shape with an article, and two targets joined: words of captions."
     won = []
     for i in range(40):
         p = draw_problem(VAL + 100 + i)
@@ -155,7 +155,7 @@ def test_vectors_are_unit_and_need_no_gradient(clip, samples):
 
 
 def test_vectors_are_open_clips(clip, samples):
-    "No more than encode_image and encode_text of what open_clip's own preprocessing and tokenizer make."
+    "No more than encode_image and encode_text of what open_clip's own preprocessing makes."
     with torch.no_grad():
         image = clip.model.encode_image(
             clip.preprocess(Image.fromarray(samples[0].image))[None], normalize=True
@@ -237,7 +237,7 @@ def test_the_cache_is_bounded_and_never_wrong():
         p + np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * i for i, p in enumerate(pictures)
     ]
     once = scorer.images(pictures)
-    assert len(scorer._kept) == 3
+    assert len(scorer.cache) == 3
     assert scorer.model.seen == [2] * 4
     assert torch.equal(scorer.images(pictures[::-1]), once.flip(0))
     assert sum(scorer.model.seen) == 8 + 5
@@ -247,8 +247,8 @@ def test_pictures_of_a_step_are_encoded_once(clip, samples):
     "Eight captions a sample: two pictures a sample, each text once."
     scorer = Scorer(clip.model, clip.preprocess, clip.tokenizer)
     asked = []
-    encode = scorer._encoded
-    scorer._encoded = lambda items, key, f: (asked.append(len(items)), encode(items, key, f))[1]
+    encode = scorer.encode_once
+    scorer.encode_once = lambda items, key, f: (asked.append(len(items)), encode(items, key, f))[1]
     similarities(scorer, samples, [["the red ball"] * 8] * 4)
     assert asked == [8, 1]
 
@@ -407,7 +407,7 @@ def test_all_captions_missing(clip, samples):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    "open_clip's real classes, a small configuration of ours under a name of its own, random weights."
+    "open_clip's real classes, a small configuration under a name of its own, random weights."
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "tiny-clip.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(folder / "tiny-clip.json")
@@ -821,23 +821,24 @@ def test_table_has_a_line_for_every_method_in_every_stratum():
 
 def test_scatter_shows_every_sample_and_the_band():
     rows = [answered(i, "", tokens=t) for i, t in enumerate((2, 4, 9))]
-    ax = token_strata_plot(dict(dpad=rows), by=["difficulty"]).axes[0]
-    dots, band, line = ax.collections
-    assert sorted(dots.get_offsets()[:, 1].tolist()) == [2, 4, 9]
-    assert line.get_segments()[0][0][1] == 5
-    assert sorted({round(y, 6) for y in band.get_paths()[0].vertices[:, 1]}) == pytest.approx(
-        [5 - np.std([2, 4, 9]), 5 + np.std([2, 4, 9])], abs=1e-5
-    )
-    assert tuple(dots.get_facecolor()[0][:3]) == pytest.approx(
-        tuple(int(METHOD_COLOURS["dpad"][k : k + 2], 16) / 255 for k in (1, 3, 5))
-    )
-    assert (
-        len(
-            similarity_scatter(
-                dict(dpad=[r | dict(s1=0.3, s2=0.2, ts1=0.1, ts2=0.2) for r in rows])
-            ).axes
-        )
-        == 2
-    )
-    assert token_strata_plot({}).axes
-    assert similarity_scatter({}).axes
+    (panel,) = token_strata_plot(dict(dpad=rows), by=["difficulty"]).panels
+    dots, line = panel.marks
+    assert sorted(dots.y) == [2, 4, 9]
+    assert dots.colour == METHOD_COLOURS["dpad"]
+    assert list(line.y) == [5, 5]
+    assert line.low == pytest.approx([5 - np.std([2, 4, 9])] * 2)
+    assert line.high == pytest.approx([5 + np.std([2, 4, 9])] * 2)
+
+
+def test_similarities_are_a_dot_a_sample():
+    rows = [answered(i, "") | dict(s1=0.3, s2=0.2, ts1=0.1, ts2=0.2) for i in range(3)]
+    caption, reasoning = similarity_scatter(dict(dpad=rows)).panels
+    diagonal, dots = caption.marks
+    assert list(diagonal.x) == list(diagonal.y)
+    assert list(zip(dots.x, dots.y)) == [(20, 30)] * 3
+    assert reasoning.marks[1].y == [10] * 3
+
+
+def test_scatters_of_nothing_are_empty():
+    assert token_strata_plot({}).panels[0].marks == []
+    assert len(similarity_scatter({}).panels[0].marks) == 1

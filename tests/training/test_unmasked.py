@@ -140,7 +140,7 @@ def test_the_inspector_shows_box_and_point(trained):
     assert view.shown["note"] == ""
     sample = view.run.sample("rollouts", 0)
     assert view.shown["given"][0]["box"] == pytest.approx(sample.targets[0].box, abs=0.06)
-    answer = view.run.answer("rollouts", 0, 0)
+    answer = view.answer("rollouts", 0, 0)
     assert answer["iou"] is None
     assert answer["note"] == ""
     assert sum(answer["runs"]) == SIZE[0] * SIZE[1]

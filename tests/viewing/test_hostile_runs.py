@@ -1,4 +1,4 @@
-"Run folders that a stranger has sent: each viewer makes a page on which nothing runs, or says one sentence."
+"Run folders of a stranger: each viewer makes a page on which nothing runs, or says a sentence."
 
 import ast
 import json
@@ -9,8 +9,11 @@ import browser
 import hostile_runs as hostile
 import pytest
 from invented_runs import Reader
+from jinja2 import UndefinedError
 
-from dr2seg_lib.core.markup import CONTENT_POLICY_TAG, latex_text
+from dr2seg_lib.core.markup import latex_text
+from dr2seg_lib.core.notes import cut_note
+from dr2seg_lib.core.templates import STATIC_FOLDER, TEMPLATE_FOLDER, render
 from dr2seg_lib.core.text_table import rows_table
 from dr2seg_lib.evaluation.published import COLUMN_TITLES
 from dr2seg_lib.viewing.compare import compare
@@ -18,17 +21,14 @@ from dr2seg_lib.viewing.inspector import inspect
 from dr2seg_lib.viewing.live import Live
 from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
 from dr2seg_lib.viewing.report import write_report
+from dr2seg_lib.viewing.responses import response_parts
 from dr2seg_lib.viewing.run_reader import RunReader
-from dr2seg_lib.viewing.view import STATIC_FOLDER
 
 ROOT = Path(__file__).parents[2]
+POLICY = render("policy.html.j2")
 N = 40
 SENTENCE = ValueError, FileNotFoundError
 PAGES = "report", "inspect", "live", "compare", "html", "markdown", "latex"
-needs_browser = pytest.mark.skipif(
-    not browser.chromium(),
-    reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs",
-)
 
 
 def state(view):  # of a widget, as it goes to the browser
@@ -44,7 +44,6 @@ def state(view):  # of a widget, as it goes to the browser
             "at",
             "rollout",
             "shown",
-            "columns",
             "state",
             "html",
         )
@@ -59,7 +58,7 @@ def inspected(folder):
         if groups:
             view.source, view.at = source, len(groups) - 1
     if view.shown:
-        view.run.answer(view.source, view.at, 0)
+        view.answer(view.source, view.at, 0)
     assert view.still()._repr_mimebundle_()[0]["image/png"].startswith(b"\x89PNG")
     return state(view)
 
@@ -85,7 +84,7 @@ def shown(what, folder, good):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    "{(number of the folder, viewer): page, or the sentence that was said}; anything else that is raised ends the test."
+    "{(number of the folder, viewer): page, or the sentence}; any other error ends the test."
     root = tmp_path_factory.mktemp("hostile")
     good, found = hostile.write(root / "good", hostile.training("visionreasoner")), {}
     for i, folder in enumerate(hostile.cases(root, N)):
@@ -123,7 +122,7 @@ def test_the_report_and_the_views_are_made_of_every_folder(outcomes):
 
 
 def test_hostile_texts_reach_the_pages(outcomes):
-    "The attack is not turned away at the door: in a record that fits, a script stands where a name may stand."
+    "The attack is not turned away at the door: a script stands where a name may stand."
     for what in "report", "html", "markdown", "latex":
         assert any(
             "__pwned" in page or r"\_\_pwned" in page for page in pages(outcomes, what).values()
@@ -150,13 +149,20 @@ def test_html_is_whole_and_holds_no_script(outcomes):
 def test_pages_tell_the_browser_to_run_nothing(outcomes):
     for what in "report", "html":
         for html in pages(outcomes, what).values():
-            assert str(CONTENT_POLICY_TAG) in html[:400]
+            assert POLICY in html[:400]
 
 
 # ---- in a browser
 
-FOUND = """() => ({run: window.__pwned !== undefined || document.title === 'pwned', tags: [...document.querySelectorAll('body script, iframe, object, embed, math')].map(e => e.tagName),
-  handlers: [...document.querySelectorAll('*')].flatMap(e => [...e.attributes].filter(a => /^on/i.test(a.name) || /^\\s*javascript:/i.test(a.value)).map(a => e.tagName + ' ' + a.name))})"""
+FOUND = """() => {
+  const every = selector => [...document.querySelectorAll(selector)];
+  const acts = a => /^on/i.test(a.name) || /^\\s*javascript:/i.test(a.value);
+  return {
+    run: window.__pwned !== undefined || document.title === 'pwned',
+    tags: every('body script, iframe, object, embed, math').map(e => e.tagName),
+    handlers: every('*').flatMap(e => [...e.attributes].filter(acts).map(a => e.tagName + a.name)),
+  };
+}"""
 NOTHING = dict(run=False, tags=[], handlers=[])
 
 
@@ -180,16 +186,16 @@ def tab():
 
 
 def load(page, html):
-    "Puts a page into the tab, without its content policy, so that only the escaping is between a script and its run."
+    "Puts a page into the tab without its policy: only escaping keeps a script from running."
     page.goto("about:blank")
     page.noted.clear()
-    page.set_content(html.replace(str(CONTENT_POLICY_TAG), ""), wait_until="load")
+    page.set_content(html.replace(POLICY, ""), wait_until="load")
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
     page.wait_for_timeout(60)
     return page.evaluate(FOUND), list(page.noted)
 
 
-@needs_browser
+@pytest.mark.browser
 @pytest.mark.parametrize(
     "raw", [w for w in hostile.WORDS if "<img src=x" in w or w.startswith("<script")]
 )
@@ -202,28 +208,28 @@ def test_the_watch_sees_a_script_that_runs(tab, raw):
     assert any("pwned" in n for n in noted)
 
 
-@needs_browser
+@pytest.mark.browser
 def test_the_policy_of_the_page_stops_what_would_run(tab):
     "The second wall: with the policy a script in the page does not run."
     tab.goto("about:blank")
     tab.set_content(
-        f"<!doctype html><head>{CONTENT_POLICY_TAG}</head><body>{hostile.WORDS[0]}{hostile.WORDS[1]}",
+        f"<!doctype html><head>{POLICY}</head><body>{hostile.WORDS[0]}{hostile.WORDS[1]}",
         wait_until="load",
     )
     tab.wait_for_timeout(60)
     assert not tab.evaluate(FOUND)["run"]
 
 
-@needs_browser
+@pytest.mark.browser
 @pytest.mark.parametrize("what", ["report", "html"])
 def test_nothing_runs_in_pages(outcomes, tab, what):
     for i, html in pages(outcomes, what).items():
         assert load(tab, html) == (NOTHING, []), f"folder {i}"
 
 
-@needs_browser
+@pytest.mark.browser
 def test_nothing_runs_in_markdown(outcomes, tab):
-    "As nbconvert and JupyterLab would render it: a table keeps its rows and columns, and a name is text."
+    "As nbconvert and JupyterLab render it: a table keeps its shape, and a name is text."
     from nbconvert.filters import markdown2html
 
     for i, text in pages(outcomes, "markdown").items():
@@ -245,12 +251,14 @@ def test_nothing_runs_in_markdown(outcomes, tab):
 VIEW = """([source, state]) => {
   document.body.replaceChildren();
   const module = new Function(source.replace('export default', 'return '));
-  const model = {get: k => state[k], set: (k, v) => { state[k] = v; }, on: () => {}, send: () => {}, save_changes: () => {}};
+  const nothing = () => {};
+  const set = (k, v) => { state[k] = v; };
+  const model = {get: k => state[k], set, on: nothing, send: nothing, save_changes: nothing};
   module().render({model, el: document.body});
 }"""
 
 
-@needs_browser
+@pytest.mark.browser
 @pytest.mark.parametrize("what", ["inspect", "live", "compare"])
 def test_nothing_runs_in_the_views(outcomes, tab, what):
     "The drawing side itself, given what the kernel would send."
@@ -263,13 +271,14 @@ def test_nothing_runs_in_the_views(outcomes, tab, what):
         assert tab.locator(f".d2-{what}").inner_text().strip(), f"folder {i}"
 
 
-@needs_browser
+@pytest.mark.browser
 def test_nothing_runs_in_jupyterlab(tab, tmp_path):
-    "Where scripts of outputs may run: the views and the tables of three folders, in a notebook that is trusted."
+    "Where scripts of outputs may run: views and tables of three folders in a trusted notebook."
     folders = [f for i, f in enumerate(hostile.cases(tmp_path / "runs", 5)) if i in (0, 1, 4)]
     good = hostile.write(tmp_path / "good", hostile.training("visionreasoner"))
     cells = [
-        "from IPython.display import Markdown\nfrom dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.paper_tables import format_tables, side_by_side"
+        browser.IMPORTS + "from IPython.display import Markdown\n"
+        "from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side"
     ]
     for f in map(str, folders):
         cells += [
@@ -297,84 +306,96 @@ def test_nothing_runs_in_jupyterlab(tab, tmp_path):
         assert not page.evaluate("() => window.__pwned !== undefined || document.title === 'pwned'")
         assert not noted
         assert page.evaluate(
-            "() => [...document.querySelectorAll('.jp-OutputArea-output *')].every(e => [...e.attributes].every(a => !/^on/i.test(a.name)))"
+            """() => [...document.querySelectorAll('.jp-OutputArea-output *')].every(
+              e => [...e.attributes].every(a => !/^on/i.test(a.name)))"""
         )
 
 
 # ---- the mechanism: no HTML but from templates
 
-MODULES = "markup", "plots", "report", "inspector", "tables"
-TAG = re.compile(r"</?(?!think|answer|description|caption|score)[a-z!][\w-]*[\s>/]?", re.I)
+MODULES = [*(ROOT / "dr2seg_lib/core").glob("*.py"), *(ROOT / "dr2seg_lib/viewing").glob("*.py")]
+TEMPLATES = sorted(TEMPLATE_FOLDER.glob("*.j2"))
+SAID = "think|answer|description|caption|score"  # tags of a response are no HTML
+TAG = re.compile(rf"</?(?!{SAID})[a-z!][\w-]*[\s>/]?", re.I)
+SVG = "figure_svg"  # reads matplotlib's own SVG, the one text that is trusted as it comes
+
+
+def named(path):
+    return path.name
+
+
+def is_documented(node):
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return isinstance(node, kinds) and bool(node.body) and isinstance(node.body[0], ast.Expr)
+
+
+def functions(tree, name):  # every function of this name, with all that is in it
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]
+    return {id(inner) for n in found for inner in ast.walk(n)}
 
 
 def literals(tree):  # every text in the source that is no docstring
-    docs = {
-        id(n.body[0].value)
-        for n in ast.walk(tree)
-        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        and n.body
-        and isinstance(n.body[0], ast.Expr)
-    }
-    return [
-        n
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs
-    ]
+    docs = {id(n.body[0].value) for n in ast.walk(tree) if is_documented(n)}
+    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs]
+    return [n for n in texts if isinstance(n.value, str)]
 
 
-def called(node):
-    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+def calls(tree, name):
+    every = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    return [n for n in every if isinstance(n.func, ast.Name) and n.func.id == name]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", MODULES, ids=named)
 def test_tags_stand_in_templates_alone(module):
-    "A literal with a tag is the template of `fill`, or `Markup` as it stands; else a value could be put beside it unescaped."
-    tree = ast.parse((ROOT / "dr2seg_lib" / f"{module}.py").read_text())
-    templates = {
-        id(n.args[0]) for n in ast.walk(tree) if called(n) in ("fill", "Markup") and n.args
-    }
-    parts = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
-    allowed = {
-        "plots": {r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', "<svg", r"(?:<!--.*?-->|\s*\n\s*)"}
-    }.get(module, set())
-    stray = [
-        n.value
-        for n in literals(tree)
-        if TAG.search(n.value)
-        and id(n) not in templates
-        and n.value.split("| ")[0] not in allowed
-        and not n.value.startswith("<metadata>")
-    ]
+    "No text of a module holds a tag, or an entity: Python makes data, templates lay it out."
+    tree = ast.parse(module.read_text())
+    trusted = functions(tree, SVG)
+    stray = [n.value for n in literals(tree) if TAG.search(n.value) and id(n) not in trusted]
     assert not stray
-    assert not [n.value for n in literals(tree) if id(n) in parts and TAG.search(n.value)], (
-        "an f-string does not escape"
-    )
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_markup_is_only_what_we_wrote(module):
-    "`fill` and `Markup` take literals; matplotlib's SVG is the one text that is trusted as it comes."
-    tree = ast.parse((ROOT / "dr2seg_lib" / f"{module}.py").read_text())
-    taken = [
-        n
-        for n in ast.walk(tree)
-        if called(n) in ("fill", "Markup") and not (n.args and isinstance(n.args[0], ast.Constant))
-    ]
-    trusted = dict(plots=["text"], markup=["template"]).get(module, [])
-    assert [ast.unparse(n.args[0]) for n in taken] == trusted
+@pytest.mark.parametrize("module", MODULES, ids=named)
+def test_markup_is_only_what_templates_made(module):
+    "`Markup` takes what a template has rendered, and matplotlib's SVG."
+    tree = ast.parse(module.read_text())
+    trusted = functions(tree, SVG) | functions(tree, "render")
+    assert not [ast.unparse(n) for n in calls(tree, "Markup") if id(n) not in trusted]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_values_stand_in_quotes_inside_a_tag(module):
+def test_the_watch_over_modules_sees_a_tag():
+    "The control: what was done before is seen."
+    tree = ast.parse('def card(x):\n    return Markup(f"<p class=raw>{x}</p>")')
+    assert [n.value for n in literals(tree) if TAG.search(n.value)] == ["<p class=raw>", "</p>"]
+    assert len(calls(tree, "Markup")) == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=named)
+def test_templates_escape_every_value(template):
+    text = template.read_text()
+    assert not re.search(r"\|\s*safe\b|autoescape|Markup", text)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=named)
+def test_values_stand_in_quotes_inside_a_tag(template):
     "Escaping keeps a value inside quotes; without them a space would begin another attribute."
-    tree = ast.parse((ROOT / "dr2seg_lib" / f"{module}.py").read_text())
-    for template in (
-        n.args[0].value
-        for n in ast.walk(tree)
-        if called(n) == "fill" and n.args and isinstance(n.args[0], ast.Constant)
-    ):
-        for tag in re.findall(r"<[^<>]*>", template):
-            assert "{" not in re.sub(r'"[^"]*"', "", tag), tag
+    text = re.sub(r"{#.*?#}", "", template.read_text(), flags=re.S)
+    text = re.sub(r"{%.*?%}", "", text, flags=re.S)
+    text = re.sub(r"<(/?){{ tag }}", r"<\1td", text)  # th or td, of the template itself
+    for tag in re.findall(r"<[^<>]*>", text):
+        assert "{" not in re.sub(r'"[^"]*"', "", tag), tag
+
+
+def test_a_template_refuses_what_is_missing():
+    "A value that nobody gave is an error, not an empty place."
+    with pytest.raises(UndefinedError):
+        render("picture.html.j2", picture=None)
+
+
+@pytest.mark.parametrize("word", hostile.WORDS, ids=range(len(hostile.WORDS)))
+def test_a_template_keeps_a_hostile_word_as_text(word):
+    page = Reader(render("response.html.j2", parts=response_parts(dict(text=word))))
+    assert not page.open
+    assert set(page.tags) == {"p"}
 
 
 # ---- what the parts do
@@ -466,12 +487,12 @@ def test_a_mask_that_is_none_is_said(tmp_path):
     html = write_report(tmp_path / "run").read_text()
     assert "no mask: sample mini-2000000: rle has counts that do not add up" in html
     assert (
-        "predictions_after.jsonl, line 2: field &#34;rle.size&#34; is [60000, 60000]; make it no more than"
-        in html
+        "predictions_after.jsonl, line 2: field &#34;rle.size&#34; is [60000, 60000]; "
+        "make it no more than" in html
     )
     assert (
         inspect(tmp_path / "run")
-        .run.answer("evaluation", 0, 1)["note"]
+        .answer("evaluation", 0, 1)["note"]
         .startswith("no mask: sample mini-2000000: rle")
     )
 
@@ -500,15 +521,13 @@ def test_split_and_cut_answers_are_told(tmp_path):
     files["results.json"]["before"]["cut"], files["results.json"]["after"]["cut"] = 0.031, 0.004
     html = write_report(hostile.write(tmp_path / "run", files), cards=1).read_text()
     assert "<p class=note>The set names no splits: 20 % of it was held out.</p>" in html
-    assert (
-        "<p class=notice>3.1 % of the answers before training were cut at 192 tokens; raise max_new_tokens</p>"
-        in html
-    )
-    assert "<p class=note>0.4 % of the answers after training were cut at 192 tokens</p>" in html
+    warning, rest = cut_note(dict(cut=0.031)), cut_note(dict(cut=0.004), least=0)
+    assert f"<p class=notice>before training: {warning}</p>" in html
+    assert f"<p class=note>after training: {rest}</p>" in html
     files = hostile.evaluate()
     html = write_report(hostile.write(tmp_path / "eval", files), cards=1).read_text()
-    assert "2.0 % of the answers were cut at 192 tokens; raise max_new_tokens" in html
+    assert f"<p class=notice>{cut_note(dict(cut=0.02))}</p>" in html
     del files["results.json"]["cut"], files["results.json"]["evaluation"]["split_note"]
     html = write_report(hostile.write(tmp_path / "eval", files), cards=1).read_text()
-    assert "were cut" not in html
+    assert "cut short" not in html
     assert "held out" not in html

@@ -6,6 +6,7 @@ import time
 
 import browser
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from browser import chromium
 from invented_runs import BAD, Reader, make_run, metrics
@@ -13,6 +14,7 @@ from invented_runs import BAD, Reader, make_run, metrics
 from dr2seg_lib.core.files import read_json, read_jsonl, write_json, write_jsonl
 from dr2seg_lib.core.masks import encode_rle
 from dr2seg_lib.data.samples import Sample, Target
+from dr2seg_lib.rollouts.combination import factor_of
 from dr2seg_lib.runs.checkpoints import save_checkpoint
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import run_status, update_record
@@ -24,27 +26,23 @@ from dr2seg_lib.viewing.compare import (
     final_predictions,
     measure_differences,
 )
+from dr2seg_lib.viewing.group_view import rollout_entry
 from dr2seg_lib.viewing.inspector import inspect
-from dr2seg_lib.viewing.live import Live, live, training_columns
+from dr2seg_lib.viewing.live import Live, live, live_charts
 from dr2seg_lib.viewing.playground import (
     Playground,
-    askable_sample,
-    cached_policy,
-    mask_from_runs,
     target_from_click,
 )
-from dr2seg_lib.viewing.run_reader import (
-    RunReader,
-    factor_of,
-    group_rollouts,
-    sample_by_id,
-    term_colours,
-)
-from dr2seg_lib.viewing.view import (
-    field_columns,
+from dr2seg_lib.viewing.playground_inputs import askable_sample, cached_policy
+from dr2seg_lib.viewing.reward_terms import term_colours
+from dr2seg_lib.viewing.rollout_columns import field_columns
+from dr2seg_lib.viewing.run_groups import group_rollouts
+from dr2seg_lib.viewing.run_reader import RunReader
+from dr2seg_lib.viewing.run_samples import sample_by_id
+from dr2seg_lib.viewing.screen import (
     fit_picture,
+    mask_from_runs,
     prompt_shapes,
-    rollout_entry,
     row_run_lengths,
 )
 
@@ -225,7 +223,7 @@ def test_a_picture_that_cannot_be_had(whole, tmp_path):
     assert "the picture of photo-7 cannot be had" in widget.shown["note"]
     assert len(widget.shown["entries"]) == 8
     assert widget.still()._repr_mimebundle_()[0]["image/png"]
-    assert "no mask" in widget.run.answer("rollouts", 0, 0)["note"]
+    assert "no mask" in widget.answer("rollouts", 0, 0)["note"]
 
 
 def test_samples_of_other_data_are_found_by_their_place(whole, tmp_path, monkeypatch):
@@ -302,7 +300,7 @@ def test_traits_and_messages(whole):
         "after",
     ]
     stored = widget.run.groups["evaluation"][0][0]
-    assert widget.run.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
+    assert widget.answer("evaluation", 0, 0)["iou"] == pytest.approx(stored["iou"])
     assert encode_rle(widget.run.masks["evaluation", 0, 0]) == stored["rle"]
     widget.at = 10**6
     assert widget.shown["at"] == 15
@@ -398,7 +396,7 @@ def spoken(tmp_path_factory):
 
 
 def test_attention_of_every_word_of_a_pass(spoken):
-    "One forward gives the grid of each token, and its share; it is kept, and comes from the weights nearest to the record's step."
+    "One forward gives the grid of each token, by the weights nearest to the record's step."
     view = inspect(spoken)
     row = view.run.groups["rollouts"][0][0]
     told, grids = view.look("rollouts", 0, 0, "first")
@@ -433,12 +431,12 @@ def test_attention_comes_within_two_seconds(spoken):
 
 
 def test_attention_that_cannot_be_had_is_said(spoken, tmp_path):
-    "A large model is not loaded by a glance; a recipe of another notebook is not known; a policy that is given is used."
+    "A large model is not loaded by a glance, an unknown method not asked; a given policy is used."
     copied(spoken, tmp_path)
     parameters = read_json(spoken / "run.json")["parameters"]
     for change, why in (
         (dict(model="Qwen/Qwen2.5-VL-7B-Instruct"), "is not loaded for a glance; give it"),
-        (dict(recipe="mine"), "the recipe mine is not known here; register it"),
+        (dict(recipe="mine"), "the method mine is not known here; register it"),
     ):
         update_record(tmp_path, parameters=parameters | change)
         told, grids = inspect(tmp_path).look("rollouts", 0, 0, "first")
@@ -470,7 +468,7 @@ def test_live_follows_and_stops(tmp_path):
     view = Live(tmp_path / "later", every=0.05)
     assert view.state["status"] == "waiting"
     assert view.thread.is_alive()
-    with Run.create(tmp_path / "later", dict(recipe="dr2seg", steps=9, seed=3), bar=False) as run:
+    with Run.create(tmp_path / "later", dict(method="dr2seg", steps=9, seed=3), bar=False) as run:
         for step in range(1, 10):
             run.log(metrics(rng, step))
             run.progress("training", step, 9)
@@ -481,25 +479,67 @@ def test_live_follows_and_stops(tmp_path):
             time.sleep(0.1)
     view.thread.join(5)
     assert step == 5
-    assert view.columns["step"] == [1, 2, 3, 4, 5]
     assert view.state["status"] == "interrupted"
     assert not view.thread.is_alive()
-    assert set(view.columns) >= {"tokens", "kl", "terms.accuracy", "seconds.update"}
-    assert "seconds.total" not in view.columns
+    curves = view.charts()["curves"]
+    assert curves.panels[0].marks[-1].x.tolist() == [1, 2, 3, 4, 5]
+    titles = [panel.title for panel in curves.panels]
+    assert set(titles) >= {"reasoning tokens", "KL to the reference", "accuracy reward"}
+    assert not any("total" in bars.name for bars in view.charts()["seconds"].panels[0].marks)
+
+
+def ask_for_figures(view):
+    "What the drawing side sends when a browser shows a view."
+    view._handle_custom_msg(dict(ask="figures"), [])
+
+
+def test_live_grows_a_figure_widget(tmp_path):
+    "Before a browser asks there is none; then its traces grow, and a term that comes later too."
+    rng, run = np.random.default_rng(0), None
+    run = Run.create(tmp_path / "run", dict(method="dr2seg", steps=9, seed=0), bar=False)
+    run.log(metrics(rng, 1))
+    view = Live(run, every=60)
+    assert view.figures == {}
+    ask_for_figures(view)
+    widget = view.figures["curves"]
+    assert isinstance(widget, go.FigureWidget)
+    before = len(widget.data)
+    row = metrics(rng, 2)
+    run.log(row)
+    view.look()
+    assert view.figures["curves"] is widget
+    assert len(widget.data) == before
+    assert widget.data[-1].x == (1, 2)
+    run.log(row | dict(step=3, terms=row["terms"] | dict(late=1.0)))
+    view.look()
+    assert len(widget.data) > before
+    assert widget._config["typesetMath"] is False
+    view.close()
+    run.finish("done")
+
+
+def test_a_comparison_has_figure_widgets(whole, other):
+    view = compare([whole, other])
+    assert view.figures == {}
+    ask_for_figures(view)
+    assert set(view.figures) == {"training", "tokens"}
+    drawn = view.figures["training"].data
+    assert [t.name for t in drawn if t.showlegend] == ["dr2seg", "visionreasoner"]
+    view.close()
 
 
 def test_curves_of_a_long_run_are_thinned():
     rng = np.random.default_rng(0)
     rows = [metrics(rng, s) for s in range(1, 5001)]
     began = time.process_time()
-    columns = training_columns(rows, 400)
-    assert time.process_time() - began < 1
-    assert len(columns["step"]) == 400
-    assert columns["step"][-1] == 5000
-    assert np.mean(columns["tokens"]) == pytest.approx(
-        np.mean([r["tokens"] for r in rows]), rel=1e-2
-    )
-    assert len(json.dumps(columns)) < 200_000
+    chart = live_charts(rows)["curves"]
+    assert time.process_time() - began < 2
+    tokens = next(panel for panel in chart.panels if panel.title == "reasoning tokens")
+    raw = tokens.marks[0]
+    assert len(raw.x) == 400
+    assert raw.x[-1] == 5000
+    assert np.mean(raw.y) == pytest.approx(np.mean([r["tokens"] for r in rows]), rel=1e-2)
+    assert len(chart.plotly().to_json()) < 600_000
 
 
 def test_a_finished_run_needs_no_thread(whole):
@@ -518,7 +558,7 @@ def test_comparison(whole, other):
     page = Reader(view.html)
     assert not page.open
     assert "dr2seg against visionreasoner" in view.html
-    assert view.html.count("class=d2-chart") == 2
+    assert view.html.count('class="d2-chart"') == 2
     a, b = (final_predictions(RunReader(f)) for f in (whole, other))
     won, lost = disagreements(a, b)
     assert len(won) + len(lost) == sum((x["iou"] >= 0.5) != (y["iou"] >= 0.5) for x, y in zip(a, b))
@@ -591,7 +631,7 @@ def test_ask_describe_and_segment_within_two_seconds():
 
 
 def test_two_threads_ask_in_turn():
-    "A click and a cell at once: each has its own answer. A policy that was given is not used beside a running cell."
+    "A click and a cell at once have their own answers; a given policy waits for a running cell."
     import threading
 
     view, said = Playground(about=2_000_049), {}
@@ -661,17 +701,16 @@ def test_policy_of_a_checkpoint(tmp_path):
 
 # ---- as it is used: JupyterLab in a browser
 
-needs_browser = pytest.mark.skipif(
-    not chromium(),
-    reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs",
-)
 CELLS = [
-    "from dr2seg_lib.viewing.compare import compare\nfrom dr2seg_lib.viewing.inspector import inspect\nfrom dr2seg_lib.viewing.live import live\nfrom dr2seg_lib.viewing.playground import Playground",
+    browser.IMPORTS,
     "w = inspect('dr2seg-1')\nw",
     "view = live('later')\nview",
     "a = Playground('embedded', 2_000_049)\na",
-    "from dr2seg_lib.training.config import TrainConfig\nfrom dr2seg_lib.training.trainer import train\ntrain(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
+    "from dr2seg_lib.training.config import TrainConfig\n"
+    "from dr2seg_lib.training.trainer import train\n"
+    "train(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
     "w2 = inspect('spoken')\nw2",
+    "from dr2seg_lib.core.files import read_jsonl\nfrom dr2seg_lib.viewing.curves import training_curves\ntraining_curves({'<b>bold</b>': read_jsonl('dr2seg-1/metrics.jsonl'), 'other': read_jsonl('dr2seg-1/metrics.jsonl')})",
 ]
 
 
@@ -703,14 +742,18 @@ def cyan(picture):
     return int(((picture[..., 0] < 90) & (picture[..., 1] > 150) & (picture[..., 2] > 190)).sum())
 
 
-@needs_browser
+@pytest.mark.browser
 def test_inspector_in_the_browser(lab):
     "The slider, the keys, the layers, the filter: what is drawn is what was chosen."
     view, canvas = lab.locator(".d2-inspect"), ".d2-inspect canvas"
 
     def settled(text):
         lab.wait_for_function(
-            "([t]) => { const r = document.querySelector('.d2-inspect'); return r.querySelector('.d2-meta').textContent.includes(t) && r.querySelector('.d2-status').textContent.includes('IoU') }",
+            """([t]) => {
+              const view = document.querySelector('.d2-inspect');
+              const says = (part, text) => view.querySelector(part).textContent.includes(text);
+              return says('.d2-meta', t) && says('.d2-status', 'IoU');
+            }""",
             arg=[text],
         )
 
@@ -731,11 +774,15 @@ def test_inspector_in_the_browser(lab):
         reward, width = (
             float(bars.locator("b").inner_text()),
             bars.evaluate(
-                "r => [...r.querySelectorAll('[data-term]')].reduce((a, e) => a + parseFloat(e.style.width), 0)"
+                """r => [...r.querySelectorAll('[data-term]')]
+                  .reduce((a, e) => a + parseFloat(e.style.width), 0)"""
             ),
         )
         scale = view.evaluate(
-            "r => Math.max(...[...r.querySelectorAll('.d2-stack')].map(s => [...s.children].reduce((a, e) => a + parseFloat(e.style.width), 0)))"
+            """r => {
+              const width = s => [...s.children].reduce((a, e) => a + parseFloat(e.style.width), 0);
+              return Math.max(...[...r.querySelectorAll('.d2-stack')].map(width));
+            }"""
         )
         if row == 0:
             entries = inspect(lab.folder / "dr2seg-1").shown["entries"]
@@ -755,7 +802,8 @@ def test_inspector_in_the_browser(lab):
     view.locator("h4").click()
     lab.keyboard.press("ArrowDown")
     lab.wait_for_function(
-        "() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output').textContent === '2 of 2'"
+        """() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output')
+          .textContent === '2 of 2'"""
     )
     lab.keyboard.press("3")
     lab.wait_for_function(
@@ -787,7 +835,7 @@ def test_inspector_in_the_browser(lab):
     assert not lab.errors
 
 
-@needs_browser
+@pytest.mark.browser
 def test_touch_in_the_browser(lab):
     "A question, an edited description, a dragged box, a clicked point."
     view = lab.locator(".d2-ask")
@@ -804,7 +852,10 @@ def test_touch_in_the_browser(lab):
     began = time.perf_counter()
     view.get_by_text("Ask again").click()
     lab.wait_for_function(
-        "([t]) => { const s = document.querySelectorAll('.d2-ask .d2-steps section')[2]; return s.innerText !== t && s.querySelector('.think, .raw') }",
+        """([t]) => {
+          const second = document.querySelectorAll('.d2-ask .d2-steps section')[2];
+          return second.innerText !== t && second.querySelector('.think, .raw');
+        }""",
         arg=[said],
     )
     assert time.perf_counter() - began < 5
@@ -837,14 +888,16 @@ def test_touch_in_the_browser(lab):
     assert not lab.errors
 
 
-@needs_browser
+@pytest.mark.browser
 def test_live_in_the_browser(lab):
-    "Training in the next cell of the same notebook: the curves grow, a question is answered beside it, and the button ends it after the step."
+    "Training in the next cell: curves grow, a question is answered beside it, the button ends it."
     view = lab.locator(".d2-live")
     assert "no run in this folder yet" in view.inner_text()
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 4 }")
     browser.command(lab, "notebook:run-cell", wait=False)
-    lab.wait_for_function("() => document.querySelectorAll('.d2-live .d2-plot').length > 8")
+    lab.wait_for_function(
+        "() => document.querySelectorAll('.d2-live .js-plotly-plot .gtitle, .d2-live .js-plotly-plot .annotation').length > 8"
+    )
     asked = lab.locator(".d2-ask")
     asked.locator(".d2-main").click()
     asked.locator(".d2-wait").first.wait_for()  # what was said before has gone
@@ -864,9 +917,9 @@ def warm(picture):
     return int(((picture[..., 0] > 200) & (picture[..., 1] > 90) & (picture[..., 2] < 130)).sum())
 
 
-@needs_browser
+@pytest.mark.browser
 def test_where_the_model_looks_in_the_browser(lab):
-    "A word under the pointer, a word that is held, a word by keys: the picture shows its heat, and says how much; away from it the picture is as before."
+    "A word under the pointer, held, or by keys: the picture shows its heat, and says how much."
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 5 }")
     browser.command(lab, "notebook:run-cell")
     view = lab.locator(".d2-inspect").nth(1)
@@ -882,7 +935,8 @@ def test_where_the_model_looks_in_the_browser(lab):
 
     def says(text):
         return lab.wait_for_function(
-            "([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1].textContent.includes(t)",
+            """([t]) => [...document.querySelectorAll('.d2-inspect .d2-status')][1]
+              .textContent.includes(t)""",
             arg=[text],
         )
 
@@ -919,12 +973,16 @@ def test_where_the_model_looks_in_the_browser(lab):
     assert not lab.errors
 
 
-@needs_browser
+@pytest.mark.browser
 def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
-    "The made-up run of the first view was never spoken by a policy that is there any more: its recipe's model is taken away."
+    "No policy is there that spoke the made-up run: its model is taken away."
     view = lab.locator(".d2-inspect").first
     lab.evaluate(
-        "() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = 5; n.activeCell.model.sharedModel.setSource(\"w.run.parameters['model'] = 'large'\") }"
+        """() => {
+          const notebook = window.jupyterapp.shell.currentWidget.content;
+          notebook.activeCellIndex = 5;
+          notebook.activeCell.model.sharedModel.setSource("w.run.parameters['model'] = 'large'");
+        }"""
     )
     browser.command(lab, "notebook:run-cell")
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }")
@@ -939,12 +997,35 @@ def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
     assert not lab.errors
 
 
+@pytest.mark.browser
+def test_a_chart_answers_to_the_pointer(lab):
+    "Values under the pointer, a legend that hides, and a name that is text: plotly's face in JupyterLab."
+    lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 6 }")
+    browser.command(lab, "notebook:run-cell")
+    plot = lab.locator(".jp-RenderedPlotly").last
+    plot.locator(".trace.scatter").first.wait_for()
+    plot.scroll_into_view_if_needed()
+    assert "<b>bold</b>" in plot.locator(".legendtext").all_text_contents()
+    lab.wait_for_timeout(500)
+    area = plot.locator(".nsewdrag").first.bounding_box()
+    lab.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+    plot.locator(".hoverlayer .legendtext").first.wait_for()
+    labels = plot.locator(".hoverlayer").text_content()
+    assert "step " in labels
+    assert "<b>bold</b>" in labels
+    lines = plot.locator(".trace.scatter:visible").count()
+    plot.locator(".legendtoggle").first.click()
+    lab.wait_for_timeout(1000)
+    assert plot.locator(".trace.scatter:visible").count() < lines
+    assert not lab.errors
+
+
 # ---- where no widget lives
 
 
-@needs_browser
+@pytest.mark.browser
 def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
-    "Saved with its outputs, opened where nobody has trusted it, and as a plain page: the still stands where the view was."
+    "Where nobody trusts a saved notebook, and on a plain page, stands the still."
     import nbformat
 
     browser.command(lab, "docmanager:save")

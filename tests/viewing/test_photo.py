@@ -16,8 +16,8 @@ from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.samples import Target
 from dr2seg_lib.models.loading import load_policy
 from dr2seg_lib.segmenters.loading import load_segmenter
-from dr2seg_lib.viewing import photo
-from dr2seg_lib.viewing.photo import check_photo_folder, draw_segmented, segment_photo
+from dr2seg_lib.viewing.photo import check_photo_folder, segment_photo
+from dr2seg_lib.viewing.photo_picture import draw_photo_caption, draw_segmented
 
 HOPPER = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"  # 512 × 600
 CAP = "150,18,384,152"
@@ -150,7 +150,7 @@ def test_an_adapter_brings_what_it_was_trained_with(tmp_path, monkeypatch, no_po
 
 
 def test_a_question_of_a_million_letters_has_a_caption_of_a_few_lines():
-    assert photo.draw_caption(640, "x" * 10**6, "y" * 10**6).shape[0] < 200
+    assert draw_photo_caption(640, "x" * 10**6, "y" * 10**6).shape[0] < 200
 
 
 def test_a_question_that_is_no_text_is_one_sentence(capsys):
@@ -224,11 +224,13 @@ def test_the_picture_dims_what_was_not_asked_for():
         ),
         (
             [str(HOPPER), "--box", "50,20,512,60"],
-            "box 50,20,512,60 leaves the image of 512×600 pixels; keep x within 0 to 511 and y within 0 to 599.",
+            "box 50,20,512,60 leaves the image of 512×600 pixels; "
+            "keep x within 0 to 511 and y within 0 to 599.",
         ),
         (
             [str(HOPPER), "--box=-1,20,51,60"],
-            "box -1,20,51,60 leaves the image of 512×600 pixels; keep x within 0 to 511 and y within 0 to 599.",
+            "box -1,20,51,60 leaves the image of 512×600 pixels; "
+            "keep x within 0 to 511 and y within 0 to 599.",
         ),
         (
             [str(HOPPER), "--box", CAP, "--point", "3,3"],
@@ -246,7 +248,8 @@ def test_the_picture_dims_what_was_not_asked_for():
         ([str(HOPPER), "what", "--model", "embeded"], "model 'embeded' is unknown; use embedded"),
         (
             [str(HOPPER), "what", "--attention", "flash", "--dtype", "bfloat16"],
-            "attention flash needs a GPU and the package flash_attn; install it with pip install flash-attn, or use sdpa",
+            "attention flash needs a GPU and the package flash_attn; "
+            "install it with pip install flash-attn, or use sdpa",
         ),
         (
             [str(HOPPER), "what", "--attention", "fast"],

@@ -1,11 +1,14 @@
 "Intervals against scipy and by hand, tables that survive any text, figures of any rows, masks where they belong."
 
+import html
 import io
+import json
 import math
 import re
 import xml.etree.ElementTree as xml
 
 import cv2
+import hostile_runs as hostile
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,22 +19,22 @@ from scipy import stats
 from dr2seg_lib.core.statistics import Interval, bootstrap_interval, mean_interval
 from dr2seg_lib.core.text_table import rows_table
 from dr2seg_lib.data.mini import draw_sample
-from dr2seg_lib.viewing.figures import (
-    METHOD_COLOURS,
-    MUTED,
-    OTHER_COLOURS,
+from dr2seg_lib.viewing.axes import Panel
+from dr2seg_lib.viewing.charts import PLOTLY, Chart
+from dr2seg_lib.viewing.comparison_plots import before_after_plot, token_comparison_plot
+from dr2seg_lib.viewing.curves import (
     STAGE_COLOURS,
-    Figure,
-    arm_colours,
-    before_after_plot,
-    figure_svg,
     moving_average,
-    overlay,
     reward_terms_plot,
     stage_seconds_plot,
     training_curves,
     training_health,
 )
+from dr2seg_lib.viewing.discrimination import similarity_scatter, token_strata_plot
+from dr2seg_lib.viewing.figures import figure_svg, panels
+from dr2seg_lib.viewing.marks import Arrow, Bars, Line, Points, plotly_text
+from dr2seg_lib.viewing.overlays import overlay
+from dr2seg_lib.viewing.style import METHOD_COLOURS, MUTED, OTHER_COLOURS, arm_colours
 from dr2seg_lib.viewing.tables import arms_table, before_after_table, paired_change
 
 number = st.none() | st.just(math.nan) | st.floats(-1e6, 1e6) | st.integers(-5, 5)
@@ -204,15 +207,50 @@ row = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=5, deadline=None)
+def plain_traces(chart, k):
+    "plotly's traces on panel k, without ranges and arrows, as dicts."
+    axis = f"x{k + 1}" if k else "x"
+    traces = []
+    for trace in chart.plotly().to_plotly_json()["data"]:
+        arrow = (trace.get("marker") or {}).get("symbol") == "arrow"
+        if trace.get("xaxis") == axis and trace.get("fill") is None and not arrow:
+            traces.append(trace)
+    return traces
+
+
+def plain_marks(panel):
+    return [m for m in panel.marks if isinstance(m, (Line, Points, Bars))]
+
+
+def check_faces(chart):
+    "Both faces hold the names and the numbers of the chart."
+    fig = chart.matplotlib()
+    for k, (ax, panel) in enumerate(zip(fig.axes, chart.panels)):
+        marks = plain_marks(panel)
+        curves = [m for m in marks if not isinstance(m, Bars)]
+        for line, mark in zip(ax.lines, curves):
+            assert line.get_xdata() == pytest.approx(mark.x)
+            assert line.get_ydata() == pytest.approx(mark.y)
+            assert not mark.name or line.get_label() == mark.name
+        heights = [h for m in marks if isinstance(m, Bars) for h in m.y]
+        assert [p.get_height() for p in ax.patches] == pytest.approx(heights)
+        traces = plain_traces(chart, k)
+        assert len(traces) == len(marks)
+        for trace, mark in zip(traces, marks):
+            assert list(trace["x"]) == pytest.approx(list(mark.x), rel=1e-5)
+            assert list(trace["y"]) == pytest.approx(list(mark.y), rel=1e-5)
+            assert html.unescape(trace.get("name", "")) == mark.name
+
+
+@settings(max_examples=3, deadline=None)
 @given(st.lists(row, max_size=4, unique_by=lambda r: r["step"]), st.lists(row, max_size=3))
 def test_any_rows_make_figures(rows, others):
     "Nothing, one step, missing and non-finite numbers: every figure still draws."
     for f in training_curves, reward_terms_plot, training_health:
         for given_ in rows, {"a": rows}, {"dr2seg": [rows, others], "b": [others]}:
-            assert isinstance(f(given_), Figure)
-    xml.fromstring(figure_svg(training_curves(rows)))
-    xml.fromstring(figure_svg(stage_seconds_plot(rows)))
+            check_faces(f(given_))
+    check_faces(stage_seconds_plot(rows))
+    xml.fromstring(training_curves(rows).svg())
 
 
 def curve(values, **more):
@@ -220,9 +258,10 @@ def curve(values, **more):
 
 
 def test_curves_show_the_numbers():
-    fig = training_curves(
-        {"visionreasoner": [curve([4, 6]), curve([8, 10, 20])], "dr2seg": [curve([1, 2])]}, keep=0
-    )
+    runs = {"visionreasoner": [curve([4, 6]), curve([8, 10, 20])], "dr2seg": [curve([1, 2])]}
+    chart = training_curves(runs, keep=0)
+    check_faces(chart)
+    fig = chart.matplotlib()
     by_colour = {
         line.get_color(): line.get_ydata().tolist()
         for line in fig.axes[1].lines
@@ -235,7 +274,7 @@ def test_curves_show_the_numbers():
     band = fig.axes[1].collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in band} >= {(1, 4), (1, 8), (2, 6), (2, 10), (3, 20)}
     assert [t.get_text() for t in fig.legends[0].texts] == ["visionreasoner", "dr2seg"]
-    assert not training_curves({"dr2seg": [curve([1])]}).legends
+    assert not training_curves({"dr2seg": [curve([1])]}).matplotlib().legends
 
 
 def test_seconds_add_up():
@@ -243,9 +282,12 @@ def test_seconds_add_up():
         dict(step=s, seconds=dict(first=1.0, update=0.5 * s, total=1 + 0.5 * s))
         for s in range(1, 7)
     ]
-    tops = [p.get_y() + p.get_height() for p in stage_seconds_plot(rows).axes[0].patches[6:]]
+    tops = [
+        p.get_y() + p.get_height()
+        for p in stage_seconds_plot(rows).matplotlib().axes[0].patches[6:]
+    ]
     assert tops == pytest.approx([1 + 0.5 * s for s in range(1, 7)])
-    fig = stage_seconds_plot(rows, bars=2)
+    fig = stage_seconds_plot(rows, bars=2).matplotlib()
     assert [p.get_y() + p.get_height() for p in fig.axes[0].patches[2:]] == pytest.approx([2, 3.5])
     assert [t.get_text() for t in fig.legends[0].texts] == ["update  1.75 s", "first  1.00 s"]
 
@@ -253,7 +295,7 @@ def test_seconds_add_up():
 def test_a_figure_shows_itself_once_and_sharp():
     from matplotlib import pyplot
 
-    fig = training_health(curve([1, 2], kl=0.1))
+    fig = training_health(curve([1, 2], kl=0.1)).matplotlib()
     assert pyplot.get_fignums() == []
     data, meta = fig._repr_mimebundle_()
     picture = Image.open(io.BytesIO(data["image/png"]))
@@ -285,7 +327,140 @@ def test_before_after_takes_what_there_is():
         dict(after=dict(tokens=1.0, gIoU=0.5)),
         {"mine": dict(before=None, after=dict(tokens=1, gIoU=0.5))},
     ):
-        assert isinstance(before_after_plot(results), Figure)
+        check_faces(before_after_plot(results))
+
+
+# ---- two faces
+
+ENDS = dict(
+    before=dict(tokens=90.0, gIoU=0.6, gIoU_ci=[0.55, 0.65], tokens_ci=[85, 95]),
+    after=dict(tokens=30.0, gIoU=0.65),
+)
+
+
+def answered(seed):
+    rng = np.random.default_rng(seed)
+    names = "s1", "s2", "ts1", "ts2", "iou"
+    rows = [dict(zip(names, rng.random(5))) for _ in range(8)]
+    tags = [dict(difficulty=("easy", "hard")[i % 2], query_type="logic") for i in range(8)]
+    more = [dict(sample=f"mini-{i}", tokens=float(20 + i), tags=t) for i, t in enumerate(tags)]
+    return [a | b for a, b in zip(rows, more)]
+
+
+ANSWERS = dict(dr2seg=answered(0), dpad=answered(1), mine=answered(2))
+
+
+@pytest.mark.parametrize(
+    "chart",
+    [
+        before_after_plot(ENDS),
+        before_after_plot(dict(dr2seg=ENDS, dpad=ENDS)),
+        before_after_plot(dict.fromkeys("abcd", ENDS)),
+        token_comparison_plot(ANSWERS),
+        token_strata_plot(ANSWERS),
+        similarity_scatter(ANSWERS),
+    ],
+    ids=["one", "two", "four", "tokens", "strata", "similarity"],
+)
+def test_both_faces_show_the_same(chart):
+    check_faces(chart)
+    titles = [note["text"] for note in chart.layout()["annotations"]]
+    for panel, ax in zip(chart.panels, chart.matplotlib().axes):
+        assert ax.get_title(loc="left") == panel.title
+        assert f"<b>{plotly_text(panel.title)}</b>" in titles
+
+
+def test_a_legend_entry_stands_for_its_marks():
+    "A click on an arm hides its marks in every panel: they share its group, and it names them all."
+    chart = training_curves({"visionreasoner": curve([4, 6]), "dr2seg": curve([1, 2])})
+    data = chart.plotly().data
+    entries = [trace.name for trace in data if trace.showlegend]
+    assert entries == ["visionreasoner", "dr2seg"] == list(chart.groups)
+    assert {trace.legendgroup for trace in data} == set(entries)
+    legend = chart.matplotlib().legends[0]
+    assert [text.get_text() for text in legend.texts] == entries
+
+
+def test_an_arrow_leads_from_start_to_end():
+    chart = before_after_plot(ENDS)
+    (arrow,) = (mark for mark in chart.panels[0].marks if isinstance(mark, Arrow))
+    assert (arrow.start, arrow.end) == ((90.0, 0.6), (30.0, 0.65))
+    (trace,) = (t for t in chart.plotly().data if t.marker.symbol == "arrow")
+    assert list(zip(trace.x, trace.y)) == [arrow.start, arrow.end]
+
+
+def hostile_charts(word):
+    rows = [dict(step=s, tokens=1.0 * s, terms={word: 0.5}, seconds={word: 1.0}) for s in (1, 2)]
+    arms = {word: rows, "other": rows}
+    both = before_after_plot({word: ENDS, "other": ENDS})
+    return training_curves(arms), reward_terms_plot(arms), stage_seconds_plot(rows), both
+
+
+@pytest.mark.parametrize("word", hostile.WORDS)
+def test_a_name_is_text_for_plotly(word):
+    "No tag, no TeX, and the name comes back as it was."
+    for chart in hostile_charts(word):
+        texts = [trace.name or "" for trace in chart.plotly().data]
+        texts += [note["text"] for note in chart.layout()["annotations"]]
+        for text in texts:
+            assert not set("<>$") & set(re.sub(r"^<b>|</b>$", "", text))
+        names = {html.unescape(trace.name or "") for trace in chart.plotly().data}
+        assert set(chart.groups) <= names or not chart.has_legend
+
+
+@pytest.mark.parametrize("word", [w for w in hostile.WORDS if hostile.RUN in w or "$" in w])
+def test_a_name_is_text_in_the_svg(word):
+    chart = training_curves({word: curve([4, 6]), "other": curve([1, 2])})
+    check_faces(chart)
+    root = xml.fromstring(chart.svg())
+    tags = {element.tag.rsplit("}")[-1] for element in root.iter()}
+    assert not {"script", "iframe", "img", "math", "a"} & tags
+    assert not [k for e in root.iter() for k in e.attrib if k.lower().startswith("on")]
+
+
+def test_the_bundle_is_small_and_holds_no_library():
+    rows = [dict(step=s, tokens=100.0 / s, accuracy=0.5) for s in range(1, 5001)]
+    bundle = training_curves({"a": [rows] * 3, "b": [rows]})._repr_mimebundle_()
+    assert set(bundle) == {PLOTLY, "image/svg+xml", "text/plain"}
+    spec = json.dumps(bundle[PLOTLY], allow_nan=False)
+    assert len(spec) < 300_000
+    assert "http" not in spec
+    assert len(bundle["image/svg+xml"]) < 300_000
+    assert bundle[PLOTLY]["config"]["typesetMath"] is False
+
+
+def test_a_headless_run_keeps_both_faces():
+    "As papermill would: the output of a cell holds plotly's data and an SVG, and no widget."
+    import nbformat
+    from nbclient import NotebookClient
+
+    source = (
+        "from dr2seg_lib.viewing.curves import training_curves\ntraining_curves([dict(step=1)])"
+    )
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(nb, timeout=120).execute()
+    (output,) = nb.cells[0].outputs
+    assert set(output.data) == {PLOTLY, "image/svg+xml", "text/plain"}
+    assert output.data["image/svg+xml"].startswith("<svg ")
+    assert "widgets" not in nb.metadata
+
+
+def test_a_chart_is_saved_as_any_figure(tmp_path):
+    training_curves(curve([1, 2])).savefig(tmp_path / "curves.pdf")
+    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_an_empty_panel_is_drawn():
+    check_faces(Chart([Panel("nothing")]))
+
+
+# ---- pictures
+
+
+def test_a_picture_shows_itself_transparent():
+    fig, axes = panels(["one", "two", "three"], cols=2)
+    assert len(axes) == 3
+    assert fig._repr_mimebundle_()[0]["image/png"].startswith(b"\x89PNG")
 
 
 def test_overlay_paints_inside_only():

@@ -1,4 +1,4 @@
-"The report: everything that is there, nothing that is not, no resource from outside, nothing unescaped."
+"The report: all that is there, nothing that is not, nothing from outside, nothing unescaped."
 
 import re
 
@@ -14,9 +14,12 @@ from dr2seg_lib.rollouts.parsing import format_response
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import update_record
 from dr2seg_lib.viewing.report import report_html, write_report
-from dr2seg_lib.viewing.report_cards import reward_bar, select_samples, some_groups
 from dr2seg_lib.viewing.report_data import RUN_FILES, SHOWN_LATER, gather_run
-from dr2seg_lib.viewing.run_reader import group_rollouts, sample_by_id, term_colours
+from dr2seg_lib.viewing.report_rollouts import reward_bar, some_groups
+from dr2seg_lib.viewing.report_samples import select_samples
+from dr2seg_lib.viewing.reward_terms import term_colours
+from dr2seg_lib.viewing.run_groups import group_rollouts
+from dr2seg_lib.viewing.run_samples import sample_by_id
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def test_same_run_same_report(whole):
 
 
 def test_what_a_model_says_is_escaped(whole, tmp_path):
-    "A model's words reach the page in texts, descriptions, tokens, queries, ids, tags, parameters and errors."
+    "A model's words reach the page in texts, tokens, queries, ids, tags, parameters and errors."
     folder = tmp_path / "bad<b>"
     with Run.create(folder, {"recipe": BAD[:-2], "data": BAD[:-2]}, bar=False):
         pass
@@ -115,7 +118,7 @@ def test_half_a_character_is_written(tmp_path):
     with Run.create(tmp_path / "run", {}, bar=False):
         pass
     (tmp_path / "run/predictions_after.jsonl").write_text(
-        '{"sample": "x", "query": "\\ud83d", "text": "\\ud83d", "i": 0, "u": 1, "iou": 0, "tokens": 1}\n'
+        '{"sample": "x", "query": "\\ud83d", "text": "\\ud83d", "iou": 0, "tokens": 1}\n'
     )
     assert "<h4>?</h4>" in write_report(tmp_path / "run").read_text()
 
@@ -196,7 +199,7 @@ def test_own_pictures(whole, tmp_path):
 
 
 def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
-    "Best, worst and random groups: a picture with its layers for each rollout, both passes with their entropies, and bars that add up to the reward."
+    "Each rollout has its picture in layers, both passes, and a bar that adds up to the reward."
     html = write_report(whole).read_text()
     part = html[html.index('<section id="rollouts">') : html.index('<section id="what-was-asked">')]
     assert re.findall(r"<h3>(.*?)</h3>", part) == ["Best", "Worst", "Drawn by lot"]
@@ -219,7 +222,8 @@ def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
     assert len({id(g[0]) for gs in groups.values() for g in gs}) == 4
     terms = dict(thinking_format=1.0, accuracy=3.0, description=1.0, length=0.4)
     bar = reward_bar(terms, "length", term_colours(terms), (0, 8))
-    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", bar)]
+    widths = [segment["width"] for segment in bar]
+    assert [segment["lost"] for segment in bar] == [False, False, False, True]
     assert sum(widths[:-1]) * 8 / 100 == pytest.approx(5 * 0.4, abs=0.02)
     assert sum(widths) * 8 / 100 == pytest.approx(5, abs=0.02)
 
@@ -349,12 +353,9 @@ def test_conditioning_run(tmp_path):
     assert "script" not in Reader(html).tags
 
 
-@pytest.mark.skipif(
-    not browser.chromium(),
-    reason="no Chromium is found; install one, such as with apt-get install -y chromium, and this test runs",
-)
+@pytest.mark.browser
 def test_layers_are_shown_and_hidden_in_a_browser(whole):
-    "Offline, without JavaScript: ticking a box shows the layer in every picture of its section, and in no other."
+    "Offline, without JavaScript: a ticked box shows its layer in its section, and in no other."
     path = write_report(whole)
     with browser.browser() as page:
         page.context.set_offline(True)

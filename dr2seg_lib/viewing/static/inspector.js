@@ -1,4 +1,4 @@
-// The drawing side of dr2seg_lib.inspector: one module, three views (inspect, live, ask). Data comes in traits, once per sample.
+// The drawing side of dr2seg_lib.viewing: one module, four views (inspect, live, compare, ask). Data comes in traits, once per sample.
 
 // ---- small parts --------------------------------------------------------------------------------------------------------
 const SVG = new Set(["svg", "path", "line", "rect", "text", "g", "circle"]);
@@ -244,7 +244,7 @@ function rewardTable(shown, about, pick) { // a row a rollout
     stack(r, about, [lo, hi]), h("b", {}, fixed(r.reward)), lean(r.advantage, top));
   const key = h("p", {class: "d2-key"}, Object.entries(about.terms).filter(([k]) => k !== about.factor).map(([k, c]) => h("span", {}, h("i", {class: "d2-dot", style: `background:${c}`}), words(k))),
     about.factor ? h("span", {}, h("i", {class: "d2-dot d2-lost"}), `not paid: × ${words(about.factor)}`) : null);
-  return h("div", {class: "d2-table"}, head, rows.map(line), about.factor === null ? h("p", {class: "d2-key"}, "The terms of this recipe make the reward in a way of its own: the bars show them one after the other, and need not end at the reward.") : null, key);
+  return h("div", {class: "d2-table"}, head, rows.map(line), about.factor === null ? h("p", {class: "d2-key"}, "The terms of this method make the reward in a way of its own: the bars show them one after the other, and need not end at the reward.") : null, key);
 }
 
 function predictionTable(shown, pick) { // a row an evaluation
@@ -448,61 +448,29 @@ function inspect(model, root) {
   return () => picture.observer.disconnect();
 }
 
-// ---- curves -------------------------------------------------------------------------------------------------------------------------
-function ticks(lo, hi) { // two to four round numbers between
-  const span = hi - lo || 1, raw = span / 3.4, ten = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find(m => m * ten >= raw) * ten, out = [];
-  for (let v = Math.ceil(lo / step - 1e-9) * step; v <= hi + 1e-9 * span && out.length < 9; v += step) out.push(+v.toPrecision(6)); // a step may be lost in a huge number
-  return out;
-}
-
-function smooth(values, keep = .6) { // exponential mean, unbiased from the first value on
-  let total = 0, weight = 0;
-  return values.map(v => { if (v === null) return null; total = keep * total + (1 - keep) * v; weight = keep * weight + 1 - keep; return total / weight; });
-}
-
-const LEFT = 34, WIDE = 264, HIGH = 104, BASE = 88; // of a chart, in its own units
-
-function chart({title, steps, last, lines, zero, top, bars}, hover) { // lines: [{values, colour, dash, label}]; bars: the same, stacked
-  const shown = bars || lines, all = bars ? steps.map((_, i) => bars.reduce((a, b) => a + (b.values[i] || 0), 0)) : lines.flatMap(l => l.values.filter(v => v !== null));
-  let lo = zero || bars ? 0 : Math.min(...all), hi = top || Math.max(...all);
-  if (!all.length) [lo, hi] = [0, 1];
-  if (hi - lo < 1e-9) { hi += Math.abs(hi) * .1 || 1; if (!zero && !bars) lo -= Math.abs(lo) * .1; }
-  if (!top) { hi += .06 * (hi - lo); if (!zero && !bars) lo -= .06 * (hi - lo); }
-  const end = Math.max(last || 0, steps.at(-1) || 1, 2), pad = bars ? .5 : 0, X = s => LEFT + (WIDE - LEFT - 6) * (s - 1 + pad) / (end - 1 + 2 * pad), Y = v => BASE - (BASE - 8) * (v - lo) / (hi - lo);
-  const svg = h("svg", {viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "aria-label": title});
-  for (const v of ticks(lo, hi)) svg.append(h("line", {class: "d2-grid", x1: LEFT, x2: WIDE - 6, y1: Y(v), y2: Y(v)}), h("text", {x: LEFT - 6, y: Y(v) + 3, "text-anchor": "end"}, num(v)));
-  svg.append(h("text", {x: LEFT, y: HIGH - 3}, "1"), h("text", {x: WIDE - 6, y: HIGH - 3, "text-anchor": "end"}, String(end)));
-  const draw = values => { let d = "", pen = false; values.forEach((v, i) => { if (v === null) { pen = false; return; } d += `${pen ? "L" : "M"}${X(steps[i]).toFixed(1)} ${Y(v).toFixed(1)}`; pen = true; }); return d; };
-  if (bars) {
-    const width = Math.max(1, .7 * (WIDE - LEFT - 6) / Math.max(end, steps.length, 8));
-    steps.forEach((s, i) => { let low = 0; for (const b of bars) { const v = b.values[i] || 0; svg.append(h("rect", {x: X(s) - width / 2, width, y: Y(low + v), height: Math.max(0, Y(low) - Y(low + v)), fill: b.colour})); low += v; } });
-  } else for (const l of lines) {
-    if (!l.dash) svg.append(h("path", {d: draw(l.values), stroke: l.colour, class: "d2-raw"}));
-    svg.append(h("path", {d: draw(smooth(l.values)), stroke: l.colour, class: "d2-line", "stroke-dasharray": l.dash}));
-    const i = l.values.length - 1;
-    if (i >= 0 && l.values[i] !== null) svg.append(h("circle", {cx: X(steps[i]), cy: Y(smooth(l.values)[i]), r: 2.4, fill: l.colour}));
+// ---- charts -------------------------------------------------------------------------------------------------------------------------
+// What plotly draws: its widgets come from the kernel once they are asked for, and go to the element with data-chart="name".
+function charts(model, root) {
+  const manager = model.widget_manager, shown = {};
+  if (!manager) return; // a page without a kernel keeps the stills
+  async function place() {
+    for (const [name, reference] of Object.entries(model.get("figures") || {})) {
+      const box = root.querySelector(`[data-chart="${name}"]`);
+      if (!box || shown[name] === reference) continue;
+      shown[name] = reference;
+      const view = await manager.create_view(await manager.get_model(reference.replace("IPY_MODEL_", "")));
+      fill(box, view.el);
+    }
   }
-  const rule = svg.appendChild(h("line", {class: "d2-rule", y1: 6, y2: BASE, visibility: "hidden"})), value = h("span", {class: "d2-value"});
-  const at = i => { // what stands at a step; null: the newest
-    const k = i === null ? steps.length - 1 : i;
-    rule.setAttribute("visibility", i === null ? "hidden" : "visible");
-    if (i !== null) { rule.setAttribute("x1", X(steps[k])); rule.setAttribute("x2", X(steps[k])); }
-    fill(value, k < 0 ? "" : bars ? `${num(all[k])} s` : shown.map((l, j) => h("b", {style: `color:${l.colour}`}, (j ? " → " : "") + num(l.values[k]))), k >= 0 && i !== null ? h("em", {}, `step ${steps[k]}`) : "");
-  };
-  at(null);
-  svg.addEventListener("mousemove", e => { const box = svg.getBoundingClientRect(), s = 1 - pad + (end - 1 + 2 * pad) * ((e.clientX - box.left) / box.width * WIDE - LEFT) / (WIDE - LEFT - 6); let k = 0; steps.forEach((v, i) => { if (Math.abs(v - s) < Math.abs(steps[k] - s)) k = i; }); if (steps.length) hover(k); });
-  svg.addEventListener("mouseleave", () => hover(null));
-  const key = bars ? h("p", {class: "d2-key"}, bars.map(b => h("span", {}, h("i", {class: "d2-dot", style: `background:${b.colour}`}), `${b.label} ${num(mean(b.values.filter(v => v !== null)), 2)} s`))) : null;
-  return {at, box: h("figure", {class: bars ? "d2-plot d2-wide" : "d2-plot"}, h("figcaption", {}, title, value), svg, key || "")};
+  model.on("change:figures", place); place();
+  model.send({ask: "figures"});
 }
 
 // ---- live -----------------------------------------------------------------------------------------------------------------------------
 function live(model, root) {
-  const pill = h("span", {class: "d2-pill"}), name = h("b", {class: "d2-name"}), lead = h("span", {class: "d2-lead"}), doing = h("span", {class: "d2-doing"}), bar = h("i"), error = h("p", {class: "d2-notice", hidden: true}), grid = h("div", {class: "d2-plots"});
+  const pill = h("span", {class: "d2-pill"}), name = h("b", {class: "d2-name"}), lead = h("span", {class: "d2-lead"}), doing = h("span", {class: "d2-doing"}), bar = h("i"), error = h("p", {class: "d2-notice", hidden: true}), wait = h("p", {class: "d2-meta"}, "The curves come with the first step."), plots = h("div", {}, h("div", {"data-chart": "curves"}), h("div", {"data-chart": "seconds"}));
   const stop = h("button", {class: "d2-button", onclick: () => { stop.disabled = true; stop.textContent = "stopping…"; model.send({ask: "stop"}); }}, "Stop after this step");
-  root.append(h("div", {class: "d2-top"}, name, lead, pill, stop), error, h("div", {class: "d2-progress"}, h("div", {}, bar), doing), grid);
-  let charts = [], held = null;
-  const hover = k => { held = k; for (const c of charts) c.at(k); };
+  root.append(h("div", {class: "d2-top"}, name, lead, pill, stop), error, h("div", {class: "d2-progress"}, h("div", {}, bar), doing), wait, plots);
   function said() {
     const s = model.get("state"), about = model.get("about"), here = s.n ? clamp(s.i / s.n, 0, 1) : 0;
     name.textContent = about.name; lead.textContent = about.lead;
@@ -512,26 +480,13 @@ function live(model, root) {
     doing.textContent = s.status === "waiting" ? "no run in this folder yet" : s.status === "unreadable" ? "" : s.stage ? `${s.stage} ${s.i} of ${s.n}${s.note ? " · " + s.note : ""}` : "starting";
     error.hidden = !s.error; error.textContent = s.error || "";
   }
-  function draw() {
-    const c = model.get("columns"), about = model.get("about"), steps = c.step || [], accent = "var(--accent)", last = about.steps;
-    const one = (title, name, more = {}) => c[name] ? {title, steps, last, lines: [{values: c[name], colour: accent}], ...more} : null;
-    const terms = Object.keys(c).filter(k => k.startsWith("terms.")).map(k => k.slice(6)), stages = Object.keys(c).filter(k => k.startsWith("seconds.")).map(k => k.slice(8));
-    const order = Object.keys(about.stages); stages.sort((a, b) => (order.indexOf(a) + 99) % 99 - (order.indexOf(b) + 99) % 99);
-    const plots = [one("answer entropy, nats", "answer_entropy"),
-      c.tokens && {title: "reasoning tokens", steps, last, zero: true, lines: [{values: c.tokens, colour: accent}, ...(c.tokens_second ? [{values: c.tokens_second, colour: accent, dash: "4 3"}] : [])]},
-      one("accuracy", "accuracy", {zero: true, top: 1}), one("reward", "reward"), ...terms.map(k => ({title: c[k] ? `${words(k)} reward` : words(k), steps, last, zero: about.greatest[k] !== undefined, top: about.greatest[k] && about.greatest[k] * 1.04, lines: [{values: c["terms." + k], colour: about.terms[k]}]})),
-      one("KL to the reference", "kl", {zero: true}),
-      stages.length && {title: "seconds a step", steps, last, bars: stages.map((k, i) => ({values: c["seconds." + k], colour: about.stages[k] || ["#a07a4a", "#6b8f5e", "#c2488f"][i % 3], label: k}))}].filter(Boolean);
-    charts = plots.map(p => chart(p, hover));
-    fill(grid, steps.length ? charts.map(c => c.box) : h("p", {class: "d2-meta"}, "The curves come with the first step."));
-    if (held !== null && held < steps.length) hover(held);
-  }
-  model.on("change:state", said); model.on("change:about", said); model.on("change:columns", draw);
-  said(); draw();
+  const drawn = () => { wait.hidden = Object.keys(model.get("figures") || {}).length > 0; };
+  model.on("change:state", said); model.on("change:about", said); model.on("change:figures", drawn);
+  said(); drawn(); charts(model, root);
 }
 
 // ---- compare ----------------------------------------------------------------------------------------------------------------------------
-function compare(model, root) { const draw = () => { root.innerHTML = model.get("html"); }; model.on("change:html", draw); draw(); }
+function compare(model, root) { root.innerHTML = model.get("html"); charts(model, root); }
 
 // ---- ask ----------------------------------------------------------------------------------------------------------------------------------
 function ask(model, root) {
