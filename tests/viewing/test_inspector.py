@@ -997,7 +997,7 @@ def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
     assert not lab.errors
 
 
-@needs_browser
+@pytest.mark.browser
 def test_a_chart_answers_to_the_pointer(lab):
     "Values under the pointer, a legend that hides, and a name that is text: plotly's face in JupyterLab."
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 6 }")
