@@ -46,6 +46,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from dr2seg_lib.commands.execute import execute_notebook
+from dr2seg_lib.commands.parameters import validation_sentence
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
@@ -100,7 +101,7 @@ def redirect(root: Path):
 def sentence_text(error: Exception) -> str:
     "An error that a user can mend, on one line."
     if isinstance(error, ValidationError):
-        return "; ".join(detail["msg"] for detail in error.errors())
+        return validation_sentence(error)
     return " ".join(str(error).split())
 
 

@@ -1418,6 +1418,16 @@ def test_help_names_every_field_with_its_default(experiment, kind):
             assert name in words
 
 
+def test_a_preset_of_ones_own_is_a_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('method = "dpad"\nsteps = 20\n[lora]\nrank = 8\n')
+    request = RunRequest("train", [("lora.rank", "4")], preset=str(path), out=tmp_path / "run")
+    values = prepare_run(request)[2]
+    assert values == {"preset": str(path), "config": {"lora": {"rank": 4}}}
+    config = TrainConfig(**load_preset(values["preset"], **values["config"]))
+    assert (config.method.name, config.steps, config.lora.rank) == ("dpad", 20, 4)
+
+
 def test_help_of_a_training_lists_the_presets():
     assert "reasonseg_few_shot" in parameters_help("train")
     assert "reasonseg_few_shot" not in parameters_help("evaluate")

@@ -13,6 +13,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from dr2seg_lib.core.parameters import EvaluateConfig, Rea2SegConfig, TrainConfig
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(
@@ -22,6 +24,7 @@ LIBRARY = [p for p in NOTEBOOKS if "#| default_exp" in p.read_text()]
 MODULES = [
     p for p in (ROOT / "dr2seg_lib").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")
 ]
+TOURS = [p for p in NOTEBOOKS if p.parent.name == "tours"]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 # A package imports only from those before it; the list is the reading order.
 ORDER = (
@@ -206,6 +209,35 @@ def test_commands_of_a_page_exist(path):
     known = {p.stem for p in (ROOT / "nbs" / "experiments").glob("*.ipynb")}
     assert experiments - known <= {"EXPERIMENT"}
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def parameters_of(config):
+    "The dotted names of a configuration, and of each group with a `name` the short one."
+    for name, field in config.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        if inner is None or "name" in inner:
+            yield name
+        yield from (f"{name}.{part}" for part in inner or ())
+
+
+@cache
+def known_parameters():
+    "Every parameter that some experiment takes."
+    names = set().union(*map(parameters_of, (TrainConfig, EvaluateConfig, Rea2SegConfig)))
+    for path in (ROOT / "nbs" / "experiments").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []):
+                names |= set(re.findall(r"^(\w+) =", "".join(cell["source"]), re.M))
+    return names
+
+
+@pytest.mark.parametrize("path", [*PAGES, *TOURS], ids=from_root)
+def test_parameters_of_a_page_exist(path):
+    if path.name == "CHANGELOG.md":
+        pytest.skip("it names what is gone")
+    text = "\n".join(prose(path)) if path.suffix == ".ipynb" else path.read_text()
+    names = set(re.findall(r"(?<![\w-])-p\s+([a-z_][\w.]*)", text))
+    assert names - known_parameters() <= {"stpes"}
 
 
 def test_the_changelog_knows_this_version():

@@ -118,12 +118,12 @@ def watch_run(
 ):
     "Draws the bar until a notebook has come to its end."
     bar = ProgressBar() if sys.stderr.isatty() else ProgressLines()
-    over = asked = False
+    over = stopping = False
     while not over:
         over = bool(wait([work], 0.2).done)
         progress = read_progress(out) or dict(stage="starting", i=0, n=1)
         if numbers and not over:
-            asked = asked or ask_to_stop(out, pids)
+            stopping = stopping or ask_to_stop(out, pids)
             progress["note"] = STOPPING
         bar.show(**progress)
     bar.close()

@@ -59,11 +59,13 @@ def notebook_lines(notebook: Path) -> list[str]:
     return lines
 
 # %% ../../nbs/commands/parameter_help.ipynb #7b32fd98
-def closing_lines(kind: type | None) -> list[str]:
+def closing_lines(kind: type, declared: dict) -> list[str]:  # declared: by the notebook
     "Presets of a training; what an evaluation takes from the adapter's run."
     if kind is EvaluateConfig:
         text = f"With model.adapter, what is left out of {', '.join(INHERITED)} is as in its run."
         return ["", *wrap(text, LINE_WIDTH)]
+    if "preset" not in declared:
+        return []
     lines = ["", "Presets (--preset NAME, or a TOML file of your own):"]
     for name, path in published_presets().items():
         lines += wrap(f"  {name}: {preset_summary(path)}", LINE_WIDTH, subsequent_indent="    ")
@@ -73,9 +75,9 @@ def closing_lines(kind: type | None) -> list[str]:
 def parameters_help(experiment: str) -> str:  # a known name, or a notebook's path
     "What an experiment can be asked: name, default, description, by group."
     notebook = find_experiment(experiment)
-    kind = config_class(notebook)
+    kind, declared = config_class(notebook), parameters_of(notebook)
     lines = [f"Parameters of {experiment}, each set by -p NAME VALUE:", ""]
     lines += notebook_lines(notebook)
     if kind is None:
         return "\n".join(lines)
-    return "\n".join([*lines, *config_lines(kind), *closing_lines(kind)])
+    return "\n".join([*lines, *config_lines(kind), *closing_lines(kind, declared)])

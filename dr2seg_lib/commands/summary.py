@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'summaries_by_time', 'unreadable_lines', 'caution_lines', 'measure_text', 'before_after_lines',
-           'run_summary', 'terminal_line', 'run_line', 'run_lines']
+           'run_summary', 'run_line', 'run_lines']
 
 # %% ../../nbs/commands/summary.ipynb #63a22cc4
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core.files import read_json
 from ..core.notes import cut_note, split_notes
 from ..core.parameters import brief_text
+from ..core.plain_text import blank_unprintable
 from ..runs.listing import list_runs
 
 # %% ../../nbs/commands/summary.ipynb #f6ac040e
@@ -98,13 +99,6 @@ def run_summary(
     return "\n".join(lines)
 
 # %% ../../nbs/commands/summary.ipynb #5a1d3794
-def terminal_line(
-    text: str,
-) -> str:
-    "A text without line breaks and without what would steer a terminal."
-    return "".join(c if c.isprintable() else " " for c in text).rstrip()
-
-
 def run_line(
     run: dict,  # one of `list_runs`
 ) -> str:
@@ -113,7 +107,8 @@ def run_line(
     if run["status"] == "running" and run["progress"]:
         place = "{stage} {i}/{n}".format(**run["progress"])
     columns = f"{run['folder']!s:32} {run['status']:12}{place:28}{run['started'][:16]}"
-    return terminal_line(f"{columns}  {brief_text(run['error'] or '', 300)}")
+    line = f"{columns}  {brief_text(run['error'] or '', 300)}"
+    return blank_unprintable(line).rstrip()
 
 
 def run_lines(

@@ -135,7 +135,7 @@ class MethodSettings(Settings):
 class TrainedMethod(MethodSettings):
     "What is asked and what is rewarded."
 
-    anchor: float = Field(40, ge=0, description="N0 of Eq. 5, tokens")
+    anchor: float = Field(40.0, ge=0, description="N0 of Eq. 5, tokens")
     gamma: float = Field(0.05, ge=0, description="slope of Eq. 5, per token")
     scorer: str = Field(
         "embedded", description="of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder"

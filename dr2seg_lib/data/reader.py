@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'apply_protocol', 'SplitReader', 'choose_split']
 
-# %% ../../nbs/data/reader.ipynb #f8525185
+# %% ../../nbs/data/reader.ipynb #273a5318
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -14,57 +14,65 @@ from pathlib import Path
 from .records import BrokenRecord, shorten_line
 from .samples import Sample, Target
 
-# %% ../../nbs/data/reader.ipynb #ea31e611
+# %% ../../nbs/data/reader.ipynb #5a78e921
 PROTOCOLS = "lisa", "visionreasoner"
 
 
-def apply_protocol(protocol: str, sample: Sample) -> Sample:
-    "The sample as a protocol has it: under `visionreasoner`, ignored pixels are foreground, of one object with the rest."
+def apply_protocol(
+    protocol: str,  # of PROTOCOLS
+    sample: Sample,
+) -> Sample:
+    "Under `visionreasoner`, ignored pixels are foreground, of one object with the rest."
     if protocol == "lisa" or sample.ignore is None or not sample.ignore.any():
         return sample
     return replace(sample, targets=(Target.of(sample.mask | sample.ignore),), ignore=None)
 
-
+# %% ../../nbs/data/reader.ipynb #3df11a10
 class SplitReader(Sequence):
     "One split of a data set; samples are read when asked for."
 
-    format = ""  # its name, for `check`
+    format = ""  # its name, for reports
     protocol = "lisa"  # or visionreasoner
     split_note = None  # of a set that names no splits: how it was divided
 
-    def __init__(self, index, limit=None):
+    def __init__(self, index, limit: int | None = None):
         self.index = index[:limit]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> Sample:
-        return apply_protocol(self.protocol, self.read(self.index[range(len(self))[i]])[1])
+        _, sample = self.read(self.index[range(len(self))[i]])
+        return apply_protocol(self.protocol, sample)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
     @classmethod
     def fits(cls, path: Path) -> bool:
-        return bool(cls.splits(path))  # whether what lies there is of this format
+        "Whether what lies there is of this format."
+        return bool(cls.splits(path))
 
-    def asked(self) -> Iterator[tuple]:  # (id, image, question), or None for a broken record
-        "What each sample asks about which image, in the order of the samples; no image is read."
+    def iter_questions(self) -> Iterator[tuple]:  # (id, image, question), or None: broken record
+        "What each sample asks about which image, in the order of the samples."
         for key in self.index:
             try:
-                yield self.asks(key)
+                yield self.question_of(key)
             except BrokenRecord:
                 yield None
 
     def image_digest(self, i: int) -> bytes:
-        "What tells the image of a sample from all others: a hash of its file, which is not decoded."
+        "What tells the image of a sample from all others: a hash of its file."
         return sha256(self.image_data(self.index[i])).digest()
 
-
-def choose_split(splits: dict, split: str, path):  # {name: anything}
+# %% ../../nbs/data/reader.ipynb #fe559ec5
+def choose_split(
+    splits: dict,  # {name: anything}
+    split: str,
+    path,  # of the data set
+):
     "What belongs to a split."
     if split in splits:
         return splits[split]
-    raise ValueError(
-        f'{path} has no split "{shorten_line(str(split), 80)}"; use one of {", ".join(splits)}.'
-    )
+    name = shorten_line(str(split), 80)
+    raise ValueError(f'{path} has no split "{name}"; use one of {", ".join(splits)}.')

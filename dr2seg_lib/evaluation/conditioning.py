@@ -40,4 +40,7 @@ def conditional_entropies(
         "I, Q, D": [g.first for g in two.groups],
         "I, D": [g.second for g in two.groups],
     }
-    return {c: np.array([mean_answer_entropy(r) for r in some]) for c, some in responses.items()}
+    entropies = {}
+    for condition, groups in responses.items():
+        entropies[condition] = np.array([mean_answer_entropy(group) for group in groups])
+    return entropies

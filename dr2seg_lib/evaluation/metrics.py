@@ -10,7 +10,7 @@ __all__ = ['MEASURES', 'result_row', 'error_row', 'cumulative_iou', 'mean_with_i
 import numpy as np
 
 from ..core.masks import encode_rle, iou, ratio
-from ..core.statistics import percentile_interval
+from ..core.statistics import bootstrap_interval
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
 from ..rollouts.parsing import parsed_record
@@ -73,7 +73,7 @@ def mean_with_interval(
     "A measure with its 95 % interval."
     known = np.array([v for v in values if v is not None], dtype=float)
     mean = {name: float(known.mean()) if len(known) else None}
-    return mean | ({f"{name}_ci": percentile_interval(known)} if len(known) > 1 else {})
+    return mean | ({f"{name}_ci": bootstrap_interval(known).bounds} if len(known) > 1 else {})
 
 # %% ../../nbs/evaluation/metrics.ipynb #66e00cae
 def aggregate(rows: list[dict]) -> dict:
@@ -81,7 +81,7 @@ def aggregate(rows: list[dict]) -> dict:
     areas = np.array([(r["i"], r["u"]) for r in rows], dtype=float)
     measures = dict(n=len(rows), cIoU=float(cumulative_iou(areas)))
     if len(rows) > 1:
-        measures["cIoU_ci"] = percentile_interval(areas, cumulative_iou)
+        measures["cIoU_ci"] = bootstrap_interval(areas, cumulative_iou).bounds
     for name, key in MEASURES.items():  # rows of older runs do not say what was cut
         measures |= mean_with_interval(name, [r.get(key) for r in rows])
     empty = [r["u"] == 0 for r in rows if r.get("targets") == 0]
@@ -89,8 +89,10 @@ def aggregate(rows: list[dict]) -> dict:
 
 # %% ../../nbs/evaluation/metrics.ipynb #b940efde
 def _strata(rows: list[dict], tag: str) -> dict:  # {value: measures}
-    values = sorted({r["tags"][tag] for r in rows if tag in r["tags"]}, key=str)
-    return {str(v): aggregate([r for r in rows if r["tags"].get(tag) == v]) for v in values}
+    strata = {}
+    for value in sorted({r["tags"][tag] for r in rows if tag in r["tags"]}, key=str):
+        strata[str(value)] = aggregate([r for r in rows if r["tags"].get(tag) == value])
+    return strata
 
 
 def metrics_by_tag(rows: list[dict]) -> dict:  # {tag: {value: what `aggregate` gives}}

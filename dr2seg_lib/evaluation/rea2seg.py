@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core.files import append_jsonl, read_jsonl, write_jsonl
 from ..core.parameters import Rea2SegConfig
-from ..core.statistics import Interval, percentile_interval
+from ..core.statistics import Interval, bootstrap_interval
 from ..core.text_table import Table, rows_table
 from ..data.questions import KINDS
 from .config import check_rea2seg
@@ -56,7 +56,7 @@ def _figures_of(rows: list[dict]) -> dict:  # {n, name: [mean, low, high]}
     figures = dict(n=len(rows))
     for name in REA2SEG_FIGURES:
         values = np.array([n[name] for n in numbers], dtype=float)
-        figures[name] = [float(values.mean()), *percentile_interval(values)]
+        figures[name] = list(bootstrap_interval(values))
     return figures
 
 
@@ -64,8 +64,10 @@ def summarize_rea2seg(
     rows: list[dict],
 ) -> dict:  # {dimension or "all": {n, name: [mean, low, high]}}
     "Means with intervals, for each dimension and for all."
-    groups = {d: [r for r in rows if r["tags"].get("dimension") == d] for d in DIMENSIONS}
-    groups["all"] = rows
+    groups = {name: [] for name in DIMENSIONS} | dict(all=rows)
+    for row in rows:
+        if row["tags"].get("dimension") in DIMENSIONS:
+            groups[row["tags"]["dimension"]].append(row)
     return {name: _figures_of(group) for name, group in groups.items() if group}
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #53ae6efe

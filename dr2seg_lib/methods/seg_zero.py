@@ -12,7 +12,8 @@ from math import dist
 
 import numpy as np
 
-from ..data.records import is_number_list, load_json
+from ..core.json_text import load_json
+from ..data.records import is_number_list
 from ..data.samples import Target
 from .base import Method, fill_template, stack_terms
 from dr2seg_lib.methods.terms import (

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'DESCRIBED', 'CAPTIONED', 'MAX_OBJECTS', 'thinking_format', 'answer_format', 'non_repeat', 'boxes_overlap',
-           'corners_close', 'point_in_box', 'point_close', 'best_matching', 'pair_points', 'accuracy']
+           'corners_close', 'point_in_box', 'point_close', 'pair_scores', 'best_matching', 'pair_points', 'accuracy']
 
 # %% ../../nbs/methods/terms.ipynb #3b96db92
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 from scipy.optimize import linear_sum_assignment
@@ -109,8 +111,20 @@ def point_close(
 MAX_OBJECTS = 120
 
 
+def pair_scores(
+    objects: list,  # N predicted, of Target
+    targets: list,  # M true, of Target
+    score: Callable,  # (object, target) -> number
+) -> list:  # [N][M]
+    "A score of every pair."
+    rows = []
+    for predicted in objects:
+        rows.append([score(predicted, target) for target in targets])
+    return rows
+
+
 def best_matching(
-    scores: list,  # [N][M] score of every pair
+    scores: list,  # [N][M] of every pair
 ) -> float:  # sum of the best one-to-one matching
     "The greatest sum of scores over one-to-one pairs (Hungarian matching)."
     if min(len(scores), len(scores[0])) == 1:
@@ -137,5 +151,5 @@ def accuracy(
     a, b = (predicted or [])[:MAX_OBJECTS], target[:MAX_OBJECTS]
     if not a or not b:
         return 0.0
-    points = [[pair_points(p, t, frame) for t in b] for p in a]
+    points = pair_scores(a, b, partial(pair_points, frame=frame))
     return float(best_matching(points) / max(len(a), len(b)))

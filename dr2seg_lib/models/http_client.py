@@ -24,7 +24,8 @@ from tenacity import (
     wait_fixed,
 )
 
-from ..data.records import load_json
+from ..core.json_text import load_json
+from ..core.plain_text import blank_unprintable
 
 # %% ../../nbs/models/http_client.ipynb #bb3d9af7
 SERVER_KEY = "VLLM_API_KEY"  # the environment variable with the server's key, as vLLM's own
@@ -52,7 +53,7 @@ def printable_line(text: str, longest: int = 300) -> str:
     "What may be shown of a text from elsewhere: printable characters, without our key."
     key = server_key()
     text = text.replace(key, "…") if key else text
-    words = "".join(c if c.isprintable() else " " for c in text[: 100 * longest]).split()
+    words = blank_unprintable(text[: 100 * longest]).split()
     return " ".join(words)[:longest]
 
 # %% ../../nbs/models/http_client.ipynb #f3097801

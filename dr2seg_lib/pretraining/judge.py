@@ -17,8 +17,8 @@ from torch import Tensor
 from ..core.files import read_json, write_json
 from ..core.masks import iou, ratio
 from ..data.mini import WARM_START, draw_problem
-from ..data.questions import Question, _pick
 from ..data.samples import Target
+from ..data.scene_facts import Question, pick_one
 from ..data.scenes import Scene, describe_objects
 from dr2seg_lib.methods.rea2seg import (
     SCORE_TOKENS,
@@ -44,12 +44,12 @@ def draw_marked(rng, scene: Scene, q: Question) -> tuple:  # of SceneObject
         return q.targets
     colour, shape = q.targets[0].colour, q.targets[0].shape
     alike = [t for t in others if t.colour == colour or t.shape == shape] or others
-    other = _pick(rng, alike if rng.random() < 0.5 else others)
+    other = pick_one(rng, alike if rng.random() < 0.5 else others)
     if sort < 0.85:
         return (other,)
     if len(q.targets) == 2 and sort < 0.95:
-        return (_pick(rng, q.targets),)
-    return (_pick(rng, q.targets), other)
+        return (pick_one(rng, q.targets),)
+    return (pick_one(rng, q.targets), other)
 
 # %% ../../nbs/pretraining/judge.ipynb #c085baad
 def spoil_prompt(rng, target: Target) -> Target:

@@ -14,10 +14,17 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.chains import VERBOSE, _tour, think_concise, think_direct, think_verbose
+from dr2seg_lib.data.chains import (
+    VERBOSE,
+    describe_places,
+    think_concise,
+    think_direct,
+    think_verbose,
+)
 from ..data.mini import WARM_START, draw_problem
-from ..data.questions import KINDS, _pick
+from ..data.questions import KINDS
 from ..data.samples import Target
+from ..data.scene_facts import pick_one
 from ..data.scenes import SIDE, Scene, describe_objects, object_caption
 from ..methods.dpad import dpad_prompt
 from ..methods.dr2seg import dr2seg_prompt
@@ -62,7 +69,7 @@ def draw_pool(n: int, seed: int = WARM_START, workers: int = 2) -> list:  # of L
 def listing_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, chain, objects
     "The question about everything, with the objects in the chain's order."
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    return "everything in this picture", _tour(rng, scene, things) + ".", things
+    return "everything in this picture", describe_places(things) + ".", things
 
 # %% ../../nbs/pretraining/lessons.ipynb #b305d9c1
 def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, chain, objects
@@ -81,7 +88,7 @@ def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, 
 def implicit_example(rng, scene: Scene, q) -> tuple[str, str, list]:  # question, chain, objects
     "A question that needs thought: the scene's own, or half of the time another one."
     if rng.random() < 0.5:
-        q = KINDS[_pick(rng, tuple(KINDS))][0](rng, scene) or q
+        q = KINDS[pick_one(rng, tuple(KINDS))][0](rng, scene) or q
     think = think_verbose if rng.random() < VERBOSE else think_concise
     return q.text + ("?" if rng.random() < 0.5 else ""), think(rng, scene, q), q.targets
 

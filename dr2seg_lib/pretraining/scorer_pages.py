@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..data.chains import _tour, think_concise
+from ..data.chains import describe_places, think_concise
 from ..data.mini import draw_problem
-from ..data.questions import _pick
 from ..data.samples import Target
+from ..data.scene_facts import pick_one
 from ..data.scenes import Scene
 from ..scorers.clip import target_crop
 
@@ -91,7 +91,7 @@ def has_twin(things, scene: Scene) -> bool:
 def name_things(rng, things, scene: Scene) -> ScorerCaption:
     "One or two objects, in the words of a policy."
     sized = has_twin(things, scene) or rng.random() < 0.5
-    article, opening = _pick(rng, ("the ", "a ", "")), _pick(rng, OPENINGS)
+    article, opening = pick_one(rng, ("the ", "a ", "")), pick_one(rng, OPENINGS)
     placed = rng.random() < 0.15
 
     def words(thing):
@@ -107,8 +107,8 @@ def caption_picture(rng, page: ScorerPage, picture: ScorerPicture) -> ScorerCapt
     problem, scene = page.problem, page.problem.scene
     things = [picture.named[i] for i in rng.permutation(len(picture.named))]
     if picture is page.whole:
-        opening = _pick(rng, ("", "let me look at the whole picture first. "))
-        return ScorerCaption(opening + _tour(rng, scene, things), picture.named, True)
+        opening = pick_one(rng, ("", "let me look at the whole picture first. "))
+        return ScorerCaption(opening + describe_places(things), picture.named, True)
     if set(things) == set(problem.question.targets) and rng.random() < 0.4:
         text = think_concise(rng, scene, problem.question)
         return ScorerCaption(text, picture.named, has_twin(things, scene))

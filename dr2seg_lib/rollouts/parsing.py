@@ -11,7 +11,8 @@ __all__ = ['find_block', 'parse_single', 'parse_targets', 'parse_objects', 'pars
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.records import is_number_list, load_json
+from ..core.json_text import load_json
+from ..data.records import is_number_list
 from ..data.samples import Target
 from ..segmenters.base import Segmenter
 
@@ -84,7 +85,7 @@ class Parsed:
         "The objects of an answer in VisionReasoner's form; `None` for any other."
         return self.objects if isinstance(self.items, list) else None
 
-
+# %% ../../nbs/rollouts/parsing.ipynb #01480beb
 def parse_response(
     text: str,  # a response, any text
 ) -> Parsed:
@@ -123,7 +124,7 @@ def _object_record(target: Target) -> dict:
     record = dict(box=list(target.box), point=list(target.point))
     return record | (dict(second=list(target.second)) if target.second else {})
 
-
+# %% ../../nbs/rollouts/parsing.ipynb #85f2ed20
 def recorded_parse(
     row: dict,  # text, and parsed where it was recorded
 ) -> Parsed:
@@ -158,7 +159,7 @@ def format_answer(
         + "]"
     )
 
-
+# %% ../../nbs/rollouts/parsing.ipynb #ed458517
 def format_single(
     target: Target,  # coordinates in the policy's frame
 ) -> str:  # JSON
@@ -167,7 +168,7 @@ def format_single(
     (a, b), (c, d) = target.point, target.second or target.point
     return f'{{"bbox": [{x1},{y1},{x2},{y2}], "points_1": [{a},{b}], "points_2": [{c},{d}]}}'
 
-
+# %% ../../nbs/rollouts/parsing.ipynb #65d0eaac
 def format_response(
     think: str,  # reasoning
     description: str | None,  # None leaves the block out
@@ -201,7 +202,7 @@ def to_image_coordinates(
     scale = size[0] / frame, size[1] / frame
     return [Target(_scale(t.box, scale), _scale(t.point, scale)) for t in objects or ()]
 
-
+# %% ../../nbs/rollouts/parsing.ipynb #80d2242c
 def segmenter_prompts(
     segmenter: Segmenter,
     parsed: Parsed,

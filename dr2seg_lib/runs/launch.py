@@ -60,10 +60,10 @@ def open_run(
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
     kind = Run if int(os.environ.get("RANK", 0)) == 0 else NonWriterRun
-    asked = parameters if isinstance(parameters, ExperimentConfig) else None
+    config = parameters if isinstance(parameters, ExperimentConfig) else None
     if resume:
-        return kind.resume(folder, asked=asked)
-    return kind.create(folder, asked.model_dump() if asked else parameters, seed)
+        return kind.resume(folder, config=config)
+    return kind.create(folder, config.model_dump() if config else parameters, seed)
 
 # %% ../../nbs/runs/launch.ipynb #32445ab3
 def destroy_process_group():

@@ -108,19 +108,19 @@ def first_record(
 # %% ../../nbs/runs/run_folder.ipynb #3f4acca9
 def resumed_record(
     folder: Path,
-    asked: ExperimentConfig | None,  # with which the run goes on; None: as it was
+    config: ExperimentConfig | None,  # with which the run goes on; None: as it was
 ) -> dict:  # fields of the record
     "What a resume says in the record: when, with what, and what it has changed."
     record = read_record(folder)
     recorded = {n: v for n, v in record["parameters"].items() if n not in ("out", "resume")}
     try:
-        changed = changed_parameters(recorded, asked) if asked else {}
+        changed = changed_parameters(recorded, config) if config else {}
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     entry = dict(
         time=current_time(), git=git_revision(), versions=package_versions(), changed=changed
     )
-    parameters = asked.model_dump() if asked else record["parameters"]
+    parameters = config.model_dump() if config else record["parameters"]
     resumed = [*record["resumed"], entry]
     return dict(parameters=parameters, resumed=resumed, ended=None, error=None) | this_process()
 
@@ -157,14 +157,14 @@ class Run(RunWriter):
         cls,
         folder: Path,
         bar: bool = True,
-        asked: ExperimentConfig | None = None,  # with which it goes on; None: as it was
+        config: ExperimentConfig | None = None,  # with which it goes on; None: as it was
     ) -> "Run":
         "Goes on with a run that ended early; a line that was cut short is removed."
         folder = Path(folder)
         read_record(folder)
         lock = hold_folder(folder)
         try:
-            fields = resumed_record(folder, asked)
+            fields = resumed_record(folder, config)
             (folder / "stop").unlink(missing_ok=True)
             for path in (folder / name for name in ROW_FILES if (folder / name).is_file()):
                 cut_unfinished(path)

@@ -26,7 +26,7 @@ def epoch_stream(
     "Shuffled passes over the data, decided by the seed, from a question on."
 
     def data_of(epoch):
-        return data.drawn([seed, epoch]) if texts == "one" else data
+        return data.sample_texts([seed, epoch]) if texts == "one" else data
 
     n = len(data_of(0))
     for epoch in count(start // n):

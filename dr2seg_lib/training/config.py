@@ -89,7 +89,7 @@ def steps_of(config: TrainConfig, epochs: int) -> int:
     "So many whole passes over the data, in steps."
     data = validate_data(config.data.name, "train", "data")
     one_text = config.data.texts == "one" and isinstance(data, ReasonSegDataset)
-    questions = len(data.drawn(0) if one_text else data)
+    questions = len(data.sample_texts(0) if one_text else data)
     return epochs * max(1, questions // config.rollout.questions_per_step)
 
 

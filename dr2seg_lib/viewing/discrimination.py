@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-from ..core.statistics import Interval, percentile_interval
+from ..core.statistics import Interval, bootstrap_interval
 from ..core.text_table import Table, rows_table
 from .axes import Panel
 from .charts import Chart
@@ -41,7 +41,7 @@ def discrimination_table(
     out = dict(n=len(rows), captions=captions, prefers=prefers)
     for name, (key, factor) in DISCRIMINATION.items():
         values = factor * np.array([row[key] for row in rows])
-        out |= {name: float(values.mean()), f"{name}_ci": percentile_interval(values)}
+        out |= {name: float(values.mean()), f"{name}_ci": bootstrap_interval(values).bounds}
     return out
 
 # %% ../../nbs/viewing/discrimination.ipynb #c0011
@@ -76,7 +76,7 @@ def stratum_mean(
         return None
     factor = 100 if key in ("s1", "s2") else 1
     values = factor * np.array([row[key] for row in rows], dtype=float)
-    return Interval(float(values.mean()), *percentile_interval(values))
+    return bootstrap_interval(values)
 
 # %% ../../nbs/viewing/discrimination.ipynb #c0015
 def stratified_table(

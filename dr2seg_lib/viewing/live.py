@@ -31,7 +31,7 @@ from .figures import Figure
 from .open_records import check_record, open_json, path_text
 from .record_types import MetricsRecord, ProgressRecord, RunRecord
 from .reward_terms import term_colours
-from .strict_json import parse_strict_json
+from ..core.json_text import parse_strict_json
 from .style import METHOD_COLOURS, short
 from .view import notice_figure
 

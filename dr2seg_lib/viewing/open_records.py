@@ -12,7 +12,7 @@ from reprlib import repr as brief
 from pydantic import ValidationError
 
 from .record_types import by_todays_names
-from .strict_json import parse_strict_json
+from ..core.json_text import parse_strict_json
 
 # %% ../../nbs/viewing/open_records.ipynb #7c8c8489
 _MEND = dict(

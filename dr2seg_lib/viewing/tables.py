@@ -44,12 +44,12 @@ def sample_columns(
 
 
 def overall(
-    columns: np.ndarray,  # [N,K]
-) -> float:
+    columns: np.ndarray,  # [...,N,K]
+) -> np.ndarray:  # [...]
     "A measure over samples: the mean, or for two columns the ratio of their sums."
-    if columns.shape[1] == 1:
-        return columns[:, 0].mean()
-    return columns[:, 0].sum() / columns[:, 1].sum()
+    if columns.shape[-1] == 1:
+        return columns[..., 0].mean(-1)
+    return columns[..., 0].sum(-1) / columns[..., 1].sum(-1)
 
 # %% ../../nbs/viewing/tables.ipynb #c0010
 def paired_change(
@@ -65,7 +65,7 @@ def paired_change(
     both = both[np.isfinite(both).all(1)]
 
     def change(columns):
-        return overall(columns[:, k:]) - overall(columns[:, :k])
+        return overall(columns[..., k:]) - overall(columns[..., :k])
 
     return bootstrap_interval(both, change) if len(both) else None
 

@@ -1,4 +1,4 @@
-"Readers: tiny data sets in the true formats, written here; what is broken is told in one sentence, and nothing runs."
+"Readers: tiny data sets in the true formats; a broken record is one sentence, and nothing runs."
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ from pycocotools import mask as coco
 from dr2seg_lib.core.masks import encode_rle
 from dr2seg_lib.data.checking import check_data
 from dr2seg_lib.data.datasets import check_disjoint, open_data
-from dr2seg_lib.data.folder import FolderDataset
+from dr2seg_lib.data.folder import FOLDER_FIELDS, FolderDataset
 from dr2seg_lib.data.held_out import divide_held_out
 from dr2seg_lib.data.images import as_rgb, open_picture, read_pixels
 from dr2seg_lib.data.mask_formats import (
@@ -37,10 +37,12 @@ from dr2seg_lib.data.mask_formats import (
     rle_mask,
 )
 from dr2seg_lib.data.mini import MiniReasonSeg
-from dr2seg_lib.data.parquet import ParquetDataset, _arrow, _layout, parse_solution
+from dr2seg_lib.data.parquet import ParquetDataset
 from dr2seg_lib.data.reasonseg import ReasonSegDataset
 from dr2seg_lib.data.records import BrokenRecord, parse_json
+from dr2seg_lib.data.row_groups import file_layout, read_layout
 from dr2seg_lib.data.safe_pickle import load_plain_pickle, scan_pickle
+from dr2seg_lib.data.solutions import parse_solution
 from dr2seg_lib.evaluation.evaluate import dataset_info
 from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.methods.seg_zero import score as seg_zero
@@ -76,6 +78,9 @@ def shape(points, label="target"):
     return dict(label=label, points=points)
 
 
+JPEG = encoded(format="JPEG")
+
+
 @pytest.fixture
 def reasonseg(tmp_path):
     "A function that writes one ReasonSeg pair."
@@ -85,7 +90,7 @@ def reasonseg(tmp_path):
         shapes=(),
         text=("what is it",),
         split="val",
-        image=encoded(format="JPEG"),
+        image=JPEG,
         encoding="utf-8",
         root=tmp_path / "ReasonSeg",
         **more,
@@ -134,11 +139,11 @@ def test_drawing_again_needs_no_file(reasonseg):
     data = ReasonSegDataset(root, "train")
     assert len(data) == 10
     assert [ReasonSegDataset(root, "train", texts=s).index for s in range(9)] == [
-        data.drawn(s).index for s in range(9)
+        data.sample_texts(s).index for s in range(9)
     ]
     for file in (root / "train").glob("*.json"):
         file.unlink()
-    assert len({tuple(data.drawn([7, epoch]).index) for epoch in range(9)}) > 4
+    assert len({tuple(data.sample_texts([7, epoch]).index) for epoch in range(9)}) > 4
     assert len(data) == 10
 
 
@@ -303,7 +308,7 @@ def test_png_round_trip(tmp_path_factory, mask):
 
 
 def test_painting_by_hand():
-    "The small one shows on the large one, whatever comes first; fractions are dropped; the outline belongs to it."
+    "The small one shows on the large one in any order; no fractions; the outline belongs to it."
     big, small = (
         np.array([[0, 0], [9, 0], [9, 9], [0, 9]], np.int32),
         np.array([[2, 2], [4, 2], [4, 4], [2, 4]], np.int32),
@@ -407,8 +412,8 @@ FILES = {
     "mode, format", [(mode, f) for mode, formats in FILES.items() for f in formats.split()]
 )
 def test_every_mode_that_a_file_has(mode, format):
-    "Against OpenCV's decoders, which are not Pillow's, and for CMYK, which it reads otherwise, against Pillow."
-    image, looks = next((i, l) for m, i, l in modes() if m == mode)
+    "Against OpenCV's decoders, which are not Pillow's; for CMYK, which it reads otherwise, Pillow."
+    image, looks = next((i, shown) for m, i, shown in modes() if m == mode)
     big = (
         image.resize((48, 32), Image.NEAREST)
         if mode != "I;16"
@@ -442,7 +447,7 @@ def test_every_mode_that_a_file_has(mode, format):
 
 @given(arrays(np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_16_bits_of_grey_are_scaled_by_their_range(values):
-    "A 16-bit grey PNG is white at 65,535, as the PNG specification says, whatever the picture holds."
+    "A 16-bit grey PNG is white at 65,535, as the PNG specification says, whatever it holds."
     rgb = read_pixels(written(Image.fromarray(values)), "f")
     assert np.array_equal(
         rgb, np.repeat(np.rint(values / 65535 * 255).astype(np.uint8)[..., None], 3, 2)
@@ -776,13 +781,16 @@ def test_one_group_is_held(tmp_path):
     )
     hub, read = ParquetDataset(file, "test"), []
     for _s in hub:
-        read.append(hub.held[1].num_rows)
+        read.append(hub.cached[1].num_rows)
     assert read == [2] * 6
 
 
 def test_training_set(tmp_path):
     frame = cv2.resize(PHOTO, (840, 840))
-    solution = '[{"bbox_2d": [84, 100, 420, 800], "point_2d": [200, 300]}, {"bbox_2d": [0, 0, 840, 840], "point_2d": [420, 420]}]'
+    solution = (
+        '[{"bbox_2d": [84, 100, 420, 800], "point_2d": [200, 300]}, '
+        '{"bbox_2d": [0, 0, 840, 840], "point_2d": [420, 420]}]'
+    )
     parquet(
         tmp_path / "data" / "train-00000-of-00001.parquet",
         [training_row(solution, frame, difficulty=4.5)],
@@ -845,12 +853,15 @@ def test_seg_zero_set_by_hand(seg_zero_set):
     assert (half.point, half.second) == ((105, 158), (189, 263))
 
 
-ANSWER = '<think>A cup.</think><answer>{"bbox": [84, 210, 420, 630], "points_1": [378, 525], "points_2": [210, 315]}</answer>'
+ANSWER = (
+    '<think>A cup.</think><answer>{"bbox": [84, 210, 420, 630], '
+    '"points_1": [378, 525], "points_2": [210, 315]}</answer>'
+)
 
 
 @pytest.mark.parametrize("method", ["seg_zero", "pixelthink", "dpad"])
 def test_seg_zero_sets_are_rewarded(seg_zero_set, method):
-    "The points of the answer lie in its box: what compares them with the two true ones must have two."
+    "The points of the answer lie in its box; what compares them with the true ones must have two."
     text = ANSWER + "<caption>a cup</caption>" if method == "dpad" else ANSWER
     answers = [
         Response(t, parse_response(t), [1, 2], [0.1, 0.1], [0.9, 0.9], 2)
@@ -873,7 +884,8 @@ def test_targets_without_a_second_point_are_rewarded():
     assert set(seg_zero(both, list(one)).values()) == {1}
     assert seg_zero(ANSWER, list(one))["points"] == 0
     two = parse_solution(
-        '[{"bbox_2d": [84, 210, 200, 630], "point_2d": [210, 315]}, {"bbox_2d": [300, 300, 420, 500], "point_2d": [378, 525]}]',
+        '[{"bbox_2d": [84, 210, 200, 630], "point_2d": [210, 315]}, '
+        '{"bbox_2d": [300, 300, 420, 500], "point_2d": [378, 525]}]',
         (840, 840),
         "f",
     )
@@ -999,7 +1011,11 @@ def test_refcoco_by_hand(refcoco, protocol):
 
 def test_python_2_pickles_are_read(refcoco):
     "As cPickle of Python 2 wrote them: byte strings, old names of builtins."
-    data = b"(lp1\n(dp2\nS'ref_id'\np3\nI1\nsS'ann_id'\np4\nI70\nsS'split'\np5\nS'val'\np6\nsS'ids'\nc__builtin__\nset\n((lI5\natRsS'sentences'\np7\n(lp8\n(dp9\nS'sent'\np10\nVcaf\\u00e9\np11\nsasa."
+    data = (
+        b"(lp1\n(dp2\nS'ref_id'\np3\nI1\nsS'ann_id'\np4\nI70\nsS'split'\np5\nS'val'\np6\n"
+        b"sS'ids'\nc__builtin__\nset\n((lI5\natRsS'sentences'\np7\n(lp8\n(dp9\nS'sent'\np10\n"
+        b"Vcaf\\u00e9\np11\nsasa."
+    )
     assert open_data(refcoco(data), "val")[0].query == "café"
 
 
@@ -1326,7 +1342,7 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(FolderDataset.fields), json_values)
+@given(st.sampled_from(FOLDER_FIELDS), json_values)
 def test_any_value_in_any_field_is_read_or_told(tmp_path_factory, field, value):
     home = tmp_path_factory.getbasetemp() / "any"
     home.mkdir(exist_ok=True)
@@ -1398,9 +1414,9 @@ def test_memory_does_not_grow(own):
     data = open_data(own(*[dict(mask=[])] * 1000), "all")
     data[0]
     tracemalloc.start()
-    for s in data:
+    for _ in data:
         pass
-    del s
+    del _
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < PHOTO.nbytes * 20
@@ -1434,7 +1450,7 @@ def unsplit(own):
 
 
 def images_of(data):
-    return {image for _, image, _ in data.asked()}
+    return {image for _, image, _ in data.iter_questions()}
 
 
 def test_a_tenth_of_the_images_is_held_out(unsplit):
@@ -1444,8 +1460,9 @@ def test_a_tenth_of_the_images_is_held_out(unsplit):
     assert 0 < len(held) < 15
     assert images_of(val) == held
     assert images_of(train) == {f"images/{k}.png" for k in range(60)} - held
-    assert list(test.asked()) == list(val.asked())
-    assert sorted([*train.asked(), *val.asked()]) == sorted(every.asked())
+    assert list(test.iter_questions()) == list(val.iter_questions())
+    sides = [*train.iter_questions(), *val.iter_questions()]
+    assert sorted(sides) == sorted(every.iter_questions())
     assert (len(every), every.split_note) == (120, None)
     assert train.split_note == val.split_note
     assert f"{2 * len(held)} of 120 records are held out" in val.split_note
@@ -1614,14 +1631,15 @@ def test_names_alone_are_no_overlap(own, tmp_path):
 
 def test_every_reader_tells_what_it_asks(reasonseg, refcoco, tmp_path):
     root = reasonseg("a", text=("one", "two"), split="train", root=tmp_path / "rs")
-    assert list(open_data(root, "train").asked()) == [("a", "a", "one"), ("a#1", "a", "two")]
+    questions = [("a", "a", "one"), ("a#1", "a", "two")]
+    assert list(open_data(root, "train").iter_questions()) == questions
     home = refcoco([ref(), ref(2, split="val")])
-    assert list(open_data(home, "testA", level="expression").asked()) == [
+    assert list(open_data(home, "testA", level="expression").iter_questions()) == [
         (f"1#{k}", "COCO_train2014_000000000007.jpg", q)
         for k, q in enumerate(["the cup", "left thing"])
     ]
     file = parquet(tmp_path / "test-00000-of-00001.parquet", [hub_row(), hub_row(1, text=" ")])
-    assert list(open_data(file, "test").asked()) == [("7-0-0", "7", "thing 0"), None]
+    assert list(open_data(file, "test").iter_questions()) == [("7-0-0", "7", "thing 0"), None]
     for data in open_data(root, "train"), open_data(home, "val"), open_data(file, "test"):
         assert "the same question about the same image" in sentence(check_disjoint, data, data)
     assert 'sample "1"' in sentence(
@@ -1959,7 +1977,7 @@ def test_hostile_pickles(refcoco, soon, name):
 
 
 def test_a_pickle_may_not_say_more_than_it_has(refcoco, monkeypatch, soon):
-    "A reference that is there a thousand times by its place in the memo is written out a thousand times."
+    "A reference that is there a thousand times by its memo's place is written out each time."
     one = ref(sents=["x" * 1000])
     monkeypatch.setattr("dr2seg_lib.data.refcoco.MAX_TABLE", 500_000)
     assert len(open_data(refcoco([one] * 100), "testA")) == 100
@@ -1972,7 +1990,7 @@ def test_a_pickle_may_not_say_more_than_it_has(refcoco, monkeypatch, soon):
 
 
 def test_ids_that_fall_on_one_another(refcoco, soon):
-    "Python hashes a whole number modulo 2^61 - 1: a table of its multiples would be searched from end to end for each."
+    "Python hashes integers modulo 2^61 - 1: in a table of its multiples each is searched for."
     home = refcoco([ref()])
     told = json.loads((home / "instances.json").read_text())
     told["annotations"] += [
@@ -2018,7 +2036,7 @@ def test_a_parquet_file_that_unfolds(tmp_path, monkeypatch, soon):
         store_schema=False,
     )
     assert file.stat().st_size < 500_000
-    monkeypatch.setattr("dr2seg_lib.data.parquet.MAX_GROUP", 2**28)
+    monkeypatch.setattr("dr2seg_lib.data.row_groups.MAX_GROUP", 2**28)
     data = open_data(file, "all")
     assert "row group 0" in sentence(data.__getitem__, 0)
 
@@ -2042,9 +2060,9 @@ def test_parquet_files_that_lie(tmp_path):
         class metadata:
             row_group = staticmethod(lambda g: type("Group", (), dict(num_rows=2**40)))
 
-    assert "declares 1,099,511,627,776 rows" in sentence(_layout, Layout, monstrous)
+    assert "declares 1,099,511,627,776 rows" in sentence(read_layout, Layout, monstrous)
     os.mkfifo(tmp_path / "pipe.parquet")
-    assert "is no file" in sentence(_arrow, _layout, tmp_path / "pipe.parquet")
+    assert "is no file" in sentence(file_layout, tmp_path / "pipe.parquet")
 
 
 @pytest.mark.parametrize("difficulty", [[1], dict(a=1), float("nan"), "x" * 2000, b"x"], ids=str)

@@ -74,11 +74,9 @@ def test_mask_is_the_union():
 
 def test_targets_without_masks_are_told():
     s = sample(9, 8, Target((0, 0, 1, 1), (0, 0)))
-    with pytest.raises(
-        ValueError,
-        match="sample s: its targets are boxes and points without masks; evaluate on a data set that has masks.",
-    ):
-        s.mask
+    problem = "sample s: its targets are boxes and points without masks"
+    with pytest.raises(ValueError, match=f"{problem}; evaluate on a data set that has masks."):
+        _ = s.mask
     assert len(s.scaled(840)) == 1
 
 

@@ -24,7 +24,7 @@ from dr2seg_lib.cli import main
 from dr2seg_lib.commands.parameters_cell import parameters_of
 from dr2seg_lib.core.files import append_jsonl, read_json, read_jsonl, write_json
 from dr2seg_lib.core.parameter_names import flat_parameters
-from dr2seg_lib.core.statistics import percentile_interval
+from dr2seg_lib.core.statistics import bootstrap_interval
 from dr2seg_lib.data.datasets import load_data
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.records import BrokenRecord
@@ -136,7 +136,9 @@ def test_a_step_tells_the_share_of_its_cut_answers():
     groups = [Group(SAMPLE, [answer(True), answer(False)], [answer(True), None])]
     row = step_metrics(
         1,
-        StepOutcome(groups, dict(accuracy=torch.ones(1, 2)), torch.ones(1, 2), torch.ones(1, 2)),
+        StepOutcome(
+            groups, dict(accuracy=torch.ones(1, 2)), torch.ones(1, 2), torch.ones(1, 2), {}
+        ),
         {},
         0.1,
         StageTimer(first=1.0, second=1.0),
@@ -218,7 +220,7 @@ def test_nothing_that_can_be_read_has_no_tokens():
 
 def test_bootstrap_covers_the_mean():
     values = np.random.default_rng(0).normal(3, 1, 400)
-    low, high = percentile_interval(values)
+    low, high = bootstrap_interval(values).bounds
     assert low < 3 < high
     assert 0.15 < high - low < 0.25  # about 4 / sqrt(400)
 

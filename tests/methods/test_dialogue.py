@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dr2seg_lib.data.records import load_json, normalize_question
+from dr2seg_lib.core.json_text import load_json
+from dr2seg_lib.data.records import normalize_question
 from dr2seg_lib.data.samples import Target
 from dr2seg_lib.methods.dr2seg import DR2SEG_TEMPLATE, dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import (

@@ -51,7 +51,8 @@ def write(folder, parameters, text=None):
 
 
 def test_torch_is_not_imported():
-    code = "import sys, dr2seg_lib.runs.verify; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = """import sys, dr2seg_lib.runs.verify
+print("torch" in sys.modules, "transformers" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -136,7 +137,8 @@ def test_code_that_a_record_names_is_not_run(checkpoint, tmp_path, capsys):
     write(tmp_path / checkpoint, dict(recipe=f"{tmp_path}/evil.py:r"))
     with pytest.raises(
         ValueError,
-        match="runs/x was trained by code of a file, method .*evil.py:r; look at it, then name it by method",
+        match="runs/x was trained by code of a file, method .*evil.py:r; "
+        "look at it, then name it by method",
     ):
         inherit(dict(adapter=checkpoint))
     assert main(["run", "evaluate", "-p", "adapter", checkpoint]) == 2

@@ -1,4 +1,4 @@
-"Texts and pictures to cosines: the embedded CLIP, open_clip's own ways of loading, DPAD's metrics, and what is said when a scorer cannot be had."
+"Texts and pictures to cosines: the embedded CLIP, open_clip's ways of loading, DPAD's metrics."
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_it_is_open_clips_own_class_in_float32(clip):
 
 
 def test_what_a_policy_says_of_a_target(clip, samples):
-    "Size, colour and shape with an article, and two targets joined: the words of captions and descriptions."
+    "Size, colour and shape with an article, and two targets joined: words of captions."
     won = []
     for i in range(40):
         p = draw_problem(VAL + 100 + i)
@@ -155,7 +155,7 @@ def test_vectors_are_unit_and_need_no_gradient(clip, samples):
 
 
 def test_vectors_are_open_clips(clip, samples):
-    "No more than encode_image and encode_text of what open_clip's own preprocessing and tokenizer make."
+    "No more than encode_image and encode_text of what open_clip's own preprocessing makes."
     with torch.no_grad():
         image = clip.model.encode_image(
             clip.preprocess(Image.fromarray(samples[0].image))[None], normalize=True
@@ -237,7 +237,7 @@ def test_the_cache_is_bounded_and_never_wrong():
         p + np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * i for i, p in enumerate(pictures)
     ]
     once = scorer.images(pictures)
-    assert len(scorer._kept) == 3
+    assert len(scorer.cache) == 3
     assert scorer.model.seen == [2] * 4
     assert torch.equal(scorer.images(pictures[::-1]), once.flip(0))
     assert sum(scorer.model.seen) == 8 + 5
@@ -247,8 +247,8 @@ def test_pictures_of_a_step_are_encoded_once(clip, samples):
     "Eight captions a sample: two pictures a sample, each text once."
     scorer = Scorer(clip.model, clip.preprocess, clip.tokenizer)
     asked = []
-    encode = scorer._encoded
-    scorer._encoded = lambda items, key, f: (asked.append(len(items)), encode(items, key, f))[1]
+    encode = scorer.encode_once
+    scorer.encode_once = lambda items, key, f: (asked.append(len(items)), encode(items, key, f))[1]
     similarities(scorer, samples, [["the red ball"] * 8] * 4)
     assert asked == [8, 1]
 
@@ -407,7 +407,7 @@ def test_all_captions_missing(clip, samples):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    "open_clip's real classes, a small configuration of ours under a name of its own, random weights."
+    "open_clip's real classes, a small configuration under a name of its own, random weights."
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "tiny-clip.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(folder / "tiny-clip.json")

@@ -1,4 +1,4 @@
-"SAM 3, by the hub's own classes at a small size with random weights: as a segmenter, as DR²Seg's reward, and what is said when it cannot be had."
+"SAM 3, by the hub's own classes at a small size: as a segmenter, and as DR²Seg's reward."
 
 import json
 import shutil
@@ -42,7 +42,7 @@ from dr2seg_lib.viewing.photo import segment_photo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "Its layout is the hub's. Its presence head says that whatever is asked for is there: every phrase has a mask."
+    "In the hub's layout. Its presence head says that all is there: every phrase has a mask."
     torch.manual_seed(0)
     sam3 = Sam3Size().build()
     sam3.model.detr_decoder.presence_head.layer3.bias.data.fill_(6.0)
@@ -365,7 +365,7 @@ def test_drawn_reward_by_hand():
 
 
 def test_terms_by_hand(folder, sam3, monkeypatch, looks):
-    "One look at the group's image; what is not described or names nothing earns nothing; Eq. 8 goes by the drawn accuracy."
+    "The image is encoded once; no description earns nothing; Eq. 8 goes by the drawn accuracy."
     monkeypatch.setattr("dr2seg_lib.methods.dr2seg.cached_segmenter", dict(there=sam3).__getitem__)
     sample = MiniReasonSeg("val")[1]
     ball, star = sam3.masks(sample.image, ["the ball", "a star"])
@@ -466,7 +466,8 @@ def test_a_training_step(folder, tmp_path, monkeypatch):
 def test_what_is_missing_is_said_before_anything_starts(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(
         ValueError,
-        match="segmenter: dr2seg_sam3 rewards what SAM 3 draws from a description, and embedded is not SAM 3; use facebook/sam3 or a folder of it",
+        match="segmenter: dr2seg_sam3 rewards what SAM 3 draws from a description, "
+        "and embedded is not SAM 3; use facebook/sam3 or a folder of it",
     ):
         check_training(TrainConfig(**SMALL))
     assert (

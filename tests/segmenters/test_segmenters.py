@@ -1,4 +1,4 @@
-"Boxes and points in, masks out: the embedded SAM2, GrabCut, and what is said when a segmenter cannot be had."
+"Boxes and points in, masks out: the embedded SAM2, GrabCut, and segmenters that cannot be had."
 
 import json
 import shutil
@@ -225,7 +225,9 @@ def test_a_folder_that_does_not_fit_is_one_sentence(file, text, tmp_path):
     (tmp_path / "own" / file).write_text(text)
     with pytest.raises(
         ValueError,
-        match=f"segmenter.* {tmp_path}/own.*(cannot be loaded .*; take config.json and model.safetensors of one training|is no JSON object; restore it|describes no model; give a folder)",
+        match=f"segmenter.* {tmp_path}/own.*("
+        "cannot be loaded .*; take config.json and model.safetensors of one training"
+        "|is no JSON object; restore it|describes no model; give a folder)",
     ) as e:
         load_segmenter(str(tmp_path / "own"))
     assert "\n" not in str(e.value)
@@ -262,7 +264,7 @@ def test_missing_files(tmp_path):
         (folder / name).unlink()
         with pytest.raises(
             FileNotFoundError,
-            match=f"{name} is missing: make the segmenter's weights with .*warmstart_segmenter.ipynb",
+            match=f"{name} is missing: make the segmenter's weights with .*warmstart_segmenter",
         ) as e:
             load_segmenter(str(folder))
         assert str(folder / name) in str(e.value)
@@ -270,7 +272,7 @@ def test_missing_files(tmp_path):
 
 
 def test_a_checkpoint_of_metas_under_its_own_name(tmp_path):
-    "The real architecture with random weights stands in for the download; the file is read as Meta's would be."
+    "Random weights of the real architecture stand in for the download, read as Meta's would be."
     torch.manual_seed(0)
     model = build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="cpu")
     torch.save({"model": model.state_dict()}, tmp_path / "sam2.1_hiera_tiny.pt")
@@ -328,7 +330,7 @@ def test_overlap_loss_prefers_the_truth():
 
 
 def test_only_the_best_mask_is_drawn_at_full_resolution():
-    "The loss of three equally good masks falls when any one of them becomes right, and the score learns the IoU."
+    "The loss falls when one of three equal masks becomes right; the score learns the IoU."
     truth = torch.zeros(1, 32, 32)
     truth[:, 8:24, 8:24] = 1
     small = (
