@@ -149,7 +149,6 @@ def info(**parameters):
         parameters=dict(
             recipe="dr2seg",
             model="embedded",
-            adapter="",
             segmenter="embedded",
             data="mini",
             seed=0,
@@ -219,7 +218,7 @@ def training(recipe="dr2seg"):
 
 def evaluate():
     return {
-        "run.json": info(protocol="lisa", split="val", samples=3),
+        "run.json": info(adapter="", protocol="lisa", split="val", samples=3),
         "predictions.jsonl": [prediction(i, 1) for i in range(3)],
         "results.json": dict(evaluation=EVALUATION, table="| a |") | summary(),
     }
@@ -271,7 +270,7 @@ def rea2seg():
         )
     }
     return {
-        "run.json": info(candidates=8, overlap=0.8, split="val", samples=3),
+        "run.json": info(adapter="", candidates=8, overlap=0.8, split="val", samples=3),
         "predictions.jsonl": rows,
         "results.json": dict(table="| a |", summary=dict(spatial=line, all=line)),
     }
