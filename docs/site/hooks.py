@@ -111,21 +111,19 @@ def with_mathml(page: str) -> str:
 MARKDOWN_CELL = re.compile(r'<div class="[^"]*jp-RenderedMarkdown.*?</div>', re.S)
 STYLE_OR_SCRIPT = re.compile(r"<(style|script)\b[^>]*>(.*?)</\1>", re.S)
 STYLE_SHEET = "assets/notebook.css"
+FETCHING = "MathJax", "mermaid", "jupyter-widgets"  # scripts of nbconvert that load others
 styles = {}  # what the notebooks' pages share, in order
 
 
 def without_shared_parts(content: str, root: str) -> str:
-    "A notebook's page that links to the shared style sheet and loads no script for equations."
+    "A notebook's page that links to the shared style sheet and fetches no script."
 
     def shared(match):
         kind, text = match.groups()
         if kind == "script":
-            equations = (
-                "MathJax" in text
-                or "mermaid" in text
-                or (not text.strip() and 'src=""' in match[0])
-            )
-            return "" if equations else match.group()
+            is_empty = 'src=""' in match[0] and not text.strip()
+            fetches = is_empty or any(name in text for name in FETCHING)
+            return "" if fetches else match.group()
         if len(text) < 50_000:
             return match.group()
         styles[text] = True

@@ -201,8 +201,8 @@ def configuration_of(kind: type, values: dict) -> ExperimentConfig:  # values: o
     config = values.get("config", {})
     if kind is TrainConfig:
         config = with_preset(values.get("preset", ""), config)
-        config.pop("epochs", None)
-        if values.get("preset") and "name" not in config.get("data", {}):
+        epochs = config.pop("epochs", None)
+        if epochs and "name" not in config.get("data", {}):
             raise ValueError(f"preset {values['preset']} needs ReasonSeg's folder; name it by data")
     return validated_config(kind, config)
 

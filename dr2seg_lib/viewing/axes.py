@@ -122,7 +122,7 @@ def axis_number(k: int) -> str:
     "What plotly's names of the axes of panel k end in: '', '2', '3', …"
     return str(k + 1) if k else ""
 
-
+# %% ../../nbs/viewing/axes.ipynb #c0020
 def axis_layout(panel: Panel, k: int, frame: Frame) -> dict:  # {"xaxis2": …, "yaxis2": …}
     "Both axes of a panel as plotly's layout has them."
     (across, up), n = frame.domains(k), axis_number(k)
@@ -149,7 +149,7 @@ def axis_layout(panel: Panel, k: int, frame: Frame) -> dict:  # {"xaxis2": …, 
         x |= dict(constrain="domain")
     return {f"xaxis{n}": x, f"yaxis{n}": y}
 
-# %% ../../nbs/viewing/axes.ipynb #c0020
+# %% ../../nbs/viewing/axes.ipynb #c0022
 KEY_SIGNS = {"": "━━", "dash": "╍╍", "dot": "┈┈"}
 
 
@@ -170,7 +170,7 @@ def panel_notes(panel: Panel, k: int) -> list:  # of dicts
     axes = dict(xref=f"x{n}", yref=f"y{n}")
     return out + [note_annotation(note) | axes for note in notes]
 
-
+# %% ../../nbs/viewing/axes.ipynb #c0024
 def panel_traces(panel: Panel, k: int) -> list:  # of dicts
     "The marks of a panel as plotly's traces on its axes."
     place = dict(xaxis=f"x{axis_number(k)}", yaxis=f"y{axis_number(k)}")
@@ -183,7 +183,7 @@ def panel_traces(panel: Panel, k: int) -> list:  # of dicts
             traces.append(trace | place | dict(showlegend=own))
     return traces
 
-# %% ../../nbs/viewing/axes.ipynb #c0023
+# %% ../../nbs/viewing/axes.ipynb #c0027
 def panel_legend(frame: Frame, k: int) -> dict:
     "A legend below panel k."
     (left, right), (low, _) = frame.domains(k)

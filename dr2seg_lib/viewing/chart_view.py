@@ -8,6 +8,7 @@ __all__ = ['figure_widget', 'grow_figure', 'ChartView']
 # %% ../../nbs/viewing/chart_view.ipynb #c0003
 import plotly.graph_objects as go
 import traitlets as t
+from fastcore.basics import patch
 from ipywidgets import widget_serialization
 
 from .charts import CONFIG, Chart
@@ -56,17 +57,20 @@ class ChartView(View):
             self.asked = True
             self.show_charts()
 
-    def show_charts(self):
-        "Makes the widgets, or shows the new data in them."
-        if not self.asked:
-            return
-        for name, chart in self.charts().items():
-            if name in self.figures:
-                grow_figure(self.figures[name], chart)
-            else:
-                self.figures = self.figures | {name: figure_widget(chart)}
-
     def close(self):
+        "Ends the view and its widgets."
         for widget in self.figures.values():
             widget.close()
         super().close()
+
+# %% ../../nbs/viewing/chart_view.ipynb #c0011
+@patch
+def show_charts(self: ChartView):
+    "Makes the widgets, or shows the new data in them."
+    if not self.asked:
+        return
+    for name, chart in self.charts().items():
+        if name in self.figures:
+            grow_figure(self.figures[name], chart)
+        else:
+            self.figures = self.figures | {name: figure_widget(chart)}

@@ -23,6 +23,8 @@ from .chart_view import ChartView
 from .charts import Chart
 from .comparison_plots import token_comparison_plot
 from .curves import training_curves
+
+# %% ../../nbs/viewing/compare.ipynb #c0003
 from .figures import Figure, figure_svg
 from .open_records import open_rows
 from .record_types import MetricsRecord
@@ -39,7 +41,7 @@ from dr2seg_lib.viewing.tables import (
 )
 from .view import notice_figure
 
-# %% ../../nbs/viewing/compare.ipynb #c0005
+# %% ../../nbs/viewing/compare.ipynb #c0006
 def open_all(
     runs,  # a run folder or a RunReader, or a list of them
 ) -> list:  # of RunReader
@@ -61,7 +63,7 @@ def load_arms(
         arms.setdefault(name, []).append(reader)
     return arms
 
-# %% ../../nbs/viewing/compare.ipynb #c0007
+# %% ../../nbs/viewing/compare.ipynb #c0008
 def final_predictions(opened: RunReader) -> list:
     "The predictions after training."
     return [row for pair in opened.groups["evaluation"] for row in pair if row["when"] == "after"]
@@ -76,7 +78,7 @@ def measure_level(
     columns = columns[np.isfinite(columns).all(1)]
     return overall(columns) if len(columns) else None
 
-# %% ../../nbs/viewing/compare.ipynb #c0009
+# %% ../../nbs/viewing/compare.ipynb #c0010
 def difference_cells(
     arms: dict,  # {arm: rows}; all are compared with the first
     measure: str,  # of MEASURES
@@ -102,7 +104,7 @@ def measure_differences(
         heads |= {f"b{i}": (arm, "s"), f"d{i}": (title, "s")}
     return rows_table([difference_cells(arms, measure) for measure in MEASURES], heads)
 
-# %% ../../nbs/viewing/compare.ipynb #c0012
+# %% ../../nbs/viewing/compare.ipynb #c0013
 RIGHT = 0.5  # IoU from which a mask is right
 
 
@@ -122,7 +124,7 @@ def disagreements(
     lost = [(x, y) for x, y in pairs if y["iou"] >= right > x["iou"]]
     return sorted(won, key=_loss), sorted(lost, key=_loss, reverse=True)
 
-# %% ../../nbs/viewing/compare.ipynb #c0014
+# %% ../../nbs/viewing/compare.ipynb #c0015
 def answer_facts(
     arm: str,
     row: dict,  # its answer
@@ -149,7 +151,7 @@ def qualitative_pairs(
         cards.append(head | dict(answers=answers))
     return cards
 
-# %% ../../nbs/viewing/compare.ipynb #c0017
+# %% ../../nbs/viewing/compare.ipynb #c0018
 def page_part(title: str, note: str = "", **body) -> dict:
     "A section as the template takes it: chart, table, text or cards."
     empty = dict(chart="", chart_name="", table="", text="", cards=[], columns=[])
@@ -160,7 +162,7 @@ def chart_part(title: str, name: str, chart: Chart, note: str = "") -> dict:
     "A section with a chart."
     return page_part(title, note, chart=figure_svg(chart, chart.label), chart_name=name)
 
-# %% ../../nbs/viewing/compare.ipynb #c0019
+# %% ../../nbs/viewing/compare.ipynb #c0020
 class Comparison(ChartView):
     "Runs side by side."
 
@@ -183,7 +185,7 @@ class Comparison(ChartView):
         super().__init__()
         self.html = self.page()
 
-# %% ../../nbs/viewing/compare.ipynb #c0020
+# %% ../../nbs/viewing/compare.ipynb #c0021
 @patch
 def add(self: Comparison, arm: str, reader: RunReader):
     "Takes in one run: its curves, its predictions, and what is missing."
@@ -205,7 +207,7 @@ def sample_of(self: Comparison, row: dict) -> Sample | None:
                 return sample
     return None
 
-# %% ../../nbs/viewing/compare.ipynb #c0021
+# %% ../../nbs/viewing/compare.ipynb #c0022
 @patch
 def charts(self: Comparison) -> dict:  # {name: Chart}
     "What is drawn of the runs."
@@ -218,7 +220,7 @@ def charts(self: Comparison) -> dict:  # {name: Chart}
         charts["tokens"].label = "reasoning tokens of each sample in both runs"
     return charts
 
-# %% ../../nbs/viewing/compare.ipynb #c0022
+# %% ../../nbs/viewing/compare.ipynb #c0023
 @patch
 def page(self: Comparison) -> Markup:
     "All of it as HTML."
@@ -236,7 +238,7 @@ def page(self: Comparison) -> Markup:
     page = dict(name=" against ".join(self.arms), lead=lead, notices=self.missing, parts=parts)
     return render("compare.html.j2", page=page)
 
-# %% ../../nbs/viewing/compare.ipynb #c0023
+# %% ../../nbs/viewing/compare.ipynb #c0024
 PAIRED = (
     "After training; the differences are paired, "
     "± half of the 95 % bootstrap interval over samples."
@@ -250,7 +252,7 @@ def measured(self: Comparison, chart: Chart) -> dict:
     scatter = chart_part("Tokens, sample by sample", "tokens", chart)
     return dict(columns=[table, scatter], wide=len(self.rows) > 2)
 
-# %% ../../nbs/viewing/compare.ipynb #c0024
+# %% ../../nbs/viewing/compare.ipynb #c0025
 @patch
 def answers(self: Comparison) -> list:
     "Where the first two arms disagree."
@@ -264,7 +266,7 @@ def answers(self: Comparison) -> list:
         parts.append(page_part(f"{x} right, {y} wrong", note, cards=cards, text=text))
     return parts
 
-# %% ../../nbs/viewing/compare.ipynb #c0025
+# %% ../../nbs/viewing/compare.ipynb #c0026
 @patch
 def still(self: Comparison) -> Figure:
     "The picture for where no widget lives."

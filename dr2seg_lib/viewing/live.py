@@ -27,15 +27,17 @@ from dr2seg_lib.viewing.curves import (
     tokens_panel,
     training_curves,
 )
+
+# %% ../../nbs/viewing/live.ipynb #c0003
+from ..core.json_text import parse_strict_json
 from .figures import Figure
 from .open_records import check_record, open_json, path_text
 from .record_types import MetricsRecord, ProgressRecord, RunRecord
 from .reward_terms import term_colours
-from ..core.json_text import parse_strict_json
 from .style import METHOD_COLOURS, short
 from .view import notice_figure
 
-# %% ../../nbs/viewing/live.ipynb #c0005
+# %% ../../nbs/viewing/live.ipynb #c0006
 class JsonlTail:
     "A file of metrics that grows; `wrong` is a sentence on the first line that does not fit."
 
@@ -59,7 +61,7 @@ class JsonlTail:
             self.add(line)
         return bool(new)
 
-# %% ../../nbs/viewing/live.ipynb #c0006
+# %% ../../nbs/viewing/live.ipynb #c0007
 @patch
 def add(self: JsonlTail, line: bytes):
     "Reads one line."
@@ -68,7 +70,7 @@ def add(self: JsonlTail, line: bytes):
     except ValueError as e:
         self.wrong = self.wrong or f"{self.path.name}, a line {e}"
 
-# %% ../../nbs/viewing/live.ipynb #c0011
+# %% ../../nbs/viewing/live.ipynb #c0012
 KEEP = 0.6  # smoothing
 
 
@@ -92,7 +94,7 @@ def term_panel(
     limits = (-0.04 * top, 1.04 * top) if top else (None, None)
     return Panel(title, lines, y_range=limits, value=newest(rows, measure), colour=colour)
 
-# %% ../../nbs/viewing/live.ipynb #c0013
+# %% ../../nbs/viewing/live.ipynb #c0014
 MEASURES = {
     "answer_entropy": ("answer entropy, nats", (None, None)),
     "accuracy": ("accuracy", (0, 1.04)),
@@ -119,7 +121,7 @@ def live_panels(
     panels = [entropy, tokens, accuracy, reward, *terms, kl]
     return [panel for panel in panels if panel.marks]
 
-# %% ../../nbs/viewing/live.ipynb #c0015
+# %% ../../nbs/viewing/live.ipynb #c0016
 def live_charts(
     rows: list,  # metrics rows
     steps: int | None = None,  # of the whole run, where it is known
@@ -134,7 +136,7 @@ def live_charts(
         charts["seconds"] = stage_seconds_plot(rows)
     return charts
 
-# %% ../../nbs/viewing/live.ipynb #c0018
+# %% ../../nbs/viewing/live.ipynb #c0019
 class Live(ChartView):
     "A run as it goes. `stop` ends it after the current step."
 
@@ -161,7 +163,7 @@ class Live(ChartView):
         while not self.closed.wait(self.every) and self.look():
             pass
 
-# %% ../../nbs/viewing/live.ipynb #c0020
+# %% ../../nbs/viewing/live.ipynb #c0021
 def live_record(
     folder: Path,
 ) -> tuple:  # run.json, status, a sentence on what is wrong
@@ -183,7 +185,7 @@ def live_lead(parameters: dict) -> str:
     parts.append(None if seed is None else f"seed {seed}")
     return " · ".join(filter(None, parts))
 
-# %% ../../nbs/viewing/live.ipynb #c0022
+# %% ../../nbs/viewing/live.ipynb #c0023
 @patch
 def look(self: Live) -> bool:  # whether there is more to come
     "Reads what is new."
@@ -209,7 +211,7 @@ def charts(self: Live) -> dict:
     "The curves and the seconds of the rows so far."
     return live_charts(self.tail.rows, self.steps)
 
-# %% ../../nbs/viewing/live.ipynb #c0023
+# %% ../../nbs/viewing/live.ipynb #c0024
 @patch
 def stop(self: Live):
     "Asks the run to end after the current step."
@@ -227,7 +229,7 @@ def respond(self: Live, _, content: dict, buffers):
     else:
         super(Live, self).respond(_, content, buffers)
 
-
+# %% ../../nbs/viewing/live.ipynb #c0025
 @patch
 def close(self: Live):
     "Looks no more."
@@ -242,7 +244,7 @@ def still(self: Live) -> Figure:
         return training_curves(self.tail.rows).matplotlib()
     return notice_figure(f"{path_text(self.folder)} has no step yet")
 
-# %% ../../nbs/viewing/live.ipynb #c0027
+# %% ../../nbs/viewing/live.ipynb #c0029
 def live(
     run,  # a run's folder, or a `Run`; it need not be there yet
 ) -> Live:

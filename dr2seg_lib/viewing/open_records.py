@@ -11,8 +11,8 @@ from reprlib import repr as brief
 
 from pydantic import ValidationError
 
-from .record_types import by_todays_names
 from ..core.json_text import parse_strict_json
+from .record_types import by_todays_names
 
 # %% ../../nbs/viewing/open_records.ipynb #7c8c8489
 _MEND = dict(

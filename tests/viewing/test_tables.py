@@ -9,7 +9,8 @@ from dr2seg_lib.core.files import write_json
 from dr2seg_lib.core.markup import latex_text
 from dr2seg_lib.core.statistics import Interval
 from dr2seg_lib.evaluation.published import COLUMN_TITLES, published_tables
-from dr2seg_lib.viewing.paper_tables import caveats, format_tables, set_name, side_by_side
+from dr2seg_lib.viewing.paper_rows import set_name
+from dr2seg_lib.viewing.paper_tables import caveats, format_tables, side_by_side
 
 SUMMARY = dict(
     n=200,
