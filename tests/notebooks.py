@@ -20,6 +20,9 @@ from dr2seg_lib.commands.execute import kernel_class
 SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
 SILENT = re.compile(r"^#\|\s*output:\s*false", re.M)
 
+# What one notebook leaves behind, the next must not find.
+FRESH = "%reset -f\nimport torch\ntorch.set_grad_enabled(True)\ndel torch\n"
+
 
 class Kernel:
     "One kernel for several notebooks: what one has imported the next need not wait for."
@@ -32,7 +35,7 @@ class Kernel:
         "The notebook, run from its own folder among no variables of another."
         nb = nbformat.read(path, as_version=4)
         whole = nb.cells
-        fresh = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {path.parent.resolve()}")
+        fresh = nbformat.v4.new_code_cell(FRESH + f"%cd -q {path.parent.resolve()}")
         nb.cells = [fresh, *(c for c in whole if not SKIPPED.search(c.source))]
         runner = NotebookClient(nb, km=self.manager, timeout=600)
         runner.kc = self.client
