@@ -35,7 +35,8 @@ def run_python(code):
 
 @pytest.mark.parametrize("module", ["parameters", "presets", "known_names", "parameter_table"])
 def test_torch_is_not_imported(module):
-    code = f"import sys, dr2seg_lib.core.{module}; print(*({{'torch', 'transformers'}} & {{*sys.modules}}))"
+    heavy = "{'torch', 'transformers'} & {*sys.modules}"
+    code = f"import sys, dr2seg_lib.core.{module}; print(*({heavy}))"
     assert run_python(code) == []
 
 
@@ -112,10 +113,11 @@ def test_old_names_lead_to_fields(kind, names):
 
 def test_every_field_of_version_0_2_has_a_place():
     "The flat names that a training had, each with a place in the nested configuration."
-    old = """recipe model server segmenter data texts strict eval_data allow_overlap seed steps prompts
-    samples temperature max_new_tokens max_question_tokens anchor gamma tune rank alpha targets dtype
-    attention lr norm_lr schedule weight_decay grad_norm kl clip updates advantage_scale chunk
-    eval_samples record checkpoint_every scorer processes checkpointing shard""".split()
+    old = """recipe model server segmenter data texts strict eval_data allow_overlap seed steps
+    prompts samples temperature max_new_tokens max_question_tokens anchor gamma tune rank
+    alpha targets dtype attention lr norm_lr schedule weight_decay grad_norm kl clip
+    updates advantage_scale chunk eval_samples record checkpoint_every scorer processes
+    checkpointing shard""".split()
     new = [TRAINING_NAMES.get(name, name) for name in old]
     assert sorted(new) == sorted(TrainConfig().flat())
 

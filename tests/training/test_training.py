@@ -197,7 +197,7 @@ def test_only_frozen_weights_are_divided():
 def test_questions_must_be_shared_evenly():
     with pytest.raises(
         ValidationError,
-        match="questions_per_step: 16 questions cannot be shared by 3 processes; use a multiple of it",
+        match="questions_per_step: 16 questions cannot be shared by 3 processes",
     ):
         TrainConfig(processes=3)
 
@@ -325,7 +325,7 @@ def test_nothing_that_can_be_read_is_an_error_and_strict_is_at_once():
 
 @pytest.fixture
 def own(tmp_path):
-    "A folder of one's own with scenes of the world, for training and for evaluation; one record of each split is broken."
+    "A folder of one's own for training and evaluation; one record of each split is broken."
     home = tmp_path / "own"
     home.mkdir()
     rows = [
@@ -468,7 +468,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
 
 def test_bf16_weights_with_few_projections(tmp_path):
-    "As large models are trained: frozen weights in bf16, LoRA on two projections in fp32, loaded back by plain peft."
+    "As large models are trained: frozen bf16 weights, fp32 LoRA, loaded back by plain peft."
     run = train(
         TrainConfig(
             **SMALL
@@ -532,7 +532,7 @@ def ended(tmp_path_factory):
 
 @pytest.fixture
 def cut_off(ended, tmp_path):
-    "A copy of a run, as if it had been interrupted after its third step; it has checkpoints of the steps 2 and 3."
+    "A copy of a run, as if interrupted after its third step; checkpoints of steps 2 and 3."
     shutil.copytree(ended.folder, tmp_path / "run")
     update_record(tmp_path / "run", status="interrupted")
     return tmp_path / "run"
@@ -617,7 +617,8 @@ def test_a_resume_is_refused_where_no_rows_are_whole(harm, name, cut_off):
     before = {p: p.read_bytes() for p in cut_off.rglob("*") if p.is_file() and p.name != "run.json"}
     with pytest.raises(
         ValueError,
-        match=f"run has no checkpoint that can be gone on from .step-000003: {name}.*step-000002: {name}.*restore the files, or start",
+        match="run has no checkpoint that can be gone on from "
+        f".step-000003: {name}.*step-000002: {name}.*restore the files, or start",
     ):
         train(TrainConfig(**ENDED), cut_off, resume=True)
     assert {
@@ -800,7 +801,8 @@ def test_a_record_of_wrong_types_is_named(cut_off):
     update_record(cut_off, parameters=read_record(cut_off)["parameters"] | dict(steps="many"))
     with pytest.raises(
         ValueError,
-        match="run: the run's record cannot be gone on from .parameter steps: Input should be a valid integer",
+        match="run: the run's record cannot be gone on from "
+        ".parameter steps: Input should be a valid integer",
     ):
         train(TrainConfig(**ENDED), cut_off, resume=True)
 

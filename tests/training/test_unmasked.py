@@ -1,4 +1,4 @@
-"The peers' training sets have boxes and points without masks: training on them, the report and every view live without."
+"The peers' training sets have no masks: training, the report and every view live without."
 
 import io
 import json
@@ -46,7 +46,7 @@ FORMS = dict(vision_reasoner=vision_reasoner, seg_zero=seg_zero)
 
 
 def write(file, form, rows=8):
-    "A training set of the hub as its authors have written it: id, problem, solution, image, img_height, img_width."
+    "A training set of the hub, field by field as its authors have written it."
     drawn = [draw_sample(1_000_000 + i) for i in range(rows)]
     columns = dict(
         id=[f"{form}_{i}" for i in range(rows)],
@@ -81,7 +81,7 @@ def masked(folder, rows=3):
     ids=["vision_reasoner", "seg_zero", "evaluated"],
 )
 def trained(request, tmp_path_factory):
-    "A run of the command on a training set of each form; the third is evaluated on a set with masks."
+    "A run on a training set of each form; the third is evaluated on a set with masks."
     (form, evaluated), folder = request.param, tmp_path_factory.mktemp("peers")
     file, out = write(folder / f"{form}.parquet", form), folder / "run"
     given = dict(

@@ -710,7 +710,10 @@ CELLS = [
     "from dr2seg_lib.training.trainer import train\n"
     "train(TrainConfig(steps=300, prompts=2, samples=2, eval_samples=0), 'later').status",
     "w2 = inspect('spoken')\nw2",
-    "from dr2seg_lib.core.files import read_jsonl\nfrom dr2seg_lib.viewing.curves import training_curves\ntraining_curves({'<b>bold</b>': read_jsonl('dr2seg-1/metrics.jsonl'), 'other': read_jsonl('dr2seg-1/metrics.jsonl')})",
+    "from dr2seg_lib.core.files import read_jsonl\n"
+    "from dr2seg_lib.viewing.curves import training_curves\n"
+    "rows = read_jsonl('dr2seg-1/metrics.jsonl')\n"
+    "training_curves({'<b>bold</b>': rows, 'other': rows})",
 ]
 
 
@@ -896,7 +899,8 @@ def test_live_in_the_browser(lab):
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 4 }")
     browser.command(lab, "notebook:run-cell", wait=False)
     lab.wait_for_function(
-        "() => document.querySelectorAll('.d2-live .js-plotly-plot .gtitle, .d2-live .js-plotly-plot .annotation').length > 8"
+        "() => document.querySelectorAll('.d2-live .js-plotly-plot .gtitle, "
+        ".d2-live .js-plotly-plot .annotation').length > 8"
     )
     asked = lab.locator(".d2-ask")
     asked.locator(".d2-main").click()
@@ -999,7 +1003,7 @@ def test_why_there_is_no_heat_is_said_once_in_the_browser(lab):
 
 @pytest.mark.browser
 def test_a_chart_answers_to_the_pointer(lab):
-    "Values under the pointer, a legend that hides, and a name that is text: plotly's face in JupyterLab."
+    "Values under the pointer, a legend that hides, a name that is text: plotly in JupyterLab."
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 6 }")
     browser.command(lab, "notebook:run-cell")
     plot = lab.locator(".jp-RenderedPlotly").last

@@ -1,4 +1,4 @@
-"Intervals against scipy and by hand, tables that survive any text, figures of any rows, masks where they belong."
+"Intervals against scipy, tables that survive any text, figures of any rows, masks in place."
 
 import html
 import io
@@ -111,7 +111,7 @@ def test_table_keeps_its_shape(rows):
 
 
 def test_change_is_paired():
-    "Samples of one list only count nowhere; a constant difference has no width however the samples differ."
+    "Samples of one list count nowhere; a constant difference has no width."
     before = [
         dict(sample=i, tokens=float(10 * i), iou=0.1 * i, i=i, u=10, answer_entropy=None)
         for i in range(8)
@@ -166,7 +166,7 @@ def luminance(colour):
     "colour", [MUTED, *METHOD_COLOURS.values(), *OTHER_COLOURS, *STAGE_COLOURS.values()]
 )
 def test_colours_are_seen_on_white_and_on_black(colour):
-    "A contrast of 2.7 for lines on the report's white and its dark panel; WCAG asks 3 for graphics beside which nothing is written."
+    "Lines have a contrast of 2.7 on the report's white and its dark panel; WCAG asks 3 of some."
     light, dark, own = luminance("#ffffff"), luminance("#1b1e24"), luminance(colour)
     assert (light + 0.05) / (own + 0.05) > 2.7
     assert (own + 0.05) / (dark + 0.05) > 2.7
