@@ -166,7 +166,7 @@ def luminance(colour):
     "colour", [MUTED, *METHOD_COLOURS.values(), *OTHER_COLOURS, *STAGE_COLOURS.values()]
 )
 def test_colours_are_seen_on_white_and_on_black(colour):
-    "Lines have a contrast of 2.7 on the report's white and its dark panel; WCAG asks 3 of some."
+    "Lines keep a contrast of 2.7 on the white and the dark panel; WCAG asks 3 of lone graphics."
     light, dark, own = luminance("#ffffff"), luminance("#1b1e24"), luminance(colour)
     assert (light + 0.05) / (own + 0.05) > 2.7
     assert (own + 0.05) / (dark + 0.05) > 2.7
