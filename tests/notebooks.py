@@ -21,7 +21,7 @@ SKIPPED = re.compile(r"^#\|\s*eval:\s*false", re.M)
 SILENT = re.compile(r"^#\|\s*output:\s*false", re.M)
 
 # What one notebook leaves behind, the next must not find.
-FRESH = "%reset -f\nimport torch\ntorch.set_grad_enabled(True)\ndel torch\n"
+FRESH = "%reset -f\n%matplotlib inline\nimport torch\ntorch.set_grad_enabled(True)\ndel torch\n"
 
 
 class Kernel:
