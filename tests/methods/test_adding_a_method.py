@@ -22,6 +22,7 @@ from dr2seg_lib.viewing.inspector import inspect
 from dr2seg_lib.viewing.paper_tables import side_by_side
 from dr2seg_lib.viewing.report import write_report
 from dr2seg_lib.viewing.style import arm_colours
+from dr2seg_lib.viewing.word_attention import asked_prompt
 
 PAGE = Path(__file__).parents[2] / "docs/adding_a_method.md"
 CODE = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)[1]
@@ -86,7 +87,7 @@ def test_the_inspector_shows_its_factor_and_prompt(run):
     view = inspect(run.folder)
     assert view.about["factor"] == "brevity"
     row = view.run.groups["rollouts"][0][0]
-    assert view.run.asked_of(row, "first").startswith("Please find")
+    assert asked_prompt(view.run, row, "first").startswith("Please find")
 
 
 def test_a_method_may_read_answers_in_its_own_way():

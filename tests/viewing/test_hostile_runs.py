@@ -156,7 +156,8 @@ def test_pages_tell_the_browser_to_run_nothing(outcomes):
 
 FOUND = """() => {
   const every = selector => [...document.querySelectorAll(selector)];
-  const acts = a => /^on/i.test(a.name) || /^\\s*javascript:/i.test(a.value);
+  const leads = a => /^(href|xlink:href|src|srcdoc|action|formaction|data)$/i.test(a.name);
+  const acts = a => /^on/i.test(a.name) || (leads(a) && /^\\s*javascript:/i.test(a.value));
   return {
     run: window.__pwned !== undefined || document.title === 'pwned',
     tags: every('body script, iframe, object, embed, math').map(e => e.tagName),

@@ -1007,7 +1007,7 @@ def test_a_chart_answers_to_the_pointer(lab):
     lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 6 }")
     browser.command(lab, "notebook:run-cell")
     plot = lab.locator(".jp-RenderedPlotly").last
-    plot.locator(".trace.scatter").first.wait_for()
+    plot.locator(".trace.scatter").first.wait_for(state="attached")
     plot.scroll_into_view_if_needed()
     assert "<b>bold</b>" in plot.locator(".legendtext").all_text_contents()
     lab.wait_for_timeout(500)
