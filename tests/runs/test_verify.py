@@ -137,8 +137,7 @@ def test_code_that_a_record_names_is_not_run(checkpoint, tmp_path, capsys):
     write(tmp_path / checkpoint, dict(recipe=f"{tmp_path}/evil.py:r"))
     with pytest.raises(
         ValueError,
-        match="runs/x was trained by code of a file, method .*; "
-        "look at it, then name it by method",
+        match="runs/x was trained by code of a file, method .*; look at it, then name it by method",
     ):
         inherit(dict(adapter=checkpoint))
     assert main(["run", "evaluate", "-p", "adapter", checkpoint]) == 2
