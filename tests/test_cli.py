@@ -1348,7 +1348,7 @@ def new_run(folder, experiment, *pairs):
         [("config", '{"lora": {"rank": 8}}'), ("method", "dpad")],
         [("rank", "8"), ("recipe", "dpad")],
     ],
-    ids=["dotted", "a group", "config", "of version 0.2"],
+    ids=["dotted", "a group", "config", "of version 0.1"],
 )
 def test_a_field_is_set_in_the_notebooks_config(tmp_path, given):
     values = new_run(tmp_path / "run", "train", *given)
@@ -1377,7 +1377,7 @@ def test_a_sweep_shares_a_config(tmp_path):
     }
 
 
-def test_a_sweep_of_version_0_2_goes_on(tmp_path, capsys):
+def test_a_sweep_of_version_0_1_goes_on(tmp_path, capsys):
     old = dict(recipes=["dr2seg"], seeds=[0], steps=3, eval_samples=2, workers=1, vary={})
     Run.create(tmp_path / "run", old | dict(settings={"rank": 4}), bar=False).finish("interrupted")
     values = resumed(tmp_path / "run", experiment="ablate")
@@ -1392,7 +1392,7 @@ def test_a_sweep_of_version_0_2_goes_on(tmp_path, capsys):
         resumed(tmp_path / "run", ("lora.rank", "8"), experiment="ablate")
 
 
-def test_a_training_of_version_0_2_goes_on(tmp_path):
+def test_a_training_of_version_0_1_goes_on(tmp_path):
     old = dict(recipe="dpad", rank=4, steps=9, lr=0.5, out="x", resume=False)
     Run.create(tmp_path / "run", old, bar=False).finish("failed")
     found = flat_parameters(resumed(tmp_path / "run", ("optim.lr", "0.1"))["config"])

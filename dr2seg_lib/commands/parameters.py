@@ -67,7 +67,7 @@ def parameter_defaults(notebook: Path) -> dict:  # {name: default}
 
 # %% ../../nbs/commands/parameters.ipynb #5b2506c7
 def old_names_in(notebook: Path) -> dict:  # {old name: new name}
-    "The names of version 0.2 that a notebook goes on to take."
+    "The names of version 0.1 that a notebook goes on to take."
     kind, declared = config_class(notebook), parameters_of(notebook)
     names = dict(kind.old_names) if kind else {}
     if "methods" in declared:

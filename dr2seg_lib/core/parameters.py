@@ -44,7 +44,7 @@ from dr2seg_lib.core.settings import (
 class ExperimentConfig(Settings):
     "What the configurations of all experiments have in common."
 
-    old_names: ClassVar[dict] = {}  # {flat name of version 0.2: name}
+    old_names: ClassVar[dict] = {}  # {flat name of version 0.1: name}
     may_change: ClassVar[dict] = {}  # {name or group: why a resumed run may have another value}
 
     @model_validator(mode="before")

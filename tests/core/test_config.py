@@ -81,7 +81,7 @@ def test_unknown_names_are_told(wrong, says):
         dict(rank=8, recipe="dpad", steps=3),
         {"lora": {"rank": 16}, "lora.rank": 8, "recipe": "dpad", "steps": 3},
     ],
-    ids=["nested", "dotted", "short", "of version 0.2", "the last holds"],
+    ids=["nested", "dotted", "short", "of version 0.1", "the last holds"],
 )
 def test_one_configuration_has_several_spellings(values):
     expected = TrainConfig(lora={"rank": 8}, method={"name": "dpad"}, steps=3)
@@ -111,7 +111,7 @@ def test_old_names_lead_to_fields(kind, names):
     assert kind(**{name: known[new] for name, new in names.items() if new in known}) == kind()
 
 
-def test_every_field_of_version_0_2_has_a_place():
+def test_every_field_of_version_0_1_has_a_place():
     "The flat names that a training had, each with a place in the nested configuration."
     old = """recipe model server segmenter data texts strict eval_data allow_overlap seed steps
     prompts samples temperature max_new_tokens max_question_tokens anchor gamma tune rank
@@ -122,7 +122,7 @@ def test_every_field_of_version_0_2_has_a_place():
     assert sorted(new) == sorted(TrainConfig().flat())
 
 
-def test_an_evaluation_of_version_0_2_is_told_from_a_training():
+def test_an_evaluation_of_version_0_1_is_told_from_a_training():
     training = flat_parameters(dict(recipe="dpad", samples=4))
     evaluation = flat_parameters(dict(recipe="dpad", split="val", samples=4))
     assert training == {"method": "dpad", "rollout.group_size": 4}
@@ -147,7 +147,7 @@ def test_an_unknown_name_is_refused(wrong):
         TrainConfig(**wrong)
 
 
-def test_a_record_of_version_0_2_goes_on():
+def test_a_record_of_version_0_1_goes_on():
     old = dict(recipe="dpad", rank=8, lr=1e-3, data="mini", steps=3)
     now = TrainConfig(method="dpad", steps=3, lora={"rank": 8}, optim={"lr": 1e-4})
     assert changed_parameters(old, now) == {"optim.lr": [1e-3, 1e-4]}

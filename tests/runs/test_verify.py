@@ -30,7 +30,7 @@ OLD = dict(
     max_question_tokens=99,
     samples=8,
     split_of_another_version="x",
-)  # as version 0.2 recorded it
+)  # as version 0.1 recorded it
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_all_that_is_left_out_is_taken_from_the_run(checkpoint):
     assert EvaluateConfig(**found).flat().items() >= TRAINED.items()
 
 
-def test_a_record_of_version_0_2_says_the_same(checkpoint, tmp_path):
+def test_a_record_of_version_0_1_says_the_same(checkpoint, tmp_path):
     new = inherit(dict(adapter=checkpoint))
     write(tmp_path / checkpoint, OLD)
     assert inherit(dict(adapter=checkpoint)) == new
