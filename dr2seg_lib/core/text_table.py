@@ -6,6 +6,7 @@
 __all__ = ['Table', 'rows_table']
 
 # %% ../../nbs/core/text_table.ipynb #0adec59a
+from fastcore.basics import patch
 from markupsafe import Markup
 
 from .markup import format_cell, markdown_text
@@ -46,9 +47,6 @@ def rows_table(
     return Table(rows, columns)
 
 # %% ../../nbs/core/text_table.ipynb #353dc0cc
-from fastcore.basics import patch
-
-
 @patch(as_prop=True)
 def markdown(self: Table) -> str:
     "The table in Markdown."
