@@ -138,6 +138,8 @@ def describe(self: Playground, description: str) -> Response | None:  # None: no
     given_first, parse = (self.policy, self.encoded, self.prefix, [[given]]), self.method.parse
     answers = second_pass(*given_first, prompt, limit, 0, None, parse)
     response = answers[0][0]
+    if response is None:
+        raise ValueError("the description has more tokens than a question may have; shorten it")
     self.second, self.busy = self._shown(response, began), ""
     return response
 

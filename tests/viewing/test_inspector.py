@@ -1069,3 +1069,11 @@ def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
         )
     finally:
         other.close()
+
+
+def test_a_description_beyond_the_limit_is_one_sentence():
+    asker, replies = Playground("embedded", 2_000_049), []
+    asker.send = replies.append
+    asker._asked(None, dict(ask="second", description="the ball " * 2000), None)
+    assert asker.busy == ""
+    assert "shorten it" in replies[0]["error"]
