@@ -96,9 +96,10 @@ def literal_of(notebook: Path, name: str, node: ast.expr | None):  # its value
 # %% ../../nbs/commands/parameters_cell.ipynb #c90b511c
 def parameters_of(notebook: Path) -> dict:  # name: default
     "What the parameters cell of a notebook declares."
+    source = parameters_cell(notebook)
     try:
-        lines = ast.parse(parameters_cell(notebook)).body
-    except (SyntaxError, RecursionError, MemoryError) as e:
+        lines = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise ValueError(
             f"{notebook}: the parameters cell is no Python ({e}); correct it"
         ) from None

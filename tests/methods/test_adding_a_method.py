@@ -125,9 +125,10 @@ def test_a_file_is_read_and_not_run():
 
 
 def test_titles_and_colours_of_the_library_differ():
-    titles = [m.title for m in METHODS.values()]
+    labels = [label for of_file in library_labels().values() for label in of_file.values()]
+    titles = [label.title for label in labels]
     assert len(set(titles)) == len(titles)
-    colours = [m.colour for m in METHODS.values() if m.colour]
+    colours = [label.colour for label in labels if label.colour]
     assert len(set(colours)) == len(colours)
 
 
