@@ -90,7 +90,7 @@ def read_json(path: Path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist; check the run folder's name")
     if not path.is_file(): raise ValueError(f"{path} is no file; restore it or remove the run")
-    try: return json.loads(path.read_bytes().decode("utf-8-sig"))
+    try: return json.loads(path.read_bytes().decode().removeprefix("\ufeff"))
     except (ValueError, RecursionError) as e: # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{path} is not valid JSON ({e}); restore it or remove the run") from None
 
