@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MUTED', 'METHOD_COLOURS', 'OTHER_COLOURS', 'LONGEST', 'MOST', 'TEXT_STYLE', 'AXES_STYLE', 'GRID_STYLE', 'LINE_STYLE',
-           'PAPER_STYLE', 'FIGURE_STYLE', 'arm_colours', 'drawable', 'short']
+           'PAPER_STYLE', 'FIGURE_STYLE', 'arm_colours', 'short']
 
 # %% ../../nbs/viewing/style.ipynb #c0003
 from itertools import cycle
 
+from ..core.plain_text import blank_unprintable
 from ..methods.names import method_colour, method_names
 
 # %% ../../nbs/viewing/style.ipynb #c0004
@@ -29,16 +30,11 @@ LONGEST = 48  # characters of a name in a figure
 MOST = 32  # names in a figure
 
 
-def drawable(text: str) -> str:
-    "Text without what no font draws."
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def short(
     name,  # of an arm, a term, a stage, a tag's value
 ) -> str:
     "A name as a figure shows it: one line, no longer than fits."
-    line = drawable(str(name)[: LONGEST + 1])
+    line = blank_unprintable(str(name)[: LONGEST + 1])  # no font draws those
     line = line.lstrip("_")  # matplotlib leaves a name that begins with _ out of legends
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 

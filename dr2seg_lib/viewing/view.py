@@ -11,9 +11,9 @@ from textwrap import wrap
 import anywidget
 import traitlets as t
 
+from ..core.plain_text import blank_unprintable
 from ..core.templates import STATIC_FOLDER
 from .figures import Figure, panels
-from .style import drawable
 
 # %% ../../nbs/viewing/view.ipynb #0fe263b4
 def fill_lines(
@@ -22,7 +22,7 @@ def fill_lines(
     lines: int = 3,  # at most
 ) -> str:
     "A sentence as the title of a figure, however long it is."
-    start = drawable(text[: width * (lines + 1)])
+    start = blank_unprintable(text[: width * (lines + 1)])
     return "\n".join(wrap(start, width, max_lines=lines, placeholder=" …"))
 
 
