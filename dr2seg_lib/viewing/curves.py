@@ -114,7 +114,7 @@ def arm_lines(
     lines = [Line(x, mean, **look)]
     if keep and not look.get("dash"):
         faint = look | dict(alpha=0.28, width=0.9, name="each step")
-        lines.insert(0, Line(x, thin_values(metric_series(runs[0], measure)[1]), **faint))
+        lines.insert(0, Line(x, thin_values(curve_band(runs, measure)[1]), **faint))
     return lines
 
 # %% ../../nbs/viewing/curves.ipynb #c0022

@@ -1029,6 +1029,16 @@ def test_a_chart_answers_to_the_pointer(lab):
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+def wait_for_pictures(drawn, n):
+    "At least n pictures stand there, loaded and wide: a page draws its outputs one after the other."
+    loaded = """(images, n) => images.filter(i => i.complete && i.naturalWidth > 400).length >= n
+        && images.every(i => i.complete && i.naturalWidth > 400)"""
+    until = time.monotonic() + browser.PATIENCE / 1000
+    while not drawn.evaluate_all(loaded, n):
+        assert time.monotonic() < until, f"{drawn.count()} pictures of {n}, or one not loaded"
+        time.sleep(0.2)
+
+
 @pytest.mark.browser
 def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
     "Where nobody trusts a saved notebook, and on a plain page, stands the still."
@@ -1054,19 +1064,12 @@ def test_a_notebook_that_is_not_trusted_shows_the_picture(lab):
             ".jp-NotebookPanel:not(.lm-mod-hidden)"
         )  # beside it the first notebook may be open, as it was left
         drawn = panel.locator(".jp-OutputArea-output img")
-        drawn.first.wait_for()
-        assert drawn.count() >= len(stills)
+        wait_for_pictures(drawn, len(stills))
         assert panel.locator(".dr2seg").count() == 0
-        assert drawn.first.evaluate("i => i.complete && i.naturalWidth") > 400
         assert drawn.first.bounding_box()["width"] > 300
         browser.plain_page(lab.folder / "elsewhere.ipynb", lab.folder / "elsewhere.html")
         other.goto((lab.folder / "elsewhere.html").as_uri())
-        drawn = other.locator("img[src^='data:image/png']")
-        assert drawn.count() >= len(stills)
-        assert all(
-            drawn.nth(i).evaluate("i => i.complete && i.naturalWidth") > 400
-            for i in range(drawn.count())
-        )
+        wait_for_pictures(other.locator("img[src^='data:image/png']"), len(stills))
     finally:
         other.close()
 

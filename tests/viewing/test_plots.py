@@ -242,7 +242,7 @@ def check_faces(chart):
             assert html.unescape(trace.get("name", "")) == mark.name
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(row, max_size=4, unique_by=lambda r: r["step"]), st.lists(row, max_size=3))
 def test_any_rows_make_figures(rows, others):
     "Nothing, one step, missing and non-finite numbers: every figure still draws."
@@ -251,6 +251,12 @@ def test_any_rows_make_figures(rows, others):
             check_faces(f(given_))
     check_faces(stage_seconds_plot(rows))
     xml.fromstring(training_curves(rows).svg())
+
+
+def test_a_step_recorded_twice_counts_once():
+    twice = [dict(step=6, tokens=3.0), dict(step=6, tokens=-4.0)]
+    assert [len(m.x) for m in training_curves(twice).panels[1].marks] == [1, 1]
+    check_faces(training_curves(twice))
 
 
 def curve(values, **more):
