@@ -8,7 +8,7 @@ import numpy as np
 
 from dr2seg_lib.core.files import write_jsonl
 from dr2seg_lib.core.masks import encode_rle, iou, ratio
-from dr2seg_lib.data.chains import think_concise, think_direct, think_verbose
+from dr2seg_lib.data.chains import think_aloud, think_concise, think_direct
 from dr2seg_lib.data.mini import draw_problem
 from dr2seg_lib.data.scenes import describe_objects
 from dr2seg_lib.rollouts.parsing import format_response, parse_response
@@ -25,7 +25,9 @@ def tokens_of(text):
 def answer(rng, puzzle, sample, verbose, shift=0, first=True):
     "A response as the embedded policy writes it, and the mask that follows from it."
     targets = puzzle.question.targets
-    chain = (think_verbose if verbose else think_concise)(rng, puzzle.scene, puzzle.question)
+    chain = think_concise(rng, puzzle.scene, puzzle.question)
+    if verbose:
+        chain = think_aloud(rng, puzzle.scene, puzzle.question).text
     if not first:
         chain = think_direct(targets)
     masks = puzzle.scene.masks()

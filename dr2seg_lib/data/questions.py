@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ask_colour', 'ask_shape', 'ask_size', 'ask_corners', 'ask_edge', 'ask_near', 'ask_class_extreme', 'ask_hop',
-           'ask_same_colour', 'ask_same_shape', 'find_odd', 'ask_odd', 'ask_exclude', 'ask_all_colour', 'find_pair',
-           'ask_pair_colour', 'ask_pair_shape']
+           'ask_same_colour', 'ask_same_shape', 'name_all', 'find_odd', 'ask_odd', 'ask_exclude', 'ask_all_colour',
+           'find_pair', 'ask_pair_colour', 'ask_pair_shape']
 
 # %% ../../nbs/data/questions.ipynb #c1939c0e
 from dr2seg_lib.data.scene_facts import (
@@ -17,12 +17,13 @@ from dr2seg_lib.data.scene_facts import (
     Question,
     find_extreme,
     find_nearest,
+    left_to_right,
     of_colour,
     of_shape,
     only_one,
     pick_one,
 )
-from .scenes import short_name
+from .scenes import describe_objects, short_name
 
 # %% ../../nbs/data/questions.ipynb #8c4799c6
 def ask_colour(rng, scene) -> Question | None:
@@ -104,7 +105,8 @@ def ask_class_extreme(rng, scene) -> Question | None:
         return None
     like = pick_one(rng, LIKE[t.colour])
     text = f"of the objects coloured like {like}, which is closest to the {edge}"
-    facts = f"they are {t.colour}", f"the {short_name(t, scene)} is closest to the {edge}"
+    named = describe_objects(left_to_right(group), scene)
+    facts = f"they are {named}", f"the {short_name(t, scene)} is closest to the {edge}"
     return Question(text, (t,), facts)
 
 # %% ../../nbs/data/questions.ipynb #e406c1db
@@ -146,6 +148,12 @@ def ask_same_shape(rng, scene) -> Question | None:
     facts = f"the {name} is a {a.shape}", f"the {other} is a {a.shape} too"
     return Question(pick_one(rng, texts), (t,), facts)
 
+# %% ../../nbs/data/questions.ipynb #d3a49f31
+def name_all(scene) -> str:  # e.g. "from left to right they are red ball, blue star"
+    "What all objects are, the fact behind every comparison of them."
+    names = [short_name(t, scene) for t in left_to_right(scene.things)]
+    return f"from left to right they are {', '.join(names)}"
+
 # %% ../../nbs/data/questions.ipynb #30e95547
 def find_odd(
     scene,
@@ -160,17 +168,20 @@ def find_odd(
 
 # %% ../../nbs/data/questions.ipynb #ec3cd1c6
 def ask_odd(rng, scene) -> Question | None:
-    "The odd one out."
+    "The odd one out, unless its colour sets one object apart and its shape another."
     texts = "which object does not belong with the others", "what is the odd one out here"
-    t, rest = find_odd(scene, "colour")
-    if t:
-        facts = f"the others are all {rest}", f"the {short_name(t, scene)} is {t.colour}"
-        return Question(pick_one(rng, texts), (t,), facts)
-    t, rest = find_odd(scene, "shape")
-    if t:
-        form = f"the others all have the form of a {rest}"
-        facts = form, f"the {short_name(t, scene)} is a {t.shape}"
-        return Question(pick_one(rng, texts), (t,), facts)
+    one, colour = find_odd(scene, "colour")
+    other, shape = find_odd(scene, "shape")
+    t = one or other
+    if not t or (other or t) is not t:
+        return None
+    facts = (
+        f"the others all have the form of a {shape}",
+        f"the {short_name(t, scene)} is a {t.shape}",
+    )
+    if one:
+        facts = f"the others are all {colour}", f"the {short_name(t, scene)} is {t.colour}"
+    return Question(pick_one(rng, texts), (t,), (name_all(scene), *facts))
 
 # %% ../../nbs/data/questions.ipynb #35c61ca0
 def ask_exclude(rng, scene) -> Question | None:
@@ -214,7 +225,8 @@ def ask_pair_colour(rng, scene) -> Question | None:
     if not (pair := find_pair(scene, "colour")):
         return None
     texts = "which two objects were painted alike", "which two objects match in colour"
-    return Question(pick_one(rng, texts), tuple(pair), (f"two are {pair[0].colour}",))
+    facts = name_all(scene), f"two are {pair[0].colour}"
+    return Question(pick_one(rng, texts), tuple(pair), facts)
 
 # %% ../../nbs/data/questions.ipynb #bdaba354
 def ask_pair_shape(rng, scene) -> Question | None:
@@ -222,8 +234,8 @@ def ask_pair_shape(rng, scene) -> Question | None:
     if not (pair := find_pair(scene, "shape")):
         return None
     texts = "which two objects were cut alike", "which two objects match in form"
-    fact = f"two have the form of a {pair[0].shape}"
-    return Question(pick_one(rng, texts), tuple(pair), (fact,))
+    facts = name_all(scene), f"two have the form of a {pair[0].shape}"
+    return Question(pick_one(rng, texts), tuple(pair), facts)
 
 # %% ../../nbs/data/questions.ipynb #933b9ec4
 KINDS = {  # kind: (question, query type, dimension)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIKE', 'USE', 'EDGES', 'EDGE_WORDS', 'CORNERS', 'Question', 'pick_one', 'only_one', 'of_colour', 'of_shape',
-           'find_extreme', 'find_nearest']
+           'find_extreme', 'left_to_right', 'find_nearest']
 
 # %% ../../nbs/data/scene_facts.ipynb #8a3b6a91
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -98,6 +99,11 @@ def find_extreme(
 
     first, second = sorted(things, key=position)[:2]
     return first if abs(getattr(first, axis) - getattr(second, axis)) >= gap else None
+
+# %% ../../nbs/data/scene_facts.ipynb #1d142261
+def left_to_right(things) -> tuple:  # of SceneObject
+    "The objects by their centres, from left to right."
+    return tuple(sorted(things, key=attrgetter("x")))
 
 # %% ../../nbs/data/scene_facts.ipynb #312fc4de
 def find_nearest(

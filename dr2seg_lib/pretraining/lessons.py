@@ -14,13 +14,7 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from dr2seg_lib.data.chains import (
-    VERBOSE,
-    describe_places,
-    think_concise,
-    think_direct,
-    think_verbose,
-)
+from ..data.chains import describe_places, think_aloud, think_direct
 from ..data.mini import WARM_START, draw_problem
 from ..data.questions import KINDS
 from ..data.samples import Target
@@ -89,8 +83,8 @@ def implicit_example(rng, scene: Scene, q) -> tuple[str, str, list]:  # question
     "A question that needs thought: the scene's own, or half of the time another one."
     if rng.random() < 0.5:
         q = KINDS[pick_one(rng, tuple(KINDS))][0](rng, scene) or q
-    think = think_verbose if rng.random() < VERBOSE else think_concise
-    return q.text + ("?" if rng.random() < 0.5 else ""), think(rng, scene, q), q.targets
+    chain = think_aloud(rng, scene, q)
+    return q.text + ("?" if rng.random() < 0.5 else ""), chain.text, chain.targets
 
 # %% ../../nbs/pretraining/lessons.ipynb #b0bf0b21
 EXAMPLE_PROMPTS = (dr2seg_prompt, visionreasoner_prompt, seg_zero_prompt, dpad_prompt)

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from ..data.chains import think_concise, think_verbose
+from ..data.chains import think_aloud, think_concise
 from ..data.mini import WARM_START
 from .scorer_loss import caption_fit, contrastive_loss
 from .scorer_pages import SCORER_SIZE, caption_picture, draw_scorer_page
@@ -71,8 +71,8 @@ def draw_scorer_batch(rng, pages: list, count: int, crops: int) -> tuple:
 def page_texts(rng, page) -> list:  # of str
     "The question of a page, and its two chains."
     p = page.problem
-    chains = [think(rng, p.scene, p.question) for think in (think_concise, think_verbose)]
-    return [p.question.text, *chains]
+    concise = think_concise(rng, p.scene, p.question)
+    return [p.question.text, concise, think_aloud(rng, p.scene, p.question).text]
 
 # %% ../../nbs/pretraining/scorer.ipynb #8a2256cc
 def scorer_optimizer(model: nn.Module, lr: float, steps: int) -> tuple:  # optimizer, schedule

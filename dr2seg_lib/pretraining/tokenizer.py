@@ -21,7 +21,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ..data.chains import think_concise, think_direct, think_verbose
+from ..data.chains import think_aloud, think_direct
 from ..data.mini import draw_problem
 from ..methods.dpad import DPAD_TEMPLATE
 from ..methods.dr2seg import DR2SEG_TEMPLATE
@@ -68,8 +68,7 @@ def world_words() -> list[str]:
         p = draw_problem(seed)
         texts += [
             p.question.text,
-            think_concise(rng, p.scene, p.question),
-            think_verbose(rng, p.scene, p.question),
+            think_aloud(rng, p.scene, p.question).text,
             think_direct(p.question.targets),
         ]
     words = (text.replace(",", " ").replace(".", " ").split() for text in texts)

@@ -4,9 +4,20 @@ import numpy as np
 import pytest
 
 from dr2seg_lib.core.masks import deepest_point, mask_box
-from dr2seg_lib.data.chains import think_concise, think_direct, think_verbose
+from dr2seg_lib.data.chains import (
+    DOUBT_WORDS,
+    GO_ON,
+    STRAYED,
+    TEMPTED,
+    follow_chance,
+    think_again,
+    think_aloud,
+    think_concise,
+    think_direct,
+)
 from dr2seg_lib.data.mini import SPLIT_SEEDS, WARM_START, MiniReasonSeg, draw_problem
-from dr2seg_lib.data.questions import KINDS
+from dr2seg_lib.data.questions import KINDS, find_odd
+from dr2seg_lib.data.scene_facts import left_to_right
 from dr2seg_lib.data.scenes import describe_objects, short_name
 
 PUZZLES = [draw_problem(i) for i in range(300)]
@@ -78,16 +89,82 @@ def test_colour_questions_have_one_answer():
         assert sum(t.colour == colour for t in p.scene.things) == expected
 
 
-def test_chains_end_on_the_targets():
+def test_concise_chains_end_on_the_targets():
     rng = np.random.default_rng(0)
     for p in PUZZLES:
-        for think in (think_concise, think_verbose):
-            assert think(rng, p.scene, p.question).endswith(
-                f"{describe_objects(p.question.targets, p.scene)}."
-            )
+        concise = think_concise(rng, p.scene, p.question)
         direct = think_direct(p.question.targets)
+        assert concise.endswith(f"{describe_objects(left_to_right(p.question.targets), p.scene)}.")
         assert p.question.targets[-1].place in direct
-        assert len(direct.split()) < len(think_concise(rng, p.scene, p.question).split())
+        assert len(direct.split()) < len(concise.split())
+
+
+def test_facts_are_named_before_objects_are_compared():
+    for p in (p for p in PUZZLES if p.kind in ("odd", "pair_colour", "pair_shape")):
+        names = p.question.reason[0].removeprefix("from left to right they are ").split(", ")
+        assert names == [short_name(t, p.scene) for t in left_to_right(p.scene.things)]
+
+
+def demonstrations(n):
+    "Problems with their demonstrations, and how many second thoughts each has."
+    rng, rows = np.random.default_rng(0), []
+    for p in PUZZLES * n:
+        chain = think_aloud(rng, p.scene, p.question)
+        rows.append((p, chain, sum(chain.text.count(words) for words in DOUBT_WORDS)))
+    return rows
+
+
+def test_a_demonstration_ends_on_the_objects_it_keeps():
+    for p, chain, _ in demonstrations(1):
+        assert chain.text.endswith(f"{describe_objects(chain.targets, p.scene)}.")
+        assert len(chain.targets) == len(p.question.targets)
+
+
+def test_without_second_thoughts_a_demonstration_is_right():
+    chains = [(p, chain) for p, chain, thoughts in demonstrations(1) if thoughts == 0]
+    assert len(chains) > 20
+    assert all(set(c.targets) == set(p.question.targets) for p, c in chains)
+
+
+def test_the_more_second_thoughts_the_fewer_demonstrations_are_right():
+    rows = demonstrations(10)
+    shares = []
+    for n in range(len(GO_ON)):
+        right = [set(c.targets) == set(p.question.targets) for p, c, k in rows if k == n]
+        shares.append(np.mean(right))
+    assert shares[0] == 1
+    assert shares[0] - shares[1] > 0.1
+    assert shares[1] - np.mean(shares[3:]) > 0.03
+
+
+def test_second_thoughts_are_followed_at_the_stated_rates():
+    rng, counts = np.random.default_rng(0), {TEMPTED: [], STRAYED: []}
+    for p in PUZZLES * 40:
+        held = left_to_right(p.question.targets)
+        (doubt, _), after = think_again(rng, p.scene, held)
+        name = (
+            doubt.rpartition(" is the ")[2] if " is the " in doubt else doubt.split(" be the ")[1]
+        )
+        other = next(t for t in p.scene.things if short_name(t, p.scene) == name)
+        counts[follow_chance(other, held[0])].append(after != held)
+    for rate, followed in counts.items():
+        assert abs(np.mean(followed) - rate) < 0.03
+
+
+def test_lengths_of_demonstrations_are_one_heap():
+    words = [len(chain.text.replace(".", " .").split()) for _, chain, _ in demonstrations(10)]
+    counts, _ = np.histogram(words, bins=range(0, 180, 15))
+    top = counts.argmax()
+    assert (np.diff(counts[: top + 1]) > 0).all()
+    assert (np.diff(counts[top:]) < 0).all()
+
+
+def test_an_odd_one_out_is_the_only_one():
+    seeds = range(3000)
+    problems = [p for p in map(draw_problem, seeds) if p.kind == "odd"]
+    for p in problems:
+        odd = {find_odd(p.scene, feature)[0] for feature in ("colour", "shape")} - {None}
+        assert odd == set(p.question.targets)
 
 
 def test_sequence_protocol():
