@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ask_colour', 'ask_shape', 'ask_size', 'ask_corners', 'ask_edge', 'ask_near', 'ask_class_extreme', 'ask_hop',
-           'ask_same_colour', 'ask_same_shape', 'name_all', 'find_odd', 'ask_odd', 'ask_exclude', 'ask_all_colour',
+           'ask_same_colour', 'ask_same_shape', 'name_in_order', 'find_odd', 'ask_odd', 'ask_exclude', 'ask_all_colour',
            'find_pair', 'ask_pair_colour', 'ask_pair_shape']
 
 # %% ../../nbs/data/questions.ipynb #c1939c0e
@@ -22,8 +22,9 @@ from dr2seg_lib.data.scene_facts import (
     of_shape,
     only_one,
     pick_one,
+    ruler_mark,
 )
-from .scenes import describe_objects, short_name
+from .scenes import short_name
 
 # %% ../../nbs/data/questions.ipynb #8c4799c6
 def ask_colour(rng, scene) -> Question | None:
@@ -105,8 +106,7 @@ def ask_class_extreme(rng, scene) -> Question | None:
         return None
     like = pick_one(rng, LIKE[t.colour])
     text = f"of the objects coloured like {like}, which is closest to the {edge}"
-    named = describe_objects(left_to_right(group), scene)
-    facts = f"they are {named}", f"the {short_name(t, scene)} is closest to the {edge}"
+    facts = name_in_order(group, scene), f"the {short_name(t, scene)} is closest to the {edge}"
     return Question(text, (t,), facts)
 
 # %% ../../nbs/data/questions.ipynb #e406c1db
@@ -134,7 +134,8 @@ def ask_same_colour(rng, scene) -> Question | None:
         f"what shares its colour with the {name}",
         f"which object was painted like the {name}",
     )
-    facts = f"the {name} is {a.colour}", f"the {other} is {a.colour} too"
+    named = name_in_order(of_colour(scene, a.colour), scene)
+    facts = named, f"the {name} is {a.colour}", f"the {other} is {a.colour} too"
     return Question(pick_one(rng, texts), (t,), facts)
 
 # %% ../../nbs/data/questions.ipynb #240a4de6
@@ -145,13 +146,14 @@ def ask_same_shape(rng, scene) -> Question | None:
         return None
     name, other = short_name(a, scene), short_name(t, scene)
     texts = f"what has the same form as the {name}", f"which object was cut like the {name}"
-    facts = f"the {name} is a {a.shape}", f"the {other} is a {a.shape} too"
+    named = name_in_order(of_shape(scene, a.shape), scene)
+    facts = named, f"the {name} is a {a.shape}", f"the {other} is a {a.shape} too"
     return Question(pick_one(rng, texts), (t,), facts)
 
 # %% ../../nbs/data/questions.ipynb #d3a49f31
-def name_all(scene) -> str:  # e.g. "from left to right they are red ball, blue star"
-    "What all objects are, the fact behind every comparison of them."
-    names = [short_name(t, scene) for t in left_to_right(scene.things)]
+def name_in_order(things, scene) -> str:  # "from left to right they are 23 red ball, 80 red star"
+    "Where objects are and what: the fact behind every comparison of them."
+    names = [f"{ruler_mark(t)} {short_name(t, scene)}" for t in left_to_right(things)]
     return f"from left to right they are {', '.join(names)}"
 
 # %% ../../nbs/data/questions.ipynb #30e95547
@@ -181,7 +183,7 @@ def ask_odd(rng, scene) -> Question | None:
     )
     if one:
         facts = f"the others are all {colour}", f"the {short_name(t, scene)} is {t.colour}"
-    return Question(pick_one(rng, texts), (t,), (name_all(scene), *facts))
+    return Question(pick_one(rng, texts), (t,), (name_in_order(scene.things, scene), *facts))
 
 # %% ../../nbs/data/questions.ipynb #35c61ca0
 def ask_exclude(rng, scene) -> Question | None:
@@ -193,6 +195,7 @@ def ask_exclude(rng, scene) -> Question | None:
         return None
     text = f"which {a.shape} does not have the colour of {pick_one(rng, LIKE[a.colour])}"
     facts = (
+        name_in_order(pair, scene),
         f"the {short_name(a, scene)} is {a.colour}",
         f"the {short_name(t, scene)} is {t.colour}",
     )
@@ -206,8 +209,9 @@ def ask_all_colour(rng, scene) -> Question | None:
         return None
     colour = group[0].colour
     like = pick_one(rng, LIKE[colour])
-    text, fact = f"which two objects have the colour of {like}", f"{like} is {colour}"
-    return Question(text, tuple(group), (fact,))
+    text = f"which two objects have the colour of {like}"
+    facts = f"{like} is {colour}", name_in_order(group, scene)
+    return Question(text, tuple(group), facts)
 
 # %% ../../nbs/data/questions.ipynb #a92a9d00
 def find_pair(
@@ -225,7 +229,7 @@ def ask_pair_colour(rng, scene) -> Question | None:
     if not (pair := find_pair(scene, "colour")):
         return None
     texts = "which two objects were painted alike", "which two objects match in colour"
-    facts = name_all(scene), f"two are {pair[0].colour}"
+    facts = name_in_order(scene.things, scene), f"two are {pair[0].colour}"
     return Question(pick_one(rng, texts), tuple(pair), facts)
 
 # %% ../../nbs/data/questions.ipynb #bdaba354
@@ -234,7 +238,7 @@ def ask_pair_shape(rng, scene) -> Question | None:
     if not (pair := find_pair(scene, "shape")):
         return None
     texts = "which two objects were cut alike", "which two objects match in form"
-    facts = name_all(scene), f"two have the form of a {pair[0].shape}"
+    facts = name_in_order(scene.things, scene), f"two have the form of a {pair[0].shape}"
     return Question(pick_one(rng, texts), tuple(pair), facts)
 
 # %% ../../nbs/data/questions.ipynb #933b9ec4

@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.chains import describe_places, think_aloud, think_direct
+from ..data.chains import Chain, describe_places, think_aloud, think_concise, think_direct
 from ..data.mini import WARM_START, draw_problem
 from ..data.questions import KINDS
 from ..data.samples import Target
-from ..data.scene_facts import pick_one
+from ..data.scene_facts import left_to_right, pick_one
 from ..data.scenes import SIDE, Scene, describe_objects, object_caption
 from ..methods.dpad import dpad_prompt
 from ..methods.dr2seg import dr2seg_prompt
@@ -79,11 +79,18 @@ def referring_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, 
     return describe_objects(things, scene), think_direct(things), things
 
 # %% ../../nbs/pretraining/lessons.ipynb #b40b8406
-def implicit_example(rng, scene: Scene, q) -> tuple[str, str, list]:  # question, chain, objects
-    "A question that needs thought: the scene's own, or half of the time another one."
-    if rng.random() < 0.5:
+def implicit_example(
+    rng,
+    scene: Scene,
+    q,  # Question
+    concise: float = 0.0,  # share of concise chains
+) -> tuple:  # question, chain, objects on which the chain ends
+    "A question that needs thought: the scene's own, or a third of the time another one."
+    if rng.random() < 0.35:
         q = KINDS[pick_one(rng, tuple(KINDS))][0](rng, scene) or q
     chain = think_aloud(rng, scene, q)
+    if rng.random() < concise:
+        chain = Chain(think_concise(rng, scene, q), left_to_right(q.targets))
     return q.text + ("?" if rng.random() < 0.5 else ""), chain.text, chain.targets
 
 # %% ../../nbs/pretraining/lessons.ipynb #b0bf0b21
@@ -96,11 +103,12 @@ def draw_example(
     problem,  # Problem
     implicit: float,  # share of questions that need thought
     listing: float,  # share of questions about everything
+    concise: float = 0.0,  # share of concise chains among those that need thought
 ) -> tuple:  # (question, chain, objects), shares of the prompts
     "One question about a scene, and how often each prompt asks it."
     sort = rng.random()
     if sort < implicit:
-        example = implicit_example(rng, problem.scene, problem.question)
+        example = implicit_example(rng, problem.scene, problem.question, concise)
         return example, (0.5, 0.25, 0.15, 0.1)
     if sort < implicit + listing:
         return listing_example(rng, problem.scene), (0, 1, 0, 0)
@@ -108,11 +116,11 @@ def draw_example(
 
 # %% ../../nbs/pretraining/lessons.ipynb #7d4921d1
 def training_example(
-    rng, page: LessonPage, implicit: float, listing: float = 0.0
+    rng, page: LessonPage, implicit: float, listing: float = 0.0, concise: float = 0.0
 ) -> tuple[str, str]:  # user text, response
     "One question on a page and a reference response."
     scene = page.problem.scene
-    (query, chain, things), shares = draw_example(rng, page.problem, implicit, listing)
+    (query, chain, things), shares = draw_example(rng, page.problem, implicit, listing, concise)
     targets = [page.targets[scene.things.index(t)] for t in things]
     prompt = EXAMPLE_PROMPTS[rng.choice(4, p=shares)]
     if len(things) > 1 and prompt in ONE_OBJECT:

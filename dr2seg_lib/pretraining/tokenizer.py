@@ -72,7 +72,7 @@ def world_words() -> list[str]:
             think_direct(p.question.targets),
         ]
     words = (text.replace(",", " ").replace(".", " ").split() for text in texts)
-    return sorted(set(chain.from_iterable(words)))
+    return sorted(filter(str.isalpha, set(chain.from_iterable(words))))
 
 # %% ../../nbs/pretraining/tokenizer.ipynb #1a02c19d
 def make_tokenizer() -> PreTrainedTokenizerFast:

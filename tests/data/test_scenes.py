@@ -17,7 +17,7 @@ from dr2seg_lib.data.chains import (
 )
 from dr2seg_lib.data.mini import SPLIT_SEEDS, WARM_START, MiniReasonSeg, draw_problem
 from dr2seg_lib.data.questions import KINDS, find_odd
-from dr2seg_lib.data.scene_facts import left_to_right
+from dr2seg_lib.data.scene_facts import left_to_right, ruler_mark
 from dr2seg_lib.data.scenes import describe_objects, short_name
 
 PUZZLES = [draw_problem(i) for i in range(300)]
@@ -102,7 +102,9 @@ def test_concise_chains_end_on_the_targets():
 def test_facts_are_named_before_objects_are_compared():
     for p in (p for p in PUZZLES if p.kind in ("odd", "pair_colour", "pair_shape")):
         names = p.question.reason[0].removeprefix("from left to right they are ").split(", ")
-        assert names == [short_name(t, p.scene) for t in left_to_right(p.scene.things)]
+        expected = [f"{ruler_mark(t)} {short_name(t, p.scene)}" for t in p.scene.things]
+        assert sorted(names) == sorted(expected)
+        assert [int(name.split()[0]) for name in names] == sorted(map(ruler_mark, p.scene.things))
 
 
 def demonstrations(n):

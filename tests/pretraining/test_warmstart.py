@@ -13,9 +13,10 @@ from dr2seg_lib.data.mini import draw_problem
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.pretraining import precision
 from dr2seg_lib.pretraining.lesson_batches import soft_number_labels
 from dr2seg_lib.pretraining.lessons import draw_lesson_page, training_example
-from dr2seg_lib.pretraining.policy import CURRICULUM, CurriculumStage
+from dr2seg_lib.pretraining.policy import CURRICULUM, CurriculumStage, warm_start
 from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import WORLD_FRAME, make_tokenizer
 from dr2seg_lib.runs.run_folder import Run
@@ -103,6 +104,54 @@ def test_stages_run_linearly():
     assert s.at(0)["implicit"] == 0.2
     assert s.at(0.5)["implicit"] == pytest.approx(0.4)
     assert len({s.name for s in CURRICULUM}) == len(CURRICULUM)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_warm_start_ends_as_one_that_was_not(tokenizer, tmp_path):
+    pool = [draw_lesson_page(seed) for seed in range(8)]
+    stages = [
+        CurriculumStage("see", 6, 2, "vision", sigma=(1.0, 1.0)),
+        CurriculumStage("think", 6, 2, implicit=(1.0, 1.0), concise=(0.5, 0.5)),
+        CurriculumStage("finish", 4, 2, "both", implicit=(1.0, 1.0), lr=(1.0, 0.0)),
+    ]
+    options = dict(dtype=torch.float32, every=5)
+
+    def stop(step, row):
+        if step == 10:
+            raise Stopped
+
+    def started():
+        torch.manual_seed(0)
+        return make_model(tokenizer)
+
+    whole = warm_start(started(), tokenizer, pool, stages, **options)
+    progress = tmp_path / "progress.pt"
+    with pytest.raises(Stopped):
+        warm_start(started(), tokenizer, pool, stages, log=stop, progress=progress, **options)
+    rows = []
+    keep = dict(log=lambda step, row: rows.append(step), progress=progress)
+    rest = warm_start(started(), tokenizer, pool, stages, **keep, **options)
+    assert rows == [15, 16]
+    for a, b in zip(whole.parameters(), rest.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_warm_start_says_what_it_will_take(tokenizer, capsys):
+    pool = [draw_lesson_page(seed) for seed in range(4)]
+    stages = [CurriculumStage("see", 2, 2, "vision", sigma=(1.0, 1.0))]
+    warm_start(make_model(tokenizer), tokenizer, pool, stages, dtype=torch.float32)
+    assert "2 steps in float32, about 0 minutes" in capsys.readouterr().out
+
+
+def test_slow_bf16_is_not_chosen(monkeypatch):
+    seconds = {torch.float32: 1.0, torch.bfloat16: 0.9}
+    monkeypatch.setattr(precision, "multiply_seconds", seconds.get)
+    assert precision.probe_dtype() == torch.float32
+    seconds[torch.bfloat16] = 0.3
+    assert precision.probe_dtype() == torch.bfloat16
 
 
 def test_weights_are_small():
