@@ -31,6 +31,8 @@ from ..methods.registry import load_method
 from ..models.loading import load_policy
 from ..models.policy import Policy
 from ..models.vllm_client import ServedPolicy, logprob_gap
+
+# %% ../../nbs/training/trainer.ipynb #7bd836e9
 from ..rollouts.two_stage import Rollouts, StageTimer, generate_rollouts
 from ..runs.checkpoints import save_checkpoint, step_of
 from ..runs.launch import destroy_process_group, launch_processes, open_run
