@@ -1758,6 +1758,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                              'dr2seg_lib/rollouts/two_stage.py'),
                                                'dr2seg_lib.rollouts.two_stage.StageTimer.__call__': ( 'rollouts/two_stage.html#stagetimer.__call__',
                                                                                                       'dr2seg_lib/rollouts/two_stage.py'),
+                                               'dr2seg_lib.rollouts.two_stage.complete_groups': ( 'rollouts/two_stage.html#complete_groups',
+                                                                                                  'dr2seg_lib/rollouts/two_stage.py'),
                                                'dr2seg_lib.rollouts.two_stage.first_pass': ( 'rollouts/two_stage.html#first_pass',
                                                                                              'dr2seg_lib/rollouts/two_stage.py'),
                                                'dr2seg_lib.rollouts.two_stage.generate_rollouts': ( 'rollouts/two_stage.html#generate_rollouts',

@@ -248,7 +248,8 @@ def warm_start(
     head, losses = DetectionHead(model.config.text_config.hidden_size), []
     steps, total = curriculum_steps(np.random.default_rng(seed), pool, stages), sum_steps(stages)
     with half_precision(model, head, lr) as masters:
-        began, updates = time.time(), teach(model, head, tokenizer, pool, steps, masters, lr)
+        began = time.time()
+        updates = teach(model, head, tokenizer, pool, steps, masters, lr)
         bar = tqdm(updates, "warm start", total, mininterval=5)
         for step, (stage, settings, pair) in enumerate(bar, 1):
             losses.append(pair)

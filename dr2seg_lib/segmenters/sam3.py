@@ -89,7 +89,8 @@ class Sam3Segmenter(Segmenter):
         prompts: list,  # of str, or of Target
     ) -> list:  # of [H,W] bool, one per prompt
         "All that a phrase names, as one mask; the one object in a box."
-        unions, empty = self.draw_distinct(image, prompts), np.zeros(image.shape[:2], dtype=bool)
+        unions = self.draw_distinct(image, prompts)
+        empty = np.zeros(image.shape[:2], dtype=bool)
         return [unions.get(p, empty).copy() for p in prompts]
 
 # %% ../../nbs/segmenters/sam3.ipynb #9742a12f
