@@ -114,7 +114,7 @@ def table_titles(
         titles.append("SAM 3 as segmenter")
     return titles
 
-
+# %% ../../nbs/viewing/paper_rows.ipynb #90302759
 def evaluation_rows(
     folder: Path,
     parameters: dict,  # of the run

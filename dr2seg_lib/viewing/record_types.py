@@ -99,7 +99,7 @@ class RunRecord(LooseRecord, RecordFields):
     error: str | None = None
     frame: Annotated[int, Field(ge=1, le=10**5)] | None = None
 
-
+# %% ../../nbs/viewing/record_types.ipynb #6c706e9f
 def by_todays_names(
     value: dict,  # of JSON
     schema: type,

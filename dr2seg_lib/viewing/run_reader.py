@@ -21,6 +21,8 @@ from ..rollouts.combination import factor_of
 from ..rollouts.parsing import Parsed, segmenter_prompts, to_image_coordinates
 from ..segmenters.loading import load_segmenter
 from ..training.batches import epoch_stream
+
+# %% ../../nbs/viewing/run_reader.ipynb #1fe7183f
 from .open_records import open_json, open_rows, path_text
 from dr2seg_lib.viewing.record_types import (
     Label,
@@ -67,10 +69,7 @@ def read_records(
 class RunReader:
     "What a run's folder holds, for looking at."
 
-    def __init__(
-        self,
-        run,  # a run's folder, or a `Run`
-    ):
+    def __init__(self, run):  # a run's folder, or a `Run`
         self.folder = Path(getattr(run, "folder", run))
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} does not exist; check the run folder's name")
