@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..data.datasets import load_data
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
+from ..methods.names import remember_label
 from ..rollouts.combination import factor_of
 from ..rollouts.parsing import Parsed, segmenter_prompts, to_image_coordinates
 from ..segmenters.loading import load_segmenter
@@ -58,6 +59,7 @@ def read_records(
 ) -> tuple:  # run.json; {file: rows}; sentences on what is left out
     "The records of a run, as far as they fit."
     info, problem = open_json(folder / "run.json", RunRecord)
+    remember_label(info)
     rows, problems = {}, [problem]
     for name, schema in READER_SCHEMAS.items():
         rows[name], problem = open_rows(folder / name, schema)
