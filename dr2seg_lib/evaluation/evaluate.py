@@ -17,12 +17,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+# %% ../../nbs/evaluation/evaluate.ipynb #c90740b2
 from ..core.files import append_jsonl, read_jsonl
 from ..core.parameters import EvaluateConfig
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
 from .config import check_evaluation
 from .metrics import error_row, result_row, summarize
+from ..methods.names import label_record
 from ..methods.registry import METHODS
 from ..models.loading import load_policy
 from ..models.policy import Policy
@@ -31,6 +33,7 @@ from ..rollouts.parsing import Parsed, draw_answer, parse_response
 from ..rollouts.response import Response, to_responses
 from ..runs.launch import destroy_process_group, launch_processes, open_run
 from ..runs.run_folder import Run
+from ..runs.status import update_record
 from ..segmenters.base import Segmenter
 from ..segmenters.loading import load_segmenter
 
@@ -209,6 +212,8 @@ def run_evaluation(
         accelerator = PartialState(cpu=not torch.cuda.is_available())
         policy, segmenter = evaluation_parts(config, run, accelerator, stack)
         path, writes = run.folder / "predictions.jsonl", accelerator.is_main_process
+        if writes:
+            update_record(run.folder, method_label=label_record(config.method.name))
         method, size = METHODS[config.method.name], config.runtime.batch_size
         limits = size, config.rollout.max_new_tokens
         done = _from_first(truncate_to_batches(path, size, len(data)) if writes else None)
