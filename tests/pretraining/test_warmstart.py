@@ -14,9 +14,10 @@ from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.models.pretrained import EMBEDDED
 from dr2seg_lib.pretraining import precision
+from dr2seg_lib.pretraining.curriculum import CURRICULUM, CurriculumStage
 from dr2seg_lib.pretraining.lesson_batches import soft_number_labels
 from dr2seg_lib.pretraining.lessons import draw_lesson_page, training_example
-from dr2seg_lib.pretraining.policy import CURRICULUM, CurriculumStage, warm_start
+from dr2seg_lib.pretraining.policy import warm_start
 from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import WORLD_FRAME, make_tokenizer
 from dr2seg_lib.runs.run_folder import Run
