@@ -145,7 +145,7 @@ class WarmStart:
         inputs = self.model, self.head, self.tokenizer, batch, self.pool, self.frozen, stage
         return stage_losses(*inputs, settings["sigma"])
 
-
+# %% ../../nbs/pretraining/policy.ipynb #988e7cd6
 def begin_warm_start(model, tokenizer, pool: list, lr: float, dtype: torch.dtype) -> WarmStart:
     "Everything before the first step."
     head = DetectionHead(model.config.text_config.hidden_size).to(dtype)
@@ -171,7 +171,7 @@ def batch_length(batch: list) -> int:  # characters
     "The length of a batch's responses."
     return sum(map(response_length, batch))
 
-
+# %% ../../nbs/pretraining/policy.ipynb #f9392933
 def estimate_minutes(state: WarmStart, stages) -> float:
     "What the stages will take on this machine."
     return sum(time_stage(state, stage) * stage.steps for stage in stages) / 60
@@ -235,17 +235,15 @@ def warm_start(
     every: int = 50,  # steps from one row, and one keeping, to the next
 ):  # the model, in fp32
     "Teach the model the stages on lessons drawn from the pool."
-    torch.manual_seed(seed)
     dtype = dtype or probe_dtype()
     lr = lr if dtype == torch.bfloat16 else lr / 2
+    torch.manual_seed(seed)
     state = prepare_warm_start(model, tokenizer, pool, stages, lr, progress, dtype)
     losses, began, total = [], time.time(), sum_steps(stages)
-    steps = curriculum_steps(seed, pool, stages, state.step)
-    for stage, settings, pair in teach(state, steps, lr):
+    for stage, settings, pair in teach(state, curriculum_steps(seed, pool, stages, state.step), lr):
         losses.append(pair)
         if state.step % every == 0 or state.step == total:
-            row = log_row(state.step, stage, losses, began, settings)
-            note_progress(state, row, log, progress)
+            note_progress(state, log_row(state.step, stage, losses, began, settings), log, progress)
     state.masters.restore()
     return model.float().eval()
 
