@@ -12,6 +12,7 @@ from ..core.settings import MAX_QUESTION_TOKENS
 from .lora import Lora
 from .parallel import Sharding
 from .prefill import Prefilling
+from .prefix_tree import use_tree_attention
 from .pretrained import image_side, load_pretrained
 from .prompts import Prompting
 from .sampling import Sampling
@@ -30,6 +31,7 @@ class Policy(ImageEncoder, Prompting, Prefilling, Sampling, Scoring, Lora, Shard
         side: int | None = None,  # of the image it is shown, pixels; None: the frame
     ):
         self.model = model.eval().requires_grad_(False)
+        use_tree_attention(model)
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.frame, self.side = frame, side or frame
         self.adapter = None  # of peft, once there is one

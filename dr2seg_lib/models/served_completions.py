@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .prefix_cache import Prefix
+from .prefix_tree import Prefix
 from .sampling import Completions, token_statistics
 from .vision import EncodedImage
 
@@ -25,12 +25,12 @@ def completion_statistics(
     chunk: int = 2048,  # tokens whose logits are held at once
 ) -> Tensor:  # [3,B*G,T]
     "Log-probability, entropy and margin of every token of given answers; 0 on padding."
-    (logits, hidden), on = policy.forward_completions(prefix, ids), mask[:, 1:]
+    (logits, hidden), on = policy.forward_completions(prefix, ids, mask), mask[:, 1:]
     statistics = torch.zeros(3, *ids.shape, device=ids.device)
     statistics[:, :, 0] = token_statistics(logits, ids[:, 0])
     if not on.any():
         return statistics
-    chunks = zip(hidden[on].split(chunk), ids[:, 1:][on].split(chunk))
+    chunks = zip(hidden.split(chunk), ids[:, 1:][on].split(chunk))
     head = policy.model.lm_head
     parts = [token_statistics(head(h).float(), i) for h, i in chunks]
     statistics[:, :, 1:][:, on] = torch.cat(parts, 1)

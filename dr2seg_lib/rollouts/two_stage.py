@@ -17,7 +17,7 @@ import torch
 from ..data.samples import Sample
 from ..models.chat import question_too_long
 from ..models.policy import Policy
-from ..models.prefix_cache import Prefix
+from ..models.prefix_tree import Prefix
 from ..models.sampling import Completions
 from ..models.vision import EncodedImage
 from .parsing import Parsed, parse_response
@@ -107,7 +107,7 @@ def generate_rollouts(
     timer = StageTimer() if timer is None else timer
     R, limits = len(samples) * group_size, (max_new_tokens, temperature)
     seeds = None if seed is None else [seed + 2 * r for r in range(R)]
-    with torch.no_grad(), timer("first"):
+    with torch.no_grad(), policy.merged_adapter(), timer("first"):
         encoded = policy.encode([s.image for s in samples])
         texts = [prompt(s.query) for s in samples]
         prefix = policy.prefill(texts, encoded)

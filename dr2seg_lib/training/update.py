@@ -114,7 +114,9 @@ def accumulate_gradients(
     "One pass over the microbatches."
     loss_sum = kl_sum = 0.0
     for batch in batches:
-        loss, kl = grpo_loss(answer_logprobs(policy, rollouts, batch), batch, optim)
+        with policy.fused_adapter():
+            logp = answer_logprobs(policy, rollouts, batch)
+        loss, kl = grpo_loss(logp, batch, optim)
         share = batch.mask.sum() / total
         accelerator.backward(loss * share)
         loss_sum += (loss * share).item()

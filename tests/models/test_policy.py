@@ -29,7 +29,6 @@ from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.attention_maps import token_attention
 from dr2seg_lib.models.chat import chat_messages, tokenize_texts
 from dr2seg_lib.models.policy import Policy
-from dr2seg_lib.models.prefix_cache import causal_mask
 from dr2seg_lib.models.pretrained import ATTENTION_KINDS
 from dr2seg_lib.models.sampling import Completions
 from dr2seg_lib.models.vision import EncodedImage
@@ -249,11 +248,6 @@ def test_full_tuning_keeps_a_frozen_reference():
         assert policy.model.model.language_model is not live
     assert policy.model.model.language_model is live
     assert all("language_model" in n or "lm_head" in n for n, _ in policy.trainable())
-
-
-def test_look_mask_by_hand():
-    mask = causal_mask(torch.tensor([[True, False]]), 2)[0, 0]
-    assert (mask == 0).tolist() == [[False, True, True, False], [False, True, True, True]]
 
 
 def test_missing_files_are_named(tmp_path, policy):
