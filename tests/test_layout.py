@@ -32,6 +32,7 @@ ORDER = (
     "viewing commands cli pretraining"
 ).split()
 README_WORDS = 900
+CELL_LINES = 25
 
 
 def from_root(path):
@@ -135,6 +136,20 @@ def test_the_site_has_the_packages_in_reading_order():
 
 
 # ---- notebooks as chapters
+
+
+def exported_cells(path):
+    "The non-empty lines of each exported cell of a notebook, without its directives."
+    for cell in json.loads(path.read_text())["cells"]:
+        lines = "".join(cell["source"]).splitlines()
+        if cell["cell_type"] == "code" and any(re.match(r"#\|\s*export", x) for x in lines):
+            yield [line for line in lines if line.strip() and not line.startswith("#|")]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=from_root)
+def test_an_exported_cell_can_be_seen_at_once(path):
+    long = [(lines[0], len(lines)) for lines in exported_cells(path) if len(lines) > CELL_LINES]
+    assert not long, f"{path.name}: at most {CELL_LINES} lines, else it has two jobs: {long}"
 
 
 @cache

@@ -23,6 +23,8 @@ from dr2seg_lib.commands.parameters_cell import (
     notebook_cells,
     parameters_of,
 )
+
+# %% ../../nbs/commands/parameters.ipynb #7c4c0e7f
 from ..core.known_names import did_you_mean, find_unknown_name
 from dr2seg_lib.core.parameter_names import (
     SWEEP_NAMES,

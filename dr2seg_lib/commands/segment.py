@@ -22,7 +22,7 @@ class PhotoParts:
     model: str = ""
     adapter: str = ""
     segmenter: str = ""
-    recipe: str = ""
+    method: str = ""
     dtype: str = ""
     max_new_tokens: int = 0
 

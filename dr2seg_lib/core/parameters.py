@@ -19,6 +19,8 @@ from dr2seg_lib.core.parameter_names import (
     flat_parameters,
     nested_parameters,
 )
+
+# %% ../../nbs/core/parameters.ipynb #1bfce9bb
 from dr2seg_lib.core.settings import (
     AnswerSettings,
     CandidateSettings,

@@ -24,6 +24,10 @@ from dr2seg_lib.data.images import (
     resolve_inside,
 )
 from .jsonl import iter_entries, list_split_names, read_line_at, split_name
+from .reader import SplitReader, choose_split
+from .samples import Sample, Target
+
+# %% ../../nbs/data/folder.ipynb #ace4071e
 from dr2seg_lib.data.mask_formats import (
     MAX_DRAWN,
     MAX_POLYGONS,
@@ -32,7 +36,6 @@ from dr2seg_lib.data.mask_formats import (
     parse_polygon,
     rle_mask,
 )
-from .reader import SplitReader, choose_split
 from dr2seg_lib.data.records import (
     broken_record,
     check_id,
@@ -41,7 +44,6 @@ from dr2seg_lib.data.records import (
     read_bounded,
     read_field,
 )
-from .samples import Sample, Target
 
 # %% ../../nbs/data/folder.ipynb #3ad34d28
 def is_list_of_lists(

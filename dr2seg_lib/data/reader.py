@@ -11,6 +11,8 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .records import BrokenRecord, shorten_line
 from .samples import Sample, Target
 
@@ -53,17 +55,21 @@ class SplitReader(Sequence):
         "Whether what lies there is of this format."
         return bool(cls.splits(path))
 
-    def iter_questions(self) -> Iterator[tuple]:  # (id, image, question), or None: broken record
-        "What each sample asks about which image, in the order of the samples."
-        for key in self.index:
-            try:
-                yield self.question_of(key)
-            except BrokenRecord:
-                yield None
+# %% ../../nbs/data/reader.ipynb #617bbdcb
+@patch
+def iter_questions(self: SplitReader) -> Iterator[tuple]:  # (id, image, question), or None
+    "What each sample asks about which image, in order; None for a broken record."
+    for key in self.index:
+        try:
+            yield self.question_of(key)
+        except BrokenRecord:
+            yield None
 
-    def image_digest(self, i: int) -> bytes:
-        "What tells the image of a sample from all others: a hash of its file."
-        return sha256(self.image_data(self.index[i])).digest()
+# %% ../../nbs/data/reader.ipynb #08c28197
+@patch
+def image_digest(self: SplitReader, i: int) -> bytes:
+    "What tells the image of a sample from all others: a hash of its file."
+    return sha256(self.image_data(self.index[i])).digest()
 
 # %% ../../nbs/data/reader.ipynb #fe559ec5
 def choose_split(

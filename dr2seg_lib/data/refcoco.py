@@ -27,6 +27,9 @@ from dr2seg_lib.data.jsonl import (
 )
 from .mask_formats import coco_mask
 from .reader import SplitReader, choose_split
+from .samples import Sample, Target
+
+# %% ../../nbs/data/refcoco.ipynb #0891174b
 from dr2seg_lib.data.records import (
     BrokenRecord,
     broken_record,
@@ -38,7 +41,6 @@ from dr2seg_lib.data.records import (
     shorten_line,
 )
 from .safe_pickle import MAX_CONTAINERS, load_plain_pickle, refused_pickle
-from .samples import Sample, Target
 
 # %% ../../nbs/data/refcoco.ipynb #ad1941ce
 MAX_TABLE = 2**29  # bytes of instances.json, or of the joined file; COCO train2014 has 330 million

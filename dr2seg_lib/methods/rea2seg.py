@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAP', 'LINE', 'DIMMED', 'SCORING', 'SCORE', 'EMBEDDED_JUDGE', 'SCORE_TOKENS', 'dilate', 'highlight_candidate',
            'scoring_prompt', 'read_score', 'score_candidates', 'best_candidate', 'add_score_tokens', 'load_judge',
-           'Rea2SegResult', 'direct_answer', 'rea2seg']
+           'Rea2SegResult', 'direct_answer', 'attended_candidates', 'rea2seg']
 
 # %% ../../nbs/methods/rea2seg.ipynb #d6d33ccc
 import re
@@ -28,17 +28,19 @@ from ..models.policy import Policy
 from ..models.prefix_tree import Prefix
 from ..models.pretrained import EMBEDDED
 from ..models.vision import EncodedImage
+from ..segmenters.base import Segmenter
+
+# %% ../../nbs/methods/rea2seg.ipynb #d899fe7d
 from dr2seg_lib.rollouts.parsing import (
     Parsed,
+    draw_answer,
     find_block,
     parse_response,
     parsed_record,
-    segmenter_prompts,
     to_image_coordinates,
 )
 from ..rollouts.response import Response, to_responses
 from ..rollouts.two_stage import StageTimer
-from ..segmenters.base import Segmenter
 
 # %% ../../nbs/methods/rea2seg.ipynb #e124326c
 GAP = 1 / 56  # distance of the line from the mask, share of the picture's longer side
@@ -215,6 +217,20 @@ def direct_answer(
     completions = policy.generate(prefix, 1, max_new_tokens, temperature=0)
     return to_responses(policy, completions, parse)[0], images[0], prefix
 
+# %% ../../nbs/methods/rea2seg.ipynb #916f711f
+def attended_candidates(
+    segmenter: Segmenter,
+    image: np.ndarray,  # [H,W,3] uint8
+    grid: np.ndarray,  # [h,w] attention to the image tokens
+    targets: list,  # of Target, the direct answer's, in pixels
+    overlap: float = 0.8,  # IoU above which two candidates are one
+    limit: int = 8,  # at most
+) -> list[Candidate]:
+    "Masks of the direct answer and of the places to which it attended."
+    size = image.shape[1::-1]
+    cell = tuple(pixels / cells for pixels, cells in zip(size, grid.shape[::-1]))
+    return propose_candidates(segmenter, image, heat_map(grid, size), cell, targets, overlap, limit)
+
 # %% ../../nbs/methods/rea2seg.ipynb #9d306fbf
 @torch.no_grad()
 def rea2seg(
@@ -230,17 +246,13 @@ def rea2seg(
 ) -> Rea2SegResult:
     "Answer, look where the answer looked, draw candidates, score them."
     timer, text = StageTimer(), prompt(sample.query, eval=True)
-    frame, size = policy.frame, sample.size
     with timer("direct"):
         direct, image, prefix = direct_answer(policy, text, sample.image, max_new_tokens, parse)
-        prompts = segmenter_prompts(segmenter, direct.parsed, sample.query, frame, size)
-        mask = segmenter.segment(sample.image, prompts)
+        mask = draw_answer(segmenter, sample, direct.parsed, policy.frame)
     with timer("candidates"):
         grid = attention_grid(policy, text, image, prefix, direct.text)
-        cell = tuple(pixels / cells for pixels, cells in zip(size, grid.shape[::-1]))
-        targets = to_image_coordinates(direct.parsed.objects, frame, size)
-        places = heat_map(grid, size), cell, targets
-        candidates = propose_candidates(segmenter, sample.image, *places, overlap, limit)
+        targets = to_image_coordinates(direct.parsed.objects, policy.frame, sample.size)
+        candidates = attended_candidates(segmenter, sample.image, grid, targets, overlap, limit)
     with timer("scoring"):
         responses = score_candidates(scorer, sample.image, sample.query, candidates, max_new_tokens)
     return Rea2SegResult(sample, direct, mask, grid, candidates, responses, dict(timer))

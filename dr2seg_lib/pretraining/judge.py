@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGE_SEEDS', 'SPOILED', 'draw_marked', 'spoil_prompt', 'judge_chain', 'shown_in', 'judge_example', 'judge_loss',
-           'encode_lessons', 'lesson_order', 'train_judge', 'save_judge', 'share_apart', 'judge_quality']
+           'encode_lessons', 'lesson_order', 'judge_optimizer', 'judge_step', 'train_judge', 'save_judge',
+           'share_apart', 'judge_quality']
 
 # %% ../../nbs/pretraining/judge.ipynb #6aaf71d8
 from pathlib import Path
@@ -148,6 +149,30 @@ def lesson_order(rng, lessons: list, steps: int, batch: int):  # yields lists of
             window = [drawn[k : k + batch] for k in rng.permutation(8) * batch]
         yield window.pop()
 
+# %% ../../nbs/pretraining/judge.ipynb #1a35e639
+def judge_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
+    "AdamW on what is trained of a policy."
+    trained = [p for _, p in policy.trainable()]
+    return torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def judge_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    lessons: list,  # a batch
+    encoded: list[EncodedImage],  # their pictures
+) -> float:  # loss
+    "One update on a batch of lessons."
+    _, texts, answers = zip(*lessons)
+    with torch.autocast(policy.model.device.type, torch.bfloat16):
+        # left after every step, since inside it keeps its copies of the weights
+        loss = judge_loss(policy, texts, encoded, answers)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
 # %% ../../nbs/pretraining/judge.ipynb #a8f69609
 def train_judge(
     policy: Policy,  # of the embedded sort; changed in place
@@ -165,20 +190,13 @@ def train_judge(
     tokens = add_score_tokens(policy).tokenizer.convert_tokens_to_ids(list(SCORE_TOKENS))
     policy.add_lora(rank, rank, tokens=tokens)
     policy.model.set_attn_implementation("eager")  # at this size its backward is faster on a CPU
-    trained = [p for _, p in policy.trainable()]
-    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = judge_optimizer(policy, lr)
     for step, index in enumerate(lesson_order(rng, lessons, steps, batch), 1):
-        _, texts, answers = zip(*(lessons[k] for k in index))
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 30) * (1 - (step - 1) / steps)
-        with torch.autocast(policy.model.device.type, torch.bfloat16):
-            # left after every step, since inside it keeps its copies of the weights
-            loss = judge_loss(policy, texts, [encoded[k] for k in index], answers)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        pages = [encoded[k] for k in index]
+        loss = judge_step(policy, optimizer, [lessons[k] for k in index], pages)
         if log:
-            log(step, dict(step=step, loss=loss.item(), lr=optimizer.param_groups[0]["lr"]))
+            log(step, dict(step=step, loss=loss, lr=optimizer.param_groups[0]["lr"]))
     policy.model.set_attn_implementation("sdpa")
     return policy
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VISION_CONFIG', 'TEXT_CONFIG', 'PREPROCESSING', 'scorer_config', 'save_clip', 'draw_scorer_batch', 'page_texts',
-           'scorer_optimizer', 'scorer_loss', 'train_clip']
+           'scorer_optimizer', 'scorer_loss', 'scorer_step', 'make_clip', 'train_clip']
 
 # %% ../../nbs/pretraining/scorer.ipynb #fd018d27
 import json
@@ -96,6 +96,29 @@ def scorer_loss(model, tokenizer, transform, captions: list, pictures: list) -> 
     weight = caption_fit(captions, pictures)
     return contrastive_loss(texts, images, weight, scale.clamp(max=100))
 
+# %% ../../nbs/pretraining/scorer.ipynb #5b5d746f
+def scorer_step(model: nn.Module, optimizer, schedule, loss: torch.Tensor) -> float:
+    "One update from a batch's loss, which is given back as a number."
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+# %% ../../nbs/pretraining/scorer.ipynb #537fd11e
+def make_clip(
+    rng,  # numpy Generator
+    pool: list,  # of ScorerPage
+    folder: Path,  # the tokenizer is written there
+) -> tuple:  # model, transform of a picture, tokenizer, configuration
+    "A small CLIP with random weights, what prepares its pictures, a tokenizer of the pool's words."
+    texts = chain.from_iterable([page_texts(rng, page) for page in pool])
+    tokenizer = write_merges(folder, make_merges(list(texts)))
+    config = scorer_config(tokenizer.vocab_size)
+    transform = image_transform_v2(PreprocessCfg(size=SCORER_SIZE, **PREPROCESSING), is_train=False)
+    return open_clip.CLIP(**config["model_cfg"]).train(), transform, tokenizer, config
+
 # %% ../../nbs/pretraining/scorer.ipynb #50b87b15
 def train_clip(
     folder: Path,  # made if missing; becomes what `load_scorer` takes
@@ -112,22 +135,13 @@ def train_clip(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pool = [draw_scorer_page(WARM_START + i) for i in range(scenes)]
-    texts = chain.from_iterable([page_texts(rng, page) for page in pool])
-    tokenizer = write_merges(folder, make_merges(list(texts)))
-    config = scorer_config(tokenizer.vocab_size)
-    model = open_clip.CLIP(**config["model_cfg"]).train()
-    preprocessing = PreprocessCfg(size=SCORER_SIZE, **PREPROCESSING)
-    transform = image_transform_v2(preprocessing, is_train=False)
+    model, transform, tokenizer, config = make_clip(rng, pool, folder)
     optimizer, schedule = scorer_optimizer(model, lr, steps)
     for step in range(1, steps + 1):
         batch = draw_scorer_batch(rng, pool, pages, crops)
         loss = scorer_loss(model, tokenizer, transform, *batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        row = dict(step=step, loss=loss.item(), scale=model.logit_scale.exp().item())
+        value = scorer_step(model, optimizer, schedule, loss)
+        row = dict(step=step, loss=value, scale=model.logit_scale.exp().item())
         if log:
             log(step, row | dict(lr=schedule.get_last_lr()[0]))
     save_clip(model, config, folder, **settings)

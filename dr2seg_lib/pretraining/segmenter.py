@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['jitter_prompt', 'object_ious', 'draw_prompt', 'draw_batch', 'decode_prompts', 'area_sum', 'overlap_loss',
-           'segmenter_loss', 'tie_positions', 'segmenter_optimizers', 'prompt_tensors', 'train_sam2']
+           'segmenter_loss', 'tie_positions', 'segmenter_optimizers', 'prompt_tensors', 'segmenter_step', 'train_sam2']
 
 # %% ../../nbs/pretraining/segmenter.ipynb #2b63b0f2
 import math
@@ -171,6 +171,23 @@ def prompt_tensors(prompts: list, scale: float) -> tuple:  # prompts: Targets of
     coords = torch.tensor(corners, dtype=torch.float32).view(-1, 3, 2) * scale
     return owner, coords, torch.from_numpy(np.stack([t.mask for t in targets])).float()
 
+# %% ../../nbs/pretraining/segmenter.ipynb #0925d510
+def segmenter_step(
+    model: nn.Module,  # `SAM2Base`
+    parts: tuple,  # the optimizers and their schedules
+    pixels: Tensor,  # [B,3,S,S], normalised
+    prompts: tuple,  # of `prompt_tensors`
+) -> float:  # loss
+    "One update on a batch."
+    owner, coords, truth = prompts
+    loss = segmenter_loss(*decode_prompts(model, pixels, owner, coords), truth)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for part in parts:
+        part.step()
+    model.zero_grad()
+    return loss.item()
+
 # %% ../../nbs/pretraining/segmenter.ipynb #35e34a17
 def train_sam2(
     size: Sam2Size | None = None,  # None: the embedded segmenter's
@@ -191,15 +208,8 @@ def train_sam2(
     for step in range(steps):
         seeds = WARM_START + images * step + np.arange(images)
         pictures, prompts = draw_batch(seeds, rng, objects, jitter)
-        owner, coords, truth = prompt_tensors(prompts, size.image_size / SIDE)
-        pixels = transform.forward_batch(pictures)
-        loss = segmenter_loss(*decode_prompts(model, pixels, owner, coords), truth)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
-        model.zero_grad()
+        batch = transform.forward_batch(pictures), prompt_tensors(prompts, size.image_size / SIDE)
+        loss = segmenter_step(model, (*optimizers, *schedules), *batch)
         if log:
-            row = dict(step=step + 1, loss=loss.item(), lr=schedules[0].get_last_lr()[0])
-            log(step + 1, row)
+            log(step + 1, dict(step=step + 1, loss=loss, lr=schedules[0].get_last_lr()[0]))
     return model.eval()

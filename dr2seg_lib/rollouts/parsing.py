@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['find_block', 'parse_single', 'parse_targets', 'parse_objects', 'parse_answer', 'Parsed', 'parse_response',
            'reasoning_text', 'parsed_record', 'recorded_parse', 'format_answer', 'format_single', 'format_response',
-           'segmenter_phrase', 'to_image_coordinates', 'segmenter_prompts']
+           'segmenter_phrase', 'to_image_coordinates', 'segmenter_prompts', 'draw_answer']
 
 # %% ../../nbs/rollouts/parsing.ipynb #2bba635d
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..core.json_text import load_json
 from ..data.records import is_number_list
-from ..data.samples import Target
+from ..data.samples import Sample, Target
 from ..segmenters.base import Segmenter
 
 # %% ../../nbs/rollouts/parsing.ipynb #35f078ed
@@ -215,3 +217,14 @@ def segmenter_prompts(
         return to_image_coordinates(parsed.objects, frame, size)
     phrase = segmenter_phrase(parsed, query)
     return [phrase] if phrase else []
+
+# %% ../../nbs/rollouts/parsing.ipynb #ebcfa2e4
+def draw_answer(
+    segmenter: Segmenter,
+    sample: Sample,
+    parsed: Parsed,
+    frame: int,  # side of the policy's frame, pixels
+) -> np.ndarray:  # [H,W] bool
+    "The mask that a segmenter draws from an answer; an empty one where the answer names nothing."
+    prompts = segmenter_prompts(segmenter, parsed, sample.query, frame, sample.size)
+    return segmenter.segment(sample.image, prompts)

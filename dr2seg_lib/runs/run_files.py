@@ -8,6 +8,8 @@ __all__ = ['RunFiles', 'RunWriter']
 # %% ../../nbs/runs/run_files.ipynb #25b43740
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.files import read_json, read_jsonl, write_json
 from .checkpoints import find_resumable_checkpoint, read_manifest, step_of
 from .ledger import ROW_FILES, Ledger
@@ -70,26 +72,34 @@ class RunWriter(RunFiles):
         "Writes what came out."
         write_json(self.folder / "results.json", values)
 
-    def marks(self) -> dict:  # {file: what `Ledger.mark` gives}
-        "What the files of rows hold now, for a checkpoint to remember."
-        return {name: ledger.mark() for name, ledger in self.ledgers.items()}
+# %% ../../nbs/runs/run_files.ipynb #c0f5f4bc
+@patch
+def marks(self: RunWriter) -> dict:  # {file: what `Ledger.mark` gives}
+    "What the files of rows hold now, for a checkpoint to remember."
+    return {name: ledger.mark() for name, ledger in self.ledgers.items()}
 
-    def changed_rows(self) -> str | None:  # a sentence; None when all are as they were written
-        "Whether someone else has changed the files of rows."
-        return next(filter(None, (ledger.changed() for ledger in self.ledgers.values())), None)
 
-    def truncate_after(self, step: int):
-        "Drops the rows of later steps."
-        for ledger in self.ledgers.values():
-            ledger.truncate_after(step)
+@patch
+def changed_rows(self: RunWriter) -> str | None:  # a sentence; None: all are as they were written
+    "Whether someone else has changed the files of rows."
+    return next(filter(None, (ledger.changed() for ledger in self.ledgers.values())), None)
 
-    def rewind(self) -> Path | None:  # the checkpoint's folder; None: from the start
-        "Goes back to the newest checkpoint from which the run can go on; later rows are dropped."
-        checkpoint = find_resumable_checkpoint(self.folder)
-        marks = read_manifest(checkpoint)["rows"] if checkpoint else None
-        if checkpoint and not marks:
-            self.truncate_after(step_of(checkpoint))  # an older version's, without marks
-            return checkpoint
-        for name, ledger in self.ledgers.items():
-            ledger.cut(marks[name]["bytes"] if marks else 0)
+# %% ../../nbs/runs/run_files.ipynb #6b40b877
+@patch
+def truncate_after(self: RunWriter, step: int):
+    "Drops the rows of later steps."
+    for ledger in self.ledgers.values():
+        ledger.truncate_after(step)
+
+
+@patch
+def rewind(self: RunWriter) -> Path | None:  # the checkpoint's folder; None: from the start
+    "Goes back to the newest checkpoint from which the run can go on; later rows are dropped."
+    checkpoint = find_resumable_checkpoint(self.folder)
+    marks = read_manifest(checkpoint)["rows"] if checkpoint else None
+    if checkpoint and not marks:
+        self.truncate_after(step_of(checkpoint))  # an older version's, without marks
         return checkpoint
+    for name, ledger in self.ledgers.items():
+        ledger.cut(marks[name]["bytes"] if marks else 0)
+    return checkpoint

@@ -13,6 +13,8 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.files import cut_unfinished, fsync_path, make_folder, write_json
 from ..core.parameters import ExperimentConfig, changed_parameters
 from .ledger import ROW_FILES
@@ -134,52 +136,6 @@ class Run(RunWriter):
         self.stop_wanted = self.stopped = False  # wanted by a signal; and the loop has seen it
         self.reporter = ProgressWriter(self.folder, bar)
 
-    @classmethod
-    def create(
-        cls,
-        folder: Path,
-        parameters: dict,
-        seed: int = 0,
-        bar: bool = True,
-        free: bool = True,  # whether the folder must hold no files of a run
-    ) -> "Run":
-        "Starts a run in a folder that holds none."
-        folder = Path(folder)
-        if free:
-            check_free(folder)
-        make_folder(folder)
-        run = cls(folder, hold_folder(folder), bar)
-        write_json(folder / "run.json", first_record(parameters, seed))
-        return run
-
-    @classmethod
-    def resume(
-        cls,
-        folder: Path,
-        bar: bool = True,
-        config: ExperimentConfig | None = None,  # with which it goes on; None: as it was
-    ) -> "Run":
-        "Goes on with a run that ended early; a line that was cut short is removed."
-        folder = Path(folder)
-        read_record(folder)
-        lock = hold_folder(folder)
-        try:
-            fields = resumed_record(folder, config)
-            (folder / "stop").unlink(missing_ok=True)
-            for path in (folder / name for name in ROW_FILES if (folder / name).is_file()):
-                cut_unfinished(path)
-            update_record(folder, **fields)
-            return cls(folder, lock, bar)
-        except (OSError, ValueError):
-            os.close(lock)
-            raise
-
-    @classmethod
-    def open(cls, folder: Path) -> "Run":
-        "A run to look at; nothing is written."
-        read_record(folder)
-        return cls(folder)
-
     def __enter__(self) -> "Run":
         enter_run(self)
         return self
@@ -194,46 +150,103 @@ class Run(RunWriter):
             with suppress(OSError, ValueError):
                 self.finish("failed", " ".join(f"{kind.__name__}: {error}".split()))
 
-    def end(self):
-        "Ends a run whose block was left in the ordinary way; rows of somebody else are no result."
-        if self.stopped:
-            return self.finish("interrupted")
-        changed = self.changed_rows()
-        self.finish("failed" if changed else "done", changed)
-        if changed:
-            raise ValueError(changed)
+# %% ../../nbs/runs/run_folder.ipynb #d61c3b1a
+@patch(cls_method=True)
+def create(
+    cls: Run,
+    folder: Path,
+    parameters: dict,
+    seed: int = 0,
+    bar: bool = True,
+    free: bool = True,  # whether the folder must hold no files of a run
+) -> Run:
+    "Starts a run in a folder that holds none."
+    folder = Path(folder)
+    if free:
+        check_free(folder)
+    make_folder(folder)
+    run = cls(folder, hold_folder(folder), bar)
+    write_json(folder / "run.json", first_record(parameters, seed))
+    return run
 
-    def finish(
-        self,
-        status: str,  # done, interrupted or failed
-        error: str | None = None,  # one line
-    ):
-        "Writes how the run ended and lets go of its folder."
-        try:
-            if not (self.folder / "run.json").exists():
-                raise FileNotFoundError(
-                    f"{self.folder}/run.json was deleted or moved while the run was at work; "
-                    "restore it, or start the run anew in another folder"
-                )
-            update_record(self.folder, status=status, ended=current_time(), error=error)
-            (self.folder / "stop").unlink(missing_ok=True)
-        finally:
-            self.reporter.close()
-            os.close(self.lock)
-            self.lock = None
 
-    def progress(
-        self,
-        stage: str,
-        i: int,
-        n: int,
-        note: str = "",  # a few words beside the bar
-    ):
-        "Says how far a stage is; written at most five times a second."
-        self.reporter.show(stage, i, n, note)
+@patch(cls_method=True)
+def open(cls: Run, folder: Path) -> Run:
+    "A run to look at; nothing is written."
+    read_record(folder)
+    return cls(folder)
 
-    def stop_requested(self) -> bool:
-        "Whether Ctrl-C, SIGTERM or a file `stop`, here or in an enclosing run, asks for an end."
-        if self.stop_wanted or any((r.folder / "stop").exists() for r in [self, *active_runs]):
-            self.stopped = True
-        return self.stopped
+# %% ../../nbs/runs/run_folder.ipynb #c2201df7
+@patch
+def progress(
+    self: Run,
+    stage: str,
+    i: int,
+    n: int,
+    note: str = "",  # a few words beside the bar
+):
+    "Says how far a stage is; written at most five times a second."
+    self.reporter.show(stage, i, n, note)
+
+# %% ../../nbs/runs/run_folder.ipynb #a037f92a
+@patch
+def finish(
+    self: Run,
+    status: str,  # done, interrupted or failed
+    error: str | None = None,  # one line
+):
+    "Writes how the run ended and lets go of its folder."
+    try:
+        if not (self.folder / "run.json").exists():
+            raise FileNotFoundError(
+                f"{self.folder}/run.json was deleted or moved while the run was at work; "
+                "restore it, or start the run anew in another folder"
+            )
+        update_record(self.folder, status=status, ended=current_time(), error=error)
+        (self.folder / "stop").unlink(missing_ok=True)
+    finally:
+        self.reporter.close()
+        os.close(self.lock)
+        self.lock = None
+
+# %% ../../nbs/runs/run_folder.ipynb #135624d3
+@patch
+def end(self: Run):
+    "Ends a run whose block was left in the ordinary way; rows of somebody else are no result."
+    if self.stopped:
+        return self.finish("interrupted")
+    changed = self.changed_rows()
+    self.finish("failed" if changed else "done", changed)
+    if changed:
+        raise ValueError(changed)
+
+# %% ../../nbs/runs/run_folder.ipynb #16724778
+@patch
+def stop_requested(self: Run) -> bool:
+    "Whether Ctrl-C, SIGTERM or a file `stop`, here or in an enclosing run, asks for an end."
+    if self.stop_wanted or any((r.folder / "stop").exists() for r in [self, *active_runs]):
+        self.stopped = True
+    return self.stopped
+
+# %% ../../nbs/runs/run_folder.ipynb #380232f8
+@patch(cls_method=True)
+def resume(
+    cls: Run,
+    folder: Path,
+    bar: bool = True,
+    config: ExperimentConfig | None = None,  # with which it goes on; None: as it was
+) -> Run:
+    "Goes on with a run that ended early; a line that was cut short is removed."
+    folder = Path(folder)
+    read_record(folder)
+    lock = hold_folder(folder)
+    try:
+        fields = resumed_record(folder, config)
+        (folder / "stop").unlink(missing_ok=True)
+        for path in (folder / name for name in ROW_FILES if (folder / name).is_file()):
+            cut_unfinished(path)
+        update_record(folder, **fields)
+        return cls(folder, lock, bar)
+    except (OSError, ValueError):
+        os.close(lock)
+        raise

@@ -89,13 +89,22 @@ class Sam3Segmenter(Segmenter):
         prompts: list,  # of str, or of Target
     ) -> list:  # of [H,W] bool, one per prompt
         "All that a phrase names, as one mask; the one object in a box."
-        hw, unions = image.shape[:2], {}
-        distinct = [p for p in dict.fromkeys(prompts) if not isinstance(p, str) or p.strip()]
-        features = self.encode_image(image) if distinct else None
-        for i in range(0, len(distinct), self.batch):
-            unions |= self.draw_batch(features, distinct[i : i + self.batch], hw)
-        empty = np.zeros(hw, dtype=bool)
+        unions = self.draw_distinct(image, prompts)
+        empty = np.zeros(image.shape[:2], dtype=bool)
         return [unions.get(p, empty).copy() for p in prompts]
+
+# %% ../../nbs/segmenters/sam3.ipynb #9742a12f
+@patch
+def draw_distinct(
+    self: Sam3Segmenter, image: np.ndarray, prompts: list
+) -> dict:  # {prompt: [H,W] bool}, without empty phrases
+    "The masks of prompts, each drawn once; the picture is encoded where there is one to draw."
+    unions = {}
+    distinct = [p for p in dict.fromkeys(prompts) if not isinstance(p, str) or p.strip()]
+    features = self.encode_image(image) if distinct else None
+    for i in range(0, len(distinct), self.batch):
+        unions |= self.draw_batch(features, distinct[i : i + self.batch], image.shape[:2])
+    return unions
 
 # %% ../../nbs/segmenters/sam3.ipynb #c69a5633
 @patch

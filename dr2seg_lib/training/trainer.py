@@ -27,10 +27,13 @@ from ..evaluation.evaluate import dataset_info
 from ..methods.base import Method
 from ..methods.dpad import cached_scorer
 from ..methods.dr2seg import cached_segmenter
+from ..methods.names import label_record
 from ..methods.registry import load_method
 from ..models.loading import load_policy
 from ..models.policy import Policy
 from ..models.vllm_client import ServedPolicy, logprob_gap
+
+# %% ../../nbs/training/trainer.ipynb #7bd836e9
 from ..rollouts.two_stage import Rollouts, StageTimer, generate_rollouts
 from ..runs.checkpoints import save_checkpoint, step_of
 from ..runs.launch import destroy_process_group, launch_processes, open_run
@@ -174,7 +177,7 @@ def train_step(
         advantage = advantages(reward, config.method.advantage_scale)
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
-        stats["mismatch"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
+        stats["logprob_gap"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
     outcome = StepOutcome(rollouts.groups, terms, reward, advantage, method.combination(terms))
     outcome = all_gather_groups(accelerator, outcome)
     row = step_metrics(step, outcome, stats, lr, clock)
@@ -211,7 +214,8 @@ def take_step(
 def record_start(run: Run, state: TrainingState, config: TrainConfig, data: TrainingData):
     "What the run is trained on, and in which frame its answers' coordinates are."
     if state.accelerator.is_main_process:
-        update_record(run.folder, frame=state.policy.frame)
+        label = label_record(config.method.name)
+        update_record(run.folder, frame=state.policy.frame, method_label=label)
     info = dataset_info(data.train, config.data.name, "train")
     run.results(read_results(run.folder) | dict(trained_on=info))
 

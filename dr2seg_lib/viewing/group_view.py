@@ -180,6 +180,15 @@ def _name_rows(axes, names):
         ax.grid(axis="x")
         ax.grid(visible=False, axis="y")
 
+# %% ../../nbs/viewing/group_view.ipynb #03642808
+def _draw_title(fig, query):
+    fig.suptitle(fill_lines(query), x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
+def _draw_legend(fig):  # of the reward terms
+    place = dict(loc="outside lower center", ncols=7, fontsize=8)
+    fig.legend(**place, handlelength=0.8, handleheight=0.8)
+
 # %% ../../nbs/viewing/group_view.ipynb #39452aec
 def group_still(
     run: RunReader,
@@ -201,9 +210,7 @@ def group_still(
         else:
             _draw_predictions(bars, lean, group)
         _name_rows((bars, lean), names)
-        title = fill_lines(group[0]["query"])
-        fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        _draw_title(fig, group[0]["query"])
         if rolled:
-            place = dict(loc="outside lower center", ncols=7, fontsize=8)
-            fig.legend(**place, handlelength=0.8, handleheight=0.8)
+            _draw_legend(fig)
     return fig

@@ -121,7 +121,7 @@ def _grids(self: Inspector, source, at, rollout, part):  # name of the weights, 
             self.grids[key] = name, attention_grids(policy, image, prompt, row[part]["tokens"])
     return self.grids[key]
 
-
+# %% ../../nbs/viewing/inspector.ipynb #b40760f1
 @patch
 def look(
     self: Inspector, source: str, at: int, rollout: int, part: str

@@ -149,11 +149,11 @@ class Live(ChartView):
         run,  # a run's folder, or a `Run`; it need not be there yet
         every: float = 1.0,  # seconds between two looks
     ):
+        self.closed, self.lock = threading.Event(), threading.Lock()  # `close` needs them
         self.folder = Path(getattr(run, "folder", run))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; give a run's folder")
         self.tail, self.every = JsonlTail(self.folder / "metrics.jsonl"), every
-        self.closed, self.lock = threading.Event(), threading.Lock()
         super().__init__()
         if self.look():
             self.thread = threading.Thread(target=self._follow, daemon=True)

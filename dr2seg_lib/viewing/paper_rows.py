@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SET_TITLES', 'SPLIT_TITLES', 'SWEPT', 'set_name', 'format_figure', 'format_figures', 'our_row', 'row_parameter',
-           'table_titles', 'evaluation_rows', 'arm_title', 'number_text', 'inner_evaluation', 'ablation_rows',
-           'training_rows', 'run_rows']
+           'table_titles', 'evaluation_rows', 'arm_title', 'number_text', 'inner_evaluation', 'remember_inner_labels',
+           'ablation_rows', 'training_rows', 'run_rows']
 
 # %% ../../nbs/viewing/paper_rows.ipynb #c0002
 import re
@@ -14,9 +14,9 @@ from pathlib import Path
 from ..core.parameter_names import TRAINING_NAMES, flat_parameters
 from ..core.statistics import Interval, mean_interval
 from ..evaluation.published import REFERRING
-from ..methods.names import ablation_row, method_title
+from ..methods.names import ablation_row, method_title, remember_label
 from ..runs.status import run_status
-from .open_records import path_text, read_strictly
+from .open_records import open_json, path_text, read_strictly
 from .record_types import RunRecord
 from .result_types import ResultsRecord
 
@@ -114,7 +114,7 @@ def table_titles(
         titles.append("SAM 3 as segmenter")
     return titles
 
-
+# %% ../../nbs/viewing/paper_rows.ipynb #90302759
 def evaluation_rows(
     folder: Path,
     parameters: dict,  # of the run
@@ -159,6 +159,12 @@ def inner_evaluation(folder: Path) -> dict | None:
     return None
 
 
+def remember_inner_labels(folder: Path):
+    "Lets the methods of the runs inside an ablation's folder be shown as their records have it."
+    for path in sorted(folder.glob("*/run.json")):
+        remember_label(open_json(path, RunRecord)[0])
+
+# %% ../../nbs/viewing/paper_rows.ipynb #97accfb1
 def ablation_rows(
     folder: Path,
     parameters: dict,  # of the run
@@ -166,6 +172,7 @@ def ablation_rows(
 ) -> list:  # of (title, row)
     "What an ablation adds: its arms, and the values of a swept parameter."
     about, name = inner_evaluation(folder), path_text(folder)
+    remember_inner_labels(folder)
     arms = {arm: summaries for arm, summaries in results["arms"].items() if summaries}
     rows = []
     for arm, summaries in arms.items():
@@ -201,6 +208,7 @@ def run_rows(
     "What a run adds to the tables."
     folder = Path(folder)
     info = read_strictly(folder / "run.json", RunRecord)
+    remember_label(info)
     parameters = info.get("parameters") or {}
     state = info.get("status") or "of no known status"
     if state == "running" and info.get("host"):

@@ -28,7 +28,7 @@ def has_interval(row: dict) -> bool:
     figures = [row[name] for name in ("tokens", "gIoU", "cIoU")]
     return any(isinstance(v, Interval) and v.hi == v.hi for v in figures)
 
-
+# %% ../../nbs/viewing/paper_tables.ipynb #ca506d32
 def caveats(
     rows: list,  # of one table
 ) -> str:

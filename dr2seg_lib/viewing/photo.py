@@ -41,6 +41,8 @@ def check_photo_folder(
     parents = (folder, *folder.absolute().parents)
     nearest = next((p for p in parents if os.path.lexists(p)), folder)
     name = brief_text(str(nearest))
+    if nearest.is_symlink() and not nearest.exists():
+        raise ValueError(f"{name} is a link that leads nowhere; name a folder for the results.")
     if not os.path.isdir(nearest):
         raise ValueError(f"{name} is a file; name a folder for the results.")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -74,7 +76,7 @@ class SegmentedPhoto:
     image: np.ndarray  # [H,W,3] uint8
     query: str
     targets: list  # with masks, in pixels of the photo; empty: nothing was found
-    asked: dict  # who was asked: model, adapter, recipe, segmenter
+    asked: dict  # who was asked: model, adapter, method, segmenter
     response: Response | None = None  # None: the box was given
 
     @property
@@ -157,7 +159,7 @@ def save(
 
 # %% ../../nbs/viewing/photo.ipynb #b5940cb7
 def photo_policy(
-    given: dict,  # model, adapter, segmenter, recipe, max_new_tokens, dtype; may be empty
+    given: dict,  # model, adapter, segmenter, method, max_new_tokens, dtype; may be empty
     attention: str,
 ) -> EvaluateConfig:
     "Who is asked, and how: all of it known to be there."
@@ -201,7 +203,7 @@ def _segment_question(photo, query, who, attention):
     (response,) = answer_greedily(policy, [sample], method.prompt, limit, method.parse)
     prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, sample.size)
     targets = _segmented(drawer, image, prompts)
-    asked = dict(model=model.name, adapter=model.adapter, recipe=who.method.name)
+    asked = dict(model=model.name, adapter=model.adapter, method=who.method.name)
     asked |= dict(segmenter=who.segmenter)
     return SegmentedPhoto(name, image, query, targets, asked, response)
 
@@ -214,7 +216,7 @@ def segment_photo(
     model: str = "",  # as in `train`; empty: that of the adapter's run, else embedded
     adapter: str = "",  # a checkpoint
     segmenter: str = "",  # empty: grabcut for a box, else the adapter's run's, else embedded
-    recipe: str = "",  # whose prompt is asked; empty: that of the adapter's run, else dr2seg
+    method: str = "",  # whose prompt is asked; empty: that of the adapter's run, else dr2seg
     max_new_tokens: int = 0,  # 0: the adapter's run's, else 192 for embedded, 1,024 for others
     dtype: str = "",  # of the weights: float32 or bfloat16; empty: the adapter's run's
     attention: str = "sdpa",  # eager, or flash for the vision tower
@@ -226,6 +228,6 @@ def segment_photo(
         raise ValueError("nothing is asked; give a question, or a box as x1,y1,x2,y2.")
     if point is not None:
         raise ValueError("a point needs its box; give it as x1,y1,x2,y2.")
-    given = dict(model=model, adapter=adapter, segmenter=segmenter, recipe=recipe)
+    given = dict(model=model, adapter=adapter, segmenter=segmenter, method=method)
     given |= dict(max_new_tokens=max_new_tokens, dtype=dtype)
     return _segment_question(photo, query, photo_policy(given, attention), attention)

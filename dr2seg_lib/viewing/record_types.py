@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Number', 'Share', 'Count', 'Numbers', 'Named', 'Names', 'Label', 'Tags', 'Time', 'QuestionCount', 'Box', 'Point',
-           'MAX_AREA', 'Side', 'Size', 'LooseRecord', 'RecordedParameters', 'Resumed', 'RunRecord', 'by_todays_names',
-           'ProgressRecord', 'MetricsRecord', 'ObjectRecord', 'ParsedRecord', 'ResponseRecord', 'CombinationRecord',
-           'RolloutRecord', 'RunLengths', 'PredictionRecord']
+           'MAX_AREA', 'Side', 'Size', 'LooseRecord', 'RecordedParameters', 'Resumed', 'RecordedLabel', 'RunRecord',
+           'by_todays_names', 'ProgressRecord', 'MetricsRecord', 'ObjectRecord', 'ParsedRecord', 'ResponseRecord',
+           'CombinationRecord', 'RolloutRecord', 'RunLengths', 'PredictionRecord']
 
 # %% ../../nbs/viewing/record_types.ipynb #98eedd09
 from datetime import datetime
@@ -83,6 +83,13 @@ class Resumed(LooseRecord):
     time: Time
 
 
+class RecordedLabel(LooseRecord):
+    "How the run's method is shown."
+
+    title: Annotated[str, Field(max_length=200)] | None = None
+    colour: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] | None = None
+
+
 class RunRecord(LooseRecord, RecordFields):
     "run.json in whatever state; its parameters by their dotted names, whoever has written it."
 
@@ -98,8 +105,9 @@ class RunRecord(LooseRecord, RecordFields):
     machine: str | None = None
     error: str | None = None
     frame: Annotated[int, Field(ge=1, le=10**5)] | None = None
+    method_label: RecordedLabel | None = None
 
-
+# %% ../../nbs/viewing/record_types.ipynb #6c706e9f
 def by_todays_names(
     value: dict,  # of JSON
     schema: type,
@@ -138,6 +146,7 @@ class MetricsRecord(LooseRecord):
     lr: Number | None = None
     grad_norm: Number | None = None
     tokens_per_second: Number | None = None
+    logprob_gap: Number | None = None
     seconds: Named | None = None
     skipped: list[str] | None = None
 

@@ -8,6 +8,7 @@ __all__ = ['RUN_FILES', 'REPORT_SCHEMAS', 'SHOWN_LATER', 'kind_of', 'schemas_of'
 # %% ../../nbs/viewing/report_data.ipynb #6ac36b6b
 from pathlib import Path
 
+from ..methods.names import remember_label
 from .open_records import open_json, open_rows
 from dr2seg_lib.viewing.record_types import (
     MetricsRecord,
@@ -73,6 +74,7 @@ def read_files(
 ) -> tuple:  # kind; a value for each of RUN_FILES; {key: sentence} of what is left out
     "The files of a run, as far as they fit their schemas."
     info, problem = open_json(folder / "run.json", RunRecord)
+    remember_label(info)
     kind, values, problems = kind_of(info), dict(info=info), dict(info=problem)
     for key, schema in schemas_of(kind).items():
         if key != "info":

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAGE_SIDE', 'LAYER_TITLES', 'HIDDEN_LAYERS', 'outline_path', 'point_cross', 'box_marks', 'mask_outlines',
-           'layered_picture', 'picture_html']
+           'layered_picture']
 
 # %% ../../nbs/viewing/report_pictures.ipynb #18af8d21
 import cv2
 import numpy as np
-from markupsafe import Markup
 
-from ..core.templates import render
 from ..data.samples import Sample, Target
 from .run_samples import truth_mask
 from .screen import data_uri, fit_picture
@@ -105,14 +103,3 @@ def layered_picture(
         outlines=mask_outlines(sample, mask),
         marks=[box_marks(t, sample.size) for t in targets],
     )
-
-# %% ../../nbs/viewing/report_pictures.ipynb #d28f0303
-def picture_html(
-    sample: Sample | None,  # None: no picture
-    mask: np.ndarray | None = None,  # [H,W] bool, the prediction
-    targets: list = (),  # of Target: boxes and points that were said
-    caption: Markup | str = "",
-) -> Markup:
-    "A figure: the sample's picture in layers, with its caption."
-    picture = layered_picture(sample, mask, targets)
-    return render("picture.html.j2", picture=picture, caption=caption)

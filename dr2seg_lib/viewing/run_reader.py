@@ -17,10 +17,13 @@ from fastcore.basics import patch
 from ..data.datasets import load_data
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
+from ..methods.names import remember_label
 from ..rollouts.combination import factor_of
 from ..rollouts.parsing import Parsed, segmenter_prompts, to_image_coordinates
 from ..segmenters.loading import load_segmenter
 from ..training.batches import epoch_stream
+
+# %% ../../nbs/viewing/run_reader.ipynb #1fe7183f
 from .open_records import open_json, open_rows, path_text
 from dr2seg_lib.viewing.record_types import (
     Label,
@@ -56,6 +59,7 @@ def read_records(
 ) -> tuple:  # run.json; {file: rows}; sentences on what is left out
     "The records of a run, as far as they fit."
     info, problem = open_json(folder / "run.json", RunRecord)
+    remember_label(info)
     rows, problems = {}, [problem]
     for name, schema in READER_SCHEMAS.items():
         rows[name], problem = open_rows(folder / name, schema)
@@ -67,10 +71,7 @@ def read_records(
 class RunReader:
     "What a run's folder holds, for looking at."
 
-    def __init__(
-        self,
-        run,  # a run's folder, or a `Run`
-    ):
+    def __init__(self, run):  # a run's folder, or a `Run`
         self.folder = Path(getattr(run, "folder", run))
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} does not exist; check the run folder's name")

@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from dr2seg_lib.core.files import write_json
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.samples import Target
-from dr2seg_lib.evaluation.evaluate import predict_batch
-from dr2seg_lib.methods.names import MethodLabel, labels_in, library_labels, method_names
+from dr2seg_lib.evaluation.config import EvaluateConfig
+from dr2seg_lib.evaluation.evaluate import predict_batch, run_evaluation
+from dr2seg_lib.methods.names import (
+    MethodLabel,
+    labels_in,
+    library_labels,
+    method_colour,
+    method_names,
+    method_title,
+)
 from dr2seg_lib.methods.registry import METHODS, load_method, register_method
 from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.rollouts.combination import combined_reward, recorded_combination
@@ -130,6 +139,48 @@ def test_titles_and_colours_of_the_library_differ():
     assert len(set(titles)) == len(titles)
     colours = [label.colour for label in labels if label.colour]
     assert len(set(colours)) == len(colours)
+
+
+# another process, which never ran its file
+
+
+@pytest.fixture
+def elsewhere(name, monkeypatch):
+    monkeypatch.delitem(METHODS, name)
+    monkeypatch.setattr("dr2seg_lib.methods.names.RECORDED", {})
+
+
+def test_its_title_is_read_from_the_run(name, run, elsewhere):
+    assert method_title(name) == name
+    side_by_side([run.folder])
+    assert method_title(name) == "Terse"
+
+
+def test_its_colour_is_read_from_the_run(name, run, elsewhere):
+    assert method_colour(name) is None
+    inspect(run.folder)
+    assert method_colour(name) == "#3f8f5f"
+
+
+def test_its_colour_is_read_by_the_report(name, run, elsewhere):
+    write_report(run.folder)
+    assert arm_colours([name]) == {name: "#3f8f5f"}
+
+
+def test_its_title_is_read_from_an_evaluation(name, tmp_path, elsewhere):
+    config = EvaluateConfig(method=name, samples=2, segmenter="grabcut", max_new_tokens=20)
+    try:
+        evaluated = run_evaluation(config, tmp_path / "evaluated")
+    finally:
+        METHODS.pop(name, None)
+    assert "Terse" in side_by_side([evaluated.folder])["Other data"][0].markdown
+
+
+def test_a_colour_that_is_none_is_left_out(name, tmp_path, elsewhere):
+    label = dict(title="<b>Terse</b>", colour="red; background: url(x)")
+    write_json(tmp_path / "run.json", dict(parameters=dict(method=name), method_label=label))
+    inspect(tmp_path)
+    assert method_colour(name) is None
 
 
 # combination

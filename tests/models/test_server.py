@@ -385,7 +385,7 @@ def test_training_by_a_server(engine, tmp_path):
     run = train(config, tmp_path / "run")
     rows = run.metrics()
     assert [r["step"] for r in rows] == [1, 2]
-    assert all(abs(r["mismatch"]) < 1e-4 and r["grad_norm"] > 0 for r in rows)
+    assert all(abs(r["logprob_gap"]) < 1e-4 and r["grad_norm"] > 0 for r in rows)
     assert "adapter" in rows[0]["seconds"]
     trained = load_file(str(latest_checkpoint(run.folder) / "adapter_model.safetensors"))
     assert any(v.abs().sum() > 0 for k, v in trained.items() if "lora_B" in k)

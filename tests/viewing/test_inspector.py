@@ -1030,7 +1030,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def wait_for_pictures(drawn, n):
-    "At least n pictures stand there, loaded and wide: a page draws its outputs one after the other."
+    "At least n pictures stand there, loaded and wide; a page draws one after the other."
     loaded = """(images, n) => images.filter(i => i.complete && i.naturalWidth > 400).length >= n
         && images.every(i => i.complete && i.naturalWidth > 400)"""
     until = time.monotonic() + browser.PATIENCE / 1000

@@ -124,10 +124,16 @@ def test_a_file_where_a_folder_should_be_is_told_before_anything_is_loaded(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="link is a link that leads nowhere; name a folder"):
+        check_photo_folder(tmp_path / "link" / "below")
+
+
 def test_an_adapter_brings_what_it_was_trained_with(tmp_path, monkeypatch, no_policy):
     asked = dict(
         model="embedded",
-        recipe="visionreasoner",
+        method="visionreasoner",
         segmenter="grabcut",
         dtype="float32",
         max_new_tokens=20,
@@ -139,12 +145,12 @@ def test_an_adapter_brings_what_it_was_trained_with(tmp_path, monkeypatch, no_po
     sample = MiniReasonSeg("val")[0]
     found = segment_photo(sample.image, sample.query)
     assert found.asked == dict(
-        model="embedded", adapter="", recipe="visionreasoner", segmenter="grabcut"
+        model="embedded", adapter="", method="visionreasoner", segmenter="grabcut"
     )
     assert found.response.cut
     assert len(found.response.tokens) == 20
     assert (
-        segment_photo(sample.image, sample.query, max_new_tokens=3, recipe="dr2seg").asked["recipe"]
+        segment_photo(sample.image, sample.query, max_new_tokens=3, method="dr2seg").asked["method"]
         == "dr2seg"
     )
 
@@ -163,7 +169,7 @@ def test_a_question_is_answered_as_in_evaluation(no_policy):
     sample = next(s for s in MiniReasonSeg("val") if len(s.targets) == 2)
     found = segment_photo(sample.image, sample.query)
     assert len(no_policy) == 1
-    assert found.asked == dict(model="embedded", adapter="", recipe="dr2seg", segmenter="embedded")
+    assert found.asked == dict(model="embedded", adapter="", method="dr2seg", segmenter="embedded")
     assert found.response.parsed.description in " ".join(found.record()["response"]["text"].split())
     assert len(found.record()["objects"]) == len(found.targets)
     drawn = load_segmenter("embedded").segment(sample.image, found.targets)
@@ -255,6 +261,7 @@ def test_the_picture_dims_what_was_not_asked_for():
             [str(HOPPER), "what", "--attention", "fast"],
             "attention 'fast' is unknown; use one of sdpa, eager, flash",
         ),
+        ([str(HOPPER), "what", "--method", "dr3seg"], "method 'dr3seg' is unknown; use one of"),
         ([str(HOPPER), "what", "--recipe", "dr3seg"], "method 'dr3seg' is unknown; use one of"),
         (
             [str(HOPPER), "what", "--adapter", "nowhere"],

@@ -298,6 +298,14 @@ def test_seconds_add_up():
     assert [t.get_text() for t in fig.legends[0].texts] == ["update  1.75 s", "first  1.00 s"]
 
 
+@pytest.mark.parametrize("rate", [1e-3, 3e-5, 1e-6])
+def test_a_learning_rate_has_short_numbers(rate):
+    fig = training_health([dict(step=i, lr=rate * (1 - i / 60)) for i in range(60)]).matplotlib()
+    fig.draw_without_rendering()
+    labels = [label.get_text() for label in fig.axes[-1].get_yticklabels()]
+    assert max(map(len, labels)) <= len("2.5e−4")
+
+
 def test_a_figure_shows_itself_once_and_sharp():
     from matplotlib import pyplot
 
