@@ -136,7 +136,6 @@ class Ours:
         self.config = TrainConfig(
             rollout=dict(questions_per_step=args.prompts, group_size=args.samples),
             optim=dict(kl=KL),
-            runtime=dict(groups_per_forward=getattr(args, "chunk", args.prompts)),
         )
 
     def describe(self) -> list:  # of args.prompts lists of args.samples Response

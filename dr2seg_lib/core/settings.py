@@ -194,7 +194,9 @@ class RuntimeSettings(Settings):
 class TrainingRuntime(RuntimeSettings):
     "How it is computed and what is kept: time and memory, not the mathematics."
 
-    groups_per_forward: int = Field(4, ge=1, description="groups in one forward of the update")
+    max_tokens: int = Field(
+        4096, ge=1, description="tokens in one forward of the update, prompts counted once"
+    )
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )

@@ -6,7 +6,7 @@
 __all__ = ['completion_statistics', 'ServedImage', 'ServedPrefix', 'ServedCompletions', 'logprob_gap']
 
 # %% ../../nbs/models/served_completions.ipynb #ebbaf066
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,9 +53,9 @@ class ServedPrefix(Prefix):
 
     def rows(self, index: Tensor) -> "ServedPrefix":
         "The prompts of these indices, repeats allowed."
-        fields, places = vars(super().rows(index)), index.tolist()
-        texts = [self.texts[i] for i in places]
-        return ServedPrefix(**fields, texts=texts, encoded=[self.encoded[i] for i in places])
+        places = index.tolist()
+        texts, encoded = ([x[i] for i in places] for x in (self.texts, self.encoded))
+        return replace(super().rows(index), texts=texts, encoded=encoded)
 
 # %% ../../nbs/models/served_completions.ipynb #fd6f34a3
 @dataclass

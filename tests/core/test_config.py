@@ -177,7 +177,7 @@ COMMON = {
     "optim.kl": 5e-3,
     "optim.clip": 0.2,
     "optim.updates": 1,
-    "runtime.groups_per_forward": 1,
+    "runtime.max_tokens": 8192,
     "runtime.gradient_checkpointing": True,
     "evaluation.samples": 200,
 }
