@@ -32,7 +32,7 @@ def eager_attention(model):
     finally:
         core.set_attn_implementation(kind)
 
-
+# %% ../../nbs/models/attention_maps.ipynb #a8f00002
 class WholePrompts:
     "A cache of transformers that puts each prompt's keys and values before those of its answer."
 
@@ -56,7 +56,7 @@ def answer_mask(prefix: Prefix, T: int) -> Tensor:  # [B,1,T,P+T]
     lowest = torch.finfo(prefix.levels[0].layers[0][0].dtype).min
     return torch.zeros(allowed.shape).masked_fill(~allowed, lowest).to(logits.device)
 
-
+# %% ../../nbs/models/attention_maps.ipynb #a8f00003
 @torch.no_grad()
 def answer_attention(
     policy: Policy,

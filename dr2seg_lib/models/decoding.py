@@ -10,6 +10,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .joined_attention import Part, attend_part, join, make_part
@@ -98,51 +99,59 @@ class Decoder:
         "Steps until the longest answer under way must end."
         return self.most - self.span[1]
 
-    def seat(self) -> bool:
-        "Gives the slots of ended answers to those that wait, or drops them; False when all are done."
-        free = self.ended.nonzero()[:, 0].tolist()
-        if self.waiting and free:
-            self.fill(free[: len(self.waiting)])
-        elif free and len(free) == len(self.rows):
-            return False
-        elif free and len(free) * 8 >= len(self.rows):  # worth the copy
-            self.keep((~self.ended).nonzero()[:, 0])
-        lengths = self.lengths[~self.ended].tolist()
-        self.span = min(lengths), max(lengths)
-        return True
+# %% ../../nbs/models/decoding.ipynb #a3f00000
+@patch
+def fill(self: Decoder, free: list[int]):
+    "Seats waiting answers in these slots."
+    slots = torch.tensor(free, device=self.rows.device)
+    rows, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
+    self.rows[slots] = torch.tensor(rows, device=self.rows.device)
+    self.logits[slots] = self.prefix.logits[self.rows[slots]]
+    self.lengths[slots], self.ended[slots] = 0, False
+    self.attach()
 
-    def fill(self, free: list[int]):
-        "Seats waiting answers in these slots."
-        slots = torch.tensor(free, device=self.rows.device)
-        rows, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
-        self.rows[slots] = torch.tensor(rows, device=self.rows.device)
-        self.logits[slots] = self.prefix.logits[self.rows[slots]]
-        self.lengths[slots], self.ended[slots] = 0, False
-        self.attach()
 
-    def keep(self, slots: Tensor):
-        "Forgets all other slots; the last of those that stay move into the first that are free."
-        first = slots[slots < len(slots)]
-        free = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
-        free[first] = False
-        order = torch.arange(len(slots), device=slots.device)
-        order[free] = slots[slots >= len(slots)]
-        self.keys.keep(order)
-        self.rows, self.logits = self.rows[order], self.logits[order]
-        self.lengths, self.ended = self.lengths[order], self.ended[order]
-        self.attach()
+@patch
+def keep(self: Decoder, slots: Tensor):
+    "Forgets all other slots; the last of those that stay move into the first that are free."
+    first = slots[slots < len(slots)]
+    free = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
+    free[first] = False
+    order = torch.arange(len(slots), device=slots.device)
+    order[free] = slots[slots >= len(slots)]
+    self.keys.keep(order)
+    self.rows, self.logits = self.rows[order], self.logits[order]
+    self.lengths, self.ended = self.lengths[order], self.ended[order]
+    self.attach()
 
-    def step(self, token: Tensor, last: Tensor):
-        "Takes each slot's token [S] and says what follows; `last` [S] ends its answer."
-        self.ended = self.ended | last
-        self.span = shortest, longest = self.span[0] + 1, self.span[1] + 1
-        if shortest == self.most:  # nobody goes on
-            return
-        columns = self.lengths.clamp(max=self.most - 1)
-        self.keys.widen(longest)
-        tree = DecodingStep(self.prefix.levels, self.parts, self.keys, columns)
-        embeds = self.model.get_input_embeddings()(token)
-        positions = (self.prefix.start[self.rows] + columns).expand(3, -1)
-        hidden = forward_new_tokens(self.model, embeds, positions, tree)
-        self.logits = self.model.lm_head(hidden).float()
-        self.lengths = self.lengths + 1
+# %% ../../nbs/models/decoding.ipynb #a3f00002
+@patch
+def seat(self: Decoder) -> bool:
+    "Gives the slots of ended answers to those that wait, or drops them; False when all are done."
+    free = self.ended.nonzero()[:, 0].tolist()
+    if self.waiting and free:
+        self.fill(free[: len(self.waiting)])
+    elif free and len(free) == len(self.rows):
+        return False
+    elif free and len(free) * 8 >= len(self.rows):  # worth the copy
+        self.keep((~self.ended).nonzero()[:, 0])
+    lengths = self.lengths[~self.ended].tolist()
+    self.span = min(lengths), max(lengths)
+    return True
+
+# %% ../../nbs/models/decoding.ipynb #a3f00003
+@patch
+def step(self: Decoder, token: Tensor, last: Tensor):
+    "Takes each slot's token [S] and says what follows; `last` [S] ends its answer."
+    self.ended = self.ended | last
+    self.span = shortest, longest = self.span[0] + 1, self.span[1] + 1
+    if shortest == self.most:  # nobody goes on
+        return
+    columns = self.lengths.clamp(max=self.most - 1)
+    self.keys.widen(longest)
+    tree = DecodingStep(self.prefix.levels, self.parts, self.keys, columns)
+    embeds = self.model.get_input_embeddings()(token)
+    positions = (self.prefix.start[self.rows] + columns).expand(3, -1)
+    hidden = forward_new_tokens(self.model, embeds, positions, tree)
+    self.logits = self.model.lm_head(hidden).float()
+    self.lengths = self.lengths + 1

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'WRITTEN_OUT', 'written_out_attention', 'written_out_gradients', 'fused_attention', 'fused_gradients', 'Part',
-           'make_part', 'fold', 'unfold', 'attend_part', 'attend_own', 'join', 'part_gradients', 'own_gradients',
-           'choose_kernels', 'JoinedAttention']
+           'key_mask', 'make_part', 'fold', 'unfold', 'attend_part', 'attend_own', 'join', 'part_gradients',
+           'own_gradients', 'choose_kernels', 'JoinedAttention']
 
 # %% ../../nbs/models/joined_attention.ipynb #01000000
 from dataclasses import dataclass
@@ -94,6 +94,15 @@ class Part:
         return x if self.slots is None else x.index_select(0, self.slots)
 
 # %% ../../nbs/models/joined_attention.ipynb #60000000
+def key_mask(lengths: list[int], width: int, dtype, device) -> Tensor | None:  # [S,1,1,width]
+    "-inf on the columns behind each node's keys; None where there are none."
+    if min(lengths) == width:
+        return None
+    columns = torch.arange(width) >= torch.tensor(lengths)[:, None]
+    mask = torch.zeros(columns.shape, dtype=dtype).masked_fill(columns, -torch.inf)
+    return mask[:, None, None].to(device)
+
+# %% ../../nbs/models/joined_attention.ipynb #a8f00008
 def make_part(
     nodes: np.ndarray,  # [N] node of each query
     lengths: list[int],  # S, keys of each node
@@ -109,11 +118,7 @@ def make_part(
     slots[order] = (
         nodes[order] * M + np.arange(len(nodes)) - (counts.cumsum() - counts)[nodes[order]]
     )
-    mask = None
-    if width is not None and min(lengths) < width:
-        columns = torch.arange(width) >= torch.tensor(lengths)[:, None]
-        mask = torch.zeros(columns.shape, dtype=dtype).masked_fill(columns, -torch.inf)
-        mask = mask[:, None, None].to(device)
+    mask = None if width is None else key_mask(lengths, width, dtype, device)
     if S * M == len(nodes) and (slots == np.arange(len(nodes))).all():
         return Part((S, M), None, None, None, mask)
     rows, empty = np.zeros(S * M, np.int64), np.ones(S * M, bool)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
 
@@ -79,7 +80,7 @@ class MergedLinear(torch.autograd.Function):
         dB = grad.T @ (x @ A.T) * ctx.scale
         return dx, None, None, dA, dB, None
 
-
+# %% ../../nbs/models/lora.ipynb #a4f00001
 def merged_forward(layer: LoraLayer):  # -> a forward
     "The forward of an adapted layer with weights merged now and gradients of the adapter."
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -97,19 +98,7 @@ class AdapterMerging:
         if self.model.dtype != torch.float32 or self.shards:
             return []
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
-        return [m for m in layers if not m.disable_adapters and hasattr(m, "base_layer")]
-
-    @contextmanager
-    def fused_adapter(self):
-        "Inside, an adapted layer of an fp32 policy is one product, under autograd too."
-        layers = [m for m in self.mergeable_layers() if isinstance(m, Linear)]
-        for m in layers:
-            m.forward = merged_forward(m)
-        try:
-            yield
-        finally:
-            for m in layers:
-                del m.forward
+        return [m for m in layers if not m.disable_adapters]
 
     @contextmanager
     def merged_adapter(self):
@@ -125,6 +114,20 @@ class AdapterMerging:
             for m, w in zip(layers, weights):
                 m.base_layer.weight.data = w
                 m.enable_adapters(True)
+
+# %% ../../nbs/models/lora.ipynb #a4f00002
+@patch
+@contextmanager
+def fused_adapter(self: AdapterMerging):
+    "Inside, an adapted layer of an fp32 policy is one product, under autograd too."
+    layers = [m for m in self.mergeable_layers() if isinstance(m, Linear)]
+    for m in layers:
+        m.forward = merged_forward(m)
+    try:
+        yield
+    finally:
+        for m in layers:
+            del m.forward
 
 # %% ../../nbs/models/lora.ipynb #619c5ccf
 class Lora(AdapterMerging, FullTuning):
@@ -147,33 +150,39 @@ class Lora(AdapterMerging, FullTuning):
         self.adapter.train(False)
         return self
 
-    def load_adapter(self, folder, trainable: bool = False):
-        "Put a saved adapter on the language model."
-        if not (Path(folder) / "adapter_config.json").exists():
-            raise FileNotFoundError(
-                f"{folder}/adapter_config.json is missing; "
-                "name a checkpoint folder that holds an adapter."
-            )
-        self.adapter = PeftModel.from_pretrained(self.model, str(folder), is_trainable=trainable)
-        return self
+# %% ../../nbs/models/lora.ipynb #a4f00003
+@patch
+def load_adapter(self: Lora, folder, trainable: bool = False):
+    "Put a saved adapter on the language model."
+    if not (Path(folder) / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"{folder}/adapter_config.json is missing; "
+            "name a checkpoint folder that holds an adapter."
+        )
+    self.adapter = PeftModel.from_pretrained(self.model, str(folder), is_trainable=trainable)
+    return self
 
-    def trainable(self) -> list:  # of (name, parameter)
-        "The parameters under training."
-        named = (self.adapter or self.model).named_parameters()
-        return [(n, p) for n, p in named if p.requires_grad]
+# %% ../../nbs/models/lora.ipynb #a4f00004
+@patch
+def trainable(self: Lora) -> list:  # of (name, parameter)
+    "The parameters under training."
+    named = (self.adapter or self.model).named_parameters()
+    return [(n, p) for n, p in named if p.requires_grad]
 
-    @contextmanager
-    def reference(self):
-        "Inside, the policy is its own reference: adapter off, or the frozen copy in place."
-        with torch.no_grad():
-            if self.adapter is not None:
-                with self.adapter.disable_adapter():
-                    yield self
-            elif self.frozen_copy is None:
+# %% ../../nbs/models/lora.ipynb #a4f00005
+@patch
+@contextmanager
+def reference(self: Lora):
+    "Inside, the policy is its own reference: adapter off, or the frozen copy in place."
+    with torch.no_grad():
+        if self.adapter is not None:
+            with self.adapter.disable_adapter():
                 yield self
-            else:
+        elif self.frozen_copy is None:
+            yield self
+        else:
+            self.swap_frozen_copy()
+            try:
+                yield self
+            finally:
                 self.swap_frozen_copy()
-                try:
-                    yield self
-                finally:
-                    self.swap_frozen_copy()

@@ -88,7 +88,7 @@ def detach_prefix(prefix: Prefix) -> Prefix:
         levels.append(replace(level, layers=[(leaf(k), leaf(v)) for k, v in level.layers]))
     return replace(prefix, levels=levels, logits=leaf(prefix.logits))
 
-
+# %% ../../nbs/models/prefix_tree.ipynb #a8f00004
 def backward_from(prefix: Prefix, stem: Prefix):
     "What has gathered at a detached copy of a prefix goes on through its prompts."
     pairs = [(x, y.grad) for x, y in zip(prefix.tensors(), stem.tensors()) if y.grad is not None]

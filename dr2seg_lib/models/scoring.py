@@ -7,6 +7,7 @@ __all__ = ['pack_completions', 'Scoring']
 
 # %% ../../nbs/models/scoring.ipynb #51187f58
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .prefix_tree import NewTokens, Prefix, forward_new_tokens
@@ -44,16 +45,18 @@ class Scoring:
             return first, embeds
         return first, forward_new_tokens(self.model, embeds, positions, tree)
 
-    def logprobs(
-        self,
-        prefix: Prefix,  # B prompts; prefilled under autograd for gradients
-        ids: Tensor,  # [B*G,T] answers, right-padded
-        mask: Tensor,  # [B*G,T] bool
-    ) -> Tensor:  # [B*G,T], 0 on padding
-        "Log-probability of every answer token given its prompt and the tokens before it."
-        logits, hidden = self.forward_completions(prefix, ids, mask)
-        first, on = logits.log_softmax(-1).gather(1, ids[:, :1]), mask[:, 1:]
-        logp = self.model.lm_head(hidden).float().log_softmax(-1)
-        later = logp.gather(1, ids[:, 1:][on][:, None])[:, 0]
-        rest = torch.zeros_like(on, dtype=later.dtype).masked_scatter(on, later)
-        return torch.cat([first, rest], 1) * mask
+# %% ../../nbs/models/scoring.ipynb #a8f00007
+@patch
+def logprobs(
+    self: Scoring,
+    prefix: Prefix,  # B prompts; prefilled under autograd for gradients
+    ids: Tensor,  # [B*G,T] answers, right-padded
+    mask: Tensor,  # [B*G,T] bool
+) -> Tensor:  # [B*G,T], 0 on padding
+    "Log-probability of every answer token given its prompt and the tokens before it."
+    logits, hidden = self.forward_completions(prefix, ids, mask)
+    first, on = logits.log_softmax(-1).gather(1, ids[:, :1]), mask[:, 1:]
+    logp = self.model.lm_head(hidden).float().log_softmax(-1)
+    later = logp.gather(1, ids[:, 1:][on][:, None])[:, 0]
+    rest = torch.zeros_like(on, dtype=later.dtype).masked_scatter(on, later)
+    return torch.cat([first, rest], 1) * mask

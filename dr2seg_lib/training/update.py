@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Microbatch', 'fill_up', 'microbatches', 'prefill_groups', 'grpo_loss', 'sum_gradients', 'optimizer_step',
-           'backward_shared', 'accumulate_gradients', 'update_policy']
+           'backward_shared', 'accumulate_gradients', 'score_by_reference', 'update_policy']
 
 # %% ../../nbs/training/update.ipynb #09d67a56
 import math
@@ -138,7 +138,7 @@ def backward_shared(
     if stem is not prefix:
         backward_from(prefix, stem)
 
-
+# %% ../../nbs/training/update.ipynb #a8f00001
 def accumulate_gradients(
     policy: Policy,
     accelerator: Accelerator,
@@ -163,6 +163,14 @@ def accumulate_gradients(
     return tuple(sums.tolist())
 
 # %% ../../nbs/training/update.ipynb #6a32f0d3
+def score_by_reference(policy: Policy, rollouts: Rollouts, batches: list[list[Microbatch]]):
+    "Notes each token's log-probability by the policy as it is now, without gradients."
+    for shared in batches:
+        prefix = prefill_groups(policy, rollouts, shared[0].groups)
+        for batch in shared:
+            batch.reference = policy.logprobs(prefix, batch.ids, batch.mask)
+
+# %% ../../nbs/training/update.ipynb #a8f00006
 def update_policy(
     policy: Policy,
     optimizer,
@@ -178,10 +186,8 @@ def update_policy(
     batches = microbatches(rollouts, advantage, prompts, config.runtime.max_tokens)
     total = accelerator.reduce(rollouts.completions.mask.sum(), "sum")
     with clock("reference"), policy.reference():
-        for shared in batches if optim.kl else ():
-            prefix = prefill_groups(policy, rollouts, shared[0].groups)
-            for batch in shared:
-                batch.reference = policy.logprobs(prefix, batch.ids, batch.mask)
+        if optim.kl:
+            score_by_reference(policy, rollouts, batches)
     with clock("update"):
         for _ in range(optim.updates):
             loss, kl = accumulate_gradients(policy, accelerator, rollouts, batches, optim, total)
