@@ -1324,6 +1324,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                     'dr2seg_lib/models/lora.py'),
                                         'dr2seg_lib.models.lora.AdapterMerging.merged_adapter': ( 'models/lora.html#adaptermerging.merged_adapter',
                                                                                                   'dr2seg_lib/models/lora.py'),
+                                        'dr2seg_lib.models.lora.AdapterMerging.unmerged_adapter': ( 'models/lora.html#adaptermerging.unmerged_adapter',
+                                                                                                    'dr2seg_lib/models/lora.py'),
                                         'dr2seg_lib.models.lora.FullTuning': ('models/lora.html#fulltuning', 'dr2seg_lib/models/lora.py'),
                                         'dr2seg_lib.models.lora.FullTuning.swap_frozen_copy': ( 'models/lora.html#fulltuning.swap_frozen_copy',
                                                                                                 'dr2seg_lib/models/lora.py'),

@@ -30,7 +30,7 @@ def written_out_attention(
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
-    lse = scores.float().logsumexp(-1)
+    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
 # %% ../../nbs/models/joined_attention.ipynb #30000000

@@ -87,11 +87,19 @@ def merged_forward(layer: LoraLayer):  # -> a forward
     with torch.no_grad():
         merged = layer.base_layer.weight + layer.get_delta_weight("default")
     rest = layer.base_layer.bias, A, B, layer.scaling["default"]
-    return lambda x: MergedLinear.apply(x, merged, *rest)
+
+    def forward(x):
+        if layer.disable_adapters:  # a reference, or weights that hold the adapter already
+            return layer.base_layer(x)
+        return MergedLinear.apply(x, merged, *rest)
+
+    return forward
 
 # %% ../../nbs/models/lora.ipynb #b9d3a26e
 class AdapterMerging:
     "A policy's part that merges its adapter for a while. It needs `model` and `shards`."
+
+    merged_layers = ()  # layers whose weights hold the adapter now, with what they were
 
     def mergeable_layers(self) -> list:  # of LoraLayer
         "The adapted layers whose weights may take the adapter: of an fp32 policy in one piece."
@@ -103,17 +111,23 @@ class AdapterMerging:
     @contextmanager
     def merged_adapter(self):
         "Inside, a LoRA adapter of an fp32 policy is part of the weights it adapts."
-        layers = self.mergeable_layers()
-        weights = [m.base_layer.weight.data for m in layers]
-        for m, w in zip(layers, weights):
+        layers, before = self.mergeable_layers(), self.merged_layers
+        trained = [p for m in layers for p in m.parameters() if p.requires_grad]
+        merged = [(m, m.base_layer.weight.data) for m in layers]
+        for m, w in merged:
             m.base_layer.weight.data = w + m.get_delta_weight("default")
             m.enable_adapters(False)
+        self.merged_layers = *before, *merged
         try:
             yield
         finally:
-            for m, w in zip(layers, weights):
+            self.merged_layers = before
+            for m, w in merged:
                 m.base_layer.weight.data = w
                 m.enable_adapters(True)
+                m.requires_grad_(False)
+            for p in trained:
+                p.requires_grad_(True)
 
 # %% ../../nbs/models/lora.ipynb #a4f00002
 @patch
@@ -121,6 +135,7 @@ class AdapterMerging:
 def fused_adapter(self: AdapterMerging):
     "Inside, an adapted layer of an fp32 policy is one product, under autograd too."
     layers = [m for m in self.mergeable_layers() if isinstance(m, Linear)]
+    layers = [m for m in layers if "forward" not in vars(m)]  # else it is one already
     for m in layers:
         m.forward = merged_forward(m)
     try:
@@ -128,6 +143,24 @@ def fused_adapter(self: AdapterMerging):
     finally:
         for m in layers:
             del m.forward
+
+# %% ../../nbs/models/lora.ipynb #a4f00006
+@patch
+@contextmanager
+def unmerged_adapter(self: AdapterMerging):
+    "Inside, the weights that `merged_adapter` has changed are what they were."
+    layers, self.merged_layers = self.merged_layers, ()
+    held = [m.base_layer.weight.data for m, _ in layers]
+    for m, w in layers:
+        m.base_layer.weight.data = w
+        m.enable_adapters(True)
+    try:
+        yield
+    finally:
+        self.merged_layers = layers
+        for (m, _), w in zip(layers, held):
+            m.base_layer.weight.data = w
+            m.enable_adapters(False)
 
 # %% ../../nbs/models/lora.ipynb #619c5ccf
 class Lora(AdapterMerging, FullTuning):
@@ -176,7 +209,7 @@ def reference(self: Lora):
     "Inside, the policy is its own reference: adapter off, or the frozen copy in place."
     with torch.no_grad():
         if self.adapter is not None:
-            with self.adapter.disable_adapter():
+            with self.unmerged_adapter(), self.adapter.disable_adapter():
                 yield self
         elif self.frozen_copy is None:
             yield self
