@@ -32,8 +32,8 @@ def test_one_step_at_scale_runs_at_a_tiny_size(tmp_path):
 def test_the_large_size_is_qwens(monkeypatch):
     "Counted without drawing a weight; the hub's card says 8.29B parameters for Qwen2.5-VL-7B."
     monkeypatch.syspath_prepend(FOLDER)
-    from against_trl import make
     from at_scale import SEVEN
+    from workload import make
 
     model, _ = make(840, size=SEVEN, device="meta", dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 8_292_166_656

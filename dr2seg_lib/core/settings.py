@@ -198,7 +198,7 @@ class TrainingRuntime(RuntimeSettings):
     "How it is computed and what is kept: time and memory, not the mathematics."
 
     max_tokens: int = Field(
-        4096, ge=1, description="tokens in one forward of the update, prompts counted once"
+        2048, ge=1, description="tokens in one forward of the update, prompts counted once"
     )
     self_check: bool = Field(
         True, description="score answers of the first step by the model's plain forward too"

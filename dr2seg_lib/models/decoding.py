@@ -17,7 +17,7 @@ from .joined_attention import Part, attend_part, join, make_part
 from .prefix_tree import Level, Prefix, forward_new_tokens
 
 # %% ../../nbs/models/decoding.ipynb #20000000
-BLOCK = 32  # columns by which the attended part of the buffers grows
+BLOCK = 8  # columns by which the attended part of the buffers grows
 
 
 class AnswerKeys:

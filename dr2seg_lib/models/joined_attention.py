@@ -130,6 +130,8 @@ def make_part(
 def fold(x: Tensor, heads: int) -> Tensor:  # [S,M,heads*n,...] -> [S,heads,n*M,...]
     "The query heads that share a key head, side by side: one product serves them all."
     S, M, n = *x.shape[:2], x.shape[2] // heads
+    if M == 1:  # as in decoding: nothing to move
+        return x.view(S, heads, n, *x.shape[3:])
     x = x.view(S, M, heads, n, *x.shape[3:])
     return x.movedim(1, 3).reshape(S, heads, n * M, *x.shape[4:])
 
@@ -137,6 +139,8 @@ def fold(x: Tensor, heads: int) -> Tensor:  # [S,M,heads*n,...] -> [S,heads,n*M,
 def unfold(x: Tensor, M: int) -> Tensor:  # [S,heads,n*M,...] -> [S,M,heads*n,...]
     "Undoes `fold`."
     S, heads, n = *x.shape[:2], x.shape[2] // M
+    if M == 1:
+        return x.reshape(S, 1, heads * n, *x.shape[3:])
     x = x.reshape(S, heads, n, M, *x.shape[3:])
     return x.movedim(3, 1).reshape(S, M, heads * n, *x.shape[4:])
 
