@@ -40,6 +40,7 @@ class WholePrompts:
         self.levels = prefix.levels
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_):
+        "Keys and values [B,H,P+T,d] of a layer, with those of the answers' T tokens as the last."
         above = [[x[level.owners] for x in level.layers[layer]] for level in self.levels]
         return tuple(torch.cat(parts, 2) for parts in zip(*above, (k, v)))
 

@@ -59,7 +59,7 @@ def tokens_behind(
 
 # %% ../../nbs/models/prefill.ipynb #67520865
 class Prefilling:
-    "A policy's part that goes over prompts. It needs `model` and `prompt_ids`."
+    "A policy's part that goes over prompts. It needs `model`, `prompt_ids`, `merged_adapter`."
 
     def prefill(
         self,

@@ -123,7 +123,7 @@ def sample_rows(
 
 # %% ../../nbs/models/sampling.ipynb #94e3b093
 class Sampling:
-    "A policy's part that answers. It needs `model`, `tokenizer` and `merged_adapter`."
+    "A policy's part that answers, by `model`, `tokenizer`, `merged_adapter`, `answers_at_once`."
 
     @torch.no_grad()
     def generate(
