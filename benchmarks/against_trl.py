@@ -165,7 +165,8 @@ def main():
         return measure_growth(args)
     fields = *SHAPE, "steps", "turns", "rows", "max_tokens"
     shape = {k: getattr(args, k) for k in fields}
-    result = dict(machine=machine("transformers", "trl", "peft"), shape=shape)
+    packages = ("transformers", "peft", *(["trl"] if "trl" in args.engines else []))
+    result = dict(machine=machine(*packages), shape=shape)
     (compare_memory if args.memory else compare_seconds)(args, result)
 
 

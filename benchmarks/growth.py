@@ -90,7 +90,7 @@ def set_range(ax, rows: list[dict], measure: str):
     ax.set_ylim(max(min(figures), 0.01) / 4, max(figures) * 2.2)
     low, high = (math.log10(y) for y in ax.get_ylim())
     ticks = [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
-    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.set_yticks(ticks, [f"{t:,g}" for t in ticks])
 
 
 def draw(rows: list[dict], fitted: dict, path: Path):
