@@ -1350,6 +1350,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                         'dr2seg_lib.models.lora.lora_target_regex': ( 'models/lora.html#lora_target_regex',
                                                                                       'dr2seg_lib/models/lora.py'),
                                         'dr2seg_lib.models.lora.merged_forward': ( 'models/lora.html#merged_forward',
+                                                                                   'dr2seg_lib/models/lora.py'),
+                                        'dr2seg_lib.models.lora.restore_layers': ( 'models/lora.html#restore_layers',
                                                                                    'dr2seg_lib/models/lora.py')},
             'dr2seg_lib.models.parallel': { 'dr2seg_lib.models.parallel.Sharding': ( 'models/parallel.html#sharding',
                                                                                      'dr2seg_lib/models/parallel.py'),

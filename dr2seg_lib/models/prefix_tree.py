@@ -13,6 +13,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -121,10 +122,12 @@ class NewTokens:
         above = [x for level in self.levels for x in level.layers[layer]]
         return JoinedAttention.apply(q, k, v, scale, kernels, self.own, self.parts, *above)
 
-    def as_level(self) -> Level:
-        "What was gone over, as nodes of the tree."
-        layers = [tuple(pad_nodes(x, self.lengths) for x in pair) for pair in self.kept]
-        return Level(layers, self.lengths, list(range(len(self.lengths))))
+# %% ../../nbs/models/prefix_tree.ipynb #a9f00001
+@patch
+def as_level(self: NewTokens) -> Level:
+    "What was gone over, as nodes of the tree."
+    layers = [tuple(pad_nodes(x, self.lengths) for x in pair) for pair in self.kept]
+    return Level(layers, self.lengths, list(range(len(self.lengths))))
 
 # %% ../../nbs/models/prefix_tree.ipynb #50000000
 def tree_attention(module, query, key, value, attention_mask, *, plain, tree=None, **options):
