@@ -204,7 +204,7 @@ def state(policy):
 CONTEXTS = ["merged_adapter", "fused_adapter", "reference"]
 
 
-@pytest.mark.parametrize("names", itertools.product(CONTEXTS, repeat=2), ids="-".join)
+@pytest.mark.parametrize("names", list(itertools.product(CONTEXTS, repeat=2)), ids="-".join)
 def test_a_context_in_another_is_undone_after_an_exception(policy, names):
     before, x = state(policy), torch.ones(2, adapted(policy).in_features)
     whole = adapted(policy)(x)
@@ -217,7 +217,7 @@ def test_a_context_in_another_is_undone_after_an_exception(policy, names):
     assert torch.equal(adapted(policy)(x), whole)
 
 
-@pytest.mark.parametrize("names", itertools.product(CONTEXTS, repeat=2), ids="-".join)
+@pytest.mark.parametrize("names", list(itertools.product(CONTEXTS, repeat=2)), ids="-".join)
 def test_inside_a_reference_the_adapter_is_off_and_else_it_is_on(policy, names):
     layer = adapted(policy)
     x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0))
