@@ -105,6 +105,7 @@ def plain_logprobs(policy, samples, texts, encoded, completions):
         input_ids=full,
         attention_mask=mask,
         mm_token_type_ids=(full == policy.model.config.image_token_id).int(),
+        use_cache=False,
         **images,
     ).logits
     logp = logits[:, -completions.ids.shape[1] - 1 : -1].log_softmax(-1)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from policies import FAMILIES, make_policy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,19 +22,25 @@ T, GROUP = 6, 3
 SEEDS = list(range(2 * GROUP))
 
 
+def prefilled(policy):
+    return policy.prefill(TEXTS, policy.encode([s.image for s in SAMPLES]))
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def speaker(request):
-    "A policy that ends an answer now and then, also at its first token."
+    "A policy that ends an answer now and then: about one token in four is the last."
     policy = make_policy(request.param)
     with torch.no_grad():
-        embedding = policy.model.get_input_embeddings().weight
-        embedding[policy.tokenizer.eos_token_id] *= 12
+        words, logits = policy.model.get_input_embeddings().weight, prefilled(policy).logits
+        hidden = torch.linalg.lstsq(words, logits.T).solution.mean(1)
+        likely = logits.logsumexp(-1).mean() - 1
+        words[policy.tokenizer.eos_token_id] = hidden * likely / hidden.square().sum()
     return policy
 
 
 @pytest.fixture(scope="module")
 def prefix(speaker):
-    return speaker.prefill(TEXTS, speaker.encode([s.image for s in SAMPLES]))
+    return prefilled(speaker)
 
 
 @torch.no_grad()
@@ -88,10 +94,19 @@ def test_the_tokens_of_the_plain_loop(speaker, prefix, plainly, temperature):
     assert said(ours) == plainly(temperature)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_the_plain_loop(family):
+    policy = make_policy(family)
+    prompts = [plain_inputs(policy, [t], [s.image]) for t, s in zip(TEXTS, SAMPLES)]
+    plain = [plain_loop(policy, prompt, 0.0, None, T) for prompt in prompts]
+    assert said(policy.generate(prefilled(policy), 1, T, 0.0)) == plain
+    assert len(plain[0]) > 1
+
+
 def test_the_answers_are_uneven(speaker, plainly):
     "Else the tests here would hold little: some end at their first token, some never."
     lengths = {len(answer) for t in (0.7, 1.0) for answer in plainly(t)}
-    assert {1, T} < lengths
+    assert {1, T} <= lengths
 
 
 @pytest.mark.parametrize("look_every", [1, 3, 8])
@@ -143,10 +158,11 @@ def test_all_may_end_at_their_first_token(speaker, prefix, at_once):
     rows=st.lists(st.integers(0, 1), min_size=1, max_size=7),
     at_once=st.integers(0, 8),
     look_every=st.integers(1, 9),
-    most=st.integers(1, 40),
+    most=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25)
+@example(rows=[0, 1, 0], at_once=2, look_every=8, most=36, seed=0)
+@settings(max_examples=10)
 def test_slots_and_looks_never_change_an_answer(
     speaker, prefix, rows, at_once, look_every, most, seed
 ):
@@ -173,7 +189,19 @@ class AsksNothing(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen = set()
+        self.seen, self.patches = set(), pytest.MonkeyPatch()
+
+    def __enter__(self):
+        def ask(x, *args, **kwargs):
+            raise AssertionError("a copy for the host waits for the device")
+
+        for name in ("tolist", "numpy", "__array__"):  # on a CPU no operator is called for them
+            self.patches.setattr(torch.Tensor, name, ask)
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        self.patches.undo()
+        super().__exit__(*raised)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
