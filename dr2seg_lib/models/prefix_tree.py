@@ -131,6 +131,8 @@ def tree_attention(module, query, key, value, attention_mask, *, plain, tree=Non
     if tree is None:
         return plain(module, query, key, value, attention_mask, **options)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):  # positions are turned in float32, values are not
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     kernels = choose_kernels(q, plain is eager_attention_forward)
     return tree.attend(module.layer_idx, q, k, v, options["scaling"], kernels)[None], None
 

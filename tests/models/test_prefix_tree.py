@@ -94,6 +94,17 @@ def test_the_plain_forward_in_values_and_gradients(
         assert far_apart(policy, shared, plain) < 1e-5
 
 
+def test_under_autocast_as_without_it(policy):
+    "Attention's inputs are of several types there; the figures are those of bfloat16."
+    drawn, sample = answers([3, 1, 5]), SAMPLES[0]
+    encoded, texts = policy.encode([sample.image]), [visionreasoner_prompt(sample.query)]
+    exact = policy.logprobs(policy.prefill(texts, encoded), drawn.ids, drawn.mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = policy.logprobs(policy.prefill(texts, encoded), drawn.ids, drawn.mask)
+    rough.sum().backward()
+    assert 0 < (rough - exact).abs().max() < 0.2
+
+
 def test_the_self_checks_plain_forward_is_that_of_the_test(policy):
     drawn, sample = answers([3, 1, 5]), SAMPLES[0]
     encoded, texts = policy.encode([sample.image]), [visionreasoner_prompt(sample.query)]
