@@ -153,8 +153,9 @@ def use_tree_attention(model):
     "Gives the language model an attention that knows trees, and else is what it was."
     register_tree_attention()
     core = model.model.language_model
-    kind = core.config._attn_implementation.removeprefix("tree_")
-    core.set_attn_implementation(f"tree_{'eager' if kind == 'eager' else 'sdpa'}")
+    kind = core.config._attn_implementation
+    if not kind.startswith("tree_"):
+        core.set_attn_implementation(f"tree_{'eager' if kind == 'eager' else 'sdpa'}")
 
 
 def forward_new_tokens(
@@ -165,6 +166,7 @@ def forward_new_tokens(
     **options,  # for the language model
 ) -> Tensor:  # [N,D]
     "Hidden states of tokens without padding, behind a tree."
+    use_tree_attention(model)  # somebody may have set another since
     out = model.model.language_model(
         inputs_embeds=embeds[None],
         position_ids=positions[:, None],

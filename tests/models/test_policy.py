@@ -199,11 +199,9 @@ def test_attention_changes_time_not_answers():
         for _name, p in policy.trainable():
             torch.nn.init.normal_(p, std=0.02)
         visual = policy.model.model.visual
-        assert (
-            visual.config._attn_implementation
-            == policy.model.model.language_model.config._attn_implementation
-            == attention
-        )
+        core = policy.model.model.language_model
+        assert visual.config._attn_implementation == attention
+        assert core.config._attn_implementation == f"tree_{attention}"
         encoded = policy.encode([s.image for s in samples])
         completions = policy.generate(policy.prefill(texts, encoded), 2, 40, seed=1)
         scores = policy.logprobs(policy.prefill(texts, encoded), completions.ids, completions.mask)
@@ -237,7 +235,7 @@ def test_flash_goes_to_the_vision_tower_alone(monkeypatch):
     core = Policy.load(attention="flash").model.model
     assert ATTENTION_KINDS["flash"]["vision_config"] == "eager"
     assert core.visual.config._attn_implementation == "eager"
-    assert core.language_model.config._attn_implementation == "sdpa"
+    assert core.language_model.config._attn_implementation == "tree_sdpa"
 
 
 # text that spells special tokens
