@@ -13,8 +13,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .joined_attention import Part, attend_part, join, make_part
-from .prefix_tree import Level, Prefix, forward_new_tokens
+from .joined_attention import Part, attend_part, join
+from .prefix_tree import Level, Prefix, forward_new_tokens, level_parts
 
 # %% ../../nbs/models/decoding.ipynb #20000000
 BLOCK = 8  # columns by which the attended part of the buffers grows
@@ -88,12 +88,9 @@ class Decoder:
 
     def attach(self):
         "Hangs the answers under way on their prompts, anew."
-        self.parts, rows = [], self.rows.tolist()
-        device, dtype = self.logits.device, self.prefix.levels[0].layers[0][0].dtype
-        for level in self.prefix.levels:
-            nodes = np.array([level.owners[row] for row in rows])
-            options = dict(device=device, dtype=dtype, width=level.width)
-            self.parts.append(make_part(nodes, level.lengths, **options))
+        levels, rows = self.prefix.levels, np.array(self.rows.tolist())
+        dtype = levels[0].layers[0][0].dtype
+        self.parts = level_parts(levels, rows, self.logits.device, dtype)
 
     def room(self) -> int:
         "Steps until the longest answer under way must end."

