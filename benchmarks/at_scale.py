@@ -11,12 +11,13 @@ generated a second, peak memory.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
-from against_trl import RANK, SMALL, Ours, high_water, machine, medians
+from measuring import RESULTS, high_water, machine, medians, write_result
+from our_engine import Ours
+from workload import RANK, SMALL
 
 SEVEN = dict(
     text=dict(
@@ -72,7 +73,8 @@ def measure(args, size: dict, device: str) -> dict:
     )
 
 
-def main():
+def parse_arguments():
+    "The command line; a tiny run has its own sizes."
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,10 +90,10 @@ def main():
         "--side", type=int, default=840, help="of the picture: (side / 28)^2 image tokens"
     )
     p.add_argument(
-        "--chunk",
+        "--max-tokens",
         type=int,
-        default=1,
-        help="groups in one forward of the update: memory, not mathematics",
+        default=4096,
+        help="tokens in one forward of the update: memory, not mathematics",
     )
     p.add_argument("--steps", type=int, default=3, help="measured, after one that warms up")
     p.add_argument(
@@ -102,24 +104,24 @@ def main():
         args.prompts, args.samples, args.answer, args.side, args.steps = 2, 2, 8, 112, 1
     elif not torch.cuda.is_available():
         p.error("there is no GPU here; --tiny shows the path on a CPU")
+    return args
+
+
+def main():
+    args = parse_arguments()
     device = "cpu" if args.tiny else "cuda"
     figures = measure(args, SMALL if args.tiny else SEVEN, device)
-    shape = {
-        k: getattr(args, k) for k in ("prompts", "samples", "answer", "side", "chunk", "steps")
-    } | dict(image_tokens=(args.side // 28) ** 2, lora_rank=RANK, dtype="bfloat16")
+    fields = "prompts", "samples", "answer", "side", "max_tokens", "steps"
+    shape = {k: getattr(args, k) for k in fields}
+    shape |= dict(image_tokens=(args.side // 28) ** 2, lora_rank=RANK, dtype="bfloat16")
     result = dict(
         machine=machine("transformers", "peft", "accelerate")
         | (dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}),
         shape=shape,
         **figures,
     )
-    out = (
-        args.out
-        or Path(__file__).parent / "results" / f"at_scale{'_tiny' if args.tiny else ''}.json"
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
+    name = "at_scale_tiny.json" if args.tiny else "at_scale.json"
+    write_result(args.out or RESULTS / name, result)
 
 
 if __name__ == "__main__":

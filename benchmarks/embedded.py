@@ -8,12 +8,11 @@ as the public trainers do.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
-from against_trl import machine, medians
+from measuring import RESULTS, machine, medians, write_result
 from transformers import LogitsProcessor
 
 from dr2seg_lib.data.datasets import load_data
@@ -161,7 +160,7 @@ def main():
     p.add_argument("--steps", type=int, default=2)
     p.add_argument("--prompts", type=int, default=16)
     p.add_argument("--samples", type=int, default=8)
-    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    p.add_argument("--out", type=Path, default=RESULTS)
     args = p.parse_args()
     torch.set_num_threads(2)
     config = TrainConfig(
@@ -180,9 +179,7 @@ def main():
         ratio={k: round(seconds["plain"][k] / v, 2) for k, v in engine.items() if v > 0.005},
         rewards_per_core_second=reward_rates(config),
     )
-    args.out.mkdir(exist_ok=True)
-    (args.out / "embedded.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    write_result(args.out / "embedded.json", result)
 
 
 if __name__ == "__main__":

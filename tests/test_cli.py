@@ -1197,7 +1197,7 @@ def ended(tmp_path):
         ("runtime.checkpoint_every", 3),
         ("evaluation.samples", 8),
         ("runtime.recorded_groups", 0),
-        ("runtime.groups_per_forward", 1),
+        ("runtime.max_tokens", 1000),
         ("optim.kl", 0.0),
     ],
 )

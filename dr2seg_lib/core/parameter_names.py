@@ -65,7 +65,7 @@ TRAINING_NAMES |= dict(
     eval_data="evaluation.data",
     eval_samples="evaluation.samples",
     allow_overlap="evaluation.allow_overlap",
-    chunk="runtime.groups_per_forward",
+    chunk="",  # without effect: runtime.max_tokens bounds a forward
     checkpointing="runtime.gradient_checkpointing",
     shard="runtime.shard",
     record="runtime.recorded_groups",
@@ -106,6 +106,8 @@ def nested_parameters(
     names, nested = old_names_of(values) if old_names is None else old_names, {}
     for name, value in values.items():
         is_group = name in GROUPS and isinstance(value, dict)
+        if names.get(name) == "":
+            continue
         place_value(nested, name if is_group else names.get(name, name), value)
     return nested
 
@@ -127,5 +129,5 @@ def renamed_note(given: dict, old_names: dict) -> str:  # "" where no name is ol
     renamed = {name: old_names[name] for name in given if name in old_names}
     if not renamed:
         return ""
-    pairs = ", ".join(f"{old} is now {new}" for old, new in renamed.items())
+    pairs = ", ".join(f"{old} is now {new or 'without effect'}" for old, new in renamed.items())
     return f"{pairs}; the old names go with the next release"

@@ -189,12 +189,20 @@ class RuntimeSettings(Settings):
     attention: Literal["sdpa", "eager", "flash"] = Field(
         "sdpa", description="sdpa, eager, or flash for the vision tower"
     )
+    answers_at_once: int = Field(
+        0, ge=0, description="answers under way at once, a finished one's place is taken; 0: all"
+    )
 
-
+# %% ../../nbs/core/settings.ipynb #a8f00005
 class TrainingRuntime(RuntimeSettings):
     "How it is computed and what is kept: time and memory, not the mathematics."
 
-    groups_per_forward: int = Field(4, ge=1, description="groups in one forward of the update")
+    max_tokens: int = Field(
+        2048, ge=1, description="tokens in one forward of the update, prompts counted once"
+    )
+    self_check: bool = Field(
+        True, description="score answers of the first step by the model's plain forward too"
+    )
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )

@@ -172,6 +172,7 @@ def evaluation_parts(
     model, runtime = config.model, config.runtime
     segmenter, how = load_segmenter(config.segmenter), (model.dtype, runtime.attention)
     policy = load_policy(model.name, model.adapter, *how, accelerator.device)
+    policy.answers_at_once = config.runtime.answers_at_once
     policy.max_question_tokens = config.data.max_question_tokens
     if runtime.server:
         folder = run.folder / f"served-{accelerator.process_index}"

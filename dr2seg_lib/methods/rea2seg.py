@@ -25,7 +25,7 @@ from .rea2seg_candidates import Candidate, attention_grid, propose_candidates
 from ..models.attention_maps import heat_map
 from ..models.loading import load_policy
 from ..models.policy import Policy
-from ..models.prefix_cache import Prefix
+from ..models.prefix_tree import Prefix
 from ..models.pretrained import EMBEDDED
 from ..models.vision import EncodedImage
 from ..segmenters.base import Segmenter

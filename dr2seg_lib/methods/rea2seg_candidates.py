@@ -20,7 +20,7 @@ from ..data.samples import Target
 from ..models.attention_maps import image_attention
 from ..models.chat import encode_text
 from ..models.policy import Policy
-from ..models.prefix_cache import Prefix
+from ..models.prefix_tree import Prefix
 from ..models.vision import EncodedImage
 from ..segmenters.base import Segmenter
 

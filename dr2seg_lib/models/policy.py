@@ -7,11 +7,13 @@ __all__ = ['Policy']
 
 # %% ../../nbs/models/policy.ipynb #0a8e0d41
 import torch
+from fastcore.basics import patch
 
 from ..core.settings import MAX_QUESTION_TOKENS
 from .lora import Lora
 from .parallel import Sharding
 from .prefill import Prefilling
+from .prefix_tree import use_tree_attention
 from .pretrained import image_side, load_pretrained
 from .prompts import Prompting
 from .sampling import Sampling
@@ -30,30 +32,35 @@ class Policy(ImageEncoder, Prompting, Prefilling, Sampling, Scoring, Lora, Shard
         side: int | None = None,  # of the image it is shown, pixels; None: the frame
     ):
         self.model = model.eval().requires_grad_(False)
+        use_tree_attention(model)
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.frame, self.side = frame, side or frame
         self.adapter = None  # of peft, once there is one
         self.frozen_copy = None  # of a language model that is trained whole
         self.shards = []  # layers that are divided among processes
         self.max_question_tokens = MAX_QUESTION_TOKENS
+        self.answers_at_once = 0  # under way in `generate`; 0: all
         self.token_texts = {}  # id: text
 
-    @classmethod
-    def load(
-        cls,
-        name: str = "embedded",  # "embedded", a local folder or a hub id
-        dtype: torch.dtype = torch.float32,  # of the weights in memory
-        side: int | None = None,  # of the image it is shown, pixels; None: as its processor says
-        attention: str = "sdpa",  # of ATTENTION_KINDS
-        **kwargs,  # for `from_pretrained`
-    ):
-        "A policy from a checkpoint in the layout of transformers."
-        model, processor = load_pretrained(name, dtype, attention, **kwargs)
-        side = image_side(processor, side)
-        return cls(model, processor, 1000 if model.config.model_type == "qwen3_vl" else side, side)
+# %% ../../nbs/models/policy.ipynb #a5f00001
+@patch(cls_method=True)
+def load(
+    cls: Policy,
+    name: str = "embedded",  # "embedded", a local folder or a hub id
+    dtype: torch.dtype = torch.float32,  # of the weights in memory
+    side: int | None = None,  # of the image it is shown, pixels; None: as its processor says
+    attention: str = "sdpa",  # of ATTENTION_KINDS
+    **kwargs,  # for `from_pretrained`
+):
+    "A policy from a checkpoint in the layout of transformers."
+    model, processor = load_pretrained(name, dtype, attention, **kwargs)
+    side = image_side(processor, side)
+    return cls(model, processor, 1000 if model.config.model_type == "qwen3_vl" else side, side)
 
-    def decode_token(self, token: int) -> str:
-        "The text of one token."
-        if token not in self.token_texts:
-            self.token_texts[token] = self.tokenizer.decode([token])
-        return self.token_texts[token]
+# %% ../../nbs/models/policy.ipynb #a5f00002
+@patch
+def decode_token(self: Policy, token: int) -> str:
+    "The text of one token."
+    if token not in self.token_texts:
+        self.token_texts[token] = self.tokenizer.decode([token])
+    return self.token_texts[token]

@@ -6,12 +6,12 @@
 __all__ = ['completion_statistics', 'ServedImage', 'ServedPrefix', 'ServedCompletions', 'logprob_gap']
 
 # %% ../../nbs/models/served_completions.ipynb #ebbaf066
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .prefix_cache import Prefix
+from .prefix_tree import Prefix
 from .sampling import Completions, token_statistics
 from .vision import EncodedImage
 
@@ -25,12 +25,12 @@ def completion_statistics(
     chunk: int = 2048,  # tokens whose logits are held at once
 ) -> Tensor:  # [3,B*G,T]
     "Log-probability, entropy and margin of every token of given answers; 0 on padding."
-    (logits, hidden), on = policy.forward_completions(prefix, ids), mask[:, 1:]
+    (logits, hidden), on = policy.forward_completions(prefix, ids, mask), mask[:, 1:]
     statistics = torch.zeros(3, *ids.shape, device=ids.device)
     statistics[:, :, 0] = token_statistics(logits, ids[:, 0])
     if not on.any():
         return statistics
-    chunks = zip(hidden[on].split(chunk), ids[:, 1:][on].split(chunk))
+    chunks = zip(hidden.split(chunk), ids[:, 1:][on].split(chunk))
     head = policy.model.lm_head
     parts = [token_statistics(head(h).float(), i) for h, i in chunks]
     statistics[:, :, 1:][:, on] = torch.cat(parts, 1)
@@ -53,9 +53,9 @@ class ServedPrefix(Prefix):
 
     def rows(self, index: Tensor) -> "ServedPrefix":
         "The prompts of these indices, repeats allowed."
-        fields, places = vars(super().rows(index)), index.tolist()
-        texts = [self.texts[i] for i in places]
-        return ServedPrefix(**fields, texts=texts, encoded=[self.encoded[i] for i in places])
+        places = index.tolist()
+        texts, encoded = ([x[i] for i in places] for x in (self.texts, self.encoded))
+        return replace(super().rows(index), texts=texts, encoded=encoded)
 
 # %% ../../nbs/models/served_completions.ipynb #fd6f34a3
 @dataclass

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .chat import spells_special
 from .http_client import REPLY, TOKEN, post_all
 from .policy import Policy
-from .prefix_cache import Prefix
+from .prefix_tree import Prefix
 from dr2seg_lib.models.served_completions import (
     ServedCompletions,
     ServedImage,

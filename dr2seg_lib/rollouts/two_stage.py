@@ -18,7 +18,7 @@ import torch
 from ..data.samples import Sample
 from ..models.chat import question_too_long
 from ..models.policy import Policy
-from ..models.prefix_cache import Prefix
+from ..models.prefix_tree import Prefix
 from ..models.sampling import Completions
 from ..models.vision import EncodedImage
 from .parsing import Parsed, parse_response

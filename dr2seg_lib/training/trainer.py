@@ -44,6 +44,7 @@ from .both_ends import evaluate_and_save
 from .checkpoint_state import load_state, save_state
 from .config import TrainingData, check_training
 from .grpo import advantages
+from .self_check import check_engine
 from dr2seg_lib.training.step_records import (
     StepOutcome,
     all_gather_groups,
@@ -61,7 +62,7 @@ class TrainingState(NamedTuple):
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
 
-
+# %% ../../nbs/training/trainer.ipynb #a7f00001
 def build_policy(config: TrainConfig, accelerator: Accelerator) -> Policy:
     "The policy with what is trained of it."
     policy = load_policy(
@@ -71,6 +72,7 @@ def build_policy(config: TrainConfig, accelerator: Accelerator) -> Policy:
         device=accelerator.device,
     )
     policy.max_question_tokens = config.data.max_question_tokens
+    policy.answers_at_once = config.runtime.answers_at_once
     if config.model.tune == "lora":
         lora = config.lora
         policy.add_lora(lora.rank, lora.alpha, config.optim.norm_lr > 0, lora.targets)
@@ -150,7 +152,7 @@ def collect_rollouts(
     if config.runtime.server:
         with clock("adapter"):
             policy.load_lora_adapter()
-    with policy.unsharded():
+    with policy.unsharded(), policy.merged_adapter():
         return generate_rollouts(
             policy,
             samples[first : first + share],
@@ -175,12 +177,15 @@ def train_step(
     with clock("reward"):
         terms, reward = compute_rewards(rollouts, method, policy.frame)
         advantage = advantages(reward, config.method.advantage_scale)
+    check = {}
+    if step == 1 and config.runtime.self_check:
+        check = dict(self_check=check_engine(policy, rollouts))
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
         stats["logprob_gap"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
     outcome = StepOutcome(rollouts.groups, terms, reward, advantage, method.combination(terms))
     outcome = all_gather_groups(accelerator, outcome)
-    row = step_metrics(step, outcome, stats, lr, clock)
+    row = step_metrics(step, outcome, stats | check, lr, clock)
     return row, rollout_records(step, outcome, config.runtime.recorded_groups)
 
 # %% ../../nbs/training/trainer.ipynb #2bba82ae

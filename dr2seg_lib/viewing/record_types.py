@@ -147,6 +147,7 @@ class MetricsRecord(LooseRecord):
     grad_norm: Number | None = None
     tokens_per_second: Number | None = None
     logprob_gap: Number | None = None
+    self_check: Number | None = None
     seconds: Named | None = None
     skipped: list[str] | None = None
 

@@ -19,7 +19,7 @@ from ..data.records import BrokenRecord
 from ..data.samples import Sample
 from ..methods.names import remember_label
 from ..rollouts.combination import factor_of
-from ..rollouts.parsing import Parsed, segmenter_prompts, to_image_coordinates
+from ..rollouts.parsing import Parsed, draw_answer, to_image_coordinates
 from ..segmenters.loading import load_segmenter
 from ..training.batches import epoch_stream
 
@@ -234,8 +234,7 @@ def predict_mask(self: RunReader, sample: Sample, parsed: Parsed) -> np.ndarray:
     "What the run's segmenter draws from a response."
     with DRAWING_LOCK:
         segmenter = segmenter_of(self.asked("segmenter", "embedded"))
-        prompts = segmenter_prompts(segmenter, parsed, sample.query, self.frame, sample.size)
-        return segmenter.segment(sample.image, prompts)
+        return draw_answer(segmenter, sample, parsed, self.frame)
 
 # %% ../../nbs/viewing/run_reader.ipynb #4972d214
 @patch

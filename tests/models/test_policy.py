@@ -9,14 +9,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from policies import plain_logprobs, qwen3
 from qwen import QWEN_TEMPLATE, SPECIAL, make_qwen_tokenizer
-from transformers import (
-    LlamaConfig,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from transformers import LlamaConfig
 
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.samples import Sample
@@ -29,126 +24,14 @@ from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.attention_maps import token_attention
 from dr2seg_lib.models.chat import chat_messages, tokenize_texts
 from dr2seg_lib.models.policy import Policy
-from dr2seg_lib.models.prefix_cache import causal_mask
 from dr2seg_lib.models.pretrained import ATTENTION_KINDS
 from dr2seg_lib.models.sampling import Completions
 from dr2seg_lib.models.vision import EncodedImage
 from dr2seg_lib.pretraining.policy_model import make_model
-from dr2seg_lib.pretraining.tokenizer import CHAT_TEMPLATE, make_processor, make_tokenizer
+from dr2seg_lib.pretraining.tokenizer import make_processor, make_tokenizer
 from dr2seg_lib.rollouts.parsing import reasoning_text
 from dr2seg_lib.rollouts.response import to_responses
 from dr2seg_lib.rollouts.two_stage import second_pass
-
-
-def qwen3(tokenizer, template=CHAT_TEMPLATE):
-    "A small Qwen3-VL of random weights, two of its vision layers feeding DeepStack."
-
-    def token(name):
-        return tokenizer.convert_tokens_to_ids(name)
-
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=96,
-        rope_parameters=dict(
-            rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3], mrope_interleaved=True
-        ),
-        tie_word_embeddings=True,
-    )
-    vision = dict(
-        depth=3,
-        hidden_size=32,
-        num_heads=2,
-        intermediate_size=48,
-        patch_size=8,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=64,
-        num_position_embeddings=196,
-        deepstack_visual_indexes=[0, 1],
-    )
-    model = Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            text_config=text,
-            vision_config=vision,
-            image_token_id=token("<|image_pad|>"),
-            video_token_id=token("<|video_pad|>"),
-            vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"),
-            tie_word_embeddings=True,
-        )
-    )
-    with torch.no_grad():  # strong enough to be missed where it is left out
-        for merger in model.model.visual.deepstack_merger_list:
-            merger.linear_fc2.weight.normal_(std=0.5)
-    parts = make_processor(tokenizer)
-    video = Qwen3VLVideoProcessor(patch_size=8, merge_size=2)
-    return model, Qwen3VLProcessor(
-        image_processor=parts.image_processor,
-        tokenizer=tokenizer,
-        video_processor=video,
-        chat_template=template,
-    )
-
-
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
-def policy(request):
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    policy = (
-        Policy(make_model(tokenizer), make_processor(tokenizer), 112)
-        if request.param == "qwen2_5_vl"
-        else Policy(*qwen3(tokenizer), 1000, 112)
-    )
-    policy.add_lora(8, 8)
-    for name, p in policy.trainable():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.05)
-    return policy
-
-
-@pytest.fixture(scope="module")
-def batch(policy):
-    "Prompts of unequal length on several images, and four sampled answers to each."
-    samples = [MiniReasonSeg("val")[i] for i in range(3)]
-    texts = [dr2seg_prompt(s.query) for s in samples]
-    encoded = policy.encode([s.image for s in samples])
-    assert len({len(policy.tokenizer(t)["input_ids"]) for t in texts}) > 1
-    for policy.seed in range(
-        50
-    ):  # random weights may say <|image_pad|>, behind which the oracle would look for an image
-        completions = policy.generate(
-            policy.prefill(texts, encoded), group_size=4, max_new_tokens=24, seed=policy.seed
-        )
-        if (completions.ids != policy.model.config.image_token_id).all():
-            return samples, texts, encoded, completions
-
-
-def plain_logprobs(policy, samples, texts, encoded, completions):
-    "The oracle: one padded forward of the model itself, the prompt repeated for every answer."
-    ids, attention = policy.tokenize(texts, encoded)
-    n = len(completions.ids) // len(texts)
-
-    def squash(s):
-        return cv2.resize(s.image, (112, 112), interpolation=cv2.INTER_AREA)
-
-    images = policy.processor.image_processor(
-        [squash(s) for s in samples for _ in range(n)], do_resize=False, return_tensors="pt"
-    )
-    full = torch.cat([ids.repeat_interleave(n, 0), completions.ids], 1)
-    mask = torch.cat([attention.repeat_interleave(n, 0), completions.mask.long()], 1)
-    logits = policy.model(
-        input_ids=full,
-        attention_mask=mask,
-        mm_token_type_ids=(full == policy.model.config.image_token_id).int(),
-        **images,
-    ).logits
-    logp = logits[:, -completions.ids.shape[1] - 1 : -1].log_softmax(-1)
-    return logp.gather(2, completions.ids[..., None])[..., 0] * completions.mask
 
 
 def test_shared_prefix_equals_plain_forward_in_values_and_gradients(policy, batch):
@@ -251,11 +134,6 @@ def test_full_tuning_keeps_a_frozen_reference():
     assert all("language_model" in n or "lm_head" in n for n, _ in policy.trainable())
 
 
-def test_look_mask_by_hand():
-    mask = causal_mask(torch.tensor([[True, False]]), 2)[0, 0]
-    assert (mask == 0).tolist() == [[False, True, True, False], [False, True, True, True]]
-
-
 def test_missing_files_are_named(tmp_path, policy):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
         policy.load_adapter(tmp_path)
@@ -321,11 +199,9 @@ def test_attention_changes_time_not_answers():
         for _name, p in policy.trainable():
             torch.nn.init.normal_(p, std=0.02)
         visual = policy.model.model.visual
-        assert (
-            visual.config._attn_implementation
-            == policy.model.model.language_model.config._attn_implementation
-            == attention
-        )
+        core = policy.model.model.language_model
+        assert visual.config._attn_implementation == attention
+        assert core.config._attn_implementation == f"tree_{attention}"
         encoded = policy.encode([s.image for s in samples])
         completions = policy.generate(policy.prefill(texts, encoded), 2, 40, seed=1)
         scores = policy.logprobs(policy.prefill(texts, encoded), completions.ids, completions.mask)
@@ -359,7 +235,7 @@ def test_flash_goes_to_the_vision_tower_alone(monkeypatch):
     core = Policy.load(attention="flash").model.model
     assert ATTENTION_KINDS["flash"]["vision_config"] == "eager"
     assert core.visual.config._attn_implementation == "eager"
-    assert core.language_model.config._attn_implementation == "sdpa"
+    assert core.language_model.config._attn_implementation == "tree_sdpa"
 
 
 # text that spells special tokens

@@ -903,8 +903,10 @@ def test_live_in_the_browser(lab):
         ".d2-live .js-plotly-plot .annotation').length > 8"
     )
     asked = lab.locator(".d2-ask")
+    said = asked.locator(".d2-said").first
+    said.evaluate("said => said.classList.add('before')")
     asked.locator(".d2-main").click()
-    asked.locator(".d2-wait").first.wait_for()  # what was said before has gone
+    asked.locator(".before").wait_for(state="detached")  # waiting itself may be over in a frame
     asked.locator("[data-pass=first]").wait_for()
     assert view.locator(".d2-pill").inner_text() == "running"
     view.get_by_text("Stop after this step").click()
