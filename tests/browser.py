@@ -182,7 +182,7 @@ VIEWS = dict(
     inspector="w = inspect('{run}')\nw.at = {at}\nw",
     live="live('{run}')",
     compare="compare(['{run}', '{other}'], cards=1)",
-    ask="a = Playground('{model}', 2_000_022)\na",
+    ask="a = Playground('{model}', 2_000_020)\na",
 )
 
 
