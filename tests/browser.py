@@ -182,7 +182,7 @@ VIEWS = dict(
     inspector="w = inspect('{run}')\nw.at = {at}\nw",
     live="live('{run}')",
     compare="compare(['{run}', '{other}'], cards=1)",
-    ask="a = Playground('{model}', 2_000_022)\na",
+    ask="a = Playground('{model}', 2_000_020)\na",
 )
 
 
@@ -218,6 +218,8 @@ def whole(page, view, path: Path):
         page.set_viewport_size(dict(width=1240, height=int(view.bounding_box()["height"]) + 200))
         view.scroll_into_view_if_needed()
         page.wait_for_timeout(400)
+    page.mouse.move(0, 0)  # nothing is pointed at
+    page.wait_for_timeout(400)
     view.screenshot(path=path)
     small(path)
 

@@ -19,15 +19,16 @@ def plain_inputs(policy: Policy, texts: list[str], images: list) -> dict:
     batch = policy.processor.image_processor(squares, do_resize=False, return_tensors="pt")
     encoded = policy.encode(images[:1]) * len(images)  # alike in size, which is all that is asked
     ids, attention = policy.tokenize(texts, encoded)
-    inputs = dict(batch, input_ids=ids, attention_mask=attention)
+    is_image = (ids == policy.model.config.image_token_id).int()  # without it no places in 2-D
+    inputs = dict(batch, input_ids=ids, attention_mask=attention, mm_token_type_ids=is_image)
     return {k: v.to(policy.model.device) for k, v in inputs.items()}
 
 # %% ../../nbs/models/plain_forward.ipynb #b7000005
-def append_answers(inputs: dict, ids: Tensor, mask: Tensor, image_token: int) -> dict:
+def append_answers(inputs: dict, ids: Tensor, mask: Tensor) -> dict:
     "The inputs with an answer [B,T] behind each prompt; what looks like an image in it is text."
     behind = dict(inputs, input_ids=torch.cat([inputs["input_ids"], ids], 1))
     behind["attention_mask"] = torch.cat([inputs["attention_mask"], mask.long()], 1)
-    is_image = (inputs["input_ids"] == image_token).int()
+    is_image = inputs["mm_token_type_ids"]
     behind["mm_token_type_ids"] = torch.cat([is_image, torch.zeros_like(ids, dtype=torch.int)], 1)
     return behind
 
@@ -43,6 +44,6 @@ def plain_logprobs(
     "Log-probability of every answer token, by one padded forward of the model itself."
     inputs = plain_inputs(policy, texts, images)
     start = inputs["input_ids"].shape[1]
-    whole = append_answers(inputs, ids, mask, policy.model.config.image_token_id)
+    whole = append_answers(inputs, ids, mask)
     logits = policy.model(**whole, use_cache=False).logits[:, start - 1 : -1].float()
     return logits.log_softmax(-1).gather(2, ids[..., None])[..., 0] * mask

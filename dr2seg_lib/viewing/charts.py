@@ -34,6 +34,7 @@ from .style import FIGURE_STYLE, MUTED
 # %% ../../nbs/viewing/charts.ipynb #c0005
 INCH, WEB_INCH = 88, 96  # pixels of a row's height in plotly, of a width
 CONFIG = dict(displaylogo=False, responsive=True, typesetMath=False)
+CONFIG |= dict(modeBarButtons=[["toImage", "resetScale2d"]])  # to zoom one drags
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
@@ -157,7 +158,9 @@ def base_layout(chart: Chart, frame: Frame) -> dict:
     hover = dict(hovermode="x unified" if chart.unified else "closest", hoverlabel=TOOLTIP)
     legend = PLOTLY_LEGENDS[chart.legend] | dict(font_size=12, bgcolor=CLEAR, tracegroupgap=0)
     bars = dict(barmode="overlay", bargap=0)
-    return dict(legend=legend, uirevision="kept", annotations=[], **size, **paper, **hover, **bars)
+    buttons = dict(bgcolor=CLEAR, color=MUTED, activecolor=MUTED, orientation="v")
+    rest = dict(uirevision="kept", annotations=[], modebar=buttons)
+    return dict(legend=legend, **rest, **size, **paper, **hover, **bars)
 
 # %% ../../nbs/viewing/charts.ipynb #c0024
 @patch

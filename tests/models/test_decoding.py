@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dr2seg_lib.data.mini import MiniReasonSeg
+from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models import sampling
 from dr2seg_lib.models.decoding import Decoder
 from dr2seg_lib.models.plain_forward import append_answers, plain_inputs
+from dr2seg_lib.models.policy import Policy
 
 SAMPLES = [MiniReasonSeg("val")[i] for i in range(2)]
 TEXTS = [visionreasoner_prompt("the ring"), visionreasoner_prompt("the red ball left of the star")]
@@ -47,7 +49,7 @@ def prefix(speaker):
 def whole_forward(policy, prompt, said):
     "Logits of the next token by the model's own forward over everything."
     ids = torch.tensor([said], dtype=torch.long)
-    inputs = append_answers(prompt, ids, torch.ones_like(ids), policy.model.config.image_token_id)
+    inputs = append_answers(prompt, ids, torch.ones_like(ids))
     return policy.model(**inputs, use_cache=False).logits[0, -1].float()
 
 
@@ -101,6 +103,17 @@ def test_greedy_tokens_of_the_plain_loop(family):
     plain = [plain_loop(policy, prompt, 0.0, None, T) for prompt in prompts]
     assert said(policy.generate(prefilled(policy), 1, T, 0.0)) == plain
     assert len(plain[0]) > 1
+
+
+def test_the_answer_of_transformers_generate():
+    "Written by others: the embedded policy, a picture whose places matter, greedy."
+    policy, sample = Policy.load(), MiniReasonSeg("val")[22]
+    text = dr2seg_prompt(sample.query)
+    inputs = plain_inputs(policy, [text], [sample.image])
+    theirs = policy.model.generate(**inputs, max_new_tokens=256, do_sample=False)
+    ours = policy.generate(policy.prefill([text], policy.encode([sample.image])), 1, 256, 0.0)
+    answer = theirs[0, inputs["input_ids"].shape[1] :]
+    assert answer.tolist() == ours.ids[0].tolist()
 
 
 def test_the_answers_are_uneven(speaker, plainly):
