@@ -84,6 +84,9 @@ class TrainingDataSettings(QuestionSettings):
     texts: Literal["all", "one"] = Field(
         "all", description="ReasonSeg: ask each text of a file, or one, drawn anew in each pass"
     )
+    balance: str = Field(
+        "", description="tag whose values each step has in equal number, such as kind; empty: none"
+    )
     strict: bool = Field(False, description="a record that cannot be read ends the run")
 
 # %% ../../nbs/core/settings.ipynb #80209640
@@ -163,13 +166,17 @@ class OptimSettings(Settings):
 
 # %% ../../nbs/core/settings.ipynb #f4994d28
 class HeldOutSettings(Settings):
-    "The evaluation before and after training."
+    "The evaluation before, during and after training."
 
     data: str = Field("", description="its data set; empty: the val split of data.name")
     samples: int = Field(
         256, ge=0, le=2048, description="held-out samples before and after; 0: no evaluation"
     )
     allow_overlap: bool = Field(False, description="questions of the training may be among them")
+    every: int = Field(0, ge=0, description="steps between evaluations on the way; 0: none")
+    every_samples: int = Field(
+        64, ge=2, description="the first so many of the samples, asked on the way"
+    )
 
 
 class CandidateSettings(Settings):

@@ -8,7 +8,7 @@ __all__ = ['stored_predictions', 'write_evaluation', 'held_out_batch', 'held_out
 
 # %% ../../nbs/training/both_ends.ipynb #9bc4b432
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -77,8 +77,9 @@ def answer_held_out(
     config: TrainConfig,
     data: Sequence,  # of Sample
     when: str,
+    answer: Callable | None = None,  # None: greedily
 ) -> list[dict]:  # a row a sample
-    "Greedy answers to all questions of the evaluation, drawn and scored."
+    "Answers to all questions of the evaluation, drawn and scored."
     if config.runtime.server:
         policy.load_lora_adapter()
     with policy.unsharded():
@@ -92,6 +93,7 @@ def answer_held_out(
             progress=lambda i, n: run.progress(f"evaluating {when}", i, n),
             accelerator=accelerator,
             parse=method.parse,
+            answer=answer,
         )
     return rows
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingState', 'build_policy', 'build_optimizer', 'build_method', 'build_training_state', 'step_seed', 'set_lr',
-           'compute_rewards', 'collect_rollouts', 'train_step', 'stop_for_all', 'take_step', 'record_start',
-           'record_skipped', 'serve_policy', 'run_steps', 'train']
+           'compute_rewards', 'collect_rollouts', 'train_step', 'stop_for_all', 'measure_step', 'take_step',
+           'record_start', 'record_skipped', 'serve_policy', 'run_steps', 'train']
 
 # %% ../../nbs/training/trainer.ipynb #aa927f28
 import os
@@ -44,6 +44,13 @@ from .both_ends import evaluate_and_save
 from .checkpoint_state import load_state, save_state
 from .config import TrainingData, check_training
 from .grpo import advantages
+from dr2seg_lib.training.held_out_curve import (
+    best_step,
+    held_out_figures,
+    is_due,
+    record_best,
+    start_figures,
+)
 from .self_check import check_engine
 from dr2seg_lib.training.step_records import (
     StepOutcome,
@@ -195,24 +202,34 @@ def stop_for_all(run: Run, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(stop, "sum"))
 
 
+def measure_step(
+    run: Run, state: TrainingState, data: TrainingData, config: TrainConfig, step: int
+) -> dict:  # the step's row
+    "One step, and what held-out questions say before the first and after some."
+    asked = run, state, config, data.held_out, step
+    samples, skipped = sample_batch(data.train, config, step, state.policy)
+    start = start_figures(*asked)
+    row, records = train_step(state, samples, config, step)
+    row |= start | held_out_figures(*asked) | (dict(skipped=skipped) if skipped else {})
+    run.log(row)
+    run.record(records)
+    return row
+
+
 def take_step(
-    run: Run, state: TrainingState, data, config: TrainConfig, step: int
+    run: Run, state: TrainingState, data: TrainingData, config: TrainConfig, step: int
 ) -> bool:  # whether to stop after it
     "One step with all that is written about it."
     policy, _, optimizer, accelerator = state
-    samples, skipped = sample_batch(data, config, step, policy)
-    row, records = train_step(state, samples, config, step)
-    run.log(row | (dict(skipped=skipped) if skipped else {}))
-    run.record(records)
+    row = measure_step(run, state, data, config, step)
     note = f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}"
     run.progress("training", step, config.steps, note)
-    last = step == config.steps
+    last, save = step == config.steps, lambda folder: save_state(policy, optimizer, folder)
     stop = not last and stop_for_all(run, accelerator)
-    due = last or stop or step % config.runtime.checkpoint_every == 0
+    due = last or stop or is_due(config, step) or step % config.runtime.checkpoint_every == 0
     if due and accelerator.is_main_process:
-        save_checkpoint(
-            run.folder, step, lambda folder: save_state(policy, optimizer, folder), rows=run.marks()
-        )
+        best = best_step(run.metrics()) if config.evaluation.every else None
+        save_checkpoint(run.folder, step, save, rows=run.marks(), best=best)
     return stop
 
 # %% ../../nbs/training/trainer.ipynb #1cb738ac
@@ -250,9 +267,10 @@ def run_steps(
         load_state(state.policy, state.optimizer, checkpoint)
     first = step_of(checkpoint) + 1 if checkpoint else 1
     for step in range(first, config.steps + 1):
-        if take_step(run, state, data.train, config, step):
+        if take_step(run, state, data, config, step):
             return False
     record_skipped(run)
+    record_best(run)
     evaluate_and_save(run, state, config, data.held_out, "after")
     return True
 
