@@ -28,7 +28,7 @@ def spread_evenly(
         places[own] = (np.arange(len(own)) + rng.random()) / len(own)
     return np.argsort(places, kind="stable")
 
-
+# %% ../../nbs/training/batches.ipynb #f2000011
 def balanced_values(data, tag: str) -> np.ndarray | None:  # [N]; None: nothing is balanced
     "The values by which batches are balanced."
     if not tag:
@@ -38,7 +38,7 @@ def balanced_values(data, tag: str) -> np.ndarray | None:  # [N]; None: nothing 
         raise ValueError(f"data.balance: the data set does not list its tag {tag}; leave it out")
     return np.asarray(values)
 
-
+# %% ../../nbs/training/batches.ipynb #f2000012
 def epoch_stream(
     data,
     texts: str,  # all, or one: drawn anew in each pass

@@ -45,7 +45,7 @@ def evaluate_on_the_way(
         figures[name] = to_jsonable(aggregate(rows))
     return figures
 
-
+# %% ../../nbs/training/held_out_curve.ipynb #e0000018
 def held_out_figures(run: Run, state, config: TrainConfig, data, step: int) -> dict:
     "What a step's row says of held-out questions: nothing where none are asked."
     if data is None or not is_due(config, step):

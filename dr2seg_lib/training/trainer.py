@@ -201,7 +201,7 @@ def stop_for_all(run: Run, accelerator: Accelerator) -> bool:
     stop = torch.tensor(float(run.stop_requested()), device=accelerator.device)
     return bool(accelerator.reduce(stop, "sum"))
 
-
+# %% ../../nbs/training/trainer.ipynb #f2000013
 def measure_step(
     run: Run, state: TrainingState, data: TrainingData, config: TrainConfig, step: int
 ) -> dict:  # the step's row
@@ -215,7 +215,7 @@ def measure_step(
     run.record(records)
     return row
 
-
+# %% ../../nbs/training/trainer.ipynb #f2000014
 def take_step(
     run: Run, state: TrainingState, data: TrainingData, config: TrainConfig, step: int
 ) -> bool:  # whether to stop after it

@@ -146,7 +146,7 @@ def tokens_panel(arms: dict, keep: float) -> Panel:
     keys = {"N¹": "", "N²": "dash"}
     return Panel("reasoning tokens", first + second, y_range=(0, None), keys=keys)
 
-
+# %% ../../nbs/viewing/curves.ipynb #f3000011
 def held_out_points(rows: list) -> list[dict]:  # step; greedy, sampled; low, high of greedy
     "gIoU of the same held-out questions on the way, from the start on."
     found = {r["step"]: r["held_out"] for r in rows if r.get("held_out")}
@@ -159,7 +159,7 @@ def held_out_points(rows: list) -> list[dict]:  # step; greedy, sampled; low, hi
         points.append(dict(step=step, low=low, high=high, **point))
     return points
 
-
+# %% ../../nbs/viewing/curves.ipynb #f3000012
 def held_out_panel(arms: dict) -> Panel:
     "gIoU of held-out questions: greedy with its interval (several seeds: their range), sampled."
     points = {arm: list(map(held_out_points, runs)) for arm, runs in arms.items()}
@@ -172,7 +172,7 @@ def held_out_panel(arms: dict) -> Panel:
     keys = {"greedy": "", "sampled": "dash"} if greedy else {}
     return Panel("held-out gIoU", greedy + sampled, keys=keys)
 
-
+# %% ../../nbs/viewing/curves.ipynb #f3000013
 def training_curves(
     runs,  # metrics rows; or {arm: rows}; or {arm: [rows, ...]} with one list a seed
     keep: float = 0.6,  # smoothing; 0 for none
