@@ -180,9 +180,8 @@ def test_every_choice_of_the_loss_against_a_loop(average, lengths, seed, entropy
     weigh_tokens([[batch]], Accelerator(cpu=True), mask, average)
     loss, _ = grpo_loss(logp, batch, optim, entropies if entropy else None)
     plain = [x.tolist() for x in (logp, old, reference, entropies, advantage)]
-    assert loss.item() == pytest.approx(
-        looped_loss(plain, lengths, optim, SHARES[average](lengths))
-    )
+    by_hand = looped_loss(plain, lengths, optim, SHARES[average](lengths))
+    assert loss.item() == pytest.approx(by_hand, abs=1e-5)  # the weights are float32
 
 
 @given(lengths=LENGTHS, most=st.integers(1, 700))
