@@ -36,7 +36,7 @@ class ChainForm:
     hold: tuple = ()  # words that are not said before it may end
     wait: str = ""  # said instead of an early end; empty: the likeliest of all other tokens
 
-
+# %% ../../nbs/evaluation/premise.ipynb #d0000021
 DOUBT = re.compile(r"\b(wait|hmm|second thought|alternatively)\b", re.IGNORECASE)
 EMPTY = ChainForm(begin="<think></think>")
 EMBEDDED_FORMS = dict(
@@ -48,7 +48,7 @@ EMBEDDED_FORMS = dict(
     long=ChainForm(begin="<think>", doubts=4, hold=(" therefore",)),
 )
 
-
+# %% ../../nbs/evaluation/premise.ipynb #d0000022
 def chain_forms(embedded: bool, most: int = 48, least: int = 512) -> dict:  # {name: ChainForm}
     "The forms that are compared; sizes in tokens, of other models than the embedded one."
     if embedded:
@@ -113,7 +113,7 @@ def forced_token(self: Steering, ids: list[int]) -> int | None:  # None: nothing
     chain = text.removeprefix("<think>")
     return self.close[0] if is_closed(self.form, chain, len(ids) - 1) else None
 
-
+# %% ../../nbs/evaluation/premise.ipynb #d0000023
 @patch
 def banned_tokens(self: Steering, ids: list[int]) -> Tensor | None:  # [V] bool; None: none
     "The tokens that may not come after these."
@@ -175,7 +175,7 @@ def form_figures(rows: list[dict]) -> dict:  # n, right, right_ci, tokens, token
         figures |= {name: found.mean, f"{name}_ci": found.bounds}
     return figures
 
-
+# %% ../../nbs/evaluation/premise.ipynb #d0000024
 def premise_figures(rows: dict) -> dict:  # rows: {form: of `evaluate`, the same samples}
     "Each form's figures, and what the concise chain gains over the empty and the long one."
     figures = {name: form_figures(part) for name, part in rows.items()}
