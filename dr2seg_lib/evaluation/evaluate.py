@@ -47,11 +47,12 @@ def answer_greedily(
     parse: Callable[[str], Parsed] = parse_response,  # the method's
     temperature: float = 0.0,
     seeds: list[int] | None = None,  # one a sample; needed above temperature 0
+    **options,  # of `generate`
 ) -> list[Response]:
     "One greedy answer a sample."
     texts = [prompt(s.query, eval=True) for s in samples]
     prefix = policy.prefill(texts, policy.encode([s.image for s in samples]))
-    completions = policy.generate(prefix, 1, max_new_tokens, temperature, seeds)
+    completions = policy.generate(prefix, 1, max_new_tokens, temperature, seeds, **options)
     return to_responses(policy, completions, parse)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOUBT', 'EMPTY', 'EMBEDDED_FORMS', 'RIGHT', 'ChainForm', 'chain_forms', 'Steering', 'rest_of', 'is_closed', 'may_end',
-           'answer_in_form', 'right_rows', 'form_figures', 'premise_figures']
+           'right_rows', 'form_figures', 'premise_figures']
 
 # %% ../../nbs/evaluation/premise.ipynb #d0000003
 import re
@@ -17,10 +17,6 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.statistics import bootstrap_interval
-from ..data.samples import Sample
-from ..models.policy import Policy
-from ..rollouts.parsing import Parsed
-from ..rollouts.response import Response, to_responses
 
 # %% ../../nbs/evaluation/premise.ipynb #d0000005
 @dataclass(frozen=True)
@@ -100,27 +96,31 @@ def may_end(form: ChainForm, chain: str, tokens: int) -> bool:
 
 # %% ../../nbs/evaluation/premise.ipynb #d000000b
 @patch
-def forced_token(self: Steering, ids: list[int]) -> int | None:  # None: nothing is forced
+def chain(self: Steering, ids: list[int]) -> str | None:  # None: none is under way
+    "The chain of thought that an answer is at."
+    text = self.tokenizer.decode(ids)
+    under_way = text.startswith("<think>") and "</think>" not in text
+    return text.removeprefix("<think>") if under_way else None
+
+
+@patch
+def forced_token(self: Steering, ids: list[int], chain: str | None) -> int | None:  # None: nothing
     "The token that is due after these."
     if len(ids) < len(self.begin):
         return self.begin[len(ids)]
-    text = self.tokenizer.decode(ids)
-    if not text.startswith("<think>") or "</think>" in text:
+    if chain is None:
         return None
     for due in (self.close, self.wait):
         if rest := rest_of(ids, due):
             return rest[0]
-    chain = text.removeprefix("<think>")
     return self.close[0] if is_closed(self.form, chain, len(ids) - 1) else None
 
 # %% ../../nbs/evaluation/premise.ipynb #d0000023
 @patch
-def banned_tokens(self: Steering, ids: list[int]) -> Tensor | None:  # [V] bool; None: none
-    "The tokens that may not come after these."
-    text = self.tokenizer.decode(ids)
-    if not text.startswith("<think>") or "</think>" in text:
+def banned_tokens(self: Steering, ids: list[int], chain: str | None) -> Tensor | None:  # [V] bool
+    "The tokens that may not come after these; None where all may."
+    if chain is None:
         return None
-    chain = text.removeprefix("<think>")
     if not chain.strip() and self.form.avoid:
         return self.openings
     return None if may_end(self.form, chain, len(ids) - 1) else self.ends
@@ -131,7 +131,8 @@ def __call__(self: Steering, said: list[list[int]], logits: Tensor) -> Tensor:  
     "The logits with what is forced and what is banned."
     logits = logits.clone()
     for row, ids in enumerate(said):
-        due, banned = self.forced_token(ids), self.banned_tokens(ids)
+        said_so_far = ids, self.chain(ids)
+        due, banned = self.forced_token(*said_so_far), self.banned_tokens(*said_so_far)
         if due is None and banned is not None and self.wait and banned[logits[row].argmax()]:
             due = self.wait[0]
         if due is not None:
@@ -141,21 +142,6 @@ def __call__(self: Steering, said: list[list[int]], logits: Tensor) -> Tensor:  
         elif banned is not None:
             logits[row, : len(banned)][banned.to(logits.device)] = -torch.inf
     return logits
-
-# %% ../../nbs/evaluation/premise.ipynb #d000000d
-def answer_in_form(
-    steer: Steering,
-    policy: Policy,
-    samples: list[Sample],
-    prompt: Callable,  # (query, eval=True) -> user text, the method's
-    max_new_tokens: int,
-    parse: Callable[[str], Parsed],  # the method's
-) -> list[Response]:
-    "One greedy answer a sample, its chain in a form; the first argument set, it fits `evaluate`."
-    texts = [prompt(s.query, eval=True) for s in samples]
-    prefix = policy.prefill(texts, policy.encode([s.image for s in samples]))
-    completions = policy.generate(prefix, 1, max_new_tokens, 0.0, steer=steer)
-    return to_responses(policy, completions, parse)
 
 # %% ../../nbs/evaluation/premise.ipynb #d0000011
 RIGHT = 0.5  # IoU
