@@ -12,10 +12,10 @@ from dr2seg_lib.viewing.style import FIGURE_STYLE, MUTED
 
 BASE = dict(prompts=1, samples=8, answer=32, side=560)
 FACTORS = {
-    "answers a prompt": ("samples", (2, 4, 8, 16, 32)),
+    "answers a prompt": ("samples", (2, 8, 32)),
     "image tokens": ("side", (280, 560, 840, 1400)),
-    "tokens an answer": ("answer", (16, 32, 64, 128, 256)),
-    "prompts": ("prompts", (1, 2, 4, 8)),
+    "tokens an answer": ("answer", (16, 64, 256)),
+    "prompts": ("prompts", (1, 2, 4)),
 }
 TINY = {
     "answers a prompt": ("samples", (2, 4)),

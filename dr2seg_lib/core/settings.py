@@ -84,6 +84,9 @@ class TrainingDataSettings(QuestionSettings):
     texts: Literal["all", "one"] = Field(
         "all", description="ReasonSeg: ask each text of a file, or one, drawn anew in each pass"
     )
+    balance: str = Field(
+        "", description="tag whose values each step has in equal number, such as kind; empty: none"
+    )
     strict: bool = Field(False, description="a record that cannot be read ends the run")
 
 # %% ../../nbs/core/settings.ipynb #80209640
@@ -152,24 +155,36 @@ class OptimSettings(Settings):
     norm_lr: float = Field(
         0.02, ge=0, description="learning rate of the final norm's gain; 0 leaves it frozen"
     )
-    schedule: Literal["constant", "linear"] = Field(
-        "linear", description="learning rate over the run; linear falls to 0"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="learning rate over the run; linear and cosine fall to 0"
     )
+    warmup: int = Field(0, ge=0, description="steps in which the learning rate rises to its full")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    average: Literal["tokens", "process", "answers"] = Field(
+        "tokens",
+        description="loss over all tokens of the step, over each process's, or answer by answer",
+    )
     kl: float = Field(5e-3, ge=0, description="weight of the KL to the reference; 0 skips it")
+    kl_most: float = Field(0.0, ge=0, description="a token's KL is cut off there; 0: never")
+    entropy: float = Field(0.0, ge=0, description="weight of the bonus for the tokens' entropy")
     clip: float = Field(0.2, gt=0, description="range of the likelihood ratio, 1 ± clip")
+    clip_high: float = Field(0.0, ge=0, description="its upper end, 1 + clip_high; 0: as clip")
     updates: int = Field(1, ge=1, description="updates on each step's rollouts (μ)")
 
 # %% ../../nbs/core/settings.ipynb #f4994d28
 class HeldOutSettings(Settings):
-    "The evaluation before and after training."
+    "The evaluation before, during and after training."
 
     data: str = Field("", description="its data set; empty: the val split of data.name")
     samples: int = Field(
         256, ge=0, le=2048, description="held-out samples before and after; 0: no evaluation"
     )
     allow_overlap: bool = Field(False, description="questions of the training may be among them")
+    every: int = Field(0, ge=0, description="steps between evaluations on the way; 0: none")
+    every_samples: int = Field(
+        64, ge=2, description="the first so many of the samples, asked on the way"
+    )
 
 
 class CandidateSettings(Settings):

@@ -7,6 +7,7 @@ __all__ = ['LOOK_EVERY', 'token_statistics', 'Completions', 'sampling_draws', 'c
            'sample_rows', 'Sampling']
 
 # %% ../../nbs/models/sampling.ipynb #dedcf78f
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,11 @@ class Record:
         self.ids[rows, places] = ids
         self.numbers[:, rows, places] = torch.cat([on.float()[None], statistics])
 
+    def said(self, decoder: Decoder) -> list[list[int]]:
+        "The tokens of the answers in a decoder's slots."
+        places = zip(decoder.rows.tolist(), decoder.lengths.tolist())
+        return [self.ids[row, :length].tolist() for row, length in places]
+
     def completions(self) -> Completions:
         "The answers, as wide as the longest."
         width = int(self.numbers[0, :, :-1].any(0).sum())
@@ -106,6 +112,8 @@ def sample_rows(
     draws: Tensor | None,  # [R,T]; None at temperature 0
     T: int,  # tokens at most
     at_once: int = 0,  # answers under way; 0: all
+    steer: Callable
+    | None = None,  # (ids of each answer so far, [S,V] logits) -> logits to choose by
 ) -> Completions:
     "The loop: choose a token for each answer under way, note it, step; now and then seat others."
     eos, R, device = policy.tokenizer.eos_token_id, len(prefix.start), prefix.logits.device
@@ -115,7 +123,8 @@ def sample_rows(
         for _ in range(min(LOOK_EVERY.get(device.type, 1), decoder.room())):
             places = decoder.lengths.clamp(max=T - 1)
             column = draws[decoder.rows, places][:, None] if temperature else None
-            token, on = choose_tokens(decoder.logits, temperature, column), ~decoder.ended
+            logits = steer(record.said(decoder), decoder.logits) if steer else decoder.logits
+            token, on = choose_tokens(logits, temperature, column), ~decoder.ended
             statistics = token_statistics(decoder.logits, token)
             record.write(decoder.rows, places, on, token, statistics)
             decoder.step(token, (token == eos) | (places == T - 1))
@@ -134,6 +143,7 @@ class Sampling:
         temperature: float = 1.0,  # 0: greedy
         seed: int | list[int] | None = None,  # for all rows, or one a row
         at_once: int | None = None,  # answers under way; None: `self.answers_at_once`
+        steer: Callable | None = None,  # what is changed in the logits before a token is chosen
     ) -> Completions:  # R = B*G rows, those of one prompt adjacent
         "Sample answers to each prompt until the end-of-turn token or `max_new_tokens`."
         device = require_finite(prefix.logits).device
@@ -143,4 +153,5 @@ class Sampling:
         prompts = torch.arange(len(prefix.start), device=device).repeat_interleave(group_size)
         at_once = self.answers_at_once if at_once is None else at_once
         with self.merged_adapter():
-            return sample_rows(self, prefix.rows(prompts), temperature, draws, T, at_once)
+            prefix = prefix.rows(prompts)
+            return sample_rows(self, prefix, temperature, draws, T, at_once, steer)

@@ -65,10 +65,11 @@ def drop_old_checkpoints(
     folder: Path,  # the run's
     newest: Path,  # the checkpoint just saved
     keep: int,  # how many stay, the newest among them
+    best: int | None = None,  # a step whose checkpoint stays too
 ):
     "Removes checkpoints that are too old, and those of later steps."
     earlier = [p for p in list_checkpoints(folder) if step_of(p) < step_of(newest)]
-    kept = [newest, *earlier[: keep - 1]]
+    kept = [newest, *earlier[: keep - 1], *(p for p in earlier if step_of(p) == best)]
     for path in list_checkpoints(folder):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
@@ -100,6 +101,7 @@ def save_checkpoint(
     writer: Callable[[Path], None],  # fills the folder it is given
     keep: int = 2,  # how many of the newest stay
     rows: dict | None = None,  # `Run.marks()`; None: what the files of rows hold now
+    best: int | None = None,  # a step whose checkpoint stays, however old
 ) -> Path:  # `step-NNNNNN`
     "Saves a checkpoint that is whole or absent."
     root = Path(folder) / "checkpoints"
@@ -112,7 +114,7 @@ def save_checkpoint(
             f"the checkpoint of step {step} cannot be written to {root} ({error}); "
             "free space or grant permission, then resume the run"
         ) from error
-    drop_old_checkpoints(folder, path, keep)
+    drop_old_checkpoints(folder, path, keep, best)
     return path
 
 # %% ../../nbs/runs/checkpoints.ipynb #c631ae54

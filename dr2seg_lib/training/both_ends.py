@@ -8,7 +8,7 @@ __all__ = ['stored_predictions', 'write_evaluation', 'held_out_batch', 'held_out
 
 # %% ../../nbs/training/both_ends.ipynb #9bc4b432
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -77,23 +77,18 @@ def answer_held_out(
     config: TrainConfig,
     data: Sequence,  # of Sample
     when: str,
+    answer: Callable | None = None,  # None: greedily
 ) -> list[dict]:  # a row a sample
-    "Greedy answers to all questions of the evaluation, drawn and scored."
+    "Answers to all questions of the evaluation, drawn and scored."
     if config.runtime.server:
         policy.load_lora_adapter()
+    batch = held_out_batch(len(data), accelerator.num_processes)
+    limits = batch, config.rollout.max_new_tokens
+    how = dict(accelerator=accelerator, parse=method.parse, answer=answer)
+    how["progress"] = lambda i, n: run.progress(f"evaluating {when}", i, n)
+    segmenter = held_out_segmenter(method, config.segmenter)
     with policy.unsharded():
-        _, rows = evaluate(
-            policy,
-            held_out_segmenter(method, config.segmenter),
-            data,
-            method.prompt,
-            held_out_batch(len(data), accelerator.num_processes),
-            config.rollout.max_new_tokens,
-            progress=lambda i, n: run.progress(f"evaluating {when}", i, n),
-            accelerator=accelerator,
-            parse=method.parse,
-        )
-    return rows
+        return evaluate(policy, segmenter, data, method.prompt, *limits, **how)[1]
 
 # %% ../../nbs/training/both_ends.ipynb #1c955908
 def evaluate_and_save(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GREATEST', 'HEALTH', 'STAGE_COLOURS', 'metric_value', 'metric_series', 'moving_average', 'smooth_series',
            'curve_band', 'thin_steps', 'thin_values', 'group_by_arm', 'arm_lines', 'arms_lines', 'arm_groups',
-           'tokens_panel', 'training_curves', 'term_names', 'reward_terms_plot', 'training_health', 'stage_seconds',
-           'stage_colours', 'stage_seconds_plot']
+           'tokens_panel', 'held_out_points', 'held_out_panel', 'training_curves', 'term_names', 'reward_terms_plot',
+           'training_health', 'stage_seconds', 'stage_colours', 'stage_seconds_plot']
 
 # %% ../../nbs/viewing/curves.ipynb #c0002
 from itertools import cycle
@@ -146,16 +146,44 @@ def tokens_panel(arms: dict, keep: float) -> Panel:
     keys = {"N¹": "", "N²": "dash"}
     return Panel("reasoning tokens", first + second, y_range=(0, None), keys=keys)
 
+# %% ../../nbs/viewing/curves.ipynb #f3000011
+def held_out_points(rows: list) -> list[dict]:  # step; greedy, sampled; low, high of greedy
+    "gIoU of the same held-out questions on the way, from the start on."
+    found = {r["step"]: r["held_out"] for r in rows if r.get("held_out")}
+    start = next((r["held_out_start"] for r in rows if r.get("held_out_start")), None)
+    points = []
+    for step, figures in (({0: start} if start else {}) | found).items():
+        greedy, sampled = (figures.get(way) or {} for way in ("greedy", "sampled"))
+        low, high = greedy.get("gIoU_ci") or (None, None)
+        point = dict(greedy=greedy.get("gIoU"), sampled=sampled.get("gIoU"))
+        points.append(dict(step=step, low=low, high=high, **point))
+    return points
 
+# %% ../../nbs/viewing/curves.ipynb #f3000012
+def held_out_panel(arms: dict) -> Panel:
+    "gIoU of held-out questions: greedy with its interval (several seeds: their range), sampled."
+    points = {arm: list(map(held_out_points, runs)) for arm, runs in arms.items()}
+    greedy = arms_lines(points, "greedy", 0, "greedy")
+    alone = [runs[0] for runs in points.values() if len(runs) == 1 and runs[0]]
+    if len(alone) == len(greedy):
+        for line, rows in zip(greedy, alone):
+            line.low, line.high = (metric_series(rows, end)[1] for end in ("low", "high"))
+    sampled = arms_lines(points, "sampled", 0, "sampled", dash="dash", width=1.3)
+    keys = {"greedy": "", "sampled": "dash"} if greedy else {}
+    return Panel("held-out gIoU", greedy + sampled, keys=keys)
+
+# %% ../../nbs/viewing/curves.ipynb #f3000013
 def training_curves(
     runs,  # metrics rows; or {arm: rows}; or {arm: [rows, ...]} with one list a seed
     keep: float = 0.6,  # smoothing; 0 for none
 ) -> Chart:
-    "Fig. 4 of the paper: answer entropy, reasoning tokens and accuracy over training."
+    "Fig. 4 of the paper: answer entropy, tokens, accuracy; and held-out gIoU, where it is known."
     arms = group_by_arm(runs)
     entropy = Panel("answer entropy, nats", arms_lines(arms, "answer_entropy", keep))
     accuracy = Panel("accuracy", arms_lines(arms, "accuracy", keep))
     panels = [entropy, tokens_panel(arms, keep), accuracy]
+    if (held_out := held_out_panel(arms)).marks:
+        panels.append(held_out)
     for panel in panels:
         panel.x_label = "step"
     return Chart(panels, arm_groups(arms), linked=True, unified=True)

@@ -21,6 +21,7 @@ from dr2seg_lib.viewing.curves import (
     GREATEST,
     arm_lines,
     arms_lines,
+    held_out_panel,
     metric_series,
     stage_seconds_plot,
     term_names,
@@ -118,7 +119,7 @@ def live_panels(
     colours = term_colours(term_names(arms))
     terms = [term_panel(rows, name, colour) for name, colour in colours.items()]
     entropy, accuracy, reward, kl = panels.values()
-    panels = [entropy, tokens, accuracy, reward, *terms, kl]
+    panels = [entropy, tokens, accuracy, reward, *terms, kl, held_out_panel(arms)]
     return [panel for panel in panels if panel.marks]
 
 # %% ../../nbs/viewing/live.ipynb #c0016

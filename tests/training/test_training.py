@@ -203,6 +203,55 @@ def test_questions_must_be_shared_evenly():
         TrainConfig(processes=3)
 
 
+ON_THE_WAY = SMALL | {
+    "steps": 5,
+    "evaluation.samples": 6,
+    "evaluation.every": 2,
+    "evaluation.every_samples": 4,
+    "data.balance": "kind",
+}
+
+
+def test_held_out_questions_on_the_way_and_their_best_checkpoint(tmp_path, monkeypatch):
+    "Stopped after step 3 and gone on with, a run says and keeps what an unbroken one does."
+    config = TrainConfig(**ON_THE_WAY)
+    unbroken = train(config, tmp_path / "unbroken")
+    log = Run.log
+
+    def stop_at_three(run, row):
+        log(run, row)
+        if row["step"] == 3:
+            (run.folder / "stop").touch()
+
+    monkeypatch.setattr(Run, "log", stop_at_three)
+    assert train(config, tmp_path / "broken").status == "interrupted"
+    monkeypatch.undo()
+    resumed = train(config, tmp_path / "broken", resume=True)
+    rows = unbroken.metrics()
+    assert [timeless(r) for r in resumed.metrics()] == [timeless(r) for r in rows]
+    assert [r["step"] for r in rows if "held_out" in r] == [2, 4, 5]
+    assert [r["step"] for r in rows if "held_out_start" in r] == [1]
+    points = {r["step"]: r["held_out"]["greedy"]["gIoU"] for r in rows if "held_out" in r}
+    for run in unbroken, resumed:
+        best = read_json(run.folder / "results.json")["best"]
+        assert points[best["step"]] == max(points.values())
+        assert (run.folder / best["checkpoint"] / "manifest.json").is_file()
+
+
+def test_what_is_asked_on_the_way_changes_no_training(tmp_path):
+    plain = train(TrainConfig(**ON_THE_WAY | {"steps": 2, "evaluation.every": 0}), tmp_path / "a")
+    asked = train(TrainConfig(**ON_THE_WAY | {"steps": 2, "evaluation.every": 1}), tmp_path / "b")
+    for a, b in zip(plain.metrics(), asked.metrics()):
+        known = {k: v for k, v in timeless(b).items() if not k.startswith("held_out")}
+        assert known == timeless(a)
+
+
+def test_a_tag_that_is_not_listed_cannot_balance_batches(tmp_path):
+    config = TrainConfig(**SMALL | {"data.balance": "difficulty"})
+    with pytest.raises(ValueError, match="data.balance: the data set does not list its tag"):
+        train(config, tmp_path / "run")
+
+
 def test_stop_file_ends_after_the_step(tmp_path, monkeypatch):
     log = Run.log
 

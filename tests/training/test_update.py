@@ -1,6 +1,7 @@
 "The update by microbatches against the plain forward's loss; the check at a run's first step."
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from dr2seg_lib.training.update import (
     grpo_loss,
     microbatches,
     score_by_reference,
+    weigh_tokens,
 )
 
 SAMPLES = [MiniReasonSeg("val")[i] for i in range(2)]
@@ -62,14 +64,14 @@ def taken(policy):
     return out
 
 
-def update(policy, rollouts, advantage, most):
+def update(policy, rollouts, advantage, most, optim=OPTIM):
     "Loss, KL and gradients of one pass."
     batches = split(policy, rollouts, advantage, most)
     with policy.reference():
         score_by_reference(policy, rollouts, batches)
-    total = rollouts.completions.mask.sum()
     accelerator = Accelerator(cpu=True)
-    sums = accumulate_gradients(policy, accelerator, rollouts, batches, OPTIM, total)
+    weigh_tokens(batches, accelerator, rollouts.completions.mask, optim.average)
+    sums = accumulate_gradients(policy, accelerator, rollouts, batches, optim)
     return sums, taken(policy), batches
 
 
@@ -79,7 +81,8 @@ def plain_update(policy, rollouts, advantage):
     inputs = policy, SAMPLES[: len(rollouts.texts)], rollouts.texts, rollouts.encoded, drawn
     with policy.reference():
         reference = plain_logprobs(*inputs)
-    batch = Microbatch([], drawn.ids, drawn.mask, advantage.flatten(), reference)
+    weights = drawn.mask / drawn.mask.sum()
+    batch = Microbatch([], drawn.ids, drawn.mask, advantage.flatten(), weights, reference)
     loss, kl = grpo_loss(plain_logprobs(*inputs), batch, OPTIM)
     loss.backward()
     return (loss.item(), kl.item()), taken(policy)
@@ -120,6 +123,65 @@ def test_the_loss_and_gradients_of_the_plain_forward(policy):
     assert one_by_one == pytest.approx(plain, abs=1e-6)
     assert far_apart(gradients, theirs) < 1e-5
     assert far_apart(few, theirs) < 1e-5
+
+
+def test_splitting_changes_no_loss_by_answers_with_an_entropy_bonus(policy):
+    optim = TrainConfig(kl=0.1, optim=dict(average="answers", entropy=1.0, kl_most=10.0)).optim
+    rollouts, advantage = asked(policy, [[5, 1, 3], [2, 6, 1]])
+    sums, gradients, _ = update(policy, rollouts, advantage, 10**6, optim)
+    few_sums, few, parts = update(policy, rollouts, advantage, 1, optim)
+    assert [len(shared) for shared in parts] == [3, 3]
+    assert few_sums == pytest.approx(sums, abs=1e-6)
+    assert far_apart(few, gradients) < 1e-5
+    without = TrainConfig(kl=0.1, optim=dict(average="answers")).optim
+    assert far_apart(update(policy, rollouts, advantage, 10**6, without)[1], gradients) > 1e-3
+
+
+def looped_loss(drawn, lengths, optim, share):
+    "The loss token by token, in plain numbers; share: what a token of answer i weighs."
+    logp, old, reference, entropy, advantage = drawn
+    high, total = 1 + (optim.clip_high or optim.clip), 0.0
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            ratio = math.exp(logp[i][t] - old[i][t])
+            kept = min(max(ratio, 1 - optim.clip), high)
+            surrogate = min(ratio * advantage[i], kept * advantage[i])
+            delta = reference[i][t] - logp[i][t]
+            kl = math.exp(delta) - delta - 1
+            kl = min(kl, optim.kl_most) if optim.kl_most else kl
+            total += share(i) * (optim.kl * kl - surrogate - optim.entropy * entropy[i][t])
+    return total
+
+
+SHARES = dict(
+    tokens=lambda lengths: lambda i: 1 / sum(lengths),
+    process=lambda lengths: lambda i: 1 / sum(lengths),  # of one process
+    answers=lambda lengths: lambda i: 1 / lengths[i] / len(lengths),
+)
+
+
+@pytest.mark.parametrize("average", SHARES)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=2, max_size=5),
+    seed=st.integers(0, 999),
+    entropy=st.sampled_from([0.0, 1e-3, 0.5]),
+    most=st.sampled_from([0.0, 0.3, 10.0]),
+    high=st.sampled_from([0.0, 0.28]),
+)
+def test_every_choice_of_the_loss_against_a_loop(average, lengths, seed, entropy, most, high):
+    choice = dict(average=average, kl=0.1, kl_most=most, entropy=entropy, clip_high=high)
+    optim, generator = TrainConfig(optim=choice).optim, torch.Generator().manual_seed(seed)
+    shape = len(lengths), max(lengths)
+    numbers = [torch.randn(shape, generator=generator, dtype=torch.double) for _ in range(4)]
+    advantage = torch.randn(len(lengths), generator=generator, dtype=torch.double)
+    logp, old, reference, entropies = numbers
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    batch = Microbatch([], mask, mask, advantage, None, reference, old)
+    weigh_tokens([[batch]], Accelerator(cpu=True), mask, average)
+    loss, _ = grpo_loss(logp, batch, optim, entropies if entropy else None)
+    plain = [x.tolist() for x in (logp, old, reference, entropies, advantage)]
+    by_hand = looped_loss(plain, lengths, optim, SHARES[average](lengths))
+    assert loss.item() == pytest.approx(by_hand, abs=1e-5)  # the weights are float32
 
 
 @given(lengths=LENGTHS, most=st.integers(1, 700))
