@@ -34,7 +34,7 @@ QUESTION_WORDS = (
 )
 DOUBT_WORDS = (
     "wait, maybe it is",
-    "wait, but it could also be",
+    "wait, hmm, but it could also be",
     "wait, on second thought, perhaps it is",
 )
 KEEP_WORDS = ("no, that does not fit as well", "no, i was right before")
