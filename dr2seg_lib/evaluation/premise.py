@@ -33,7 +33,7 @@ class ChainForm:
     wait: str = ""  # said instead of an early end; empty: the likeliest of all other tokens
 
 # %% ../../nbs/evaluation/premise.ipynb #d0000021
-DOUBT = re.compile(r"\b(wait|hmm|second thought|alternatively)\b", re.IGNORECASE)
+DOUBT = re.compile(r"\b(?:wait|hmm|second thought|alternatively)\b[^.]*", re.IGNORECASE)
 EMPTY = ChainForm(begin="<think></think>")
 EMBEDDED_FORMS = dict(
     free=ChainForm(),

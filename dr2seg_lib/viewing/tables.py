@@ -5,13 +5,19 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SAMPLE_COLUMNS', 'DISCRIMINATING', 'TAG_ORDER', 'sample_columns', 'overall', 'paired_change',
            'before_after_table', 'evaluation_row', 'evaluation_table', 'known_values', 'seeds_mean', 'arms_table',
-           'order_values', 'tag_strata', 'strata_table', 'average_rows', 'average_predictions', 'aggregate_seeds']
+           'paired_columns', 'arms_difference', 'differences_table', 'order_values', 'tag_strata', 'strata_table',
+           'average_rows', 'average_predictions', 'aggregate_seeds']
 
 # %% ../../nbs/viewing/tables.ipynb #c0003
 import numpy as np
 
 from ..core.markup import format_cell
-from ..core.statistics import Interval, bootstrap_interval, mean_interval
+from dr2seg_lib.core.statistics import (
+    Interval,
+    bootstrap_interval,
+    mean_interval,
+    nested_interval,
+)
 from ..core.text_table import Table, rows_table
 
 # %% ../../nbs/viewing/tables.ipynb #c0005
@@ -147,6 +153,49 @@ def arms_table(
         means = {name: seeds_mean(results, name) for name in measures}
         rows.append(dict(arm=arm, seeds=len(results)) | means)
     return rows_table(rows, dict(arm=("", ""), seeds="d", **measures))
+
+# %% ../../nbs/viewing/tables.ipynb #7ab1e002
+def paired_columns(
+    measure: str,  # of MEASURES
+    runs: list,  # per-sample rows of each run
+    samples: list,  # their names, in the order that is wanted
+) -> np.ndarray:  # [R,N,K], NaN where a number is missing
+    "A measure's columns, a row a run, in one order of samples."
+    named = [{row["sample"]: row for row in rows} for rows in runs]
+    return np.stack([sample_columns([rows[s] for s in samples], measure) for rows in named])
+
+
+def arms_difference(
+    measure: str,  # of MEASURES
+    first: list,  # per-sample rows of each of its runs
+    second: list,  # likewise; as many runs, or one of the two has one
+) -> Interval | None:  # second − first; None where no sample has the numbers
+    "The paired difference of two arms, its interval over runs and samples."
+    shared = set.intersection(*({row["sample"] for row in rows} for rows in [*first, *second]))
+    a, b = (paired_columns(measure, runs, sorted(shared)) for runs in (first, second))
+    runs, k = max(len(a), len(b)), a.shape[-1]
+    both = np.concatenate([np.broadcast_to(x, (runs, *x.shape[1:])) for x in (a, b)], -1)
+    both = both[:, np.isfinite(both).all((0, 2))]
+
+    def change(columns):  # [R,N,2K]
+        return (overall(columns[..., k:]) - overall(columns[..., :k])).mean()
+
+    return nested_interval(both, change) if both.size else None
+
+# %% ../../nbs/viewing/tables.ipynb #7ab1e004
+def differences_table(
+    arms: dict,  # {arm: per-sample rows of each run}
+    pairs: list,  # (arm, arm from which it is told apart)
+    measures=("tokens", "gIoU", "cIoU", "answer_entropy"),
+) -> Table:
+    "Differences of arms, paired by seed and sample, with intervals of the hierarchical bootstrap."
+    rows = []
+    for arm, other in pairs:
+        found = {name: arms_difference(name, arms[other], arms[arm]) for name in measures}
+        cells = {m: format_cell(d, "+" + MEASURES[m][1]) for m, d in found.items()}
+        rows.append(dict(arm=f"{arm} − {other}") | cells)
+    heads = {name: (MEASURES[name][0], "s") for name in measures}
+    return rows_table(rows, dict(arm=("", "")) | heads)
 
 # %% ../../nbs/viewing/tables.ipynb #c0023
 TAG_ORDER = "attribute relation logic easy medium hard discriminative spatial geometric multi-step"
