@@ -1011,6 +1011,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                'dr2seg_lib/experiments/sweeps.py'),
                                                'dr2seg_lib.experiments.sweeps.arm_name': ( 'experiments/sweeps.html#arm_name',
                                                                                            'dr2seg_lib/experiments/sweeps.py'),
+                                               'dr2seg_lib.experiments.sweeps.arm_predictions': ( 'experiments/sweeps.html#arm_predictions',
+                                                                                                  'dr2seg_lib/experiments/sweeps.py'),
                                                'dr2seg_lib.experiments.sweeps.arm_results': ( 'experiments/sweeps.html#arm_results',
                                                                                               'dr2seg_lib/experiments/sweeps.py'),
                                                'dr2seg_lib.experiments.sweeps.combinations_of': ( 'experiments/sweeps.html#combinations_of',

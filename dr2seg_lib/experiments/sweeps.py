@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_done', 'unfinished_runs', 'run_sweep', 'arm_name', 'run_name', 'combinations_of', 'sweep_arms', 'interleave_seeds',
-           'finished_runs', 'arm_results']
+           'finished_runs', 'arm_results', 'arm_predictions']
 
 # %% ../../nbs/experiments/sweeps.ipynb #5f711452
 import multiprocessing
@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ..core.files import read_jsonl
 from ..core.parameter_names import TRAINING_NAMES, flat_parameters
 from ..core.parameters import TrainConfig
 from ..runs.run_folder import Run
@@ -180,4 +181,15 @@ def arm_results(folder: Path, names: dict) -> dict:  # {arm: [run names]} -> {ar
     finished = finished_runs(folder, names)
     return {
         arm: [read_results(Path(folder) / name) for name in runs] for arm, runs in finished.items()
+    }
+
+
+def arm_predictions(
+    folder: Path, names: dict, when: str = "after"
+) -> dict:  # {arm: [run names]} -> {arm: [per-sample rows of each run]}
+    "What every finished run of each arm predicted before or after training."
+    return {
+        arm: [read_jsonl(Path(folder) / name / f"predictions_{when}.jsonl") for name in runs]
+        for arm, runs in finished_runs(folder, names).items()
+        if runs
     }

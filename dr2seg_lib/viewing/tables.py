@@ -184,18 +184,17 @@ def arms_difference(
 
 # %% ../../nbs/viewing/tables.ipynb #7ab1e004
 def differences_table(
-    arms: dict,  # {arm: per-sample rows of each run}
-    pairs: list,  # (arm, arm from which it is told apart)
+    pairs: dict,  # {what is told apart: (per-sample rows of each run of one arm, of the other)}
     measures=("tokens", "gIoU", "cIoU", "answer_entropy"),
 ) -> Table:
-    "Differences of arms, paired by seed and sample, with intervals of the hierarchical bootstrap."
+    "The second arm of each pair less the first, with intervals of the hierarchical bootstrap."
     rows = []
-    for arm, other in pairs:
-        found = {name: arms_difference(name, arms[other], arms[arm]) for name in measures}
+    for name, pair in pairs.items():
+        found = {measure: arms_difference(measure, *pair) for measure in measures}
         cells = {m: format_cell(d, "+" + MEASURES[m][1]) for m, d in found.items()}
-        rows.append(dict(arm=f"{arm} − {other}") | cells)
+        rows.append(dict(difference=name) | cells)
     heads = {name: (MEASURES[name][0], "s") for name in measures}
-    return rows_table(rows, dict(arm=("", "")) | heads)
+    return rows_table(rows, dict(difference=("", "")) | heads)
 
 # %% ../../nbs/viewing/tables.ipynb #c0023
 TAG_ORDER = "attribute relation logic easy medium hard discriminative spatial geometric multi-step"
