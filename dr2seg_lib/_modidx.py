@@ -423,7 +423,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                   'dr2seg_lib/data/chains.py'),
                                         'dr2seg_lib.data.chains.go_on_chance': ( 'data/chains.html#go_on_chance',
                                                                                  'dr2seg_lib/data/chains.py'),
-                                        'dr2seg_lib.data.chains.is_alike': ('data/chains.html#is_alike', 'dr2seg_lib/data/chains.py'),
                                         'dr2seg_lib.data.chains.look_around': ('data/chains.html#look_around', 'dr2seg_lib/data/chains.py'),
                                         'dr2seg_lib.data.chains.lookalikes': ('data/chains.html#lookalikes', 'dr2seg_lib/data/chains.py'),
                                         'dr2seg_lib.data.chains.think_again': ('data/chains.html#think_again', 'dr2seg_lib/data/chains.py'),
