@@ -1,6 +1,6 @@
 """Every figure of docs/results.md, made again.
 
-    python results/make.py run [STUDY ...]    the experiments, one after the other (hours); resumable
+    python results/make.py run [STUDY ...]    the experiments, one by one (hours); resumable
     python results/make.py keep [STUDY ...]   their tables, as results/STUDY.json
     python results/make.py write              those tables into the page
 
