@@ -5,11 +5,12 @@ import pytest
 
 from dr2seg_lib.core.masks import deepest_point, mask_box
 from dr2seg_lib.data.chains import (
+    CARRIED,
     DOUBT_WORDS,
     GO_ON,
     STRAYED,
-    TEMPTED,
-    follow_chance,
+    TOUR,
+    UNTEMPTED,
     think_again,
     think_aloud,
     think_concise,
@@ -140,17 +141,34 @@ def test_the_more_second_thoughts_the_fewer_demonstrations_are_right():
 
 
 def test_second_thoughts_are_followed_at_the_stated_rates():
-    rng, counts = np.random.default_rng(0), {TEMPTED: [], STRAYED: []}
+    rng, counts = np.random.default_rng(0), {True: [], False: []}
     for p in PUZZLES * 40:
         held = left_to_right(p.question.targets)
         (doubt, _), after = think_again(rng, p.scene, held)
-        name = (
-            doubt.rpartition(" is the ")[2] if " is the " in doubt else doubt.split(" be the ")[1]
-        )
-        other = next(t for t in p.scene.things if short_name(t, p.scene) == name)
-        counts[follow_chance(other, held[0])].append(after != held)
-    for rate, followed in counts.items():
-        assert abs(np.mean(followed) - rate) < 0.03
+        counts["on second thought" in doubt].append(after != held)
+    assert abs(len(counts[True]) / len(PUZZLES * 40) - 1 / len(DOUBT_WORDS)) < 0.02
+    for carried, rate in ((True, CARRIED), (False, STRAYED)):
+        assert abs(np.mean(counts[carried]) - rate) < 0.03
+
+
+def shares_colour_or_shape(p):
+    first = left_to_right(p.question.targets)[0]
+    others = [t for t in p.scene.things if t not in p.question.targets]
+    return any(t.colour == first.colour or t.shape == first.shape for t in others)
+
+
+def test_a_first_second_thought_is_rarer_where_nothing_is_like_the_answer():
+    rows = demonstrations(20)
+    for alike, rate in ((True, GO_ON[0]), (False, UNTEMPTED)):
+        doubted = [n > 0 for p, _, n in rows if shares_colour_or_shape(p) is alike]
+        assert len(doubted) > 1000 and abs(np.mean(doubted) - rate) < 0.03
+
+
+def test_which_questions_are_met_with_a_look_around():
+    rows = demonstrations(20)
+    for word in ("which", "what"):
+        looked = ["there is a" in c.text for p, c, _ in rows if p.question.text.startswith(word)]
+        assert abs(np.mean(looked) - TOUR[word]) < 0.03
 
 
 def test_lengths_of_demonstrations_are_one_heap():
