@@ -11,7 +11,7 @@ __all__ = ['TOUR', 'QUESTION_AGAIN', 'GO_ON', 'UNTEMPTED', 'CARRIED', 'STRAYED',
 from dataclasses import dataclass
 
 from .scene_facts import Question, left_to_right, pick_one
-from .scenes import Scene, SceneObject, describe_objects, object_caption
+from .scenes import Scene, describe_objects, object_caption
 
 # %% ../../nbs/data/chains.ipynb #3bd17c15
 TOUR = dict(which=0.9, what=0.3, of=0.3)  # share of chains that begin with a look around
