@@ -5,9 +5,10 @@ import pytest
 
 from dr2seg_lib.core.masks import deepest_point, mask_box
 from dr2seg_lib.data.chains import (
+    BLIND_SPOT,
     CARRIED,
-    DOUBT_WORDS,
     GO_ON,
+    MISLEADING,
     STRAYED,
     TOUR,
     UNTEMPTED,
@@ -113,7 +114,7 @@ def demonstrations(n):
     rng, rows = np.random.default_rng(0), []
     for p in PUZZLES * n:
         chain = think_aloud(rng, p.scene, p.question)
-        rows.append((p, chain, sum(chain.text.count(words) for words in DOUBT_WORDS)))
+        rows.append((p, chain, chain.text.count("wait,")))
     return rows
 
 
@@ -140,15 +141,18 @@ def test_the_more_second_thoughts_the_fewer_demonstrations_are_right():
     assert shares[1] - np.mean(shares[3:]) > 0.03
 
 
-def test_second_thoughts_are_followed_at_the_stated_rates():
-    rng, counts = np.random.default_rng(0), {True: [], False: []}
+def test_second_thoughts_mislead_at_the_stated_rates():
+    rng, begun, changed = np.random.default_rng(0), {}, {True: [], False: []}
     for p in PUZZLES * 40:
         held = left_to_right(p.question.targets)
         (doubt, _), after = think_again(rng, p.scene, held)
-        counts["on second thought" in doubt].append(after != held)
-    assert abs(len(counts[True]) / len(PUZZLES * 40) - 1 / len(DOUBT_WORDS)) < 0.02
-    for carried, rate in ((True, CARRIED), (False, STRAYED)):
-        assert abs(np.mean(counts[carried]) - rate) < 0.03
+        misleads = "on second thought" in doubt
+        begun.setdefault(held[0].colour in ("red", "purple"), []).append(misleads)
+        changed[misleads].append(after != held)
+    assert abs(np.mean(begun[True]) - BLIND_SPOT["red"]) < 0.03
+    assert abs(np.mean(begun[False]) - MISLEADING) < 0.03
+    for misleads, rate in ((True, CARRIED), (False, STRAYED)):
+        assert abs(np.mean(changed[misleads]) - rate) < 0.03
 
 
 def shares_colour_or_shape(p):
