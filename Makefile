@@ -1,10 +1,10 @@
-# make demo, test, lab: the workbench. make check, format, docs: for those who change it.
+# make demo, test, lab: the workbench. make check, format, docs, results: for those who change it.
 # Each sets the environment up when it is missing or stale.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lab check format docs clean
+.PHONY: install demo test lab check format docs results clean
 
 install: $(STAMP)
 
@@ -45,6 +45,12 @@ format: install
 # The documentation site, in site/. Nothing is downloaded and no notebook is run.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Every figure of docs/results.md, made again: about eight hours on two cores, resumable.
+results: install
+	$(BIN)/python results/make.py run
+	$(BIN)/python results/make.py keep
+	$(BIN)/python results/make.py write
 
 clean:
 	rm -rf build site *.egg-info .pytest_cache .hypothesis .ruff_cache
