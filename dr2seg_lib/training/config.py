@@ -19,12 +19,14 @@ from ..models.loading import validate_attention, validate_processes
 from ..models.vllm_protocol import served_name
 from ..runs.verify import validate_model
 from ..segmenters.sam3 import is_sam3
+from .starting_point import check_start
 
 # %% ../../nbs/training/config.ipynb #716f9637
 def check_models(config: TrainConfig):
     "Refuses a method, a model or a segmenter that cannot be trained."
     method = load_method(config.method.name)
     validate_model(config.model.name)
+    check_start(config)
     if method.segmenter and not is_sam3(config.segmenter):
         raise ValueError(
             f"segmenter: {config.method.name} rewards what SAM 3 draws from a description, "
