@@ -63,7 +63,7 @@ def start_of(
         )
     return start
 
-
+# %% ../../nbs/models/loading.ipynb #f01d0005
 def load_checkpoint(policy: Policy, adapter: str):  # adapter: a checkpoint's folder
     "Put what training saved into a policy, and below it that on which it was trained."
     if start := start_of(adapter):

@@ -55,7 +55,7 @@ def write_evaluation(run: Run, when: str, info: dict, rows: list[dict]):
     if results != before:
         run.results(results)
 
-
+# %% ../../nbs/training/both_ends.ipynb #f01d0006
 def forget_after(run: Run):
     "Drops what was measured after training, of a run that is trained further."
     (run.folder / "predictions_after.jsonl").unlink(missing_ok=True)

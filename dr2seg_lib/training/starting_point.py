@@ -40,7 +40,7 @@ def asked_shape(config: TrainConfig) -> dict:  # {parameter: value}
     shape = {"lora.rank": lora.rank, "lora.alpha": lora.alpha}
     return shape | {"lora.targets": [*lora.targets], "norm": config.optim.norm_lr > 0}
 
-
+# %% ../../nbs/training/starting_point.ipynb #f01d0007
 def difference(made: dict, asked: dict) -> str | None:  # a clause; None: they are alike
     "In what an adapter is not what is asked for, and the value to ask for."
     if made["norm"] != asked["norm"]:
@@ -87,7 +87,7 @@ def copy_start(checkpoint: Path, folder: Path):
         write_json(part / START_NOTE, dict(start="start"))
     part.rename(folder)
 
-
+# %% ../../nbs/training/starting_point.ipynb #f01d0008
 def keep_start(
     config: TrainConfig,
     run: Path,  # its folder
@@ -121,7 +121,7 @@ def add_below(policy: Policy, config: TrainConfig, start: Path | None):
     if policy.adapter is not None:
         policy.fold_adapter()
 
-
+# %% ../../nbs/training/starting_point.ipynb #f01d0009
 def continue_adapter(policy: Policy, config: TrainConfig, start: Path | None):
     "Gives a fresh adapter the numbers of the one that is continued."
     if start is not None and config.start_form == "continued":

@@ -52,6 +52,8 @@ from dr2seg_lib.training.held_out_curve import (
     record_best,
     start_figures,
 )
+
+# %% ../../nbs/training/trainer.ipynb #f01d0010
 from .self_check import check_engine
 from dr2seg_lib.training.starting_point import (
     add_below,
@@ -78,12 +80,8 @@ class TrainingState(NamedTuple):
     accelerator: Accelerator
 
 # %% ../../nbs/training/trainer.ipynb #a7f00001
-def build_policy(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    start: Path | None = None,  # of `keep_start`
-) -> Policy:
-    "The policy with what is trained of it."
+def build_policy(config: TrainConfig, accelerator: Accelerator, start=None) -> Policy:
+    "The policy with what is trained of it, on a checkpoint of `keep_start` if there is one."
     policy = load_policy(
         config.model.name,
         dtype=config.model.dtype,

@@ -120,7 +120,7 @@ def test_every_field_of_version_0_1_has_a_place():
     checkpointing shard""".split()
     new = [TRAINING_NAMES.get(name, name) for name in old]
     added = {f"runtime.{name}" for name in ("max_tokens", "self_check", "answers_at_once")}
-    added |= {"evaluation.every", "evaluation.every_samples", "data.balance"}
+    added |= {"evaluation.every", "evaluation.every_samples", "data.balance", "start", "start_form"}
     added |= {f"optim.{name}" for name in ("warmup", "average", "kl_most", "entropy", "clip_high")}
     gone = [""]  # chunk: a forward is bounded by its tokens
     assert sorted(new) == sorted([*gone, *TrainConfig().flat().keys() - added])
