@@ -203,9 +203,7 @@ def configuration_of(kind: type, values: dict) -> ExperimentConfig:  # values: o
     config = values.get("config", {})
     if kind is TrainConfig:
         config = with_preset(values.get("preset", ""), config)
-        epochs = config.pop("epochs", None)
-        if epochs and "name" not in config.get("data", {}):
-            raise ValueError(f"preset {values['preset']} needs ReasonSeg's folder; name it by data")
+        config.pop("epochs", None)
     return validated_config(kind, config)
 
 

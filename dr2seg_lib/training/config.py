@@ -104,8 +104,6 @@ def load_preset(
     epochs = values.pop("epochs", None)
     if epochs is None:
         return values
-    if "name" not in values.get("data", {}):
-        raise ValueError(f"preset {preset} needs ReasonSeg's folder; name it by data")
     if "steps" not in values:
         values["steps"] = steps_of(TrainConfig(**values), epochs)
     return values
