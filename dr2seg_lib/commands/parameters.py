@@ -177,7 +177,8 @@ def check_names_exist(values: dict):  # parameters of any experiment, in any spe
 # %% ../../nbs/commands/parameters.ipynb #42f2aef4
 def sweep_trainings(values: dict) -> Iterator[dict]:
     "What a sweep would train, one value changed at a time."
-    shared = flat_parameters(values["config"], TrainConfig.old_names)
+    shared = flat_parameters(with_preset(values.get("preset", ""), values["config"]))
+    shared.pop("epochs", None)
     for name, one in dict(methods="method", seeds="seed").items():
         if not values[name]:
             raise ValueError(f'parameter "{name}" is empty; give one or more')

@@ -100,5 +100,9 @@ def deviations(preset: str, values: dict) -> str:  # values: {name: value}, of t
     own = flat_parameters(own, {})
     remarks = preset_notes(preset, "ours")
     kept = [f"{n} {values[n]}: {r}" for n, r in remarks.items() if values.get(n) == own.get(n)]
-    changed = [f"{n} {values[n]}: yours, in place of {v}" for n, v in own.items() if n in values and values[n] != v]
+    changed = [
+        f"{n} {values[n]}: yours, in place of {v}"
+        for n, v in own.items()
+        if n in values and values[n] != v
+    ]
     return "\n".join(kept + changed)

@@ -479,9 +479,7 @@ def test_presets_are_the_papers_settings(tmp_path):
         ValueError, match="preset dr2seg_few_shot needs ReasonSeg's folder, by -p data PATH"
     ):
         load_preset("dr2seg_few_shot")
-    with pytest.raises(
-        ValueError, match='unknown preset "few"; known are dpad, dr2seg_7k'
-    ):
+    with pytest.raises(ValueError, match='unknown preset "few"; known are dpad, dr2seg_7k'):
         load_preset("few")
     for split, n in dict(train=239, val=2).items():
         folder = tmp_path / "ReasonSeg" / split
