@@ -39,7 +39,7 @@ from dr2seg_lib.core.parameters import (
     brief_text,
     first_problem,
 )
-from ..core.presets import with_preset
+from ..core.presets import check_needs, with_preset
 from ..methods.names import method_names
 from ..runs.verify import validate_adapter, validate_model
 
@@ -178,6 +178,7 @@ def check_names_exist(values: dict):  # parameters of any experiment, in any spe
 def sweep_trainings(values: dict) -> Iterator[dict]:
     "What a sweep would train, one value changed at a time."
     shared = flat_parameters(with_preset(values.get("preset", ""), values["config"]))
+    check_needs(values.get("preset", ""), shared)
     shared.pop("epochs", None)
     for name, one in dict(methods="method", seeds="seed").items():
         if not values[name]:
@@ -204,6 +205,7 @@ def configuration_of(kind: type, values: dict) -> ExperimentConfig:  # values: o
     config = values.get("config", {})
     if kind is TrainConfig:
         config = with_preset(values.get("preset", ""), config)
+        check_needs(values.get("preset", ""), config)
         config.pop("epochs", None)
     return validated_config(kind, config)
 

@@ -76,10 +76,11 @@ def preset_notes(preset: str, kind: str) -> dict:  # {parameter: remark}; kind: 
     return read_file(preset_path(preset))[kind] if preset else {}
 
 
-def check_needs(preset: str, values: dict):  # values: {name: value}
+def check_needs(preset: str, values: dict):  # values: of `with_preset`
     "Refuses a training without what its preset needs."
+    flat = flat_parameters(values, {})
     for name, remark in preset_notes(preset, "needs").items():
-        if not values.get(name):
+        if not flat.get(name):
             raise ValueError(f"preset {preset} needs {remark}")
 
 
@@ -90,7 +91,6 @@ def with_preset(
     "A published training's parameters, under those given."
     values = flat_parameters(read_preset(preset), {}) if preset else {}
     values |= flat_parameters(given, TRAINING_NAMES)
-    check_needs(preset, values)
     return nested_parameters(values, {})
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..core.parameters import TrainConfig
-from ..core.presets import with_preset
+from ..core.presets import check_needs, with_preset
 from ..data.datasets import load_data, validate_data
 from ..data.reasonseg import ReasonSegDataset
 from ..methods.registry import load_method
@@ -101,6 +101,7 @@ def load_preset(
 ) -> dict:  # nested, for TrainConfig
     "The parameters of a published training; the number of its steps follows from the data."
     values = with_preset(preset, given)
+    check_needs(preset, values)
     epochs = values.pop("epochs", None)
     if epochs is None:
         return values

@@ -22,7 +22,13 @@ from dr2seg_lib.core.parameters import (
     TrainConfig,
     changed_parameters,
 )
-from dr2seg_lib.core.presets import deviations, published_presets, read_preset, with_preset
+from dr2seg_lib.core.presets import (
+    check_needs,
+    deviations,
+    published_presets,
+    read_preset,
+    with_preset,
+)
 
 KINDS = [TrainConfig, EvaluateConfig, Rea2SegConfig]
 NUMBERS = [name for name, value in TrainConfig().flat().items() if isinstance(value, float)]
@@ -249,11 +255,11 @@ def test_where_a_preset_is_not_what_was_published_is_said(name):
 
 def test_a_preset_says_what_it_needs():
     with pytest.raises(ValueError, match="preset dr2seg_star needs ReasonSeg's folder, by -p data"):
-        with_preset("dr2seg_star", {})
+        check_needs("dr2seg_star", {})
     with pytest.raises(ValueError, match="needs the last checkpoint of a run of dr2seg_7k"):
-        with_preset("dr2seg_star", {"data": "ReasonSeg"})
+        check_needs("dr2seg_star", {"data": "ReasonSeg"})
     with pytest.raises(ValueError, match="preset dpad needs 3,000 samples of RefCOCOg"):
-        with_preset("dpad", {})
+        check_needs("dpad", {})
 
 
 def test_a_preset_of_ones_own_extends_a_published_one_or_its_neighbour(tmp_path):
@@ -265,7 +271,7 @@ def test_a_preset_of_ones_own_extends_a_published_one_or_its_neighbour(tmp_path)
     below.write_text('# Below.\nsteps = 3\nseed = 1\n[needs]\ndata = "a folder"\n')
     assert read_preset(str(mine)) == dict(steps=3, seed=2)
     with pytest.raises(ValueError, match="needs a folder"):
-        with_preset(str(mine), {})
+        check_needs(str(mine), {})
     below.write_text('extends = "mine"\n')
     with pytest.raises(ValueError, match="mine.toml extends itself"):
         read_preset(str(mine))
