@@ -48,9 +48,7 @@ def given_parameters(args, notebook: Path) -> dict:  # {name: value}, as typed
     old_defaults = {old: defaults.get(new) for old, new in old_names.items()}
     given = typed_parameters(args.parameter, old_defaults | defaults)
     if args.preset and "preset" not in defaults:
-        raise ValueError(
-            f"presets are for trainings, not for {args.experiment}; leave --preset out"
-        )
+        raise ValueError(f"presets are for training, not for {args.experiment}; leave --preset out")
     if args.preset:
         given["preset"] = args.preset
     check_names(notebook, given)

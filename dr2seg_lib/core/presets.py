@@ -41,7 +41,7 @@ def preset_path(name: str) -> Path:  # of `published_presets`, or the path of a 
         )
     return published.get(name, Path(name))
 
-
+# %% ../../nbs/core/presets.ipynb #9e5e0003
 def read_file(path: Path, above: tuple = ()) -> dict:  # {name: value}, {"needs": {…}, "ours": {…}}
     "What a preset says, with what it extends."
     if path in above:
@@ -93,7 +93,7 @@ def with_preset(
     values |= flat_parameters(given, TRAINING_NAMES)
     return nested_parameters(values, {})
 
-
+# %% ../../nbs/core/presets.ipynb #9e5e0004
 def deviations(preset: str, values: dict) -> str:  # values: {name: value}, of the training
     "Where a training is not what was published: a line each, empty without a preset."
     own = read_preset(preset) if preset else {}
