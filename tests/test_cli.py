@@ -1211,7 +1211,6 @@ def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
     "name, value",
     [
         ("lora.rank", "8"),
-        ("steps", "10"),
         ("method", "dpad"),
         ("seed", "1"),
         ("optim.norm_lr", "0"),
@@ -1222,6 +1221,17 @@ def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
     said = capsys.readouterr().err
     assert f"{ended}: the run was started with {name} = " in said
     assert said.count("\n") == 1
+
+
+def test_a_done_training_goes_on_with_more_steps_alone(ended):
+    update_record(ended, status="done")
+    for pairs in [], [("steps", "9")], [("steps", "8")], [("optim.lr", "0.1")]:
+        with pytest.raises(ValueError, match="is done; .* or a training with more steps"):
+            resumed(ended, *pairs)
+    assert resumed(ended, ("steps", "12"))["config"]["steps"] == 12
+    update_record(ended, status="running", pid=os.getpid())
+    with Run.resume(ended, bar=False), pytest.raises(ValueError, match="is running"):
+        resumed(ended, ("steps", "12"))
 
 
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):

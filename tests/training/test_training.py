@@ -815,7 +815,6 @@ def test_a_new_rate_is_in_force_after_a_resume(cut_off, ended):
     "name, value",
     [
         ("lora.rank", 8),
-        ("steps", 4),
         ("seed", 1),
         ("method", "visionreasoner"),
         ("rollout.questions_per_step", 4),
