@@ -1380,11 +1380,16 @@ def test_a_sweep_shares_a_config(tmp_path):
         tmp_path / "run", "ablate", ("seeds", "[0]"), ("steps", "3"), ("lora.rank", "4")
     )
     assert values["seeds"] == [0]
-    assert flat_parameters(values["config"]) == {
-        "steps": 3,
-        "evaluation.samples": 512,
-        "lora.rank": 4,
-    }
+    assert flat_parameters(values["config"]) == {"steps": 3, "lora.rank": 4}
+
+
+def test_a_sweep_takes_a_preset(tmp_path, capsys):
+    asked = ["run", "ablate", "--preset", "dr2seg_few_shot", "--out", str(tmp_path / "run")]
+    assert main(asked) == 2
+    assert "preset dr2seg_few_shot needs ReasonSeg's folder" in capsys.readouterr().err
+    values = new_run(tmp_path / "run", "ablate", ("preset", "dr2seg_7k"), ("steps", "3"))
+    assert values["preset"] == "dr2seg_7k"
+    assert values["config"] == {"steps": 3}
 
 
 def test_a_sweep_of_version_0_1_goes_on(tmp_path, capsys):
