@@ -6,7 +6,7 @@
 __all__ = ['REASONSEG', 'REINFORCED', 'REFERRING', 'EARLIER_ROWS', 'REFCOCO_ROWS', 'ABLATION', 'ANCHORS', 'SLOPES', 'SMALL',
            'SAM3', 'CAPTION_REWARDS', 'CAPTION_REFERRING', 'DISCRIMINATION', 'PUBLISHED_STRATA', 'AS_PUBLISHED',
            'COLUMN_TITLES', 'MORE_TITLES', 'published_row', 'published_rows', 'referring_rows', 'caption_rows',
-           'discrimination_rows', 'published_strata', 'published_tables']
+           'published_discrimination', 'published_strata', 'published_tables']
 
 # %% ../../nbs/evaluation/published.ipynb #248f2695
 REASONSEG = (  # method, then tokens, gIoU, cIoU on val and on test
@@ -165,7 +165,7 @@ def caption_rows() -> list[dict]:
     return rows + referring_rows(CAPTION_REFERRING)
 
 
-def discrimination_rows() -> list[dict]:
+def published_discrimination() -> list[dict]:
     "How well captions and reasoning tell the target from the rest, by DPAD's measures."
     rows = []
     for on, tokens, TSNR, *figures in DISCRIMINATION:
@@ -197,5 +197,5 @@ def published_tables() -> dict:  # {title: rows}
         "SAM 3 as segmenter": published_rows(SAM3, "ReasonSeg"),
         "Rewards of the caption": caption_rows(),
         "Strata": published_strata(),
-        "Discrimination": discrimination_rows(),
+        "Discrimination": published_discrimination(),
     }

@@ -78,8 +78,7 @@ def load_checkpoint(policy: Policy, adapter: str):  # adapter: a checkpoint's fo
 def fold_checkpoint(policy: Policy, adapter: str):  # adapter: a checkpoint's folder
     "Make what training saved part of a policy's frozen weights."
     load_checkpoint(policy, adapter)
-    if policy.adapter is not None:
-        policy.fold_adapter()
+    policy.fold_adapter()
 
 # %% ../../nbs/models/loading.ipynb #641ca344
 def load_named_checkpoint(

@@ -211,7 +211,9 @@ def trainable(self: Lora) -> list:  # of (name, parameter)
 # %% ../../nbs/models/lora.ipynb #f01d0002
 @patch
 def fold_adapter(self: Lora):  # the policy
-    "Makes the adapter part of the frozen weights; a sum is made in float32 and rounded once."
+    "Makes the adapter, if any, part of the frozen weights; a sum is rounded once, from float32."
+    if self.adapter is None:
+        return self
     layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
     dtypes = [(m.base_layer, m.base_layer.weight.dtype) for m in layers]
     for m, _ in dtypes:

@@ -58,7 +58,7 @@ def check_start(config: TrainConfig):
         raise FileNotFoundError(
             f"start: {start} is no checkpoint of a run; name one, as RUN/checkpoints/step-000060"
         )
-    start_of(start)
+    start_of(start)  # what it stands on is there
     if continued and (config.model.tune == "full" or not (start / ADAPTER).is_file()):
         raise ValueError("start_form: only an adapter can be continued; use merged")
     if not continued and config.runtime.server and config.model.tune == "lora":
@@ -114,11 +114,8 @@ def stands_on(config: TrainConfig, start: Path | None) -> Path | None:
 
 def add_below(policy: Policy, config: TrainConfig, start: Path | None):
     "Makes the start part of the frozen weights, or what it stands on if it is continued."
-    below = stands_on(config, start)
-    if below is None:
-        return
-    load_named_checkpoint(policy, str(below), config.model.name)
-    if policy.adapter is not None:
+    if below := stands_on(config, start):
+        load_named_checkpoint(policy, str(below), config.model.name)
         policy.fold_adapter()
 
 # %% ../../nbs/training/starting_point.ipynb #f01d0009
@@ -128,8 +125,9 @@ def continue_adapter(policy: Policy, config: TrainConfig, start: Path | None):
         copy_weights(policy, load_file(str(start / ADAPTER)))
 
 
-def note_of_start(config: TrainConfig, start: Path | None) -> dict:  # of START_NOTE
+def note_of_start(config: TrainConfig, run: Path) -> dict:  # of START_NOTE
     "What a checkpoint of the run says of that on which it stands; empty: it stands alone."
+    start = keep_start(config, run)
     below = stands_on(config, start)
     if below is None or config.model.tune == "full":
         return {}

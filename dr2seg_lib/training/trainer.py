@@ -249,8 +249,11 @@ def take_step(
     row = measure_step(run, state, data, config, step)
     note = f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}"
     run.progress("training", step, config.steps, note)
-    below = note_of_start(config, run.folder / "start" if config.start else None)
-    last, save = step == config.steps, lambda folder: save_state(policy, optimizer, folder, below)
+
+    def save(folder):
+        save_state(policy, optimizer, folder, note_of_start(config, run.folder))
+
+    last = step == config.steps
     stop = not last and stop_for_all(run, accelerator)
     due = last or stop or is_due(config, step) or step % config.runtime.checkpoint_every == 0
     if due and accelerator.is_main_process:

@@ -50,9 +50,9 @@ def second(first):
     return train(config, first.parents[2] / "second")
 
 
-def by_hand(first, model="embedded"):
+def by_hand(first):
     "The model's weights plus alpha/r B A of each layer, and the norm's gain: peft is not asked."
-    policy = Policy.load(model)
+    policy = Policy.load()
     weights, state = load_file(str(first / "adapter_model.safetensors")), policy.model.state_dict()
     for name, A in weights.items():
         plain = name.removeprefix("base_model.model.")
