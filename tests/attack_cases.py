@@ -999,7 +999,7 @@ def words(case: Case) -> list:
     more = [
         ["--out", rng.choice(some)],
         ["--resume"],
-        ["--preset", rng.choice(("visionreasoner_7k", "reasonseg_few_shot", *some))],
+        ["--preset", rng.choice(("visionreasoner_7k", "dr2seg_few_shot", *some))],
         [],
     ]
     return [

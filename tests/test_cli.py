@@ -130,13 +130,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["--preset", "few_shot"], 'unknown preset "few_shot"; did you mean "reasonseg_few_shot"?'),
+        (["--preset", "few_shot"], 'unknown preset "few_shot"; did you mean "dr2seg_few_shot"'),
         (
-            ["--preset", "reasonseg_few_shot"],
-            "preset reasonseg_few_shot needs ReasonSeg's folder; name it by data",
+            ["--preset", "dr2seg_few_shot"],
+            "preset dr2seg_few_shot needs ReasonSeg's folder, by -p data PATH",
         ),
         (
-            ["--preset", "reasonseg_few_shot", "-p", "data", "nowhere"],
+            ["--preset", "dr2seg_few_shot", "-p", "data", "nowhere"],
             "data: nowhere does not exist; give the path of a data set, or its name on the hub. "
             "The embedded world is called mini.",
         ),
@@ -183,7 +183,7 @@ def test_a_preset_is_for_train_and_what_is_typed_has_precedence(notebook, capsys
     config = TrainConfig(**load_preset(filled["preset"], **filled["config"]))
     assert config.optim.lr == 0.5
     assert config.lora.rank == 64
-    assert config.method.name == "dr2seg_desc"
+    assert config.method.name == "visionreasoner"
 
 
 def test_what_could_not_be_read_is_told_at_the_end(tmp_path):
@@ -327,7 +327,7 @@ def test_version(capsys):
         ("dr2seg se", ["segment"]),
         ("dr2seg run eval", ["evaluate"]),
         ("dr2seg run train --pre", ["--preset"]),
-        ("dr2seg run train --preset reason", ["reasonseg_few_shot"]),
+        ("dr2seg run train --preset dr2seg_f", ["dr2seg_few_shot", "dr2seg_few_shot_3b"]),
         ("dr2seg tables --format ", ["markdown", "latex", "html"]),
     ],
 )
@@ -387,7 +387,7 @@ raise SystemExit(cli.main({list(args)!r}))"""
             ["train", "--preset", "visionreasoner_8k"],
             'unknown preset "visionreasoner_8k"; did you mean "visionreasoner_7k"?',
         ),
-        (["train", "--preset", "reasonseg_few_shot"], "needs ReasonSeg's folder; name it by data"),
+        (["train", "--preset", "dr2seg_few_shot"], "needs ReasonSeg's folder, by -p data PATH"),
         (["evaluate", "-p", "adapter", "nope"], "adapter nope does not exist"),
         (
             ["evaluate", "-p", "batch", "many"],
@@ -1211,7 +1211,6 @@ def test_a_resume_may_change_how_the_run_goes_on(name, value, ended):
     "name, value",
     [
         ("lora.rank", "8"),
-        ("steps", "10"),
         ("method", "dpad"),
         ("seed", "1"),
         ("optim.norm_lr", "0"),
@@ -1222,6 +1221,17 @@ def test_a_resume_may_not_change_what_the_run_is(name, value, ended, capsys):
     said = capsys.readouterr().err
     assert f"{ended}: the run was started with {name} = " in said
     assert said.count("\n") == 1
+
+
+def test_a_done_training_goes_on_with_more_steps_alone(ended):
+    update_record(ended, status="done")
+    for pairs in [], [("steps", "9")], [("steps", "8")], [("optim.lr", "0.1")]:
+        with pytest.raises(ValueError, match="is done; .* or a training with more steps"):
+            resumed(ended, *pairs)
+    assert resumed(ended, ("steps", "12"))["config"]["steps"] == 12
+    update_record(ended, status="running", pid=os.getpid())
+    with Run.resume(ended, bar=False), pytest.raises(ValueError, match="is running"):
+        resumed(ended, ("steps", "12"))
 
 
 def test_a_done_run_whose_notebook_was_killed_goes_on(ended):
@@ -1370,11 +1380,16 @@ def test_a_sweep_shares_a_config(tmp_path):
         tmp_path / "run", "ablate", ("seeds", "[0]"), ("steps", "3"), ("lora.rank", "4")
     )
     assert values["seeds"] == [0]
-    assert flat_parameters(values["config"]) == {
-        "steps": 3,
-        "evaluation.samples": 512,
-        "lora.rank": 4,
-    }
+    assert flat_parameters(values["config"]) == {"steps": 3, "lora.rank": 4}
+
+
+def test_a_sweep_takes_a_preset(tmp_path, capsys):
+    asked = ["run", "ablate", "--preset", "dr2seg_few_shot", "--out", str(tmp_path / "run")]
+    assert main(asked) == 2
+    assert "preset dr2seg_few_shot needs ReasonSeg's folder" in capsys.readouterr().err
+    values = new_run(tmp_path / "run", "ablate", ("preset", "dr2seg_7k"), ("steps", "3"))
+    assert values["preset"] == "dr2seg_7k"
+    assert values["config"] == {"steps": 3}
 
 
 def test_a_sweep_of_version_0_1_goes_on(tmp_path, capsys):
@@ -1429,5 +1444,5 @@ def test_a_preset_of_ones_own_is_a_file(tmp_path):
 
 
 def test_help_of_a_training_lists_the_presets():
-    assert "reasonseg_few_shot" in parameters_help("train")
-    assert "reasonseg_few_shot" not in parameters_help("evaluate")
+    assert "dr2seg_few_shot" in parameters_help("train")
+    assert "dr2seg_few_shot" not in parameters_help("evaluate")

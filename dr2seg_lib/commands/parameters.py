@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONFIG_CLASSES', 'CHECKS', 'NAMES_IN_CODE', 'config_class', 'parameter_defaults', 'old_names_in', 'check_names',
            'check_config', 'spread_config', 'notebook_parameters', 'check_type', 'validation_sentence',
-           'validated_config', 'check_names_exist', 'sweep_trainings', 'check_sweep', 'configuration_of',
-           'check_quickly', 'check_machine_for', 'check_parameters']
+           'validated_config', 'check_names_exist', 'under_preset', 'sweep_trainings', 'check_sweep',
+           'configuration_of', 'check_quickly', 'check_machine_for', 'check_parameters']
 
 # %% ../../nbs/commands/parameters.ipynb #0e5fc928
 import importlib
@@ -39,7 +39,7 @@ from dr2seg_lib.core.parameters import (
     brief_text,
     first_problem,
 )
-from ..core.presets import with_preset
+from ..core.presets import check_needs, with_preset
 from ..methods.names import method_names
 from ..runs.verify import validate_adapter, validate_model
 
@@ -175,9 +175,17 @@ def check_names_exist(values: dict):  # parameters of any experiment, in any spe
         validate_adapter(str(name))
 
 # %% ../../nbs/commands/parameters.ipynb #42f2aef4
+def under_preset(values: dict) -> dict:  # nested; values: of the notebook
+    "What `config` gives of a training, over its preset, without the epochs: data tell their steps."
+    preset = values.get("preset", "")
+    given = with_preset(preset, values.get("config", {}))
+    check_needs(preset, given)
+    return {name: value for name, value in given.items() if name != "epochs"}
+
+
 def sweep_trainings(values: dict) -> Iterator[dict]:
     "What a sweep would train, one value changed at a time."
-    shared = flat_parameters(values["config"], TrainConfig.old_names)
+    shared = flat_parameters(under_preset(values))
     for name, one in dict(methods="method", seeds="seed").items():
         if not values[name]:
             raise ValueError(f'parameter "{name}" is empty; give one or more')
@@ -200,12 +208,7 @@ def check_sweep(values: dict):
 # %% ../../nbs/commands/parameters.ipynb #64e1bad3
 def configuration_of(kind: type, values: dict) -> ExperimentConfig:  # values: of the notebook
     "The configuration that a notebook will have, as far as names and values go."
-    config = values.get("config", {})
-    if kind is TrainConfig:
-        config = with_preset(values.get("preset", ""), config)
-        epochs = config.pop("epochs", None)
-        if epochs and "name" not in config.get("data", {}):
-            raise ValueError(f"preset {values['preset']} needs ReasonSeg's folder; name it by data")
+    config = under_preset(values) if kind is TrainConfig else values.get("config", {})
     return validated_config(kind, config)
 
 

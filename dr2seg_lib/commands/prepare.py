@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESUME_MAY_CHANGE', 'check_text', 'given_parameters', 'print_renamed', 'with_run_parameters', 'run_title',
            'prepare_run', 'code_named', 'check_trust', 'check_changes', 'recorded_parameters_of', 'without_preset',
-           'prepare_resume']
+           'asks_for_more', 'prepare_resume']
 
 # %% ../../nbs/commands/prepare.ipynb #668836c0
 import sys
@@ -48,7 +48,7 @@ def given_parameters(args, notebook: Path) -> dict:  # {name: value}, as typed
     old_defaults = {old: defaults.get(new) for old, new in old_names.items()}
     given = typed_parameters(args.parameter, old_defaults | defaults)
     if args.preset and "preset" not in defaults:
-        raise ValueError(f"presets are for train, not for {args.experiment}; leave --preset out")
+        raise ValueError(f"presets are for training, not for {args.experiment}; leave --preset out")
     if args.preset:
         given["preset"] = args.preset
     check_names(notebook, given)
@@ -153,6 +153,12 @@ def without_preset(given: dict) -> dict:
     return {n: v for n, v in flat.items() if n != "epochs"}
 
 # %% ../../nbs/commands/prepare.ipynb #3d6cc360
+def asks_for_more(recorded: dict, given: dict) -> bool:
+    "Whether a training is to take more steps than it was started with."
+    asked, before = given.get("steps"), recorded.get("steps")
+    return isinstance(asked, int) and isinstance(before, int) and asked > before
+
+
 def prepare_resume(
     args, notebook: Path, given: dict
 ) -> tuple[Path, dict]:  # run folder, parameters
@@ -160,11 +166,12 @@ def prepare_resume(
     if not args.out:
         raise ValueError("--resume needs the run's folder; name it with --out")
     recorded = recorded_parameters_of(notebook, read_record(args.out))
-    status = run_status(args.out)
-    unfinished = (args.out / PARTIAL_NOTEBOOK).exists()  # killed in its report perhaps
-    if status == "running" or status == "done" and not unfinished:
-        raise ValueError(f"{args.out} is {status}; only a run that ended early can be resumed")
     given = without_preset(spread_config(notebook, given))
+    status, unfinished = run_status(args.out), (args.out / PARTIAL_NOTEBOOK).exists()
+    done = status == "done" and not unfinished  # else killed in its report perhaps
+    if status == "running" or done and not asks_for_more(recorded, given):
+        mend = "only a run that ended early can be resumed, or a training with more steps"
+        raise ValueError(f"{args.out} is {status}; {mend}")
     check_trust(args, recorded, given)
     check_changes(args, notebook, recorded, given)
     return args.out, check_parameters(args.experiment, notebook, recorded | given)

@@ -242,9 +242,7 @@ def attend_both_ways(kernels: tuple, device, dtype, size: int) -> list[Tensor]:
     q, k, v, other_k, other_v, grad = cases.to(device, dtype)
     mask = key_mask([5, 3], 5, dtype, device)
     parts = [(k, v, mask, False), (other_k, other_v, None, True)]
-    outs, lses = zip(*(attention(q, *part, size**-0.5) for part in parts))
-    share = (lses[0] - torch.logaddexp(*lses)).exp()[..., None].to(dtype)
-    out, lse = torch.lerp(outs[1], outs[0], share), torch.logaddexp(*lses)
+    out, lse = join(*zip(*(attention(q, *part, size**-0.5) for part in parts)))
     given = [(q, k, v, out, lse, mask, causal) for k, v, mask, causal in parts]
     return [out, lse, *(x for one in given for x in gradients(grad, *one, size**-0.5))]
 

@@ -208,6 +208,22 @@ def trainable(self: Lora) -> list:  # of (name, parameter)
     named = (self.adapter or self.model).named_parameters()
     return [(n, p) for n, p in named if p.requires_grad]
 
+# %% ../../nbs/models/lora.ipynb #f01d0002
+@patch
+def fold_adapter(self: Lora):  # the policy
+    "Makes the adapter, if any, part of the frozen weights; a sum is rounded once, from float32."
+    if self.adapter is None:
+        return self
+    layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+    dtypes = [(m.base_layer, m.base_layer.weight.dtype) for m in layers]
+    for m, _ in dtypes:
+        m.float()
+    self.model, self.adapter = self.adapter.merge_and_unload(), None
+    for m, dtype in dtypes:
+        m.to(dtype)
+    self.model.requires_grad_(False)
+    return self
+
 # %% ../../nbs/models/lora.ipynb #a4f00005
 @patch
 @contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..core.files import naming_load_errors
+from ..core.files import naming_load_errors, write_json
+from ..models.loading import START_NOTE
 from ..models.policy import Policy
 
 # %% ../../nbs/training/checkpoint_state.ipynb #1635e6b5
@@ -36,7 +37,12 @@ def find_nonfinite(policy: Policy, optimizer) -> str | None:  # its name; None: 
     return None if finite.all() else list(values)[int(finite.logical_not().nonzero()[0])]
 
 # %% ../../nbs/training/checkpoint_state.ipynb #a4be4658
-def save_state(policy: Policy, optimizer, folder: Path):
+def save_state(
+    policy: Policy,
+    optimizer,
+    folder: Path,
+    below: dict | None = None,  # on what the adapter stands, for START_NOTE
+):
     "The adapter as a peft folder, or the tuned weights; the optimizer's state beside it."
     if problem := find_nonfinite(policy, optimizer):
         raise FloatingPointError(
@@ -49,6 +55,8 @@ def save_state(policy: Policy, optimizer, folder: Path):
         weights = {n: p.detach().contiguous() for n, p in policy.trainable()}
         save_file(weights, str(folder / "weights.safetensors"))
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    if below:
+        write_json(folder / START_NOTE, below)
 
 # %% ../../nbs/training/checkpoint_state.ipynb #72f9584d
 def copy_weights(policy: Policy, saved: dict):  # saved: {name in the file: tensor}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..core.parameters import TrainConfig
-from ..core.presets import with_preset
+from ..core.presets import check_needs, with_preset
 from ..data.datasets import load_data, validate_data
 from ..data.reasonseg import ReasonSegDataset
 from ..methods.registry import load_method
@@ -19,12 +19,14 @@ from ..models.loading import validate_attention, validate_processes
 from ..models.vllm_protocol import served_name
 from ..runs.verify import validate_model
 from ..segmenters.sam3 import is_sam3
+from .starting_point import check_start
 
 # %% ../../nbs/training/config.ipynb #716f9637
 def check_models(config: TrainConfig):
     "Refuses a method, a model or a segmenter that cannot be trained."
     method = load_method(config.method.name)
     validate_model(config.model.name)
+    check_start(config)
     if method.segmenter and not is_sam3(config.segmenter):
         raise ValueError(
             f"segmenter: {config.method.name} rewards what SAM 3 draws from a description, "
@@ -99,11 +101,10 @@ def load_preset(
 ) -> dict:  # nested, for TrainConfig
     "The parameters of a published training; the number of its steps follows from the data."
     values = with_preset(preset, given)
+    check_needs(preset, values)
     epochs = values.pop("epochs", None)
     if epochs is None:
         return values
-    if "name" not in values.get("data", {}):
-        raise ValueError(f"preset {preset} needs ReasonSeg's folder; name it by data")
     if "steps" not in values:
         values["steps"] = steps_of(TrainConfig(**values), epochs)
     return values

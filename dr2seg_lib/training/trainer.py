@@ -41,7 +41,7 @@ from ..runs.launch import destroy_process_group, launch_processes, open_run
 from ..runs.run_folder import Run
 from ..runs.status import read_results, update_record
 from .batches import sample_batch
-from .both_ends import evaluate_and_save
+from .both_ends import evaluate_and_save, forget_after
 from .checkpoint_state import load_state, save_state
 from .config import TrainingData, check_training
 from .grpo import advantages
@@ -52,7 +52,16 @@ from dr2seg_lib.training.held_out_curve import (
     record_best,
     start_figures,
 )
+
+# %% ../../nbs/training/trainer.ipynb #f01d0010
 from .self_check import check_engine
+from dr2seg_lib.training.starting_point import (
+    add_below,
+    continue_adapter,
+    keep_start,
+    note_of_start,
+    with_kept_start,
+)
 from dr2seg_lib.training.step_records import (
     StepOutcome,
     all_gather_groups,
@@ -71,8 +80,8 @@ class TrainingState(NamedTuple):
     accelerator: Accelerator
 
 # %% ../../nbs/training/trainer.ipynb #a7f00001
-def build_policy(config: TrainConfig, accelerator: Accelerator) -> Policy:
-    "The policy with what is trained of it."
+def build_policy(config: TrainConfig, accelerator: Accelerator, start=None) -> Policy:
+    "The policy with what is trained of it, on a checkpoint of `keep_start` if there is one."
     policy = load_policy(
         config.model.name,
         dtype=config.model.dtype,
@@ -81,9 +90,11 @@ def build_policy(config: TrainConfig, accelerator: Accelerator) -> Policy:
     )
     policy.max_question_tokens = config.data.max_question_tokens
     policy.answers_at_once = config.runtime.answers_at_once
+    add_below(policy, config, start)
     if config.model.tune == "lora":
         lora = config.lora
         policy.add_lora(lora.rank, lora.alpha, config.optim.norm_lr > 0, lora.targets)
+        continue_adapter(policy, config, start)
     else:
         policy.unfreeze()
     if config.runtime.gradient_checkpointing:
@@ -118,11 +129,16 @@ def build_method(config: TrainConfig) -> Method:
     return method
 
 
-def build_training_state(config: TrainConfig) -> TrainingState:
+def build_training_state(
+    config: TrainConfig,
+    folder: Path | None = None,  # the run's, for its copy of its start
+) -> TrainingState:
     "Policy, method and optimizer, from the seed."
     torch.manual_seed(config.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    policy = build_policy(config, accelerator)
+    with accelerator.main_process_first():
+        start = keep_start(config, folder) if folder else None
+    policy = build_policy(config, accelerator, start)
     optimizer = accelerator.prepare(build_optimizer(policy, config.optim))
     return TrainingState(policy, build_method(config), optimizer, accelerator)
 
@@ -233,7 +249,11 @@ def take_step(
     row = measure_step(run, state, data, config, step)
     note = f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}"
     run.progress("training", step, config.steps, note)
-    last, save = step == config.steps, lambda folder: save_state(policy, optimizer, folder)
+
+    def save(folder):
+        save_state(policy, optimizer, folder, note_of_start(config, run.folder))
+
+    last = step == config.steps
     stop = not last and stop_for_all(run, accelerator)
     due = last or stop or is_due(config, step) or step % config.runtime.checkpoint_every == 0
     if due and accelerator.is_main_process:
@@ -275,6 +295,8 @@ def run_steps(
     if checkpoint:
         load_state(state.policy, state.optimizer, checkpoint)
     first = step_of(checkpoint) + 1 if checkpoint else 1
+    if first <= config.steps and state.accelerator.is_main_process:
+        forget_after(run)
     for step in range(first, config.steps + 1):
         if take_step(run, state, data, config, step):
             return False
@@ -290,15 +312,20 @@ def train(
     resume: bool = False,
 ) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
-    data = check_training(config)
+    data = check_training(with_kept_start(config, out) if resume else config)
     if config.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.training.trainer", config, out, resume)
     with open_run(out, config, config.seed, resume) as run, ExitStack() as stack:
         read_results(run.folder)  # what is wrong with it shows before anything is loaded
         checkpoint = run.rewind()
+        if checkpoint and step_of(checkpoint) > config.steps:
+            raise ValueError(
+                f"steps: {config.steps} is less than the {step_of(checkpoint)} that the run has "
+                "taken; ask for as many or more"
+            )
         if data.held_out is not None and not config.evaluation.allow_overlap:
             check_disjoint(data.train, data.held_out)
-        state = serve_policy(build_training_state(config), config, run, stack)
+        state = serve_policy(build_training_state(config, run.folder), config, run, stack)
         record_start(run, state, config, data)
         run_steps(run, state, config, data, checkpoint)
     return run

@@ -22,7 +22,13 @@ from dr2seg_lib.core.parameters import (
     TrainConfig,
     changed_parameters,
 )
-from dr2seg_lib.core.presets import published_presets, read_preset, with_preset
+from dr2seg_lib.core.presets import (
+    check_needs,
+    deviations,
+    published_presets,
+    read_preset,
+    with_preset,
+)
 
 KINDS = [TrainConfig, EvaluateConfig, Rea2SegConfig]
 NUMBERS = [name for name, value in TrainConfig().flat().items() if isinstance(value, float)]
@@ -120,7 +126,7 @@ def test_every_field_of_version_0_1_has_a_place():
     checkpointing shard""".split()
     new = [TRAINING_NAMES.get(name, name) for name in old]
     added = {f"runtime.{name}" for name in ("max_tokens", "self_check", "answers_at_once")}
-    added |= {"evaluation.every", "evaluation.every_samples", "data.balance"}
+    added |= {"evaluation.every", "evaluation.every_samples", "data.balance", "start", "start_form"}
     added |= {f"optim.{name}" for name in ("warmup", "average", "kl_most", "entropy", "clip_high")}
     gone = [""]  # chunk: a forward is bounded by its tokens
     assert sorted(new) == sorted([*gone, *TrainConfig().flat().keys() - added])
@@ -161,13 +167,10 @@ def test_a_record_of_version_0_1_goes_on():
 
 COMMON = {
     "model": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "segmenter": "facebook/sam2.1-hiera-large",
+    "segmenter": "facebook/sam2-hiera-large",
     "rollout.questions_per_step": 16,
     "rollout.group_size": 8,
     "rollout.temperature": 1.0,
-    "rollout.max_new_tokens": 512,
-    "method.anchor": 40.0,
-    "method.gamma": 0.05,
     "method.advantage_scale": "group",
     "model.tune": "lora",
     "model.dtype": "bfloat16",
@@ -181,28 +184,100 @@ COMMON = {
     "optim.kl": 5e-3,
     "optim.clip": 0.2,
     "optim.updates": 1,
+    "optim.average": "answers",
+    "optim.entropy": 1e-3,
+    "optim.kl_most": 10.0,
     "runtime.max_tokens": 8192,
     "runtime.gradient_checkpointing": True,
+    "evaluation.data": "Ricky06662/ReasonSeg_val",
     "evaluation.samples": 200,
 }
+BY_7K = {
+    "epochs": 1,
+    "data": "Ricky06662/VisionReasoner_multi_object_7k_840",
+    "rollout.max_new_tokens": 2000,
+}
+SECOND = {
+    "epochs": 5,
+    "method": "dr2seg",
+    "method.anchor": 40.0,
+    "method.gamma": 0.05,
+    "data.texts": "one",
+    "evaluation.data": "",
+    "rollout.max_new_tokens": 2000,
+}
+SINGLE = {
+    "epochs": 1,
+    "method": "seg_zero",
+    "data": "Ricky06662/refCOCOg_9k_840",
+    "rollout.max_new_tokens": 2000,
+}
 OWN = {
-    "reasonseg_few_shot": {"epochs": 5, "method": "dr2seg", "data.texts": "one"},
-    "visionreasoner_7k": {
+    "visionreasoner_7k": BY_7K | {"method": "visionreasoner", "optim.kl": 1e-2},
+    "dr2seg_7k": BY_7K | {"method": "dr2seg_desc"},
+    "dr2seg_few_shot": SECOND,
+    "dr2seg_star": SECOND | {"start_form": "merged"},
+    "seg_zero": SINGLE,
+    "pixelthink": SINGLE | {"method": "pixelthink", "rollout.max_new_tokens": 1300},
+    "dpad": {
         "epochs": 1,
-        "method": "dr2seg_desc",
-        "data": "Ricky06662/VisionReasoner_multi_object_7k_840",
-        "evaluation.data": "Ricky06662/ReasonSeg_val",
+        "method": "dpad",
+        "method.scorer": "ViT-B-32:openai",
+        "rollout.max_new_tokens": 1300,
     },
 }
+SMALLER = {"model": "Qwen/Qwen2.5-VL-3B-Instruct"}
+SMALL = "visionreasoner_7k", "dr2seg_7k", "dr2seg_few_shot", "dr2seg_star", "seg_zero"
+OWN |= {f"{name}_3b": OWN[name] | SMALLER for name in SMALL}
 
 
 def test_presets_are_those_published():
-    assert set(published_presets()) == set(OWN)
+    assert set(published_presets()) == {*OWN, "embedded"}
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_preset_holds_the_papers_values(name):
     assert flat_parameters(read_preset(name)) == COMMON | OWN[name]
+
+
+def test_the_embedded_preset_is_the_default():
+    assert read_preset("embedded") == {}
+
+
+@pytest.mark.parametrize("name", published_presets())
+def test_where_a_preset_is_not_what_was_published_is_said(name):
+    given = flat_parameters(with_preset(name, {"data": "x", "start": "y"}))
+    remarks = deviations(name, given)
+    assert ("model.tune lora: an adapter in place of all weights" in remarks) is (name in OWN)
+    changed = deviations(name, given | {"optim.clip": 0.3})
+    assert ("optim.clip 0.3: yours, in place of 0.2" in changed) is (name in OWN)
+
+
+def test_a_preset_says_what_it_needs():
+    with pytest.raises(ValueError, match="preset dr2seg_star needs ReasonSeg's folder, by -p data"):
+        check_needs("dr2seg_star", {})
+    with pytest.raises(ValueError, match="needs the last checkpoint of a run of dr2seg_7k"):
+        check_needs("dr2seg_star", {"data": "ReasonSeg"})
+    with pytest.raises(ValueError, match="preset dpad needs 3,000 samples of RefCOCOg"):
+        check_needs("dpad", {})
+
+
+def test_a_preset_of_ones_own_extends_a_published_one_or_its_neighbour(tmp_path):
+    mine, below = tmp_path / "mine.toml", tmp_path / "below.toml"
+    mine.write_text('# Mine.\nextends = "dr2seg_7k"\n[optim]\nkl = 0.1\n')
+    own = flat_parameters(read_preset(str(mine)))
+    assert own == flat_parameters(read_preset("dr2seg_7k")) | {"optim.kl": 0.1}
+    mine.write_text('# Mine.\nextends = "below"\nseed = 2\n')
+    below.write_text('# Below.\nsteps = 3\nseed = 1\n[needs]\ndata = "a folder"\n')
+    assert read_preset(str(mine)) == dict(steps=3, seed=2)
+    with pytest.raises(ValueError, match="needs a folder"):
+        check_needs(str(mine), {})
+    below.write_text('extends = "mine"\n')
+    with pytest.raises(ValueError, match="mine.toml extends itself"):
+        read_preset(str(mine))
+    mine.write_text('extends = "nothing"\n')
+    with pytest.raises(ValueError, match='unknown preset "nothing"'):
+        read_preset(str(mine))
 
 
 def test_a_preset_of_ones_own_is_a_file(tmp_path):

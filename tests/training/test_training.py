@@ -476,12 +476,10 @@ def test_the_notebook_declares_the_config():
 
 def test_presets_are_the_papers_settings(tmp_path):
     with pytest.raises(
-        ValueError, match="preset reasonseg_few_shot needs ReasonSeg's folder; name it by data"
+        ValueError, match="preset dr2seg_few_shot needs ReasonSeg's folder, by -p data PATH"
     ):
-        load_preset("reasonseg_few_shot")
-    with pytest.raises(
-        ValueError, match='unknown preset "few"; known are reasonseg_few_shot, visionreasoner_7k'
-    ):
+        load_preset("dr2seg_few_shot")
+    with pytest.raises(ValueError, match='unknown preset "few"; known are dpad, dr2seg_7k'):
         load_preset("few")
     for split, n in dict(train=239, val=2).items():
         folder = tmp_path / "ReasonSeg" / split
@@ -489,7 +487,7 @@ def test_presets_are_the_papers_settings(tmp_path):
         for i in range(n):
             Image.new("RGB", (8, 8)).save(folder / f"{i}.jpg")
             (folder / f"{i}.json").write_text(json.dumps(dict(text=["a", "b", "c"], shapes=[])))
-    few = TrainConfig(**load_preset("reasonseg_few_shot", data=str(tmp_path)))
+    few = TrainConfig(**load_preset("dr2seg_few_shot", data=str(tmp_path)))
     assert few.steps == 5 * 14
     assert (few.method.name, few.method.anchor, few.method.gamma) == ("dr2seg", 40, 0.05)
     assert few.data.texts == "one"
@@ -498,13 +496,13 @@ def test_presets_are_the_papers_settings(tmp_path):
     optim = few.optim
     assert (optim.lr, optim.kl, optim.clip) == (1e-5, 5e-3, 0.2)
     assert (optim.weight_decay, optim.max_grad_norm) == (0.01, 1)
-    by_hand = load_preset("reasonseg_few_shot", data=str(tmp_path), prompts=8, anchor=45, steps=3)
+    by_hand = load_preset("dr2seg_few_shot", data=str(tmp_path), prompts=8, anchor=45, steps=3)
     assert (by_hand["steps"], by_hand["method"]["anchor"]) == (3, 45)
     assert by_hand["rollout"]["questions_per_step"] == 8
-    assert load_preset("reasonseg_few_shot", data=str(tmp_path), prompts=8)["steps"] == 5 * 29
+    assert load_preset("dr2seg_few_shot", data=str(tmp_path), prompts=8)["steps"] == 5 * 29
     with pytest.raises(ValidationError, match="rollout.questions_per_step"):
-        load_preset("reasonseg_few_shot", data=str(tmp_path), prompts="many")
-    seven = TrainConfig(**load_preset("visionreasoner_7k", data="mini", eval_data="mini"))
+        load_preset("dr2seg_few_shot", data=str(tmp_path), prompts="many")
+    seven = TrainConfig(**load_preset("dr2seg_7k", data="mini", eval_data="mini"))
     assert seven.method.name == "dr2seg_desc"
     assert seven.steps == len(load_data("mini", "train")) // 16
     assert METHODS["dr2seg_desc"].factors == (), "no length factor"
@@ -817,7 +815,6 @@ def test_a_new_rate_is_in_force_after_a_resume(cut_off, ended):
     "name, value",
     [
         ("lora.rank", 8),
-        ("steps", 4),
         ("seed", 1),
         ("method", "visionreasoner"),
         ("rollout.questions_per_step", 4),

@@ -15,7 +15,7 @@ from dr2seg_lib.core.markup import latex_text
 from dr2seg_lib.core.notes import cut_note
 from dr2seg_lib.core.templates import STATIC_FOLDER, TEMPLATE_FOLDER, render
 from dr2seg_lib.core.text_table import rows_table
-from dr2seg_lib.evaluation.published import COLUMN_TITLES
+from dr2seg_lib.evaluation.published import COLUMN_TITLES, MORE_TITLES
 from dr2seg_lib.viewing.compare import compare
 from dr2seg_lib.viewing.inspector import inspect
 from dr2seg_lib.viewing.live import Live
@@ -27,6 +27,7 @@ from dr2seg_lib.viewing.run_reader import RunReader
 ROOT = Path(__file__).parents[2]
 POLICY = render("policy.html.j2")
 N = 40
+WIDTHS = {len(COLUMN_TITLES) + 1, len(COLUMN_TITLES) + len(MORE_TITLES) + 1}  # bars of a row
 SENTENCE = ValueError, FileNotFoundError
 PAGES = "report", "inspect", "live", "compare", "html", "markdown", "latex"
 
@@ -238,12 +239,11 @@ def test_nothing_runs_in_markdown(outcomes, tab):
             f"folder {i}"
         )
         assert tab.locator("a:not(.anchor-link), img").count() == 0
-        rows = [
-            len(re.findall(r"(?<!\\)\|", line))
-            for line in text.splitlines()
-            if line.startswith("|")
-        ]
-        assert set(rows) == {len(COLUMN_TITLES) + 1}
+        tables = re.findall(r"(?:^\|.*\n?)+", text, re.M)
+        rows = [row for table in tables for row in table.splitlines()]
+        for table in tables:
+            bars = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+            assert len(bars) == 1 and bars <= WIDTHS, table
         assert tab.locator("tr").count() == len(rows) - sum(
             line.startswith("| --- |") for line in text.splitlines()
         )
