@@ -1,11 +1,11 @@
 """Every figure of docs/results.md, made again.
 
     python results/make.py run [STUDY ...]    the experiments, one by one (hours); resumable
-    python results/make.py keep [STUDY ...]   their tables, as results/STUDY.json
-    python results/make.py write              those tables into the page
+    python results/make.py keep [STUDY ...]   their tables, as results/STUDY.json, and their plots
+    python results/make.py write              those tables into the pages
 
-`make results` does all three. A study is an experiment of the workbench with its parameters; they
-stand in results/studies.json.
+`make results` does all three. A study is an experiment of the workbench with its parameters, and
+perhaps a plot in docs/; they stand in results/studies.json.
 """
 
 import json
@@ -15,10 +15,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dr2seg_lib.core.files import read_jsonl
+from dr2seg_lib.experiments.sweeps import arm_results, sweep_arms
+from dr2seg_lib.runs.run_folder import Run
+from dr2seg_lib.viewing.comparison_plots import before_after_plot
+from dr2seg_lib.viewing.curves import training_curves
+from dr2seg_lib.viewing.premise_plot import premise_plot
+from dr2seg_lib.viewing.tables import aggregate_seeds, before_after_table
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RUNS = ROOT / "runs" / "results"
-PAGE = ROOT / "docs" / "results.md"
+PAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "world.md", ROOT / "README.md"
 STUDIES = json.loads((HERE / "studies.json").read_text())
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
@@ -54,9 +62,53 @@ def processor() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
+def sweep_runs(folder: Path) -> dict:  # {arm: [run names]}
+    "The runs of a sweep, by its own parameters."
+    given = json.loads((folder / "run.json").read_text())["parameters"]
+    named = {k: given[k] for k in ("methods", "seeds", "vary") if k in given}
+    return {arm: list(runs) for arm, runs in sweep_arms(**named, **given["config"]).items()}
+
+
+def curves(folder: Path):
+    "Entropy, tokens, accuracy and held-out gIoU over the steps of a training, or of a sweep's arms."
+    if (folder / "metrics.jsonl").exists():
+        return training_curves(Run.open(folder).metrics())
+    runs = sweep_runs(folder).items()
+    return training_curves(
+        {a: [Run.open(folder / n).metrics() for n in names] for a, names in runs}
+    )
+
+
+def change(folder: Path):
+    "Tokens against gIoU of a sweep's arms, from the start to the end of training."
+    arms = arm_results(folder, sweep_runs(folder)).items()
+    ends = {a: [r["after"] for r in results] for a, results in arms}
+    return before_after_plot(
+        {a: dict(before=r[0]["before"], after=aggregate_seeds(ends[a])) for a, r in arms}
+    )
+
+
+def premise(folder: Path):
+    "Right answers over the length of the chain."
+    return premise_plot(json.loads((folder / "results.json").read_text())["forms"])
+
+
+PLOTS = dict(curves=curves, change=change, premise=premise)
+
+
+def tables_of(folder: Path) -> dict:  # {name: Markdown}
+    "What an experiment says of itself as tables; of a training, before and after."
+    found = json.loads((folder / "results.json").read_text())
+    tables = {k: v for k, v in found.items() if isinstance(v, str) and v.startswith("|")}
+    if "before" in found and "after" in found:
+        rows = (read_jsonl(folder / f"predictions_{when}.jsonl") for when in ("before", "after"))
+        tables["table"] = before_after_table(found, *rows).markdown
+    return tables
+
+
 def keep(name: str):
-    "A study's tables, with where and by what they were made."
-    about, found = record(name), json.loads((RUNS / name / "results.json").read_text())
+    "A study's tables, with where and by what they were made, and its plots."
+    about = record(name)
     if about.get("status") != "done":
         raise SystemExit(f"{name}: its run is {about.get('status', 'not there')}; run it first")
     kept = dict(
@@ -65,8 +117,10 @@ def keep(name: str):
         day=about["ended"][:10],
         commit=about["git"][:7],
         versions={k: about["versions"][k] for k in ("dr2seg_lib", "torch", "transformers")},
-        tables={k: v for k, v in found.items() if isinstance(v, str) and v.startswith("|")},
+        tables=tables_of(RUNS / name),
     )
+    for picture, plot in STUDIES[name].get("plots", {}).items():
+        PLOTS[plot](RUNS / name).savefig(ROOT / "docs" / picture, dpi=140, facecolor="white")
     (HERE / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -83,8 +137,8 @@ def written(page: str) -> str:
 def main(task: str, *names: str):
     for name in names or STUDIES:
         dict(run=run, keep=keep, write=lambda _: None)[task](name)
-    if task == "write":
-        PAGE.write_text(written(PAGE.read_text()))
+    for page in PAGES if task == "write" else ():
+        page.write_text(written(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -181,9 +181,9 @@ class HeldOutSettings(Settings):
         256, ge=0, le=2048, description="held-out samples before and after; 0: no evaluation"
     )
     allow_overlap: bool = Field(False, description="questions of the training may be among them")
-    every: int = Field(0, ge=0, description="steps between evaluations on the way; 0: none")
+    every: int = Field(20, ge=0, description="steps between evaluations on the way; 0: none")
     every_samples: int = Field(
-        64, ge=2, description="the first so many of the samples, asked on the way"
+        128, ge=2, description="the first so many of the samples, asked on the way"
     )
 
 
