@@ -87,6 +87,9 @@ class TrainingDataSettings(QuestionSettings):
     balance: str = Field(
         "", description="tag whose values each step has in equal number, such as kind; empty: none"
     )
+    difficulty: str = Field(
+        "", description="PixelThink's file of difficulties by image; empty: the data's own"
+    )
     strict: bool = Field(False, description="a record that cannot be read ends the run")
 
 # %% ../../nbs/core/settings.ipynb #80209640

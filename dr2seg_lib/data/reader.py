@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from .difficulty import grade
 from .records import BrokenRecord, shorten_line
 from .samples import Sample, Target
 
@@ -36,6 +37,7 @@ class SplitReader(Sequence):
     format = ""  # its name, for reports
     protocol = "lisa"  # or visionreasoner
     split_note = None  # of a set that names no splits: how it was divided
+    difficulties: dict = {}  # by image, from a file beside the data
 
     def __init__(self, index, limit: int | None = None):
         self.index = index[:limit]
@@ -44,8 +46,8 @@ class SplitReader(Sequence):
         return len(self.index)
 
     def __getitem__(self, i: int) -> Sample:
-        _, sample = self.read(self.index[range(len(self))[i]])
-        return apply_protocol(self.protocol, sample)
+        image, sample = self.read(self.index[range(len(self))[i]])
+        return apply_protocol(self.protocol, grade(sample, image, self.difficulties))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

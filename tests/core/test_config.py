@@ -127,6 +127,7 @@ def test_every_field_of_version_0_1_has_a_place():
     new = [TRAINING_NAMES.get(name, name) for name in old]
     added = {f"runtime.{name}" for name in ("max_tokens", "self_check", "answers_at_once")}
     added |= {"evaluation.every", "evaluation.every_samples", "data.balance", "start", "start_form"}
+    added |= {"data.difficulty"}
     added |= {f"optim.{name}" for name in ("warmup", "average", "kl_most", "entropy", "clip_high")}
     gone = [""]  # chunk: a forward is bounded by its tokens
     assert sorted(new) == sorted([*gone, *TrainConfig().flat().keys() - added])
@@ -191,6 +192,8 @@ COMMON = {
     "runtime.gradient_checkpointing": True,
     "evaluation.data": "Ricky06662/ReasonSeg_val",
     "evaluation.samples": 200,
+    "evaluation.every": 50,
+    "evaluation.every_samples": 64,
 }
 BY_7K = {
     "epochs": 1,

@@ -24,6 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from dr2seg_lib.core.masks import encode_rle
+from dr2seg_lib.core.parameters import TrainConfig
 from dr2seg_lib.data.checking import check_data
 from dr2seg_lib.data.datasets import check_disjoint, open_data
 from dr2seg_lib.data.folder import FOLDER_FIELDS, FolderDataset
@@ -48,6 +49,7 @@ from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.methods.seg_zero import score as seg_zero
 from dr2seg_lib.rollouts.parsing import parse_response
 from dr2seg_lib.rollouts.response import Group, Response
+from dr2seg_lib.training.config import open_training_data
 
 W, H = 40, 30
 PHOTO = np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8)
@@ -873,6 +875,59 @@ def test_seg_zero_sets_are_rewarded(seg_zero_set, method):
     )
     assert terms["points"].tolist() == [1, 0]
     assert total[0] > total[1]
+
+
+def training_with(seg_zero_set, tmp_path, records):
+    "PixelThink's training on that set, with a file of difficulties."
+    (tmp_path / "labels.json").write_text(json.dumps(records))
+    data = dict(name=str(tmp_path / "refCOCOg_2k_840"), difficulty=str(tmp_path / "labels.json"))
+    return open_training_data(TrainConfig(method="pixelthink", data=data))
+
+
+def test_pixelthink_takes_its_difficulties_from_its_file(seg_zero_set, tmp_path, recwarn):
+    "The file as PixelThink's loader reads it: a list, joined by the row's id; 500 words are spent."
+    words = ANSWER.replace("A cup.", " ".join(["so"] * 500))
+    said = Response(words, parse_response(words), [1, 2], [0.1, 0.1], [0.9, 0.9], 2)
+
+    def length(sample):
+        return (
+            METHODS["pixelthink"]
+            .terms(METHODS["pixelthink"], Group(sample, [said], [None]), 840)["length"]
+            .item()
+        )
+
+    used = len(words.split())
+    found = {}
+    for d in (2, 4, 9.5):
+        record = dict(image_id="refcocog_7", difficulty_score_model=d, text="the cup")
+        found[d] = length(training_with(seg_zero_set, tmp_path, [record])[0])
+    assert found == {
+        2: pytest.approx(1 + (96 - used) / 500),
+        4: 1,
+        9.5: pytest.approx(1 + (256 + 25 * 0.1 - used) / 500, abs=1e-6),
+    }
+    assert not [w for w in recwarn if "difficulty" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"taken as of 3.0.*data.difficulty"):
+        assert length(seg_zero_set[0]) == pytest.approx(found[2])
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([dict(image_id="other", difficulty_score_model=2)], "is of other images"),
+        ([dict(image_id="refcocog_7", difficulty_score_model="2")], "has no difficulties"),
+        (dict(refcocog_7=2), "is no list of records"),
+        ([2], "is no list of records"),
+    ],
+)
+def test_a_file_of_other_difficulties_is_told(seg_zero_set, tmp_path, records, words):
+    assert words in sentence(training_with, seg_zero_set, tmp_path, records)
+
+
+def test_the_embedded_world_has_its_own_difficulties(tmp_path):
+    (tmp_path / "labels.json").write_text("[]")
+    config = TrainConfig(data=dict(difficulty=str(tmp_path / "labels.json")))
+    assert "leave it out" in sentence(open_training_data, config)
 
 
 def test_targets_without_a_second_point_are_rewarded():
