@@ -70,7 +70,7 @@ def sweep_runs(folder: Path) -> dict:  # {arm: [run names]}
 
 
 def curves(folder: Path):
-    "Entropy, tokens, accuracy and held-out gIoU over the steps of a training, or of a sweep's arms."
+    "Entropy, tokens, accuracy and held-out gIoU over the steps of a training, or of each arm."
     if (folder / "metrics.jsonl").exists():
         return training_curves(Run.open(folder).metrics())
     runs = sweep_runs(folder).items()

@@ -1,4 +1,4 @@
-"The pages of results say what results/*.json keeps, and every study that is kept is as it was asked."
+"The pages of results say what results/*.json keeps; a study that is kept is one that was asked."
 
 import importlib.util
 import json
