@@ -228,7 +228,11 @@ def check_quickly(experiment: str, notebook: Path, values: dict):  # values: of 
         check_names_exist(declared | values)
 
 # %% ../../nbs/commands/parameters.ipynb #ca57a1c4
-def check_machine_for(experiment: str, values: dict):  # values: of the notebook
+def check_machine_for(
+    experiment: str,
+    values: dict,  # of the notebook
+    run: Path | None = None,  # gone on with
+):
     "What is wrong as far as data, weights and servers show it."
     module, _, check = CHECKS[experiment].partition(":")
     config = values.get("config", {})
@@ -237,19 +241,22 @@ def check_machine_for(experiment: str, values: dict):  # values: of the notebook
 
         config = load_preset(values.get("preset", ""), **config)
     getattr(importlib.import_module(module), check)(
-        validated_config(CONFIG_CLASSES[experiment], config)
+        validated_config(CONFIG_CLASSES[experiment], config), run
     )
 
 
 def check_parameters(
-    experiment: str, notebook: Path, given: dict
+    experiment: str,
+    notebook: Path,
+    given: dict,
+    run: Path | None = None,  # gone on with
 ) -> dict:  # what papermill is to inject
     "Names and values of what was asked for, checked before anything heavy starts."
     check_names(notebook, given)
     values, declared = notebook_parameters(notebook, given), parameters_of(notebook)
     check_quickly(experiment, notebook, values)
     if experiment in CHECKS:
-        check_machine_for(experiment, values)
+        check_machine_for(experiment, values, run)
     kind = config_class(notebook)
     if kind and "config" in values:
         settled = configuration_of(kind, values).flat()

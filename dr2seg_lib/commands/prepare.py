@@ -174,4 +174,4 @@ def prepare_resume(
         raise ValueError(f"{args.out} is {status}; {mend}")
     check_trust(args, recorded, given)
     check_changes(args, notebook, recorded, given)
-    return args.out, check_parameters(args.experiment, notebook, recorded | given)
+    return args.out, check_parameters(args.experiment, notebook, recorded | given, args.out)

@@ -153,6 +153,7 @@ class TrainConfig(WeightRules, ProcessRules):
 INHERITED = (
     "model",
     "method",
+    "method.prompt",
     "segmenter",
     "model.dtype",
     "rollout.max_new_tokens",

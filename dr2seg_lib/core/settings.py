@@ -136,6 +136,7 @@ class MethodSettings(Settings):
     "The method: prompt and reward."
 
     name: str = Field("dr2seg", description=f"method: {METHOD}")
+    prompt: str = Field("", description="text file with a prompt of your own; {question} in it")
 
 
 class TrainedMethod(MethodSettings):
@@ -143,6 +144,9 @@ class TrainedMethod(MethodSettings):
 
     anchor: float = Field(40.0, ge=0, description="N0 of Eq. 5, tokens")
     gamma: float = Field(0.05, ge=0, description="slope of Eq. 5, per token")
+    newline: bool = Field(
+        False, description="one between picture and text in training, as VisionReasoner has it"
+    )
     scorer: str = Field(
         "embedded", description="of DPAD's reward: embedded, MODEL:TAG, MODEL:PATH or a folder"
     )

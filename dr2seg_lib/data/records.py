@@ -197,5 +197,5 @@ def normalize_question(
     query: str,  # as the data set has it
     eval: bool = False,  # evaluation strips more punctuation than training
 ) -> str:  # as the prompt has it
-    "The question as VisionReasoner writes it: lower case, without the final punctuation."
-    return query.lower().rstrip('."?!' if eval else ".")
+    "The question as VisionReasoner writes it: lower case, without punctuation at its ends."
+    return query.lower().strip('."?!' if eval else ".")

@@ -7,10 +7,11 @@ __all__ = ['check_server', 'check_evaluation', 'check_rea2seg']
 
 # %% ../../nbs/evaluation/config.ipynb #7bcd70a2
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..core.parameters import EvaluateConfig, Rea2SegConfig
 from ..data.datasets import load_data, validate_data
-from ..methods.registry import load_method
+from ..methods.wording import with_kept_wording, worded_method
 from ..models.loading import validate_attention, validate_processes
 from ..models.vllm_adapter import validate_lora_only
 from ..models.vllm_protocol import served_name
@@ -25,9 +26,13 @@ def check_server(config: EvaluateConfig):
         served_name(config.runtime.server, config.model.name)
 
 
-def check_evaluation(config: EvaluateConfig) -> Sequence:  # of Sample
+def check_evaluation(
+    config: EvaluateConfig,
+    run: Path | None = None,  # gone on with: its copies stand for the files that are named
+) -> Sequence:  # of Sample
     "Refuses what cannot be evaluated on this machine; opens the data."
-    load_method(config.method.name)
+    config = with_kept_wording(config, run) if run else config
+    worded_method(config.method)
     validate_model(config.model.name)
     validate_adapter(config.model.adapter)
     validate_processes(config.runtime.processes)
@@ -38,9 +43,13 @@ def check_evaluation(config: EvaluateConfig) -> Sequence:  # of Sample
     return samples
 
 # %% ../../nbs/evaluation/config.ipynb #bd1d24f3
-def check_rea2seg(config: Rea2SegConfig) -> Sequence:  # of Sample
+def check_rea2seg(
+    config: Rea2SegConfig,
+    run: Path | None = None,  # gone on with: its copies stand for the files that are named
+) -> Sequence:  # of Sample
     "Refuses what Rea2Seg cannot do on this machine; opens the data."
-    load_method(config.method.name)
+    config = with_kept_wording(config, run) if run else config
+    worded_method(config.method)
     validate_model(config.model.name)
     if config.scorer:
         validate_model(config.scorer, "scorer")

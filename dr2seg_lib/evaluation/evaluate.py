@@ -26,7 +26,7 @@ from ..data.samples import Sample
 from .config import check_evaluation
 from .metrics import error_row, result_row, summarize
 from ..methods.names import label_record
-from ..methods.registry import METHODS
+from ..methods.wording import keep_wording, worded_method
 from ..models.loading import load_policy
 from ..models.policy import Policy
 from ..models.vllm_client import ServedPolicy
@@ -220,7 +220,7 @@ def run_evaluation(
     resume: bool = False,
 ) -> Run:
     "A whole evaluation: `predictions.jsonl`, a line a sample, and the summary in `results.json`."
-    data = check_evaluation(config)
+    data = check_evaluation(config, Path(out) if resume else None)
     if config.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.evaluation.evaluate", config, out, resume)
     with open_run(out, config, resume=resume) as run, ExitStack() as stack:
@@ -230,7 +230,8 @@ def run_evaluation(
         path, writes = run.folder / "predictions.jsonl", accelerator.is_main_process
         if writes:
             update_record(run.folder, method_label=label_record(config.method.name))
-        method, size = METHODS[config.method.name], config.runtime.batch_size
+            keep_wording(config.method, run.folder)
+        method, size = worded_method(config.method, run.folder), config.runtime.batch_size
         limits = size, config.rollout.max_new_tokens
         done = _from_first(truncate_to_batches(path, size, len(data)) if writes else None)
         asked = policy, segmenter, data, method.prompt, *limits, done, accelerator, method.parse

@@ -7,6 +7,8 @@ __all__ = ['REA2SEG_FIGURES', 'DIMENSIONS', 'row_figures', 'summarize_rea2seg', 
            'rea2seg_results', 'run_rea2seg']
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #4d6df2ab
+from pathlib import Path
+
 import numpy as np
 
 from ..core.files import append_jsonl, read_jsonl, write_jsonl
@@ -17,7 +19,7 @@ from ..data.questions import KINDS
 from .config import check_rea2seg
 from .evaluate import require_askable
 from ..methods.rea2seg import load_judge, rea2seg
-from ..methods.registry import METHODS
+from ..methods.wording import keep_wording, worded_method
 from ..models.loading import load_policy
 from ..models.policy import Policy
 from ..runs.run_folder import Run
@@ -105,11 +107,13 @@ def run_rea2seg(
     resume: bool = False,
 ) -> Run:
     "A row each in predictions.jsonl, the summary in results.json."
-    data, asked = check_rea2seg(config), config.candidates
+    data, asked = check_rea2seg(config, Path(out) if resume else None), config.candidates
     segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model.name)
-    scorer, method = load_scoring_policy(config, policy), METHODS[config.method.name]
-    limits = asked.overlap, asked.most, config.rollout.max_new_tokens, method.parse
+    scorer = load_scoring_policy(config, policy)
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
+        keep_wording(config.method, run.folder)
+        method = worded_method(config.method, run.folder)
+        limits = asked.overlap, asked.most, config.rollout.max_new_tokens, method.parse
         path = run.folder / "predictions.jsonl"
         rows = read_jsonl(path) if path.exists() else []
         write_jsonl(path, rows)  # without a line that was cut short

@@ -80,6 +80,7 @@ class Method:
     blocks: tuple = BLOCKS  # tags of the first pass, in order
     parse: Callable = parse_response  # text -> Parsed
     second_prompt: Callable | None = None  # of a description; None: no second pass
+    strips_alike: bool = False  # evaluation leaves a question's ends as training does
     anchor: float = 40  # N0 of Eq. 5, tokens
     gamma: float = 0.05  # slope of Eq. 5, per token
     dpad_variant: str | None = None  # binary, difference or scaled; None: no scorer is asked

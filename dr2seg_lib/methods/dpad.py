@@ -29,10 +29,10 @@ DPAD_TEMPLATE = single_template(
 
 def dpad_prompt(
     query: str,  # the question
-    eval: bool = False,  # as evaluation asks, see `normalize_question`
+    eval: bool = False,  # as evaluation asks, which is as training does
 ) -> str:  # user text
     "DPAD's prompt: Seg-Zero's, and a caption last."
-    return fill_template(DPAD_TEMPLATE, query, eval)
+    return fill_template(DPAD_TEMPLATE, query)
 
 # %% ../../nbs/methods/dpad.ipynb #8ac5fb98
 def discriminative(
@@ -85,6 +85,7 @@ dpad = Method(
     name="dpad",
     title="DPAD",
     prompt=dpad_prompt,
+    strips_alike=True,
     terms=dpad_terms,
     colour="#c2488f",
     blocks=CAPTIONED,

@@ -51,10 +51,10 @@ SEG_ZERO_TEMPLATE = single_template(
 # %% ../../nbs/methods/seg_zero.ipynb #b1d5e024
 def seg_zero_prompt(
     query: str,  # the question
-    eval: bool = False,  # as evaluation asks, see `normalize_question`
+    eval: bool = False,  # as evaluation asks, which is as training does
 ) -> str:  # user text
     "Seg-Zero's prompt: think, then one object with a box and two points (docs/methods.md §2)."
-    return fill_template(SEG_ZERO_TEMPLATE, query, eval)
+    return fill_template(SEG_ZERO_TEMPLATE, query)
 
 # %% ../../nbs/methods/seg_zero.ipynb #8062c84f
 def first_braces(
@@ -126,6 +126,7 @@ seg_zero = Method(
     name="seg_zero",
     title="Seg-Zero",
     prompt=seg_zero_prompt,
+    strips_alike=True,
     terms=seg_zero_terms,
     colour="#7f8c2d",
 )

@@ -8,6 +8,7 @@ __all__ = ['NO_HELD_OUT', 'check_models', 'check_machine', 'TrainingData', 'add_
 
 # %% ../../nbs/training/config.ipynb #8ca7d5ba
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ..core.parameters import TrainConfig
@@ -17,16 +18,17 @@ from ..data.difficulty import check_difficulties, read_difficulties
 from ..data.reader import SplitReader
 from ..data.reasonseg import ReasonSegDataset
 from ..methods.registry import load_method
+from ..methods.wording import with_kept_wording, worded_method
 from ..models.loading import validate_attention, validate_processes
 from ..models.vllm_protocol import served_name
 from ..runs.verify import validate_model
 from ..segmenters.sam3 import is_sam3
-from .starting_point import check_start
+from .starting_point import check_start, with_kept_start
 
 # %% ../../nbs/training/config.ipynb #716f9637
 def check_models(config: TrainConfig):
     "Refuses a method, a model or a segmenter that cannot be trained."
-    method = load_method(config.method.name)
+    method = worded_method(config.method)
     validate_model(config.model.name)
     check_start(config)
     if method.segmenter and not is_sam3(config.segmenter):
@@ -93,8 +95,13 @@ def open_held_out(config: TrainConfig) -> Sequence | None:  # of Sample; None: n
     return data
 
 # %% ../../nbs/training/config.ipynb #c54bf6cf
-def check_training(config: TrainConfig) -> TrainingData:
+def check_training(
+    config: TrainConfig,
+    run: Path | None = None,  # gone on with: its copies stand for the files that are named
+) -> TrainingData:
     "Refuses what cannot be trained on this machine; opens the data."
+    if run:
+        config = with_kept_wording(with_kept_start(config, run), run)
     check_models(config)
     check_machine(config)
     return TrainingData(open_training_data(config), open_held_out(config))

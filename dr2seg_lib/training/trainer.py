@@ -29,7 +29,7 @@ from ..methods.base import Method
 from ..methods.dpad import cached_scorer
 from ..methods.dr2seg import cached_segmenter
 from ..methods.names import label_record
-from ..methods.registry import load_method
+from ..methods.wording import keep_wording, worded_method
 from ..models.loading import load_policy
 from ..models.policy import Policy
 from ..models.vllm_client import ServedPolicy, logprob_gap
@@ -60,7 +60,6 @@ from dr2seg_lib.training.starting_point import (
     continue_adapter,
     keep_start,
     note_of_start,
-    with_kept_start,
 )
 from dr2seg_lib.training.step_records import (
     StepOutcome,
@@ -115,11 +114,14 @@ def build_optimizer(policy: Policy, optim: OptimSettings) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
 
 # %% ../../nbs/training/trainer.ipynb #e830baab
-def build_method(config: TrainConfig) -> Method:
+def build_method(
+    config: TrainConfig,
+    folder: Path | None = None,  # the run's, for its copy of the prompt
+) -> Method:
     "The method with its numbers; what scores or draws for it is loaded: a wrong name shows now."
     asked = config.method
     method = replace(
-        load_method(asked.name), anchor=asked.anchor, gamma=asked.gamma, scorer=asked.scorer
+        worded_method(asked, folder), anchor=asked.anchor, gamma=asked.gamma, scorer=asked.scorer
     )
     if method.dpad_variant:
         cached_scorer(method.scorer)
@@ -138,9 +140,11 @@ def build_training_state(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with accelerator.main_process_first():
         start = keep_start(config, folder) if folder else None
+        if folder:
+            keep_wording(config.method, folder)
     policy = build_policy(config, accelerator, start)
     optimizer = accelerator.prepare(build_optimizer(policy, config.optim))
-    return TrainingState(policy, build_method(config), optimizer, accelerator)
+    return TrainingState(policy, build_method(config, folder), optimizer, accelerator)
 
 # %% ../../nbs/training/trainer.ipynb #ff9557c0
 def step_seed(config: TrainConfig, step: int) -> int:
@@ -312,7 +316,7 @@ def train(
     resume: bool = False,
 ) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
-    data = check_training(with_kept_start(config, out) if resume else config)
+    data = check_training(config, Path(out) if resume else None)
     if config.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.training.trainer", config, out, resume)
     with open_run(out, config, config.seed, resume) as run, ExitStack() as stack:

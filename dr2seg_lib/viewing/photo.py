@@ -22,7 +22,8 @@ from ..core.parameters import EvaluateConfig, brief_text
 from ..data.images import read_pixels
 from ..data.samples import Sample, Target
 from ..evaluation.evaluate import answer_greedily
-from ..methods.registry import METHODS, validate_method
+from ..methods.registry import validate_method
+from ..methods.wording import worded_method
 from ..models.loading import load_policy, validate_attention
 from ..rollouts.parsing import segmenter_prompts
 from ..rollouts.response import Response
@@ -197,7 +198,7 @@ def _segment_box(photo, query, box, point, segmenter):  # no policy is asked
 def _segment_question(photo, query, who, attention):
     image, name = _pixels(photo)
     drawer = load_segmenter(who.segmenter)
-    model, method = who.model, METHODS[who.method.name]
+    model, method = who.model, worded_method(who.method)
     policy = load_policy(model.name, model.adapter, model.dtype, attention)
     sample, limit = Sample(name, image, query, ()), who.rollout.max_new_tokens
     (response,) = answer_greedily(policy, [sample], method.prompt, limit, method.parse)

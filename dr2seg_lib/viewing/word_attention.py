@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..methods.registry import METHODS
+from ..methods.wording import kept_wording, reword
 from ..models.attention_maps import token_attention
 from ..models.policy import Policy
 from ..runs.checkpoints import verify_checkpoint
@@ -64,11 +65,13 @@ def asked_prompt(
     name = asked_method_name(run)
     if not (row.get(part) or {}).get("tokens"):
         raise ValueError(f"the tokens of the {part} pass were not recorded")
+    newline = run.asked("method.newline", False) is True
+    method = reword(METHODS[name], kept_wording(run.folder), newline)
     if part == "first":
-        return METHODS[name].prompt(row["query"])
-    if METHODS[name].second_prompt is None or not row.get("description"):
+        return method.prompt(row["query"])
+    if method.second_prompt is None or not row.get("description"):
         raise ValueError(f"the method {name} asks no second time")
-    return METHODS[name].second_prompt(row["description"])
+    return method.second_prompt(row["description"])
 
 # %% ../../nbs/viewing/word_attention.ipynb #94e94fda
 cached_speaker = lru_cache(maxsize=1)(cached_policy)

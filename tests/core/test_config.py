@@ -127,7 +127,7 @@ def test_every_field_of_version_0_1_has_a_place():
     new = [TRAINING_NAMES.get(name, name) for name in old]
     added = {f"runtime.{name}" for name in ("max_tokens", "self_check", "answers_at_once")}
     added |= {"evaluation.every", "evaluation.every_samples", "data.balance", "start", "start_form"}
-    added |= {"data.difficulty"}
+    added |= {"data.difficulty", "method.prompt", "method.newline"}
     added |= {f"optim.{name}" for name in ("warmup", "average", "kl_most", "entropy", "clip_high")}
     gone = [""]  # chunk: a forward is bounded by its tokens
     assert sorted(new) == sorted([*gone, *TrainConfig().flat().keys() - added])
@@ -197,6 +197,7 @@ COMMON = {
 }
 BY_7K = {
     "epochs": 1,
+    "method.newline": True,
     "data": "Ricky06662/VisionReasoner_multi_object_7k_840",
     "rollout.max_new_tokens": 2000,
 }
@@ -205,6 +206,7 @@ SECOND = {
     "method": "dr2seg",
     "method.anchor": 40.0,
     "method.gamma": 0.05,
+    "method.newline": True,
     "data.texts": "one",
     "evaluation.data": "",
     "rollout.max_new_tokens": 2000,
