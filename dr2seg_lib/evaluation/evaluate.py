@@ -97,7 +97,7 @@ def predict_batch(
             answers = answer(policy, [*readable.values()], *asked)
         for (i, sample), answer in zip(readable.items(), answers):
             mask = draw_answer(segmenter, sample, answer.parsed, policy.frame)
-            rows[i] = result_row(sample, answer, mask)
+            rows[i] = result_row(sample, answer, mask, getattr(samples, "protocol", "lisa"))
     return [rows[i] for i in some]
 
 # %% ../../nbs/evaluation/evaluate.ipynb #3a53e8e6

@@ -21,9 +21,11 @@ def result_row(
     sample: Sample,
     response: Response,
     mask: np.ndarray,  # [H,W] bool, what was drawn of it
+    protocol: str = "lisa",  # or visionreasoner, where nothing drawn of nothing counts 0
 ) -> dict:
     "A line of predictions.jsonl: what was asked, answered and drawn, and how it compares."
     i, u = iou(mask, sample.mask, sample.ignore)
+    nothing = 0.0 if protocol == "visionreasoner" else 1.0
     return dict(
         sample=sample.id,
         query=sample.query,
@@ -31,7 +33,7 @@ def result_row(
         parsed=parsed_record(response.parsed),
         i=i,
         u=u,
-        iou=ratio(i, u),
+        iou=ratio(i, u) if u else nothing,
         tokens=response.think_tokens,
         answer_entropy=response.answer_entropy,
         format=float(bool(response.parsed.objects)),

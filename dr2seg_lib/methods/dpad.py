@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Method, fill_template, to_float
-from .seg_zero import seg_zero_terms, single_template
+from .seg_zero import parse_one_object, seg_zero_terms, single_template
 from .terms import CAPTIONED
 from ..rollouts.response import Group
 from ..scorers.clip import load_scorer, similarities
@@ -86,6 +86,7 @@ dpad = Method(
     title="DPAD",
     prompt=dpad_prompt,
     strips_alike=True,
+    parse=parse_one_object,
     terms=dpad_terms,
     colour="#c2488f",
     blocks=CAPTIONED,

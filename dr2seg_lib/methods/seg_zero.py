@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SINGLE_EXAMPLE', 'SEG_ZERO_TEMPLATE', 'seg_zero', 'single_template', 'seg_zero_prompt', 'first_braces',
-           'as_one_object', 'pair_distance', 'score', 'seg_zero_terms']
+           'whole_numbers', 'parse_one_object', 'as_one_object', 'pair_distance', 'score', 'seg_zero_terms']
 
 # %% ../../nbs/methods/seg_zero.ipynb #594cac27
 import re
+from dataclasses import replace
 from math import dist
 
 import numpy as np
@@ -24,6 +25,7 @@ from dr2seg_lib.methods.terms import (
     point_in_box,
     thinking_format,
 )
+from ..rollouts.parsing import Parsed, parse_response
 from ..rollouts.response import Group
 
 # %% ../../nbs/methods/seg_zero.ipynb #88f01aec
@@ -64,6 +66,28 @@ def first_braces(
     braces = re.search(r"\{[^}]+\}", text[: text.rfind("}") + 1])
     item = load_json(braces.group()) if braces else None
     return item if isinstance(item, dict) else {}
+
+# %% ../../nbs/methods/seg_zero.ipynb #5e900002
+def whole_numbers(values, n: int) -> tuple | None:  # the first n; None where there are not so many
+    "Numbers as Seg-Zero takes them: cut to whole ones, a word of digits too."
+    try:
+        whole = tuple(int(v) for v in values[:n]) if isinstance(values, list) else ()
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return whole if len(whole) == n and all(abs(v) < 1e9 for v in whole) else None
+
+
+def parse_one_object(text: str) -> Parsed:  # text: a response
+    "What a response says, its one object read as Seg-Zero's evaluation reads it; never raises."
+    item = first_braces(text)
+    box = next((v for key, v in item.items() if "bbox" in key.lower()), None)
+    points = [v for key, v in item.items() if "points" in key.lower()][:2]
+    corners = whole_numbers(box, 4) if isinstance(box, list) and len(box) == 4 else None
+    pair = [whole_numbers(point, 2) for point in points]
+    objects = None
+    if corners and len(pair) == 2 and all(pair):
+        objects = [Target(corners, pair[0], second=pair[1])]
+    return replace(parse_response(text), items=item or None, objects=objects)
 
 # %% ../../nbs/methods/seg_zero.ipynb #20a50f36
 def as_one_object(
@@ -127,6 +151,7 @@ seg_zero = Method(
     title="Seg-Zero",
     prompt=seg_zero_prompt,
     strips_alike=True,
+    parse=parse_one_object,
     terms=seg_zero_terms,
     colour="#7f8c2d",
 )

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .policy import Policy
-from .vision import resize_square
 
 # %% ../../nbs/models/plain_forward.ipynb #b7000004
 def plain_inputs(policy: Policy, texts: list[str], images: list) -> dict:
     "What the model takes for B prompts, each with its own image [H,W,3]."
-    squares = [resize_square(image, policy.side) for image in images]
+    squares = policy.squares(images)
     batch = policy.processor.image_processor(squares, do_resize=False, return_tensors="pt")
     encoded = policy.encode(images[:1]) * len(images)  # alike in size, which is all that is asked
     ids, attention = policy.tokenize(texts, encoded)

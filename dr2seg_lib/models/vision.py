@@ -10,8 +10,10 @@ __all__ = ['resize_square', 'EncodedImage', 'attention_windows', 'patches_in_lay
 from dataclasses import dataclass
 
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -21,8 +23,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 # %% ../../nbs/models/vision.ipynb #8710076e
-def resize_square(image, side: int):  # [H,W,3] uint8 -> [side,side,3]
+def resize_square(
+    image: np.ndarray,  # [H,W,3] uint8
+    side: int,  # pixels
+    by_area: bool = True,  # the mean of each pixel's area; False: PIL's bilinear, as the peers'
+) -> np.ndarray:  # [side,side,3] uint8
     "An image as a policy sees it."
+    if not by_area:
+        return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
     interpolation = cv2.INTER_AREA if image.shape[0] > side else cv2.INTER_CUBIC
     return cv2.resize(image, (side, side), interpolation=interpolation)
 
@@ -103,13 +111,18 @@ def image_features(
 class ImageEncoder:
     "A policy's part that sees. It needs `model`, `processor` and `side`."
 
+    def squares(self, images: list) -> list:  # each [H,W,3] uint8 -> [side,side,3]
+        "Images as the policy sees them; its processor says how they were resized when it learned."
+        by_area = self.processor.image_processor.resample == Image.Resampling.BOX
+        return [resize_square(image, self.side, by_area) for image in images]
+
     @torch.no_grad()
     def encode(
         self,
         images: list,  # each [H,W,3] uint8, any size
     ) -> list[EncodedImage]:
         "Resize images to the policy's side and run the (frozen) vision tower over them once."
-        squares = [resize_square(i, self.side) for i in images]
+        squares = self.squares(images)
         processor = self.processor.image_processor
         batch = processor(squares, do_resize=False, return_tensors="pt")
         visual, grid = self.model.model.visual, batch["image_grid_thw"]

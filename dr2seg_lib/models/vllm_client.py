@@ -27,7 +27,6 @@ from dr2seg_lib.models.served_completions import (
     completion_statistics,
     logprob_gap,
 )
-from .vision import resize_square
 from .vllm_adapter import ServerAdapter
 from dr2seg_lib.models.vllm_protocol import (
     chat_request,
@@ -161,7 +160,7 @@ class ServedPrompts(Policy):
 
     def encode(self, images: list) -> list[ServedImage]:
         "As of `Policy`, with the pictures a server is sent."
-        urls = [data_url(resize_square(i, self.side)) for i in images]
+        urls = [data_url(square) for square in self.squares(images)]
         return [ServedImage(**vars(e), picture=u) for e, u in zip(super().encode(images), urls)]
 
     def prefill(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_block', 'parse_single', 'parse_targets', 'parse_objects', 'parse_answer', 'Parsed', 'parse_response',
            'reasoning_text', 'parsed_record', 'recorded_parse', 'format_answer', 'format_single', 'format_response',
-           'segmenter_phrase', 'to_image_coordinates', 'segmenter_prompts', 'draw_answer']
+           'segmenter_phrase', 'scale_target', 'to_image_coordinates', 'segmenter_prompts', 'draw_answer']
 
 # %% ../../nbs/rollouts/parsing.ipynb #2bba635d
 from dataclasses import dataclass, field
@@ -191,8 +191,21 @@ def segmenter_phrase(
     return parsed.description or parsed.caption or query.strip()
 
 # %% ../../nbs/rollouts/parsing.ipynb #153260af
-def _scale(values: tuple, scale: tuple) -> tuple:  # x, y, x, y … times (sx, sy)
-    return tuple(value * scale[i % 2] for i, value in enumerate(values))
+def _scaled(values: tuple, scale: tuple) -> tuple:  # x, y, x, y … times (sx, sy)
+    return tuple(int(value * scale[i % 2] + 0.5) for i, value in enumerate(values))
+
+
+def _scaled_single(values: tuple, scale: tuple) -> tuple:
+    return tuple(round(int(value) * scale[i % 2]) for i, value in enumerate(values))
+
+
+def scale_target(target: Target, scale: tuple) -> Target:  # scale: (sx, sy)
+    "Whole pixels, as VisionReasoner rounds its objects, and Seg-Zero its box and two points."
+    if target.second is None:
+        return Target(_scaled(target.box, scale), _scaled(target.point, scale))
+    values = (_scaled_single(v, scale) for v in (target.box, target.point, target.second))
+    box, point, second = values
+    return Target(box, point, second=second)
 
 
 def to_image_coordinates(
@@ -202,7 +215,7 @@ def to_image_coordinates(
 ) -> list[Target]:
     "The objects of an answer in pixels of the original image."
     scale = size[0] / frame, size[1] / frame
-    return [Target(_scale(t.box, scale), _scale(t.point, scale)) for t in objects or ()]
+    return [scale_target(target, scale) for target in objects or ()]
 
 # %% ../../nbs/rollouts/parsing.ipynb #80d2242c
 def segmenter_prompts(

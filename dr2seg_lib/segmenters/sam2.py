@@ -9,6 +9,7 @@ __all__ = ['SAM2_BASE', 'NO_MEMORY', 'PROMPT_BATCH', 'SAM2_FILES', 'hydra_overri
 # %% ../../nbs/segmenters/sam2.ipynb #5f5ac6ae
 import json
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.files import naming_load_errors
-from .base import Segmenter, clip_prompt
+from .base import Segmenter, clip_points, clip_prompt
 from .sam2_package import import_sam2
 
 # %% ../../nbs/segmenters/sam2.ipynb #c01d4ced
@@ -97,24 +98,26 @@ class Sam2Segmenter(Segmenter):
         if not targets:
             return []
         self.predictor.set_image(image)
-        prompts = [clip_prompt(t, image.shape[1::-1]) for t in targets]
-        masks = []
-        for i in range(0, len(prompts), PROMPT_BATCH):
-            masks.extend(self.best_masks(prompts[i : i + PROMPT_BATCH], image.shape[:2]))
+        size, masks = image.shape[1::-1], []
+        prompts = [(clip_prompt(t, size)[0], clip_points(t, size)) for t in targets]
+        for _, alike in groupby(prompts, key=lambda prompt: len(prompt[1])):
+            alike = list(alike)
+            for i in range(0, len(alike), PROMPT_BATCH):
+                masks.extend(self.best_masks(alike[i : i + PROMPT_BATCH], image.shape[:2]))
         return masks
 
 # %% ../../nbs/segmenters/sam2.ipynb #12a5ee2f
 @patch
 def best_masks(
     self: Sam2Segmenter,
-    prompts: list,  # N of (box, point)
+    prompts: list,  # N of (box, [point, ...]), each with equally many points
     hw: tuple,  # (H,W)
 ) -> np.ndarray:  # [N,H,W] bool
     "The masks of a batch of prompts on the image that was set."
-    boxes, points = (np.array(v, dtype=np.float32) for v in zip(*prompts))  # [N,4] [N,2]
+    boxes, points = (np.array(v, dtype=np.float32) for v in zip(*prompts))  # [N,4] [N,k,2]
     n = len(points)
     masks, scores, _ = self.predictor.predict(
-        points[:, None], np.ones((n, 1)), box=boxes, multimask_output=True
+        points, np.ones(points.shape[:2]), box=boxes, multimask_output=True
     )
     best = scores.reshape(-1, 3).argmax(1)
     return masks.reshape(-1, 3, *hw)[np.arange(n), best] > 0
