@@ -84,6 +84,9 @@ class TrainingDataSettings(QuestionSettings):
     texts: Literal["all", "one"] = Field(
         "all", description="ReasonSeg: ask each text of a file, or one, drawn anew in each pass"
     )
+    polygons: Literal["one", "each"] = Field(
+        "one", description="ReasonSeg: a file's polygons are one object, or each is one"
+    )
     balance: str = Field(
         "", description="tag whose values each step has in equal number, such as kind; empty: none"
     )

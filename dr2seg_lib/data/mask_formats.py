@@ -53,8 +53,9 @@ def parse_polygon(
     points,  # [[x,y],…], or anything
     where,
     field: str,
+    least: int = 3,  # points
 ) -> np.ndarray:  # [N,2] int32
-    "A polygon of at least three points."
+    "A polygon of so many points or more."
     problem, mend = "is not a list of [x, y]", "give pixel coordinates"
     if not isinstance(points, list):
         raise broken_record(where, field, problem, mend)
@@ -64,8 +65,8 @@ def parse_polygon(
     if not all(map(is_point, points)):
         mend = f"give finite pixel coordinates below {MAX_EXTENT:,}"
         raise broken_record(where, field, problem, mend)
-    if len(points) < 3:
-        mend = "draw three or more, or delete it"
+    if len(points) < least:
+        mend = f"draw {least} or more, or delete it"
         raise broken_record(where, field, f"has {len(points)} points", mend)
     return np.array(points).astype(np.int32)
 

@@ -46,7 +46,8 @@ def parse_shapes(
         label = read_field(shape, "label", str, where).lower()
         if label == "flag":
             continue
-        polygons.append(parse_polygon(shape.get("points"), where, f"shapes[{i}].points"))
+        points = shape.get("points")
+        polygons.append(parse_polygon(points, where, f"shapes[{i}].points", least=1))  # as LISA
         values.append(IGNORE_VALUE if "ignore" in label else TARGET_VALUE)
     return polygons, values
 
@@ -55,12 +56,18 @@ def paint_shapes(
     shapes: list,
     size: tuple,  # (W,H) of the image
     where,
+    each: bool = False,  # a target for each polygon; False: one for all of them
 ) -> tuple:  # targets, ignore [H,W] bool or None
-    "The one target of a file, and the pixels that do not count."
+    "The targets of a file, and the pixels that do not count."
     polygons, values = parse_shapes(shapes, where)
-    painted = paint_polygons(check_drawable(polygons, size, where, "shapes"), values, size)
+    polygons = check_drawable(polygons, size, where, "shapes")
+    painted = paint_polygons(polygons, values, size)
     target, ignore = painted == TARGET_VALUE, painted == IGNORE_VALUE
-    targets = (Target.of(target),) if target.any() else ()
+    masks = [target]
+    if each:
+        drawn = [p for p, value in zip(polygons, values) if value == TARGET_VALUE]
+        masks = [(paint_polygons([p], [TARGET_VALUE], size) > 0) & target for p in drawn]
+    targets = tuple(Target.of(mask) for mask in masks if mask.any())
     return targets, ignore if ignore.any() else None
 
 # %% ../../nbs/data/reasonseg.ipynb #55ee75f0
@@ -119,6 +126,7 @@ class ReasonSegDataset(SplitReader):
     "ReasonSeg's folders (protocol `lisa`)."
 
     format = "ReasonSeg"
+    each_polygon = False  # is a target; else all polygons of a file are one
     splits = staticmethod(find_splits)
 
     def __init__(
@@ -209,7 +217,7 @@ def read(self: ReasonSegDataset, key: tuple) -> tuple:  # image name, Sample
     query = read_text_item(record, "text", k, where)
     shapes = read_field(record, "shapes", list, where)
     image = read_pixels(where.with_name(f"{name}.jpg"), where)
-    targets, ignore = paint_shapes(shapes, image.shape[1::-1], where)
+    targets, ignore = paint_shapes(shapes, image.shape[1::-1], where, self.each_polygon)
     tags = {}
     if "is_sentence" in record:
         tags["query"] = "long" if read_field(record, "is_sentence", bool, where) else "short"

@@ -73,8 +73,12 @@ def open_training_data(config: TrainConfig) -> Sequence:  # of Sample
             f"data: {name} has boxes and points without masks, and {method} compares masks; "
             "use a data set that has them"
         )
-    if config.data.texts == "one" and not isinstance(data, ReasonSegDataset):
-        raise ValueError(f"data.texts: {name} has one text a question; leave data.texts out")
+    if not isinstance(data, ReasonSegDataset):
+        for field, only in dict(texts="all", polygons="one").items():
+            if getattr(config.data, field) != only:
+                raise ValueError(f"data.{field}: {name} is no ReasonSeg folder; leave it out")
+    elif config.data.polygons == "each":
+        data.each_polygon = True
     add_difficulties(data, config.data.difficulty)
     return data
 

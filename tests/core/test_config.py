@@ -127,7 +127,7 @@ def test_every_field_of_version_0_1_has_a_place():
     new = [TRAINING_NAMES.get(name, name) for name in old]
     added = {f"runtime.{name}" for name in ("max_tokens", "self_check", "answers_at_once")}
     added |= {"evaluation.every", "evaluation.every_samples", "data.balance", "start", "start_form"}
-    added |= {"data.difficulty", "method.prompt", "method.newline"}
+    added |= {"data.difficulty", "method.prompt", "method.newline", "data.polygons"}
     added |= {f"optim.{name}" for name in ("warmup", "average", "kl_most", "entropy", "clip_high")}
     gone = [""]  # chunk: a forward is bounded by its tokens
     assert sorted(new) == sorted([*gone, *TrainConfig().flat().keys() - added])

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -39,7 +39,7 @@ from dr2seg_lib.data.mask_formats import (
 )
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.parquet import ParquetDataset
-from dr2seg_lib.data.reasonseg import ReasonSegDataset
+from dr2seg_lib.data.reasonseg import ReasonSegDataset, paint_shapes
 from dr2seg_lib.data.records import BrokenRecord, parse_json
 from dr2seg_lib.data.row_groups import file_layout, read_layout
 from dr2seg_lib.data.safe_pickle import load_plain_pickle, scan_pickle
@@ -653,6 +653,61 @@ def test_several_polygons_are_one_target(reasonseg):
     assert s.targets[0].box == (5, 6, 35, 25)
 
 
+def lisas_mask(shapes):
+    "utils/data_processing.py of LISA: areas by drawing, then from the largest to the smallest."
+    drawn = []
+    for one in shapes:
+        if one["label"].lower() == "flag":
+            continue
+        points, alone = np.array([one["points"]], dtype=np.int32), np.zeros((H, W), np.uint8)
+        cv2.polylines(alone, points, True, 1, 1)
+        cv2.fillPoly(alone, points, 1)
+        drawn.append((int(alone.sum()), points, 255 if "ignore" in one["label"].lower() else 1))
+    mask = np.zeros((H, W), np.uint8)
+    for k in np.argsort([area for area, _, _ in drawn])[::-1]:
+        cv2.polylines(mask, drawn[k][1], True, drawn[k][2], 1)
+        cv2.fillPoly(mask, drawn[k][1], drawn[k][2])
+    return mask
+
+
+places = st.tuples(st.integers(-9, W + 9), st.floats(-9, H + 9).map(lambda v: round(v, 2)))
+outlines = st.lists(places.map(list), min_size=1, max_size=7)
+labels = st.sampled_from(["target", "Ignore", "flag", "ignored part", "FLAG", "the cup"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.builds(shape, outlines, labels), max_size=6))
+def test_shapes_are_drawn_as_lisa_draws_them(shapes):
+    "Dots and lines too: one and two points."
+    targets, ignore = paint_shapes(shapes, (W, H), "a file")
+    want = lisas_mask(shapes)
+    empty = np.zeros((H, W), bool)
+    assert np.array_equal(targets[0].mask if targets else empty, want == 1)
+    assert np.array_equal(empty if ignore is None else ignore, want == 255)
+
+
+def test_each_polygon_may_be_a_target(reasonseg):
+    "In the order of the file; a pixel to ignore belongs to none, and both masks make the one."
+    shapes = [shape(BOX), shape([[30, 20], [35, 20], [35, 25]])]
+    shapes += [shape([[5, 6], [8, 6], [8, 8], [5, 8]], "ignore"), shape(BOX, "flag")]
+    root = reasonseg("a", shapes, split="train")
+    (one,) = open_training_data(TrainConfig(data=str(root), evaluation=dict(samples=0)))
+    each = TrainConfig(data=dict(name=str(root), polygons="each"), evaluation=dict(samples=0))
+    (two,) = open_training_data(each)
+    assert [t.box for t in two.targets][1:] == [(30, 20, 35, 25)]
+    assert len(two.targets) == 2
+    assert np.array_equal(two.mask, one.mask)
+    assert not (two.mask & two.ignore).any()
+    (drawn_one_text,) = open_training_data(each).sample_texts(0)
+    assert len(drawn_one_text.targets) == 2
+
+
+def test_polygons_are_of_reasonseg(own):
+    "Any other data set says itself what its objects are."
+    config = TrainConfig(data=dict(polygons="each"))
+    assert "leave it out" in str(pytest.raises(ValueError, open_training_data, config).value)
+
+
 def test_files_without_polygons_are_samples(reasonseg):
     for name, shapes in dict(a=[], b=[shape(BOX, "flag")], c=[shape(BOX, "ignore")]).items():
         root = reasonseg(name, shapes)
@@ -703,7 +758,7 @@ def test_both_layouts(reasonseg, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(shapes=[shape([[1, 1], [5, 5]])]), ["shapes[0].points", "2 points"]),
+        (dict(shapes=[shape([])]), ["shapes[0].points", "0 points"]),
         (dict(shapes=[shape([[1, 1], [5, float("nan")], [3, 3]])]), ["shapes[0].points", "finite"]),
         (dict(shapes=[shape([[1, 1], [5, 1e12], [3, 3]])]), ["shapes[0].points"]),
         (dict(shapes=[shape("1,1")]), ["shapes[0].points"]),

@@ -445,9 +445,7 @@ def test_one_text_a_file_is_drawn_anew_in_each_pass(tmp_path):
         "Name a set for the evaluation by evaluation.data",
     ):
         check_training(TrainConfig(data=str(tmp_path)))
-    with pytest.raises(
-        ValueError, match="data.texts: mini has one text a question; leave data.texts out"
-    ):
+    with pytest.raises(ValueError, match="data.texts: mini is no ReasonSeg folder; leave it out"):
         check_training(TrainConfig(texts="one"))
 
 
