@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SET_TITLES', 'SPLIT_TITLES', 'SWEPT', 'set_name', 'format_figure', 'format_figures', 'our_row', 'row_parameter',
            'table_titles', 'evaluation_rows', 'arm_title', 'number_text', 'inner_evaluation', 'remember_inner_labels',
-           'ablation_rows', 'training_rows', 'run_rows']
+           'ablation_rows', 'training_rows', 'discriminated_rows', 'run_rows']
 
 # %% ../../nbs/viewing/paper_rows.ipynb #c0002
 import re
@@ -201,6 +201,16 @@ def training_rows(
             rows.append(("Other data", row))
     return rows
 
+# %% ../../nbs/viewing/paper_rows.ipynb #c0018001
+def discriminated_rows(folder: Path, results: dict) -> list:  # of (title, row)
+    "What a run of `discriminate` adds: DPAD's measures of each run that it measured."
+    rows = []
+    for name, found in results["discrimination"].items():
+        row = our_row(found.get("evaluation"), f"{path_text(folder)}, {name}", [found])
+        more = {key: format_figure(key, [found]) for key in ("SNR", "TSNR")}
+        rows.append(("Discrimination", row | more))
+    return rows
+
 # %% ../../nbs/viewing/paper_rows.ipynb #c0019
 def run_rows(
     folder,  # of a run
@@ -217,6 +227,8 @@ def run_rows(
         mend = "resume the run or leave it out"
         raise ValueError(f"{folder} is {state} and has no results yet; {mend}.")
     results = read_strictly(folder / "results.json", ResultsRecord)
+    if results.get("discrimination"):
+        return discriminated_rows(folder, results)
     if results.get("arms"):
         return ablation_rows(folder, parameters, results)
     if results.get("gIoU") is not None and results.get("evaluation"):

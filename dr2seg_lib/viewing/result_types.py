@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IntervalRecord', 'Row', 'Grid', 'Measure', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord', 'EvaluatedRecord',
-           'CandidateRecord', 'ChoiceRecord', 'ResultsRecord', 'EntropiesRecord']
+           'CandidateRecord', 'ChoiceRecord', 'DiscriminationRecord', 'ResultsRecord', 'EntropiesRecord']
 
 # %% ../../nbs/viewing/result_types.ipynb #60a9fa68
 from typing import Annotated, Any
@@ -121,6 +121,14 @@ def _measure(value):  # [mean, low, high], or how many samples
 Measure = Annotated[Any, AfterValidator(_measure)]
 
 # %% ../../nbs/viewing/result_types.ipynb #3eda0991
+class DiscriminationRecord(SummaryRecord):
+    "A run in results.json of `discriminate`."
+
+    evaluation: EvaluatedRecord | None = None
+    SNR_ci: IntervalRecord | None = None
+    TSNR_ci: IntervalRecord | None = None
+
+
 class ResultsRecord(SummaryRecord):
     "results.json."
 
@@ -131,6 +139,7 @@ class ResultsRecord(SummaryRecord):
     table: str | None = None
     skipped: dict[str, Count] | None = None
     summary: dict[str, dict[str, Measure]] | None = None  # of Rea2Seg: each measure, and n
+    discrimination: dict[str, DiscriminationRecord] | None = None
 
 # %% ../../nbs/viewing/result_types.ipynb #412e891c
 def _alike(conditions: dict):
