@@ -336,6 +336,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                   'dr2seg_lib/core/presets.py'),
                                          'dr2seg_lib.core.presets.deviations': ( 'core/presets.html#deviations',
                                                                                  'dr2seg_lib/core/presets.py'),
+                                         'dr2seg_lib.core.presets.evaluated_as': ( 'core/presets.html#evaluated_as',
+                                                                                   'dr2seg_lib/core/presets.py'),
                                          'dr2seg_lib.core.presets.preset_notes': ( 'core/presets.html#preset_notes',
                                                                                    'dr2seg_lib/core/presets.py'),
                                          'dr2seg_lib.core.presets.preset_path': ( 'core/presets.html#preset_path',

@@ -25,7 +25,7 @@ from dr2seg_lib.commands.parameters import (
 from .parameters_cell import find_experiment, parameters_of, typed_parameters
 from ..core.parameter_names import flat_parameters, renamed_note
 from ..core.parameters import EvaluateConfig, brief_text, changed_parameters
-from ..core.presets import with_preset
+from ..core.presets import evaluated_as, with_preset
 from ..runs.run_folder import check_free, new_folder
 from ..runs.status import read_record, run_status
 from ..runs.verify import inherit
@@ -62,9 +62,11 @@ def print_renamed(notebook: Path, given: dict):
 
 # %% ../../nbs/commands/prepare.ipynb #bb4089e2
 def with_run_parameters(given: dict) -> dict:
-    "The parameters of an evaluation with what the checkpoint's run was trained with."
-    validated_config(EvaluateConfig, given)
-    nested, sentence = inherit(given)
+    "The parameters of an evaluation, with those of a preset and of the checkpoint's run."
+    preset = given.get("preset", "")
+    asked = evaluated_as(preset, {k: v for k, v in given.items() if k != "preset"})
+    validated_config(EvaluateConfig, asked)
+    nested, sentence = inherit(asked)
     if sentence:
         print(sentence)
     return flat_parameters(nested, {})

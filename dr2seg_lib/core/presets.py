@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTES', 'published_presets', 'preset_summary', 'preset_path', 'read_file', 'read_base', 'read_preset', 'preset_notes',
-           'check_needs', 'with_preset', 'deviations']
+           'check_needs', 'with_preset', 'evaluated_as', 'deviations']
 
 # %% ../../nbs/core/presets.ipynb #a0efd87d
 import os.path
@@ -13,8 +13,13 @@ from pathlib import Path
 
 import dr2seg_lib
 from .known_names import did_you_mean
-from .parameter_names import TRAINING_NAMES, flat_parameters, nested_parameters
-from .parameters import brief_text
+from dr2seg_lib.core.parameter_names import (
+    EVALUATION_NAMES,
+    TRAINING_NAMES,
+    flat_parameters,
+    nested_parameters,
+)
+from .parameters import INHERITED, brief_text
 
 # %% ../../nbs/core/presets.ipynb #ac57dc26
 def published_presets() -> dict[str, Path]:  # {name: TOML file}
@@ -92,6 +97,21 @@ def with_preset(
     values = flat_parameters(read_preset(preset), {}) if preset else {}
     values |= flat_parameters(given, TRAINING_NAMES)
     return nested_parameters(values, {})
+
+# %% ../../nbs/core/presets.ipynb #9e5e1001
+def evaluated_as(
+    preset: str,  # see `read_preset`; empty: none
+    given: dict,  # an evaluation's parameters, in any spelling
+) -> dict:  # nested
+    "An evaluation as a published training has it, under what is given."
+    asked = flat_parameters(given, EVALUATION_NAMES)
+    published = flat_parameters(read_preset(preset), {}) if preset else {}
+    values = {name: published[name] for name in INHERITED if name in published}
+    if data := published.get("evaluation.data"):
+        values |= {"data": data, "data.protocol": "visionreasoner"}
+    if "data" in asked:  # of which the protocol is not known
+        values.pop("data.protocol", None)
+    return nested_parameters(values | asked, {})
 
 # %% ../../nbs/core/presets.ipynb #9e5e0004
 def deviations(preset: str, values: dict) -> str:  # values: {name: value}, of the training

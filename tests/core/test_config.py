@@ -25,6 +25,7 @@ from dr2seg_lib.core.parameters import (
 from dr2seg_lib.core.presets import (
     check_needs,
     deviations,
+    evaluated_as,
     published_presets,
     read_preset,
     with_preset,
@@ -292,3 +293,17 @@ def test_a_preset_of_ones_own_is_a_file(tmp_path):
     path.write_text("rank = = 4")
     with pytest.raises(ValueError, match="mine.toml cannot be read .*; correct it"):
         read_preset(str(path))
+
+
+@pytest.mark.parametrize("preset", published_presets())
+def test_an_evaluation_takes_a_presets_model_method_and_data(preset):
+    published = flat_parameters(read_preset(preset), {})
+    config = EvaluateConfig(**evaluated_as(preset, {"data.samples": 7}))
+    assert config.data.samples == 7
+    assert config.method.name == published.get("method", "dr2seg")
+    assert config.model.name == published.get("model", "embedded")
+    assert config.rollout.max_new_tokens == published.get("rollout.max_new_tokens", 192)
+    hub = str(published.get("evaluation.data", "")).startswith("Ricky06662/")
+    assert (config.data.protocol == "visionreasoner") == hub
+    own = EvaluateConfig(**evaluated_as(preset, {"data": "mini", "method": "dpad"}))
+    assert (own.data.name, own.data.protocol, own.method.name) == ("mini", "lisa", "dpad")

@@ -169,7 +169,8 @@ def test_what_does_not_fit_is_a_sentence(first, tmp_path, change, sentence):
 def test_a_run_that_has_ended_goes_on(tmp_path):
     "At a constant rate four steps at once and two steps twice are the same, to the bit."
     config = TrainConfig(
-        **SMALL | dict(steps=4, evaluation=dict(samples=2), optim=dict(schedule="constant"))
+        **SMALL
+        | dict(steps=4, evaluation=dict(samples=2, every=1), optim=dict(schedule="constant"))
     )
     short = config.model_copy(update=dict(steps=2))
     whole, run = train(config, tmp_path / "whole"), train(short, tmp_path / "run")

@@ -189,12 +189,14 @@ def test_a_missing_file_is_said(whole, tmp_path):
 def test_a_cut_file_is_said(whole, tmp_path):
     copied(whole, tmp_path)
     text = (tmp_path / "rollouts.jsonl").read_bytes()
-    (tmp_path / "rollouts.jsonl").write_bytes(text[: len(text) // 2])
+    kept = text[: len(text) // 2]
+    (tmp_path / "rollouts.jsonl").write_bytes(kept)
     (tmp_path / "run.json").write_text('{"status": "do')
     widget = inspect(tmp_path)
+    line = kept.count(b"\n") + 1
     assert (
         widget.about["missing"]
-        == "Not shown: run.json is not valid JSON; rollouts.jsonl, line 28 is cut short."
+        == f"Not shown: run.json is not valid JSON; rollouts.jsonl, line {line} is cut short."
     )
     assert widget.shown["entries"][0]["prompts"]
 
