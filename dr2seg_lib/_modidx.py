@@ -933,6 +933,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                      'dr2seg_lib/evaluation/evaluate.py'),
                                                 'dr2seg_lib.evaluation.evaluate.predict_batch': ( 'evaluation/evaluate.html#predict_batch',
                                                                                                   'dr2seg_lib/evaluation/evaluate.py'),
+                                                'dr2seg_lib.evaluation.evaluate.record_method': ( 'evaluation/evaluate.html#record_method',
+                                                                                                  'dr2seg_lib/evaluation/evaluate.py'),
                                                 'dr2seg_lib.evaluation.evaluate.require_askable': ( 'evaluation/evaluate.html#require_askable',
                                                                                                     'dr2seg_lib/evaluation/evaluate.py'),
                                                 'dr2seg_lib.evaluation.evaluate.run_evaluation': ( 'evaluation/evaluate.html#run_evaluation',

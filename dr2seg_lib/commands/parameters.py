@@ -244,7 +244,7 @@ def check_machine_for(
         validated_config(CONFIG_CLASSES[experiment], config), run
     )
 
-
+# %% ../../nbs/commands/parameters.ipynb #ca580001
 def check_parameters(
     experiment: str,
     notebook: Path,

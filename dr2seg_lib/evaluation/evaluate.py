@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['answer_greedily', 'answer_by_chance', 'require_askable', 'try_get', 'predict_batch', 'iter_predictions', 'evaluate',
-           'truncate_to_batches', 'dataset_info', 'evaluation_parts', 'append_predictions', 'run_evaluation']
+           'truncate_to_batches', 'dataset_info', 'evaluation_parts', 'append_predictions', 'record_method',
+           'run_evaluation']
 
 # %% ../../nbs/evaluation/evaluate.ipynb #9321bc46
 import os
@@ -21,6 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 # %% ../../nbs/evaluation/evaluate.ipynb #c90740b2
 from ..core.files import append_jsonl, read_jsonl
 from ..core.parameters import EvaluateConfig
+from ..core.settings import MethodSettings
 from ..data.records import BrokenRecord
 from ..data.samples import Sample
 from .config import check_evaluation
@@ -213,6 +215,12 @@ def append_predictions(
             return False
     return True
 
+# %% ../../nbs/evaluation/evaluate.ipynb #fa881001
+def record_method(run: Run, asked: MethodSettings):
+    "The method's title and colour into the run's record, and its prompt into the folder."
+    update_record(run.folder, method_label=label_record(asked.name))
+    keep_wording(asked, run.folder)
+
 # %% ../../nbs/evaluation/evaluate.ipynb #fa881737
 def run_evaluation(
     config: EvaluateConfig,
@@ -227,14 +235,13 @@ def run_evaluation(
         # named, or several processes on CPUs would not know of each other
         accelerator = PartialState(cpu=not torch.cuda.is_available())
         policy, segmenter = evaluation_parts(config, run, accelerator, stack)
-        path, writes = run.folder / "predictions.jsonl", accelerator.is_main_process
-        if writes:
-            update_record(run.folder, method_label=label_record(config.method.name))
-            keep_wording(config.method, run.folder)
-        method, size = worded_method(config.method, run.folder), config.runtime.batch_size
-        limits = size, config.rollout.max_new_tokens
+        path, size = run.folder / "predictions.jsonl", config.runtime.batch_size
+        if writes := accelerator.is_main_process:
+            record_method(run, config.method)
+        method = worded_method(config.method, run.folder)
         done = _from_first(truncate_to_batches(path, size, len(data)) if writes else None)
-        asked = policy, segmenter, data, method.prompt, *limits, done, accelerator, method.parse
+        limits = size, config.rollout.max_new_tokens, done
+        asked = policy, segmenter, data, method.prompt, *limits, accelerator, method.parse
         whole = append_predictions(run, iter_predictions(*asked), done, len(data), writes)
         if whole and writes:
             info = dataset_info(data, config.data.name, config.data.split)

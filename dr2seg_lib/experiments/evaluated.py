@@ -44,7 +44,7 @@ def asked_samples(run: Path, name: str) -> Sequence:  # of Sample; name: of `ans
         raise ValueError(f"{run / 'run.json'}: {field} cannot be {value!r}; mend it") from None
     return load_data(data.name, data.split, data.samples or None, protocol=data.protocol)
 
-
+# %% ../../nbs/experiments/evaluated.ipynb #e7a10106
 def answered(
     run: str | Path,  # folder
     when: str = "",  # before or after a training; empty: of an evaluation, else after

@@ -53,7 +53,7 @@ class TrainingData(NamedTuple):
     train: Sequence  # of Sample
     held_out: Sequence | None  # None: no evaluation
 
-
+# %% ../../nbs/training/config.ipynb #d1f10001
 def add_difficulties(data: Sequence, path: str):  # data: opened; empty path: nothing is added
     "Lets the samples have the difficulties of a file."
     if not path:

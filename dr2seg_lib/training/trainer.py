@@ -130,7 +130,7 @@ def build_method(
         cached_segmenter(method.segmenter)
     return method
 
-
+# %% ../../nbs/training/trainer.ipynb #e8310001
 def build_training_state(
     config: TrainConfig,
     folder: Path | None = None,  # the run's, for its copy of its start
