@@ -20,7 +20,8 @@ def form_marks(name: str, figures: dict, colour: str) -> list:
     x, y = figures["tokens"], figures["right"]
     thin = dict(colour=colour, width=1.2, alpha=0.55, hover=False)
     bars = Line([x, x], figures["right_ci"], **thin), Line(figures["tokens_ci"], [y, y], **thin)
-    note = Note(f"{short(name)}\n{y:.2f}", (x, y), (7, 7), colour)
+    place = (17, 1) if name == "empty" else (7, 7)  # beside the line that rises from it
+    note = Note(f"{short(name)}\n{y:.2f}", (x, y), place, colour)
     return [*bars, Points([x], [y], colour, name=short(name), size=8), note]
 
 
