@@ -130,6 +130,9 @@ class RolloutSettings(AnswerSettings):
     questions_per_step: int = Field(16, ge=1, description="questions a step (B)")
     group_size: int = Field(8, ge=2, description="answers to each question (n)")
     temperature: float = Field(1.0, gt=0, description="of sampling")
+    redraws: int = Field(
+        0, ge=0, le=16, description="tries to replace questions whose answers are worth the same"
+    )
 
 # %% ../../nbs/core/settings.ipynb #6c4c4406
 METHOD = "a name, or FILE.py:NAME for one of your own"

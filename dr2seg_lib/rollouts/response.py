@@ -96,3 +96,4 @@ class Group:
     sample: Sample
     first: list  # G Response
     second: list  # G Response | None
+    drawn: tuple | None = None  # (try, number): it took the place of a group without contrast

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..rollouts.two_stage import StageTimer
+from .contrast import count_drawn
 
 # %% ../../nbs/training/step_records.ipynb #1095340b
 class StepOutcome(NamedTuple):
@@ -64,6 +65,7 @@ def step_metrics(
     first = [r for g in outcome.groups for r in g.first]
     second = [r for g in outcome.groups for r in g.second if r]
     sampled = sum(len(r.tokens) for r in first + second)
+    drawn = count_drawn(outcome.groups)
     return dict(
         step=step,
         reward=outcome.reward.mean().item(),
@@ -78,6 +80,7 @@ def step_metrics(
         seconds=dict(clock, total=sum(clock.values())),
         tokens_per_second=sampled / max(clock["first"] + clock["second"], 1e-9),
         **stats,
+        **(dict(redrawn=drawn) if drawn else {}),
     )
 
 # %% ../../nbs/training/step_records.ipynb #be56b303
@@ -85,7 +88,8 @@ def rollout_record(step: int, outcome: StepOutcome, b: int, i: int) -> dict:
     "The record of answer i of group b."
     group = outcome.groups[b]
     first, second = group.first[i], group.second[i]
-    return dict(
+    drawn = {} if group.drawn is None else dict(drawn=list(group.drawn))
+    return drawn | dict(
         step=step,
         sample=group.sample.id,
         query=group.sample.query,

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['TrainingState', 'build_policy', 'build_optimizer', 'build_method', 'build_training_state', 'step_seed', 'lr_factor',
-           'set_lr', 'compute_rewards', 'collect_rollouts', 'train_step', 'stop_for_all', 'measure_step', 'take_step',
-           'record_start', 'record_skipped', 'serve_policy', 'run_steps', 'train']
+           'set_lr', 'compute_rewards', 'ask', 'collect_rollouts', 'ask_others', 'add_contrast', 'train_step',
+           'stop_for_all', 'measure_step', 'take_step', 'record_start', 'record_skipped', 'serve_policy', 'run_steps',
+           'train']
 
 # %% ../../nbs/training/trainer.ipynb #aa927f28
 import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -40,10 +42,11 @@ from ..runs.checkpoints import save_checkpoint, step_of
 from ..runs.launch import destroy_process_group, launch_processes, open_run
 from ..runs.run_folder import Run
 from ..runs.status import read_results, update_record
-from .batches import sample_batch
+from .batches import other_stream, read_samples, sample_batch
 from .both_ends import evaluate_and_save, forget_after
 from .checkpoint_state import load_state, save_state
 from .config import TrainingData, check_training
+from .contrast import draw_again, mark_drawn
 from .grpo import advantages
 from dr2seg_lib.training.held_out_curve import (
     best_step,
@@ -178,44 +181,90 @@ def compute_rewards(
     return terms, torch.stack([reward.float() for _, reward in pairs])
 
 # %% ../../nbs/training/trainer.ipynb #4c9c8527
-def collect_rollouts(
-    state: TrainingState, samples: list, config: TrainConfig, step: int, clock: StageTimer
+def ask(
+    state: TrainingState, samples: list, config: TrainConfig, seed: int, clock: StageTimer
 ) -> Rollouts:
-    "Asks this process's share of the questions, `group_size` times each."
-    policy, method, _, accelerator = state
-    share, size = len(samples) // accelerator.num_processes, config.rollout.group_size
-    first = accelerator.process_index * share
-    if config.runtime.server:
-        with clock("adapter"):
-            policy.load_lora_adapter()
+    "Asks each question `group_size` times."
+    policy, method, asked = state.policy, state.method, config.rollout
     with policy.unsharded(), policy.merged_adapter():
         return generate_rollouts(
             policy,
-            samples[first : first + share],
+            samples,
             method.prompt,
             method.second_prompt,
-            size,
-            config.rollout.max_new_tokens,
-            config.rollout.temperature,
-            seed=step_seed(config, step) + 2 * first * size,
+            asked.group_size,
+            asked.max_new_tokens,
+            asked.temperature,
+            seed=seed,
             timer=clock,
             parse=method.parse,
         )
 
+
+def collect_rollouts(
+    state: TrainingState, samples: list, config: TrainConfig, step: int, clock: StageTimer
+) -> Rollouts:
+    "Asks this process's share of the questions, `group_size` times each."
+    accelerator, size = state.accelerator, config.rollout.group_size
+    share = len(samples) // accelerator.num_processes
+    first = accelerator.process_index * share
+    if config.runtime.server:
+        with clock("adapter"):
+            state.policy.load_lora_adapter()
+    seed = step_seed(config, step) + 2 * first * size
+    return ask(state, samples[first : first + share], config, seed, clock)
+
+# %% ../../nbs/training/trainer.ipynb #4c9c9002
+def ask_others(
+    state: TrainingState, data: Sequence, config: TrainConfig, step: int, clock: StageTimer
+) -> Callable:  # (try, how many) -> Rollouts, this process's
+    "Asks further questions of a step."
+    order = config.data.texts, config.seed, step
+    size, B = config.rollout.group_size, config.rollout.questions_per_step
+    p, P = state.accelerator.process_index, state.accelerator.num_processes
+
+    def asked(attempt: int, n: int) -> Rollouts:
+        stream = other_stream(data, *order, attempt, config.data.balance)
+        samples, _ = read_samples(stream, n * P, config, state.policy)
+        seed = step_seed(config, step) + 2 * size * (B * attempt + p * n)
+        own = ask(state, samples[p * n : (p + 1) * n], config, seed, clock)
+        return mark_drawn(own, attempt, p * n)
+
+    return asked
+
+
+def add_contrast(
+    state: TrainingState, rollouts: Rollouts, data, config: TrainConfig, step: int, clock
+) -> Rollouts:
+    "A step's rollouts, groups without contrast replaced as far as `rollout.redraws` goes."
+    if data is None or not config.rollout.redraws:
+        return rollouts
+
+    def worth(asked: Rollouts) -> Tensor:
+        return compute_rewards(asked, state.method, state.policy.frame)[1]
+
+    others = ask_others(state, data, config, step, clock)
+    tries = config.rollout.redraws
+    return draw_again(rollouts, worth(rollouts), others, worth, state.accelerator, tries)
+
 # %% ../../nbs/training/trainer.ipynb #ccf97e57
 def train_step(
-    state: TrainingState, samples: list, config: TrainConfig, step: int
+    state: TrainingState,
+    samples: list,
+    config: TrainConfig,
+    step: int,
+    data: Sequence | None = None,  # whose questions may replace some, see `rollout.redraws`
 ) -> tuple[dict, list[dict]]:  # metrics row, rollout records
     "Ask, reward, compare, step."
     policy, method, optimizer, accelerator = state
     clock, lr = StageTimer(), set_lr(optimizer, config, step)
     rollouts = collect_rollouts(state, samples, config, step, clock)
+    rollouts = add_contrast(state, rollouts, data, config, step, clock)
     with clock("reward"):
         terms, reward = compute_rewards(rollouts, method, policy.frame)
         advantage = advantages(reward, config.method.advantage_scale)
-    check = {}
-    if step == 1 and config.runtime.self_check:
-        check = dict(self_check=check_engine(policy, rollouts))
+    looked_at = step == 1 and config.runtime.self_check
+    check = dict(self_check=check_engine(policy, rollouts)) if looked_at else {}
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
         stats["logprob_gap"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
@@ -238,7 +287,7 @@ def measure_step(
     asked = run, state, config, data.held_out, step
     samples, skipped = sample_batch(data.train, config, step, state.policy)
     start = start_figures(*asked)
-    row, records = train_step(state, samples, config, step)
+    row, records = train_step(state, samples, config, step, data.train)
     row |= start | held_out_figures(*asked) | (dict(skipped=skipped) if skipped else {})
     run.log(row)
     run.record(records)

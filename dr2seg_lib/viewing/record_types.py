@@ -211,6 +211,7 @@ class RolloutRecord(LooseRecord):
     reward: Number
     advantage: Number
     tags: Tags | None = None
+    drawn: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
     combination: CombinationRecord | None = None
 
 # %% ../../nbs/viewing/record_types.ipynb #1c5c2048

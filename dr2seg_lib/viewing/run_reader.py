@@ -21,7 +21,7 @@ from ..methods.names import remember_label
 from ..rollouts.combination import factor_of
 from ..rollouts.parsing import Parsed, draw_answer, to_image_coordinates
 from ..segmenters.loading import load_segmenter
-from ..training.batches import epoch_stream
+from ..training.batches import epoch_stream, other_stream
 
 # %% ../../nbs/viewing/run_reader.ipynb #1fe7183f
 from .open_records import open_json, open_rows, path_text
@@ -146,12 +146,13 @@ def asked_at(
 ) -> Sample:
     "The question of a group: of its step's, in order, without those that training could not read."
     groups = self.groups["rollouts"]
-    step = groups[at][0]["step"]
+    step, drawn = groups[at][0]["step"], groups[at][0].get("drawn")
     first = next(i for i, g in enumerate(groups) if g[0]["step"] == step)
     start = (step - 1) * self.parameters["rollout.questions_per_step"]
-    texts, seed = self.asked("data.texts", "all"), self.asked("seed", 0)
-    places = epoch_stream(self.data("rollouts"), texts, seed, start)
-    left = at - first
+    order = self.data("rollouts"), self.asked("data.texts", "all"), self.asked("seed", 0)
+    places, left = epoch_stream(*order, start), at - first
+    if drawn:  # it took the place of another
+        places, left = other_stream(*order, step, drawn[0]), drawn[1]
     for data, i in islice(places, left + 1 + MAX_SKIPPED):
         try:
             sample = data[i]
