@@ -198,7 +198,7 @@ class Rea2SegConfig(ExperimentConfig):
     segmenter: str = Field("embedded", description=SEGMENTER)
     scorer: str = Field("", description="who scores: a policy; empty: the one that answers")
     method: MethodSettings = MethodSettings()
-    model: ModelSettings = ModelSettings()
+    model: EvaluatedModel = EvaluatedModel()
     data: Rea2SegDataSettings = Rea2SegDataSettings()
     rollout: AnswerSettings = AnswerSettings()
     candidates: CandidateSettings = CandidateSettings()

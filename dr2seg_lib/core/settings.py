@@ -103,14 +103,21 @@ class EvaluatedDataSettings(QuestionSettings):
     protocol: Literal["lisa", "visionreasoner"] = Field(
         "lisa", description="ignored pixels: not counted, or foreground (docs/methods.md §5)"
     )
+    level: Literal["instance", "expression"] = Field(
+        "instance", description="RefCOCO: an object once, or each expression for it, as LISA"
+    )
     samples: int = Field(0, ge=0, description="only the first so many; 0: all")
 
+    @property
+    def options(self) -> dict:  # of `data.datasets.open_data`
+        "What a reader is told beside name and split; a level only where it is not the usual one."
+        level = {} if self.level == "instance" else dict(level=self.level)
+        return dict(protocol=self.protocol) | level
 
-class Rea2SegDataSettings(Settings):
+
+class Rea2SegDataSettings(EvaluatedDataSettings):
     "The questions that are answered."
 
-    name: str = Field("mini", description=DATA_SET)
-    split: str = Field("val", description="split of the data set")
     samples: int = Field(256, ge=1, description="the first so many of the split")
 
 # %% ../../nbs/core/settings.ipynb #37aa2e79

@@ -162,6 +162,8 @@ def load_data(
 ) -> Sequence[Sample]:
     "A split of a data set by name."
     if name == "mini":
+        if "level" in options:
+            raise ValueError(f"{field}.level: mini asks one question a scene; leave it out")
         return MiniReasonSeg(split, limit)
     try:
         return open_data(name, split, limit, **options)

@@ -38,7 +38,7 @@ def check_evaluation(
     validate_processes(config.runtime.processes)
     validate_attention(config.runtime.attention, config.model.dtype)
     data, limit = config.data, config.data.samples or None
-    samples = validate_data(data.name, data.split, "data", limit=limit, protocol=data.protocol)
+    samples = validate_data(data.name, data.split, "data", limit=limit, **data.options)
     check_server(config)
     return samples
 
@@ -53,4 +53,7 @@ def check_rea2seg(
     validate_model(config.model.name)
     if config.scorer:
         validate_model(config.scorer, "scorer")
-    return load_data(config.data.name, config.data.split, config.data.samples)
+    validate_adapter(config.model.adapter)
+    validate_attention("sdpa", config.model.dtype)
+    data = config.data
+    return load_data(data.name, data.split, data.samples, **data.options)

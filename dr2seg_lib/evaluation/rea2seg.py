@@ -18,6 +18,7 @@ from ..core.text_table import Table, rows_table
 from ..data.questions import KINDS
 from .config import check_rea2seg
 from .evaluate import require_askable
+from .metrics import cumulative_iou
 from ..methods.rea2seg import load_judge, rea2seg
 from ..methods.wording import keep_wording, worded_method
 from ..models.loading import load_policy
@@ -30,6 +31,8 @@ REA2SEG_FIGURES = dict(
     direct=("direct gIoU", ".3f"),
     oracle=("oracle gIoU", ".3f"),
     chosen=("chosen gIoU", ".3f"),
+    direct_cIoU=("direct cIoU", ".3f"),
+    chosen_cIoU=("chosen cIoU", ".3f"),
     change=("chosen − direct", "+.3f"),
     candidates=("candidates", ".1f"),
     tokens_direct=("tokens direct", ".0f"),
@@ -56,9 +59,13 @@ DIMENSIONS = tuple(dict.fromkeys(kind[2] for kind in KINDS.values()))
 def _figures_of(rows: list[dict]) -> dict:  # {n, name: [mean, low, high]}
     numbers = [row_figures(r) for r in rows]
     figures = dict(n=len(rows))
-    for name in REA2SEG_FIGURES:
+    for name in numbers[0]:
         values = np.array([n[name] for n in numbers], dtype=float)
         figures[name] = list(bootstrap_interval(values))
+    for which in "direct", "chosen":
+        if all(f"{which}_areas" in row for row in rows):  # older rows do not say
+            areas = np.array([row[f"{which}_areas"] for row in rows], dtype=float)
+            figures[f"{which}_cIoU"] = list(bootstrap_interval(areas, cumulative_iou))
     return figures
 
 
@@ -77,9 +84,11 @@ def cost_table(summary: dict) -> Table:
     "The summary as a table, a row a dimension."
     rows = []
     for dimension, figures in summary.items():
-        intervals = {name: Interval(*figures[name]) for name in REA2SEG_FIGURES}
+        known = [name for name in REA2SEG_FIGURES if name in figures]
+        intervals = {name: Interval(*figures[name]) for name in known}
         rows.append(dict(dimension=dimension, n=figures["n"]) | intervals)
-    return rows_table(rows, dict(dimension=("", ""), n="d", **REA2SEG_FIGURES))
+    columns = {k: v for k, v in REA2SEG_FIGURES.items() if any(k in row for row in rows)}
+    return rows_table(rows, dict(dimension=("", ""), n="d", **columns))
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #fff0e64b
 def load_scoring_policy(
@@ -108,7 +117,8 @@ def run_rea2seg(
 ) -> Run:
     "A row each in predictions.jsonl, the summary in results.json."
     data, asked = check_rea2seg(config, Path(out) if resume else None), config.candidates
-    segmenter, policy = load_segmenter(config.segmenter), load_policy(config.model.name)
+    segmenter, who = load_segmenter(config.segmenter), config.model
+    policy = load_policy(who.name, who.adapter, who.dtype)
     scorer = load_scoring_policy(config, policy)
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
         keep_wording(config.method, run.folder)

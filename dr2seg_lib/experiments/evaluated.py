@@ -42,7 +42,7 @@ def asked_samples(run: Path, name: str) -> Sequence:  # of Sample; name: of `ans
     except ValidationError as e:
         field, _, value = first_problem(e)
         raise ValueError(f"{run / 'run.json'}: {field} cannot be {value!r}; mend it") from None
-    return load_data(data.name, data.split, data.samples or None, protocol=data.protocol)
+    return load_data(data.name, data.split, data.samples or None, **data.options)
 
 # %% ../../nbs/experiments/evaluated.ipynb #e7a10106
 def answered(

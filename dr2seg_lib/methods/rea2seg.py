@@ -167,8 +167,11 @@ class Rea2SegResult:
         best = best_candidate(self.scores)
         return self.direct_mask if best is None else self.candidates[best].mask
 
+    def areas(self, mask: np.ndarray) -> tuple[int, int]:  # I and U, pixels
+        return iou(mask, self.sample.mask, self.sample.ignore)
+
     def iou(self, mask: np.ndarray) -> float:
-        return ratio(*iou(mask, self.sample.mask, self.sample.ignore))
+        return ratio(*self.areas(mask))
 
 # %% ../../nbs/methods/rea2seg.ipynb #7a3420af
 @patch
@@ -196,6 +199,8 @@ def row(self: Rea2SegResult) -> dict:
         direct=direct,
         chosen=self.iou(self.mask),
         oracle=max([direct, *(r["iou"] for r in rows)]),
+        direct_areas=self.areas(self.direct_mask),
+        chosen_areas=self.areas(self.mask),
         best=best_candidate(self.scores),
         cut=any(r.cut for r in (self.direct, *self.responses)),
         tokens_direct=len(self.direct.tokens),

@@ -206,8 +206,9 @@ def _questions(self: RunReader):  # the data set of a run that only answers, ope
     if "asked" not in self._data:
         p = self.parameters
         name, split, count = local_data(p["data"]), p["data.split"], p.get("data.samples") or None
-        protocol = dict(protocol=p["data.protocol"]) if self.asked("data.protocol") else {}
-        self._data["asked"] = load_data(name, split, count, **protocol)
+        names = {n: self.asked(f"data.{n}") for n in ("protocol", "level")}
+        given = {n: v for n, v in names.items() if v and v != "instance"}
+        self._data["asked"] = load_data(name, split, count, **given)
     return self._data["asked"]
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from dr2seg_lib.core.masks import encode_rle
-from dr2seg_lib.core.parameters import TrainConfig
+from dr2seg_lib.core.parameters import EvaluateConfig, TrainConfig
 from dr2seg_lib.data.checking import check_data
 from dr2seg_lib.data.datasets import check_disjoint, open_data
 from dr2seg_lib.data.folder import FOLDER_FIELDS, FolderDataset
@@ -44,6 +44,7 @@ from dr2seg_lib.data.records import BrokenRecord, parse_json
 from dr2seg_lib.data.row_groups import file_layout, read_layout
 from dr2seg_lib.data.safe_pickle import load_plain_pickle, scan_pickle
 from dr2seg_lib.data.solutions import parse_solution
+from dr2seg_lib.evaluation.config import check_evaluation
 from dr2seg_lib.evaluation.evaluate import dataset_info
 from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.methods.seg_zero import score as seg_zero
@@ -977,6 +978,19 @@ def test_pixelthink_takes_its_difficulties_from_its_file(seg_zero_set, tmp_path,
 )
 def test_a_file_of_other_difficulties_is_told(seg_zero_set, tmp_path, records, words):
     assert words in sentence(training_with, seg_zero_set, tmp_path, records)
+
+
+def test_an_evaluation_counts_by_expression_too(refcoco):
+    "LISA counts every expression, VisionReasoner every object once."
+    home = refcoco([ref(1), ref(2, sents=("a mug",))])
+    counts = {}
+    for level in "instance", "expression":
+        data = dict(name=str(home), split="testA", level=level)
+        counts[level] = [s.query for s in check_evaluation(EvaluateConfig(data=data))]
+    assert counts["instance"] == ["the cup", "a mug"]
+    assert counts["expression"] == ["the cup", "left thing", "a mug"]
+    config = EvaluateConfig(data=dict(level="expression"))
+    assert "leave it out" in str(pytest.raises(ValueError, check_evaluation, config).value)
 
 
 def test_the_embedded_world_has_its_own_difficulties(tmp_path):

@@ -571,7 +571,8 @@ def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tin
     loaded = []
     for module in "methods", "evaluation":
         monkeypatch.setattr(
-            f"dr2seg_lib.{module}.rea2seg.load_policy", lambda name: loaded.append(name) or tiny
+            f"dr2seg_lib.{module}.rea2seg.load_policy",
+            lambda name, *how: loaded.append(name) or tiny,
         )
     run_rea2seg(
         Rea2SegConfig(model="some/model", scorer="some/scorer", samples=1, max_new_tokens=4),
@@ -650,6 +651,23 @@ def test_a_run_goes_on_where_it_was(tmp_path):
         {k: s.image for k, s in find.items()},
         {k: s.mask for k, s in find.items()},
     )._repr_mimebundle_()[0]["image/png"]
+
+
+def test_the_summary_has_both_ious_and_older_rows_do_without(tmp_path):
+    "cIoU: sums of pixels, by hand; a checkpoint and a protocol are given as to evaluate."
+    config = Rea2SegConfig(data=dict(samples=3, protocol="visionreasoner"))
+    run = run_rea2seg(config, tmp_path / "run")
+    rows = read_jsonl(run.folder / "predictions.jsonl")
+    found = summarize_rea2seg(rows)["all"]
+    for which in "direct", "chosen":
+        i, u = (sum(row[f"{which}_areas"][k] for row in rows) for k in (0, 1))
+        assert found[f"{which}_cIoU"][0] == pytest.approx(i / u)
+        assert [ratio(*row[f"{which}_areas"]) for row in rows] == [row[which] for row in rows]
+    old = [{k: v for k, v in row.items() if not k.endswith("_areas")} for row in rows]
+    assert "direct_cIoU" not in summarize_rea2seg(old)["all"]
+    assert "cIoU" not in cost_table(summarize_rea2seg(old)).markdown
+    with pytest.raises(ValueError, match="adapter nowhere"):
+        check_rea2seg(Rea2SegConfig(model=dict(adapter="nowhere")))
 
 
 def test_the_experiment_runs_from_the_command_line(tmp_path):
