@@ -37,7 +37,7 @@ def test_experiment_has_one_parameters_cell(path):
 def test_the_parameters_cell_of_an_experiment_fits_its_configuration(name, config):
     path = ROOT / "nbs" / "experiments" / f"{name}.ipynb"
     declared = parameters_of(path)
-    own = {"preset"} if name == "train" else set()
+    own = {"preset"} if name in ("train", "evaluate") else set()
     assert declared.keys() == {"config", "out", "resume"} | own
     assert config(**declared["config"]) == config()
     assert "globals()" not in path.read_text()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SINGLE_EXAMPLE', 'SEG_ZERO_TEMPLATE', 'seg_zero', 'single_template', 'seg_zero_prompt', 'first_braces',
-           'whole_numbers', 'parse_one_object', 'as_one_object', 'pair_distance', 'score', 'seg_zero_terms']
+           'whole_numbers', 'parse_one_object', 'as_one_object', 'pair_distance', 'wide_overlap', 'score',
+           'seg_zero_terms']
 
 # %% ../../nbs/methods/seg_zero.ipynb #594cac27
 import re
@@ -109,6 +110,13 @@ def pair_distance(
     return min(dist(p, a) + dist(q, b), dist(p, b) + dist(q, a)) / 2
 
 # %% ../../nbs/methods/seg_zero.ipynb #bc81754f
+def wide_overlap(a: Target, b: Target) -> bool:
+    "Whether two boxes share more than a row or a column: Seg-Zero counts no thinner overlap."
+    low = [max(v) for v in zip(a.box[:2], b.box[:2])]
+    high = [min(v) for v in zip(a.box[2:], b.box[2:])]
+    return low[0] < high[0] and low[1] < high[1]
+
+
 def _single_format(box, points: list) -> float:  # 0 or 1: is each a list of the right length
     lengths = zip((box, *points), (4, 2, 2))
     return float(all(isinstance(v, list) and len(v) == n for v, n in lengths))
@@ -128,10 +136,11 @@ def score(
     if not targets or not is_number_list(box, 4):
         return terms
     truth, guess = as_one_object(targets), Target(tuple(box), ())
-    terms["iou"] = float(boxes_overlap(guess, truth))
+    terms["iou"] = float(boxes_overlap(guess, truth) and wide_overlap(guess, truth))
     terms["box"] = float(corners_close(guess, truth, frame))
-    if all(is_number_list(p, 2) and point_in_box(p, box) for p in points):
-        distance = pair_distance(points, (truth.point, truth.second))
+    pair = [whole_numbers(p, 2) for p in points]  # so its reward reads them
+    if all(pair) and all(point_in_box(p, box) for p in pair):
+        distance = pair_distance(pair, (truth.point, truth.second))
         terms["points"] = float(distance < 100 * frame / 840)
     return terms
 
