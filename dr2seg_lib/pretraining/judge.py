@@ -68,16 +68,16 @@ def judge_chain(
     things: tuple,  # what is marked
     points: int,  # its score
 ) -> str:
-    "What is marked, the facts, the conclusion, and whether they agree."
+    "The facts, the conclusion, what is marked, and whether they agree."
     verdict = "that does fit, but not as well"
     if points == 0:
         verdict = "no, that does not fit"
     elif points > 7:
         verdict = "that does fit"
     verb = "is" if len(things) == 1 else "are"
-    start = f"here {verb} {describe_objects(things, scene)}"
+    marked = f"here {verb} {describe_objects(things, scene)}"
     conclusion = f"so it is {describe_objects(q.targets, scene)}"
-    return ". ".join([start, *q.reason, conclusion, verdict]) + "."
+    return ". ".join([*q.reason, conclusion, marked, verdict]) + "."
 
 # %% ../../nbs/pretraining/judge.ipynb #4327c5d5
 def shown_in(
