@@ -80,7 +80,8 @@ def conditioning_section(
     results: dict,  # {policy: {condition: [entropy of each sample or None]}}
 ) -> dict | None:  # None: nothing was measured
     "Entropy of the answer under each condition."
-    whole = {n: h for n, h in results.items() if set(CONDITION_TITLES) <= set(h)}
+    told = {n: h for n, h in results.items() if isinstance(h, dict)}  # the rest are tables
+    whole = {n: h for n, h in told.items() if set(CONDITION_TITLES) <= set(h)}
     rows = [row for name, h in whole.items() if (row := condition_row(name, h))]
     if not rows:
         return None

@@ -149,6 +149,8 @@ def _alike(conditions: dict):
 
 
 class EntropiesRecord(LooseRecord):
-    "results.json of `conditioning`: {policy: {condition: an entropy a sample}}."
+    "results.json of `conditioning`: {policy: {condition: an entropy a sample}}, and its tables."
 
+    table: str | None = None
+    marginal: str | None = None
     __pydantic_extra__: dict[str, Annotated[dict[str, Numbers], AfterValidator(_alike)]]
