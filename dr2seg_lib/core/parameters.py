@@ -30,7 +30,6 @@ from dr2seg_lib.core.settings import (
     HeldOutSettings,
     LoraSettings,
     MethodSettings,
-    ModelSettings,
     OptimSettings,
     Rea2SegDataSettings,
     RolloutSettings,
