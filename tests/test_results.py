@@ -32,7 +32,7 @@ def test_an_altered_figure_is_found(make):
     page = next(p for p in make.PAGES if make.BLOCK.search(p.read_text()))
     text = page.read_text()
     block = make.BLOCK.search(text)
-    altered = text[: block.end(1)] + "| 99.9 |" + text[block.end() - len(block[3]) :]
+    altered = text[: block.end(1)] + "| 99.9 |" + text[block.end() - len(block[4]) :]
     assert make.written(altered) == text
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REA2SEG_FIGURES', 'DIMENSIONS', 'row_figures', 'summarize_rea2seg', 'cost_table', 'load_scoring_policy',
-           'rea2seg_results', 'run_rea2seg']
+           'rea2seg_results', 'whole_rows', 'run_rea2seg']
 
 # %% ../../nbs/evaluation/rea2seg.ipynb #4d6df2ab
 from pathlib import Path
@@ -109,6 +109,13 @@ def rea2seg_results(rows: list[dict]) -> dict:  # table, summary, cut
     share = float(np.mean(cut)) if cut else None
     return dict(table=cost_table(summary).markdown, summary=summary, cut=share)
 
+# %% ../../nbs/evaluation/rea2seg.ipynb #81ab07a1
+def whole_rows(path: Path) -> list[dict]:  # path: predictions.jsonl
+    "The rows that are there; a line that was cut short is taken away."
+    rows = read_jsonl(path) if path.exists() else []
+    write_jsonl(path, rows)
+    return rows
+
 # %% ../../nbs/evaluation/rea2seg.ipynb #81ab07a3
 def run_rea2seg(
     config: Rea2SegConfig,
@@ -124,9 +131,7 @@ def run_rea2seg(
         keep_wording(config.method, run.folder)
         method = worded_method(config.method, run.folder)
         limits = asked.overlap, asked.most, config.rollout.max_new_tokens, method.parse
-        path = run.folder / "predictions.jsonl"
-        rows = read_jsonl(path) if path.exists() else []
-        write_jsonl(path, rows)  # without a line that was cut short
+        rows = whole_rows(path := run.folder / "predictions.jsonl")
         for i in range(len(rows), len(data)):
             if run.stop_requested():
                 return run

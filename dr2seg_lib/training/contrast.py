@@ -66,7 +66,7 @@ def most_over_processes(accelerator: Accelerator, n: int) -> int:
     counts = torch.tensor([n], device=accelerator.device)
     return int(accelerator.gather(counts).max())
 
-
+# %% ../../nbs/training/contrast.ipynb #c0a7010a
 def draw_again(
     rollouts: Rollouts,
     reward: Tensor,  # [B,n]
@@ -90,7 +90,7 @@ def draw_again(
             reward[place] = found[k]
     return rollouts
 
-
+# %% ../../nbs/training/contrast.ipynb #c0a7020a
 def mark_drawn(rollouts: Rollouts, attempt: int, first: int) -> Rollouts:
     "Groups that know which draw they were: the try, and the number in it from `first` on."
     groups = [replace(g, drawn=(attempt, first + k)) for k, g in enumerate(rollouts.groups)]

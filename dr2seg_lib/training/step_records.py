@@ -104,7 +104,7 @@ def rollout_record(step: int, outcome: StepOutcome, b: int, i: int) -> dict:
         advantage=outcome.advantage[b, i].item(),
     )
 
-
+# %% ../../nbs/training/step_records.ipynb #be56b304
 def rollout_records(step: int, outcome: StepOutcome, limit: int) -> list[dict]:
     "The records of a step's first `limit` groups."
     return [

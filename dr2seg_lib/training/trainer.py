@@ -200,7 +200,7 @@ def ask(
             parse=method.parse,
         )
 
-
+# %% ../../nbs/training/trainer.ipynb #4c9c8528
 def collect_rollouts(
     state: TrainingState, samples: list, config: TrainConfig, step: int, clock: StageTimer
 ) -> Rollouts:

@@ -24,7 +24,7 @@ def form_marks(name: str, figures: dict, colour: str) -> list:
     note = Note(f"{short(name)}\n{y:.2f}", (x, y), place, colour)
     return [*bars, Points([x], [y], colour, name=short(name), size=8), note]
 
-
+# %% ../../nbs/viewing/premise_plot.ipynb #c0000105
 def premise_plot(
     forms: dict,  # {form: what `form_figures` gives}
 ) -> Chart:

@@ -196,7 +196,7 @@ class CombinationRecord(LooseRecord):
     added: Names
     factors: Names
 
-
+# %% ../../nbs/viewing/record_types.ipynb #3e2d2d7f
 class RolloutRecord(LooseRecord):
     "A line of rollouts.jsonl."
 
