@@ -12,6 +12,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -109,7 +110,9 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     "The real processor around our tokenizer; images are squares of the frame, patches 8 pixels."
     pixels = dict(shortest_edge=WORLD_FRAME**2, longest_edge=WORLD_FRAME**2)
     return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=8, merge_size=2, size=pixels),
+        image_processor=Qwen2VLImageProcessor(
+            patch_size=8, merge_size=2, size=pixels, resample=Image.Resampling.BOX
+        ),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(patch_size=8, merge_size=2),
         chat_template=CHAT_TEMPLATE,

@@ -811,7 +811,7 @@ def test_wrong_parameters_are_named(wrong, says):
 
 def test_the_notebook_declares_the_config():
     declared = parameters_of(Path(__file__).parents[2] / "nbs/experiments/evaluate.ipynb")
-    assert declared == dict(config={}, out="", resume=False)
+    assert declared == dict(preset="", config={}, out="", resume=False)
 
 
 def test_the_command(tmp_path, capsys):

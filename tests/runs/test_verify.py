@@ -76,7 +76,8 @@ def test_a_record_of_version_0_1_says_the_same(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", INHERITED)
 def test_what_is_given_has_precedence(checkpoint, name):
-    given = {name: EvaluateConfig().flat()[name], "model.adapter": checkpoint}
+    value = EvaluateConfig().flat()[name] or "own.txt"  # of the prompt: its file
+    given = {name: value, "model.adapter": checkpoint}
     found, sentence = inherit(given)
     assert flat_parameters(found) == TRAINED | given
     assert f"{name} " not in sentence
@@ -128,7 +129,8 @@ def test_a_record_that_cannot_be_read_leaves_the_defaults_and_says_so(
     assert why in sentence
     assert sentence.endswith(
         "the defaults hold where nothing is given "
-        "(model, segmenter, model.dtype, rollout.max_new_tokens, data.max_question_tokens)"
+        "(model, method.prompt, segmenter, model.dtype, rollout.max_new_tokens, "
+        "data.max_question_tokens)"
     )
 
 
