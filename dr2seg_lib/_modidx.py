@@ -508,6 +508,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                'dr2seg_lib/data/difficulty.py'),
                                             'dr2seg_lib.data.difficulty.grade': ( 'data/difficulty.html#grade',
                                                                                   'dr2seg_lib/data/difficulty.py'),
+                                            'dr2seg_lib.data.difficulty.known_as': ( 'data/difficulty.html#known_as',
+                                                                                     'dr2seg_lib/data/difficulty.py'),
                                             'dr2seg_lib.data.difficulty.read_difficulties': ( 'data/difficulty.html#read_difficulties',
                                                                                               'dr2seg_lib/data/difficulty.py')},
             'dr2seg_lib.data.folder': { 'dr2seg_lib.data.folder.FolderDataset': ( 'data/folder.html#folderdataset',

@@ -187,7 +187,9 @@ def candidate_rows(self: Rea2SegResult) -> list[dict]:
 @patch
 def row(self: Rea2SegResult) -> dict:
     "What predictions.jsonl keeps."
-    sample, rows, direct = self.sample, self.candidate_rows(), self.iou(self.direct_mask)
+    sample, rows = self.sample, self.candidate_rows()
+    direct_areas, chosen_areas = self.areas(self.direct_mask), self.areas(self.mask)
+    direct = ratio(*direct_areas)
     return dict(
         sample=sample.id,
         query=sample.query,
@@ -197,10 +199,10 @@ def row(self: Rea2SegResult) -> dict:
         grid=self.grid.astype(float).round(5),
         candidates=rows,
         direct=direct,
-        chosen=self.iou(self.mask),
+        chosen=ratio(*chosen_areas),
         oracle=max([direct, *(r["iou"] for r in rows)]),
-        direct_areas=self.areas(self.direct_mask),
-        chosen_areas=self.areas(self.mask),
+        direct_areas=direct_areas,
+        chosen_areas=chosen_areas,
         best=best_candidate(self.scores),
         cut=any(r.cut for r in (self.direct, *self.responses)),
         tokens_direct=len(self.direct.tokens),

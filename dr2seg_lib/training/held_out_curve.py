@@ -22,7 +22,7 @@ from .both_ends import answer_held_out
 # %% ../../nbs/training/held_out_curve.ipynb #e0000005
 def is_due(config: TrainConfig, step: int) -> bool:
     "Whether the policy is evaluated after a step: every so many, and after the last."
-    every = config.evaluation.every
+    every = config.evaluation.every if config.evaluation.samples else 0
     return every > 0 and (step % every == 0 or step == config.steps)
 
 # %% ../../nbs/training/held_out_curve.ipynb #e0000008
