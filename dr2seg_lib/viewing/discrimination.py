@@ -64,12 +64,11 @@ def discrimination_summary(
 
 
 def discrimination_arms(
-    measured: dict,  # {run: rows as `discrimination_rows` gives them}
+    arms: dict,  # {run: what `discrimination_summary` gives}
 ) -> Table:
     "DPAD's measures of several runs, a row each, with intervals over samples."
     rows = []
-    for name, each in measured.items():
-        found = discrimination_summary(each)
+    for name, found in arms.items():
         row = {k: Interval(found[k], *found[f"{k}_ci"]) for k in TOLD_APART if k in found}
         rows.append(dict(run=name, n=found["n"]) | row)
     return rows_table(rows, dict(run=("", ""), n="d", **TOLD_APART))
