@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingState', 'build_policy', 'build_optimizer', 'build_method', 'build_training_state', 'step_seed', 'lr_factor',
-           'set_lr', 'compute_rewards', 'ask', 'collect_rollouts', 'ask_others', 'add_contrast', 'train_step',
+           'set_lr', 'compute_rewards', 'ask', 'collect_rollouts', 'ask_others', 'score_with_contrast', 'train_step',
            'stop_for_all', 'measure_step', 'take_step', 'record_start', 'record_skipped', 'serve_policy', 'run_steps',
            'train']
 
@@ -233,19 +233,18 @@ def ask_others(
     return asked
 
 
-def add_contrast(
+def score_with_contrast(
     state: TrainingState, rollouts: Rollouts, data, config: TrainConfig, step: int, clock
-) -> Rollouts:
+) -> tuple[Rollouts, tuple]:  # with terms and reward, see `compute_rewards`
     "A step's rollouts, groups without contrast replaced as far as `rollout.redraws` goes."
-    if data is None or not config.rollout.redraws:
-        return rollouts
 
-    def worth(asked: Rollouts) -> Tensor:
-        return compute_rewards(asked, state.method, state.policy.frame)[1]
+    def score(asked: Rollouts) -> tuple[dict, Tensor]:
+        with clock("reward"):
+            return compute_rewards(asked, state.method, state.policy.frame)
 
+    tries = config.rollout.redraws if data is not None else 0
     others = ask_others(state, data, config, step, clock)
-    tries = config.rollout.redraws
-    return draw_again(rollouts, worth(rollouts), others, worth, state.accelerator, tries)
+    return draw_again(rollouts, score(rollouts), others, score, state.accelerator, tries)
 
 # %% ../../nbs/training/trainer.ipynb #ccf97e57
 def train_step(
@@ -259,10 +258,9 @@ def train_step(
     policy, method, optimizer, accelerator = state
     clock, lr = StageTimer(), set_lr(optimizer, config, step)
     rollouts = collect_rollouts(state, samples, config, step, clock)
-    rollouts = add_contrast(state, rollouts, data, config, step, clock)
-    with clock("reward"):
-        terms, reward = compute_rewards(rollouts, method, policy.frame)
-        advantage = advantages(reward, config.method.advantage_scale)
+    asked = state, rollouts, data, config, step, clock
+    rollouts, (terms, reward) = score_with_contrast(*asked)
+    advantage = advantages(reward, config.method.advantage_scale)
     looked_at = step == 1 and config.runtime.self_check
     check = dict(self_check=check_engine(policy, rollouts)) if looked_at else {}
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
