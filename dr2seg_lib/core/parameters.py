@@ -72,11 +72,14 @@ class WeightRules(ExperimentConfig):
 
     @model_validator(mode="after")
     def small_steps_need_float32(self):
-        if self.model.dtype == "bfloat16" and (self.model.tune == "full" or self.optim.norm_lr):
-            raise ValueError(
-                "model.dtype: bfloat16 would lose the small steps of weights trained in place; "
-                "use model.tune lora and optim.norm_lr 0, or float32"
-            )
+        full = self.model.tune == "full"
+        if self.model.dtype == "float32" or full and self.runtime.shard:  # FSDP keeps float32
+            return self
+        lost = "model.dtype: bfloat16 would lose the small steps of weights trained in place; "
+        if full:
+            raise ValueError(lost + "use runtime.shard true, which keeps them in float32")
+        if self.optim.norm_lr:
+            raise ValueError(lost + "use optim.norm_lr 0, or float32")
         return self
 
     @model_validator(mode="after")
@@ -99,15 +102,6 @@ class ProcessRules(ExperimentConfig):
             raise ValueError(
                 f"rollout.questions_per_step: {questions} questions cannot be shared "
                 f"by {processes} processes; use a multiple of it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def only_frozen_weights_are_divided(self):
-        if self.runtime.shard and self.model.tune == "full":
-            raise ValueError(
-                "runtime.shard: only frozen weights are divided, and model.tune full leaves none; "
-                "use model.tune lora, or runtime.shard false"
             )
         return self
 

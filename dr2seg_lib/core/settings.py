@@ -35,7 +35,7 @@ class ModelSettings(Settings):
 
     name: str = Field("embedded", description="policy: embedded, a local folder or a hub id")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the policy's frozen weights; LoRA's own are float32"
+        "float32", description="of frozen weights and the arithmetic; trained weights are float32"
     )
 
 
@@ -241,7 +241,9 @@ class TrainingRuntime(RuntimeSettings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
-    shard: bool = Field(False, description="divide the frozen weights among the processes (FSDP)")
+    shard: bool = Field(
+        False, description="divide frozen weights, or all that are trained, among processes (FSDP)"
+    )
     recorded_groups: int = Field(2, ge=0, description="groups a step kept in rollouts.jsonl")
     checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
 

@@ -47,15 +47,18 @@ class FullTuning:
     "A policy's part for training all of the language model. It needs `model`, `frozen_copy`."
 
     def unfreeze(self):
-        "Train all of the language model; a frozen copy stays behind as the reference."
-        self.frozen_copy = copy.deepcopy(self.model.model.language_model)
-        self.model.model.language_model.requires_grad_(True)
+        "Train the language model and its head; a frozen copy stays behind as the reference."
+        parts = self.model.model.language_model, self.model.lm_head
+        self.frozen_copy = copy.deepcopy(parts)
+        for part in parts:
+            part.requires_grad_(True)
         return self
 
     def swap_frozen_copy(self):
         "Exchange the language model under training and its frozen copy."
-        core = self.model.model
-        core.language_model, self.frozen_copy = self.frozen_copy, core.language_model
+        core, (language, head) = self.model.model, self.frozen_copy
+        self.frozen_copy = core.language_model, self.model.lm_head
+        core.language_model, self.model.lm_head = language, head
 
 # %% ../../nbs/models/lora.ipynb #b9d3a26d
 class MergedLinear(torch.autograd.Function):

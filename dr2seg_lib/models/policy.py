@@ -36,8 +36,8 @@ class Policy(ImageEncoder, Prompting, Prefilling, Sampling, Scoring, Lora, Shard
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.frame, self.side = frame, side or frame
         self.adapter = None  # of peft, once there is one
-        self.frozen_copy = None  # of a language model that is trained whole
-        self.shards = []  # layers that are divided among processes
+        self.frozen_copy = None  # of a language model that is trained whole, and of its head
+        self.shards = []  # modules whose weights are divided among processes
         self.max_question_tokens = MAX_QUESTION_TOKENS
         self.answers_at_once = 0  # under way in `generate`; 0: all
         self.token_texts = {}  # id: text

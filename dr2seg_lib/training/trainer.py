@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TrainingState', 'build_policy', 'build_optimizer', 'build_method', 'build_training_state', 'step_seed', 'lr_factor',
            'set_lr', 'compute_rewards', 'ask', 'collect_rollouts', 'ask_others', 'score_with_contrast', 'train_step',
-           'stop_for_all', 'measure_step', 'take_step', 'record_start', 'record_skipped', 'serve_policy', 'run_steps',
-           'train']
+           'stop_for_all', 'measure_step', 'keep_step', 'take_step', 'record_start', 'record_skipped', 'serve_policy',
+           'run_steps', 'train']
 
 # %% ../../nbs/training/trainer.ipynb #aa927f28
 import math
@@ -44,7 +44,7 @@ from ..runs.run_folder import Run
 from ..runs.status import read_results, update_record
 from .batches import other_stream, read_samples, sample_batch
 from .both_ends import evaluate_and_save, forget_after
-from .checkpoint_state import load_state, save_state
+from .checkpoint_state import load_state, save_state, whole_state
 from .config import TrainingData, check_training
 from .contrast import draw_again, mark_drawn
 from .grpo import advantages
@@ -101,7 +101,7 @@ def build_policy(config: TrainConfig, accelerator: Accelerator, start=None) -> P
         policy.unfreeze()
     if config.runtime.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    if config.runtime.shard and accelerator.num_processes > 1:
+    if config.runtime.shard and (accelerator.num_processes > 1 or policy.frozen_copy):
         policy.shard()
     return policy
 
@@ -262,7 +262,8 @@ def train_step(
     rollouts, (terms, reward) = score_with_contrast(*asked)
     advantage = advantages(reward, config.method.advantage_scale)
     looked_at = step == 1 and config.runtime.self_check
-    check = dict(self_check=check_engine(policy, rollouts)) if looked_at else {}
+    with policy.unsharded():
+        check = dict(self_check=check_engine(policy, rollouts)) if looked_at else {}
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
         stats["logprob_gap"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
@@ -291,25 +292,34 @@ def measure_step(
     run.record(records)
     return row
 
+# %% ../../nbs/training/trainer.ipynb #f5d20010
+def keep_step(run: Run, state: TrainingState, config: TrainConfig, step: int):
+    "A checkpoint of a step, and of the best so far the one that is there."
+    first = state.accelerator.is_main_process
+    kept = whole_state(state.policy, state.optimizer, keep=first)
+    if not first:
+        return
+    best = best_step(run.metrics()) if config.evaluation.every else None
+
+    def save(folder):
+        save_state(state.policy, kept, folder, note_of_start(config, run.folder))
+
+    save_checkpoint(run.folder, step, save, rows=run.marks(), best=best)
+
 # %% ../../nbs/training/trainer.ipynb #f2000014
 def take_step(
     run: Run, state: TrainingState, data: TrainingData, config: TrainConfig, step: int
 ) -> bool:  # whether to stop after it
     "One step with all that is written about it."
-    policy, _, optimizer, accelerator = state
+    accelerator = state.accelerator
     row = measure_step(run, state, data, config, step)
     note = f"reward {row['reward']:.2f}  tokens {row['tokens']:.0f}"
     run.progress("training", step, config.steps, note)
 
-    def save(folder):
-        save_state(policy, optimizer, folder, note_of_start(config, run.folder))
-
     last = step == config.steps
     stop = not last and stop_for_all(run, accelerator)
-    due = last or stop or is_due(config, step) or step % config.runtime.checkpoint_every == 0
-    if due and accelerator.is_main_process:
-        best = best_step(run.metrics()) if config.evaluation.every else None
-        save_checkpoint(run.folder, step, save, rows=run.marks(), best=best)
+    if last or stop or is_due(config, step) or step % config.runtime.checkpoint_every == 0:
+        keep_step(run, state, config, step)
     return stop
 
 # %% ../../nbs/training/trainer.ipynb #1cb738ac

@@ -239,7 +239,7 @@ OWN |= {f"{name}_3b": OWN[name] | SMALLER for name in SMALL}
 
 
 def test_presets_are_those_published():
-    assert set(published_presets()) == {*OWN, "embedded"}
+    assert set(published_presets()) == {*OWN, "embedded", "full_tuning"}
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -258,6 +258,36 @@ def test_where_a_preset_is_not_what_was_published_is_said(name):
     assert ("model.tune lora: an adapter in place of all weights" in remarks) is (name in OWN)
     changed = deviations(name, given | {"optim.clip": 0.3})
     assert ("optim.clip 0.3: yours, in place of 0.2" in changed) is (name in OWN)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_all_weights_are_tuned_at_the_peers_rate_and_precision(name):
+    "Seg-Zero's scripts: lr 1.0e-6; its trainer: float32 weights, bf16 compute, full shard."
+    both = f"{name}+full_tuning"
+    values = with_preset(both, {})
+    flat = flat_parameters(values)
+    assert {k: flat[k] for k in ("model.tune", "model.dtype", "optim.lr", "runtime.shard")} == {
+        "model.tune": "full",
+        "model.dtype": "bfloat16",
+        "optim.lr": 1e-6,
+        "runtime.shard": True,
+    }
+    assert flat["optim.kl"] == (COMMON | OWN[name])["optim.kl"]
+    remarks = deviations(both, flat)
+    assert remarks == "model.tune full: the vision tower stays as it is, which the peers train too"
+    config = TrainConfig(**{k: v for k, v in values.items() if k not in ("epochs", "start_form")})
+    assert config.rollout.questions_per_step % config.runtime.processes == 0
+
+
+def test_the_last_of_several_presets_has_the_word(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text("[optim]\nkl = 0.2\nlr = 3e-6\n[lora]\nrank = 2\n")
+    assert read_preset(f"seg_zero+{mine}")["optim"]["kl"] == 0.2
+    assert read_preset(f"{mine}+seg_zero")["optim"]["kl"] == COMMON["optim.kl"]
+    with pytest.raises(ValueError, match='unknown preset "full_tuned"; did you mean "full_tuning"'):
+        read_preset("seg_zero+full_tuned")
+    with pytest.raises(ValueError, match="unknown preset"):
+        read_preset("seg_zero+")
 
 
 def test_a_preset_says_what_it_needs():

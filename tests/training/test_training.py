@@ -31,7 +31,7 @@ from dr2seg_lib.runs.checkpoints import (
 from dr2seg_lib.runs.run_folder import Run, new_folder
 from dr2seg_lib.runs.status import read_record, run_status, update_record
 from dr2seg_lib.training.batches import sample_batch
-from dr2seg_lib.training.checkpoint_state import load_state, save_state
+from dr2seg_lib.training.checkpoint_state import load_state, save_state, whole_state
 from dr2seg_lib.training.config import TrainConfig, check_training, load_preset
 from dr2seg_lib.training.trainer import build_training_state, train, train_step
 
@@ -119,7 +119,11 @@ def test_resume_is_bit_exact(settings, tmp_path):
     state = build_training_state(config)
     samples, _ = sample_batch(load_data("mini", "train"), config, 1)
     row, _ = train_step(state, samples, config, 1)
-    save_checkpoint(tmp_path / "broken", 1, lambda d: save_state(state.policy, state.optimizer, d))
+    save_checkpoint(
+        tmp_path / "broken",
+        1,
+        lambda d: save_state(state.policy, whole_state(state.policy, state.optimizer), d),
+    )
     resumed = train(config, tmp_path / "broken", resume=True)
     assert timeless(row) == timeless(unbroken.metrics()[0])
     assert timeless(resumed.metrics()[0]) == timeless(unbroken.metrics()[1])
@@ -188,11 +192,14 @@ def test_two_processes_give_the_metrics_of_one(tmp_path, alone, memory):
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
-def test_only_frozen_weights_are_divided():
-    with pytest.raises(
-        ValidationError, match="shard: only frozen weights are divided.*use model.tune lora"
+def test_weights_that_bfloat16_would_round_away_are_kept_in_float32_or_refused():
+    for given, mend in (
+        (dict(tune="full"), "runtime.shard true"),
+        (dict(norm_lr=0.02), "optim.norm_lr 0"),
     ):
-        TrainConfig(shard=True, tune="full")
+        with pytest.raises(ValidationError, match=f"lose the small steps.*use {mend}"):
+            TrainConfig(dtype="bfloat16", **given)
+    TrainConfig(dtype="bfloat16", tune="full", shard=True)
 
 
 def test_questions_must_be_shared_evenly():
@@ -419,7 +426,11 @@ def test_a_run_goes_on_past_broken_records_and_tells_them(own, tmp_path):
     state = build_training_state(config)
     samples, skipped = sample_batch(load_data(str(own), "train"), config, 1)
     train_step(state, samples, config, 1)
-    save_checkpoint(tmp_path / "broken", 1, lambda d: save_state(state.policy, state.optimizer, d))
+    save_checkpoint(
+        tmp_path / "broken",
+        1,
+        lambda d: save_state(state.policy, whole_state(state.policy, state.optimizer), d),
+    )
     unevaluated = TrainConfig(**config.model_dump() | {"evaluation.samples": 0})
     resumed = train(unevaluated, tmp_path / "broken", resume=True)
     assert timeless(resumed.metrics()[0]) == timeless(run.metrics()[1])
@@ -888,7 +899,7 @@ def test_a_state_that_is_no_number_is_never_saved(where, value, tmp_path):
     state = build_training_state(config)
     policy, _, optimizer, _ = state
     train_step(state, sample_batch(load_data("mini", "train"), config, 1)[0], config, 1)
-    save_checkpoint(tmp_path, 1, lambda d: save_state(policy, optimizer, d))
+    save_checkpoint(tmp_path, 1, lambda d: save_state(policy, whole_state(policy, optimizer), d))
     name, p = (
         policy.trainable()[-1]
         if isinstance(policy.trainable(), list)
@@ -899,7 +910,9 @@ def test_a_state_that_is_no_number_is_never_saved(where, value, tmp_path):
     with pytest.raises(
         FloatingPointError, match=f"{where} of {name} is not a number, so nothing is saved"
     ):
-        save_checkpoint(tmp_path, 2, lambda d: save_state(policy, optimizer, d))
+        save_checkpoint(
+            tmp_path, 2, lambda d: save_state(policy, whole_state(policy, optimizer), d)
+        )
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001"]
 
 
