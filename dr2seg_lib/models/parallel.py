@@ -48,7 +48,6 @@ def shard_frozen(layer):  # the layer
     trained = {p for p in layer.parameters() if p.requires_grad}
     return fully_shard(layer, ignored_params=trained)
 
-
 # %% ../../nbs/models/parallel.ipynb #f5d20011
 class TiedEnds(torch.nn.Module):
     "An embedding and an output layer that share a matrix, as one module; each is called as before."
@@ -85,7 +84,6 @@ def shard_trained(
         ends[0].register()
     share_comm_ctx(shards)
     return shards
-
 
 # %% ../../nbs/models/parallel.ipynb #f5d20003
 def whole(
