@@ -6,6 +6,7 @@ else is the preset's.
 """
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -172,7 +173,7 @@ def test_what_was_run_is_measured_shown_and_inspected(files):
     dr2seg("run", "discriminate", "-p", "runs", named, "-p", "scorer", files["clip"], "--out", out)
     found = read_json(out / "results.json")["discrimination"]
     assert set(found) == {folder.name for folder in measured}
-    assert found["dpad_measured"]["SNR"] > 0  # of captions
+    assert math.isfinite(found["dpad_measured"]["SNR"])  # of captions, by a CLIP of random weights
     trained = [root / preset for preset in DATA]
     told = dr2seg("tables", *measured, *trained, out)
     assert all(str(folder.name) in told for folder in measured)
