@@ -2685,6 +2685,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                            'dr2seg_lib/training/update.py'),
                                             'dr2seg_lib.training.update.score_by_reference': ( 'training/update.html#score_by_reference',
                                                                                                'dr2seg_lib/training/update.py'),
+                                            'dr2seg_lib.training.update.split_step': ( 'training/update.html#split_step',
+                                                                                       'dr2seg_lib/training/update.py'),
                                             'dr2seg_lib.training.update.sum_gradients': ( 'training/update.html#sum_gradients',
                                                                                           'dr2seg_lib/training/update.py'),
                                             'dr2seg_lib.training.update.update_policy': ( 'training/update.html#update_policy',
