@@ -2488,6 +2488,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                'dr2seg_lib/training/both_ends.py'),
                                                'dr2seg_lib.training.both_ends.held_out_batch': ( 'training/both_ends.html#held_out_batch',
                                                                                                  'dr2seg_lib/training/both_ends.py'),
+                                               'dr2seg_lib.training.both_ends.held_out_info': ( 'training/both_ends.html#held_out_info',
+                                                                                                'dr2seg_lib/training/both_ends.py'),
                                                'dr2seg_lib.training.both_ends.held_out_segmenter': ( 'training/both_ends.html#held_out_segmenter',
                                                                                                      'dr2seg_lib/training/both_ends.py'),
                                                'dr2seg_lib.training.both_ends.start_of_run': ( 'training/both_ends.html#start_of_run',

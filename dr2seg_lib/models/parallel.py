@@ -112,7 +112,7 @@ def cut_like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/models/parallel.ipynb #1ae36f60
 class Sharding:
-    "A policy's part that saves memory. It needs `model`, `adapter`, `frozen_copy` and `shards`."
+    "A policy's part that saves memory. It needs `model`, `frozen_copy` and `shards`."
 
     def enable_gradient_checkpointing(self):
         "Each layer keeps its input alone for the backward pass. Call it after `add_lora`."

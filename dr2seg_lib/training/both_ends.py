@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stored_predictions', 'write_evaluation', 'forget_after', 'held_out_batch', 'held_out_segmenter', 'answer_held_out',
-           'evaluate_and_save', 'start_of_run', 'take_start']
+           'held_out_info', 'evaluate_and_save', 'start_of_run', 'take_start']
 
 # %% ../../nbs/training/both_ends.ipynb #9bc4b432
 import math
@@ -101,6 +101,11 @@ def answer_held_out(
     with policy.unsharded():
         return evaluate(policy, segmenter, data, method.prompt, *limits, **how)[1]
 
+# %% ../../nbs/training/both_ends.ipynb #5a4e0021
+def held_out_info(config: TrainConfig, data: Sequence) -> dict:  # as of `dataset_info`
+    "Which questions the evaluation asks."
+    return dataset_info(data, config.evaluation.data or config.data.name, "val")
+
 # %% ../../nbs/training/both_ends.ipynb #1c955908
 def evaluate_and_save(
     run: Run,
@@ -114,7 +119,7 @@ def evaluate_and_save(
         return
     policy, method, _, accelerator = state
     first = accelerator.is_main_process
-    info = dataset_info(data, config.evaluation.data or config.data.name, "val")
+    info = held_out_info(config, data)
     rows = stored_predictions(run, when, info, len(data)) if first else None
     (stored,) = broadcast_object_list([rows is not None])
     if not stored:
@@ -142,7 +147,7 @@ def take_start(
     "Takes over what another run was answered before its training, if that is whole."
     if data is None or other is None:
         return
-    info = dataset_info(data, config.evaluation.data or config.data.name, "val")
+    info = held_out_info(config, data)
     rows = stored_predictions(Run.open(other), "before", info, len(data))
     if rows is not None and stored_predictions(run, "before", info, len(data)) is None:
         write_jsonl(run.folder / "predictions_before.jsonl", rows)

@@ -261,9 +261,10 @@ def train_step(
     asked = state, rollouts, data, config, step, clock
     rollouts, (terms, reward) = score_with_contrast(*asked)
     advantage = advantages(reward, config.method.advantage_scale)
-    looked_at = step == 1 and config.runtime.self_check
-    with policy.unsharded():
-        check = dict(self_check=check_engine(policy, rollouts)) if looked_at else {}
+    check = {}
+    if step == 1 and config.runtime.self_check:
+        with policy.unsharded():
+            check = dict(self_check=check_engine(policy, rollouts))
     stats = update_policy(policy, optimizer, accelerator, rollouts, advantage, config, clock)
     if config.runtime.server:
         stats["logprob_gap"] = float(accelerator.reduce(logprob_gap(rollouts.completions), "mean"))
