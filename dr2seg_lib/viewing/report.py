@@ -23,6 +23,7 @@ from .report_blocks import chart_block, page_section
 from .report_choices import candidates_section, choice_section
 from .report_conditioning import conditioning_section
 from .report_data import gather_run
+from .report_health import health_remarks
 from dr2seg_lib.viewing.report_results import (
     outcome_section,
     page_heading,
@@ -53,8 +54,9 @@ TRAINING_NOTE = (
 )
 
 
-def _chart_section(title, fig, label, note=""):
-    return page_section(title, "panels.html.j2", note, blocks=[chart_block(fig, label)])
+def _chart_section(title, fig, label, note="", remarks=()):
+    blocks = [chart_block(fig, label)]
+    return page_section(title, "panels.html.j2", note, blocks=blocks, remarks=remarks)
 
 
 def training_sections(
@@ -71,7 +73,7 @@ def training_sections(
     return [
         _chart_section("Training", training_curves(arms), curves, TRAINING_NOTE),
         _chart_section("Reward terms", reward_terms_plot(arms), "each reward term over training"),
-        _chart_section("Health", training_health(arms), health),
+        _chart_section("Health", training_health(arms), health, remarks=health_remarks(rows)),
         _chart_section("Time", stage_seconds_plot(rows), "seconds a step by stage"),
     ]
 
