@@ -131,6 +131,8 @@ model = AutoModelForImageTextToText.from_pretrained(base)
 model = PeftModel.from_pretrained(model, "{name}")
 ```
 """
+
+# %% ../../nbs/runs/model_card.ipynb #6c41b018
 WITH_SAFETENSORS = """\
 With transformers alone:
 

@@ -150,7 +150,7 @@ def _second_pass(self: Playground, description):  # None: nothing to ask about
     self.second, self.busy = self._shown(response, began), ""
     return response
 
-
+# %% ../../nbs/viewing/playground.ipynb #953658f0
 @patch
 @one_at_a_time
 def describe(self: Playground, description: str) -> Response | None:  # None: nothing to ask about

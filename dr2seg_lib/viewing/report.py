@@ -24,11 +24,7 @@ from .report_choices import candidates_section, choice_section
 from .report_conditioning import conditioning_section
 from .report_data import gather_run
 from .report_health import health_remarks
-from dr2seg_lib.viewing.report_results import (
-    outcome_section,
-    page_heading,
-    parameters_section,
-)
+from .report_results import outcome_section, page_heading, parameters_section
 from .report_rollouts import rollouts_section
 from .report_samples import samples_section, stored_mask
 from .report_strata import strata_section
@@ -58,7 +54,7 @@ def _chart_section(title, fig, label, note="", remarks=()):
     blocks = [chart_block(fig, label)]
     return page_section(title, "panels.html.j2", note, blocks=blocks, remarks=remarks)
 
-
+# %% ../../nbs/viewing/report.ipynb #e7b13739
 def training_sections(
     run: dict,
     method: str,  # the line's name and colour

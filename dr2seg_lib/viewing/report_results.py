@@ -149,7 +149,7 @@ def value_text(value) -> str:
 def _known(values):  # a dict without what is not there, as text
     return {k: value_text(v) for k, v in values.items() if v is not None and v != []}
 
-
+# %% ../../nbs/viewing/report_results.ipynb #b5782772
 def parameters_section(run: dict) -> dict | None:  # None: there is no record
     "Parameters, versions, revision, times, machine."
     info = run["info"]

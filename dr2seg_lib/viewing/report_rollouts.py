@@ -201,7 +201,7 @@ def rollouts_note(
     count = f"{alike} of {len(groups)} groups have equal rewards: they have no advantage."
     return f"{ROLLOUTS_NOTE} {count}"
 
-
+# %% ../../nbs/viewing/report_rollouts.ipynb #7645c5b6
 def rollouts_section(
     run: dict,  # of `gather_run`
     lookup=sample_by_id,  # sample id -> Sample | None
