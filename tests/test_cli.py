@@ -295,6 +295,37 @@ def test_arguments_that_are_not_understood_are_one_sentence(capsys, args, senten
     assert capsys.readouterr() == ("", f"dr2seg: {sentence}\n")
 
 
+@pytest.mark.parametrize("typed", [["steps=0"], ["steps", "0"]])
+def test_a_parameter_is_set_by_two_words_or_by_an_equals_sign(capsys, typed):
+    assert main(["run", "train", "-p", *typed]) == 2
+    assert 'parameter "steps": ' in capsys.readouterr().err
+
+
+def test_a_value_may_hold_an_equals_sign(capsys):
+    for typed in ["data=a=b"], ["data", "a=b"]:
+        assert main(["run", "train", "-p", *typed]) == 2
+        assert "data: a=b does not exist" in capsys.readouterr().err
+
+
+def test_the_embedded_world_can_be_checked(capsys):
+    assert main(["check", "mini"]) == 0
+    assert "mini is the embedded world, drawn from seeds" in capsys.readouterr().out
+
+
+def test_a_list_of_runs_is_no_wider_than_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    record = dict(status="failed", started="2026-01-01T09:30:00", error="out of words\n" * 90)
+    for name in "a", "a-long-name":
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "run.json", record)
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs", "."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert {len(line) for line in lines} == {90}
+    assert {line.index("failed") for line in lines} == {len("a-long-name  ")}
+
+
 def test_a_value_may_start_with_a_minus_sign(capsys):
     "argparse took it for an option."
     assert main(["run", "train", "-p", "kl", "-1e999"]) == 2

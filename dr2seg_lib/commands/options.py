@@ -43,7 +43,9 @@ ExperimentName = Annotated[
 ]
 ParameterPairs = Annotated[
     list[Any] | None,
-    typer.Option("-p", metavar="NAME VALUE", help="Set a parameter; may be given again."),
+    typer.Option(
+        "-p", metavar="NAME VALUE", help="Set a parameter, also as NAME=VALUE; may be given again."
+    ),
 ]
 PresetName = Annotated[
     str | None,

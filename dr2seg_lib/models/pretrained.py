@@ -105,7 +105,7 @@ def load_pretrained(
     "A model and its processor, checked."
     source, kind = checkpoint_source(name), model_kind(name)
     named = naming_load_errors(f"model {name}", LOADING_MEND)
-    with named, without_progress_bars(name == "embedded"):
+    with named, without_progress_bars(Path(source).exists()):  # a download shows how far it is
         model, report = MODEL_CLASSES[kind].from_pretrained(
             source,
             dtype=dtype,

@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Mode
 from ..core.files import naming_load_errors
 from ..core.masks import box_iou
 from ..data.samples import Target
+from ..models.pretrained import without_progress_bars
 from .base import Segmenter, clip_prompt
 from .sam2 import read_config
 
@@ -274,7 +275,8 @@ def load_sam3(
         "give facebook/sam3, whose terms your hub account must have accepted, "
         "or a whole folder of it in the layout of transformers."
     )
-    with naming_load_errors(f"segmenter: '{name}'", mend):
+    named = naming_load_errors(f"segmenter: '{name}'", mend)
+    with named, without_progress_bars(Path(name).exists()):  # a download shows how far it is
         model, info = Sam3Model.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         processor = Sam3Processor.from_pretrained(name)
     if missing := sorted(info["missing_keys"]):

@@ -40,8 +40,9 @@ from ..models.vllm_client import ServedPolicy, logprob_gap
 from ..rollouts.two_stage import Rollouts, StageTimer, generate_rollouts
 from ..runs.checkpoints import save_checkpoint, step_of
 from ..runs.launch import destroy_process_group, launch_processes, open_run
+from ..runs.model_card import write_model_card
 from ..runs.run_folder import Run
-from ..runs.status import read_results, update_record
+from ..runs.status import read_record, read_results, update_record
 from .batches import other_stream, read_samples, sample_batch
 from .both_ends import evaluate_and_save, forget_after, take_start
 from .checkpoint_state import load_state, save_state, whole_state
@@ -287,6 +288,8 @@ def measure_step(
     asked = run, state, config, data.held_out, step
     samples, skipped = sample_batch(data.train, config, step, state.policy)
     start = start_figures(*asked)
+    if start:  # that was an evaluation, and it is over
+        run.progress("training", step - 1, config.steps)
     row, records = train_step(state, samples, config, step, data.train)
     row |= start | held_out_figures(*asked) | (dict(skipped=skipped) if skipped else {})
     run.log(row)
@@ -300,10 +303,13 @@ def keep_step(run: Run, state: TrainingState, config: TrainConfig, step: int):
     kept = whole_state(state.policy, state.optimizer, keep=first)
     if not first:
         return
-    best = best_step(run.metrics()) if config.evaluation.every else None
+    rows = run.metrics()
+    best = best_step(rows) if config.evaluation.every else None
+    about = config, step, read_record(run.folder), rows, read_results(run.folder)
 
     def save(folder):
         save_state(state.policy, kept, folder, note_of_start(config, run.folder))
+        write_model_card(folder, *about)
 
     save_checkpoint(run.folder, step, save, rows=run.marks(), best=best)
 
@@ -359,6 +365,8 @@ def run_steps(
     first = step_of(checkpoint) + 1 if checkpoint else 1
     if first <= config.steps and state.accelerator.is_main_process:
         forget_after(run)
+    if first <= config.steps:
+        run.progress("training", first - 1, config.steps)
     for step in range(first, config.steps + 1):
         if take_step(run, state, data, config, step):
             return False

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIGHT', 'PAIRED', 'open_all', 'load_arms', 'final_predictions', 'measure_level', 'difference_cells',
-           'measure_differences', 'disagreements', 'answer_facts', 'qualitative_pairs', 'page_part', 'chart_part',
-           'Comparison', 'compare']
+           'measure_differences', 'paired_arms', 'disagreements', 'answer_facts', 'qualitative_pairs', 'page_part',
+           'chart_part', 'Comparison', 'compare']
 
 # %% ../../nbs/viewing/compare.ipynb #c0002
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ from dr2seg_lib.viewing.tables import (
     paired_change,
     sample_columns,
 )
-from .view import notice_figure
+from .view import missing_folder_in_a_sentence, notice_figure
 
 # %% ../../nbs/viewing/compare.ipynb #c0006
 def open_all(
@@ -103,6 +103,18 @@ def measure_differences(
         title = "difference" if len(others) == 1 else f"{arm} − {first}"
         heads |= {f"b{i}": (arm, "s"), f"d{i}": (title, "s")}
     return rows_table([difference_cells(arms, measure) for measure in MEASURES], heads)
+
+# %% ../../nbs/viewing/compare.ipynb #c0a1d301
+def paired_arms(
+    arms: dict,  # {arm: rows of predictions}
+) -> dict:  # the same, without those that cannot be paired
+    "The first arm, and those that answered some of its samples."
+    if not arms:
+        return {}
+    (first, rows), *others = arms.items()
+    asked = {row["sample"] for row in rows}
+    common = {arm: each for arm, each in others if asked & {row["sample"] for row in each}}
+    return {first: rows} | common
 
 # %% ../../nbs/viewing/compare.ipynb #c0013
 RIGHT = 0.5  # IoU from which a mask is right
@@ -181,7 +193,12 @@ class Comparison(ChartView):
         for arm, readers in self.arms.items():
             for reader in readers:
                 self.add(arm, reader)
-        self.rows = {arm: average_predictions(each) for arm, each in self.seeds.items()}
+        answered = {arm: average_predictions(each) for arm, each in self.seeds.items()}
+        self.rows = paired_arms(answered)
+        apart = [arm for arm in answered if arm not in self.rows]
+        self.apart = (
+            f"No sample in common with {next(iter(answered))}: {', '.join(apart)}." if apart else ""
+        )
         super().__init__()
         self.html = self.page()
 
@@ -232,7 +249,7 @@ def page(self: Comparison) -> Markup:
     if "tokens" in charts:
         parts += [self.measured(charts["tokens"]), *self.answers()]
     else:
-        text = "Fewer than two of these have been evaluated after training."
+        text = self.apart or "Fewer than two of these have been evaluated after training."
         parts.append(page_part("Held-out samples", text=text))
     lead = f"{sum(map(len, self.arms.values()))} runs"
     page = dict(name=" against ".join(self.arms), lead=lead, notices=self.missing, parts=parts)
@@ -248,7 +265,8 @@ PAIRED = (
 @patch
 def measured(self: Comparison, chart: Chart) -> dict:
     "Differences, and tokens sample by sample."
-    table = page_part("Held-out samples", PAIRED, table=measure_differences(self.rows).html)
+    note = f"{PAIRED} {self.apart}".strip()
+    table = page_part("Held-out samples", note, table=measure_differences(self.rows).html)
     scatter = chart_part("Tokens, sample by sample", "tokens", chart)
     return dict(columns=[table, scatter], wide=len(self.rows) > 2)
 
@@ -280,4 +298,5 @@ def compare(
     cards: int = 3,  # samples shown of each kind
 ) -> Comparison:
     "Two runs or more, side by side."
-    return Comparison(runs, cards)
+    with missing_folder_in_a_sentence():
+        return Comparison(runs, cards)

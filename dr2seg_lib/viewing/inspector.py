@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from .figures import Figure
 from .group_view import answer_view, group_still, group_view
 from .reward_terms import term_colours
-from .rollout_columns import field_columns
+from .rollout_columns import field_columns, rollout_ious
 from .run_reader import RunReader
-from .view import View, notice_figure
+from .view import View, missing_folder_in_a_sentence, notice_figure
 from dr2seg_lib.viewing.word_attention import (
     LOOKING_LOCK,
     asked_prompt,
@@ -42,6 +42,8 @@ class Inspector(View):
         self.run = run if isinstance(run, RunReader) else RunReader(run)
         self.policy, self.grids = policy, {}
         index = {source: field_columns(rows) for source, rows in self.run.groups.items() if rows}
+        if "rollouts" in index and self.run.quick("rollouts"):  # measured once it is asked for
+            index["rollouts"].setdefault("iou", [None] * len(index["rollouts"]["group"]))
         super().__init__(about=self._about(), index=index, source=next(iter(index), "rollouts"))
         self.observe(self._show, ["at", "source"])
         self.on_msg(self._asked)
@@ -83,6 +85,8 @@ def answer(self: Inspector, source: str, at: int, rollout: int) -> dict:  # runs
 
 @patch
 def _asked(self: Inspector, _, content, buffers):
+    if content.get("ask") == "measure":
+        threading.Thread(target=self.measure, daemon=True).start()
     if content.get("ask") not in ("mask", "look"):
         return
     where = content["source"], content["at"], content["rollout"]
@@ -91,6 +95,17 @@ def _asked(self: Inspector, _, content, buffers):
     else:
         part = content["pass"]
         threading.Thread(target=self._looked, args=(*where, part), daemon=True).start()
+
+# %% ../../nbs/viewing/inspector.ipynb #c0a1d3f5
+@patch
+def measure(self: Inspector):
+    "Puts the IoU of every rollout into the index, and tells the view how far it is."
+    ious, groups = [], len(self.run.groups["rollouts"])
+    for done, group in enumerate(rollout_ious(self.run), 1):
+        ious += group
+        self.send(dict(measured=f"measuring IoU… {done} of {groups} samples"))
+    columns = self.index["rollouts"] | dict(iou=ious)
+    self.index = self.index | dict(rollouts=columns)
 
 # %% ../../nbs/viewing/inspector.ipynb #db898cff
 @patch
@@ -106,7 +121,8 @@ def inspect(
     policy=None,  # whose attention is shown, see `cached_policy`; None: the run's own
 ) -> Inspector:
     "Look into a run, whatever state it is in."
-    return Inspector(run, policy)
+    with missing_folder_in_a_sentence():
+        return Inspector(run, policy)
 
 # %% ../../nbs/viewing/inspector.ipynb #1ed8d2a9
 @patch

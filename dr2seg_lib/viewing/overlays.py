@@ -11,27 +11,27 @@ import numpy as np
 
 # %% ../../nbs/viewing/overlays.ipynb #c0005
 TRUTH, PREDICTION, WHITE = (0, 214, 255), (255, 32, 206), (255, 255, 255)  # RGB
-RIM = (20, 20, 24)  # a dark rim keeps white visible
+RIM = (20, 20, 24)  # a dark rim keeps every colour visible
 
 
 def paint_mask(
     canvas: np.ndarray,  # [h,w,3] uint8, changed in place
     mask: np.ndarray,  # [H,W] bool
     colour: tuple,  # RGB
-    fill: float,  # share of the colour inside, 0 to 1
-    contour: bool = True,  # an outline beside the fill
+    fill: float = 0.0,  # share of the colour inside, 0 to 1
+    width: int = 2,  # of the outline, pixels of the canvas
 ):
-    "Paints a mask of any size over a picture."
+    "Outlines a mask of any size in a picture, with a dark rim; fills it where that is asked for."
     scale = canvas.shape[0] / mask.shape[0]
     soft = cv2.resize(mask.astype(np.float32), canvas.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     if scale > 1:
         soft = cv2.GaussianBlur(soft, (0, 0), 0.5 * scale)
     inside = soft > 0.5
     canvas[inside] = (canvas[inside] * (1 - fill) + np.array(colour) * fill).astype(np.uint8)
-    if contour:
-        area = inside.astype(np.uint8)
-        outlines = cv2.findContours(area, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
-        cv2.drawContours(canvas, outlines, -1, colour, 2, cv2.LINE_AA)
+    area = inside.astype(np.uint8)
+    outlines = cv2.findContours(area, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+    for ink, thickness in (RIM, width + 1), (colour, width):
+        cv2.drawContours(canvas, outlines, -1, ink, thickness, cv2.LINE_AA)
 
 # %% ../../nbs/viewing/overlays.ipynb #c0007
 def draw_prompts(
@@ -71,16 +71,15 @@ def overlay(
     box: tuple | None = None,  # (x1,y1,x2,y2), image pixels
     point: tuple | None = None,  # (x,y), image pixels
     given: tuple = (),  # of Target: the truth of a sample without masks, in cyan
-    contour: bool = True,  # outlines beside the translucent fill
+    fill: float = 0.0,  # share of their colour inside the masks, 0 to 1
     scale: float | None = None,  # of the result; None: small images grow to 448 pixels
 ) -> np.ndarray:  # [h,w,3] uint8
     "A picture with its masks, box and point drawn on it."
     scale = scale or max(1.0, 448 / max(image.shape[:2]))
     canvas = enlarge(image, scale)
-    fills = (0.12, 0.3) if contour else (0.4, 0.4)
-    for mask, colour, fill in zip((truth, prediction), (TRUTH, PREDICTION), fills):
-        if mask is not None and mask.any():
-            paint_mask(canvas, mask, colour, fill, contour)
+    for mask, colour, width in (truth, TRUTH, 5), (prediction, PREDICTION, 2):
+        if mask is not None and mask.any():  # both outlines are seen where they agree
+            paint_mask(canvas, mask, colour, fill, width)
     prompts = [(box, point, WHITE), *((t.box, t.point, TRUTH) for t in given)]
     draw_prompts(canvas, prompts, scale)
     return canvas

@@ -115,23 +115,24 @@ def _shown(self: Playground, response, began) -> dict:  # a pass as the browser 
 # %% ../../nbs/viewing/playground.ipynb #17f4828c
 @patch
 @one_at_a_time
-def ask(self: Playground, query: str | None = None) -> Response:
+def ask(self: Playground, query: str | None = None) -> Response:  # None: the question that stands
     "The first pass, its mask, and the second pass with its description."
-    self.query, self.first, self.second, self.description = query or self.query, {}, {}, ""
+    query = self.query if query is None else query
+    if not query.strip():
+        raise ValueError("the question is empty; write what you would ask about this picture")
+    self.query, self.first, self.second, self.description = query, {}, {}, ""
     began, self.busy = time.perf_counter(), "thinking"
     self.prefix = self._prefill()
     tokens = self.policy.generate(self.prefix, 1, self.max_new_tokens, temperature=0)
     response = to_responses(self.policy, tokens, self.method.parse)[0]
     self.first = self._shown(response, began)
     self.segment(self._targets(response.parsed), "first pass")
-    self.describe(response.parsed.description or "")
+    self._second_pass(response.parsed.description or "")
     return response
 
 # %% ../../nbs/viewing/playground.ipynb #953658ef
 @patch
-@one_at_a_time
-def describe(self: Playground, description: str) -> Response | None:  # None: nothing to ask about
-    "The second pass on a description."
+def _second_pass(self: Playground, description):  # None: nothing to ask about
     self.description, self.second, began = description, {}, time.perf_counter()
     if not description.strip() or self.method.second_prompt is None:
         self.busy = ""
@@ -147,6 +148,16 @@ def describe(self: Playground, description: str) -> Response | None:  # None: no
     if response is None:
         raise ValueError("the description has more tokens than a question may have; shorten it")
     self.second, self.busy = self._shown(response, began), ""
+    return response
+
+# %% ../../nbs/viewing/playground.ipynb #953658f0
+@patch
+@one_at_a_time
+def describe(self: Playground, description: str) -> Response | None:  # None: nothing to ask about
+    "The second pass on a description of one's own, and its mask."
+    response = self._second_pass(description)
+    if response is not None:
+        self.segment(self._targets(response.parsed), "second pass")
     return response
 
 # %% ../../nbs/viewing/playground.ipynb #5dea01ce
@@ -214,7 +225,8 @@ def _answer(self: Playground, content):
         case "first":
             self.ask(content["query"])
         case "second":
-            self.describe(content["description"])
+            if self.describe(content["description"]) is None:
+                raise ValueError("there is nothing to ask about; describe the target first")
         case "segment":
             self._click(content)
         case "again":
@@ -227,7 +239,8 @@ def _asked(self: Playground, _, content, buffers):
     try:
         self._answer(content)
     except (ValueError, OSError, RuntimeError) as e:
-        self.busy, error = "", f"{type(e).__name__}: {e}"
+        self.busy, kind = "", "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        error = f"{kind}{e}"
     self.send(dict(done=content.get("ask"), error=error))
 
 # %% ../../nbs/viewing/playground.ipynb #adf5f761

@@ -23,11 +23,8 @@ from .report_blocks import chart_block, page_section
 from .report_choices import candidates_section, choice_section
 from .report_conditioning import conditioning_section
 from .report_data import gather_run
-from dr2seg_lib.viewing.report_results import (
-    outcome_section,
-    page_heading,
-    parameters_section,
-)
+from .report_health import health_remarks
+from .report_results import outcome_section, page_heading, parameters_section
 from .report_rollouts import rollouts_section
 from .report_samples import samples_section, stored_mask
 from .report_strata import strata_section
@@ -53,10 +50,11 @@ TRAINING_NOTE = (
 )
 
 
-def _chart_section(title, fig, label, note=""):
-    return page_section(title, "panels.html.j2", note, blocks=[chart_block(fig, label)])
+def _chart_section(title, fig, label, note="", remarks=()):
+    blocks = [chart_block(fig, label)]
+    return page_section(title, "panels.html.j2", note, blocks=blocks, remarks=remarks)
 
-
+# %% ../../nbs/viewing/report.ipynb #e7b13739
 def training_sections(
     run: dict,
     method: str,  # the line's name and colour
@@ -71,7 +69,7 @@ def training_sections(
     return [
         _chart_section("Training", training_curves(arms), curves, TRAINING_NOTE),
         _chart_section("Reward terms", reward_terms_plot(arms), "each reward term over training"),
-        _chart_section("Health", training_health(arms), health),
+        _chart_section("Health", training_health(arms), health, remarks=health_remarks(rows)),
         _chart_section("Time", stage_seconds_plot(rows), "seconds a step by stage"),
     ]
 

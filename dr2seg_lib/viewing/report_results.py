@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KIND_TITLES', 'INTERVALS_NOTE', 'progress_text', 'duration_text', 'page_heading', 'cut_remark', 'remarks',
-           'outcome_section', 'parameters_section']
+           'outcome_section', 'value_text', 'parameters_section']
 
 # %% ../../nbs/viewing/report_results.ipynb #c6eb0751
+import json
 from datetime import datetime
 
 from ..core.notes import cut_note, split_notes
@@ -136,10 +137,19 @@ def outcome_section(run: dict) -> dict | None:  # None: nothing has been evaluat
     return page_section(title, "outcome.html.j2", note, **said)
 
 # %% ../../nbs/viewing/report_results.ipynb #b5782771
-def _known(values):  # a dict without what is not there
-    return {k: v for k, v in values.items() if v is not None and v != []}
+def value_text(value) -> str:
+    "A parameter's value as one would read it aloud: no quotes around words, no brackets."
+    if isinstance(value, str):
+        return value or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(value_text, value))
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
+def _known(values):  # a dict without what is not there, as text
+    return {k: value_text(v) for k, v in values.items() if v is not None and v != []}
+
+# %% ../../nbs/viewing/report_results.ipynb #b5782772
 def parameters_section(run: dict) -> dict | None:  # None: there is no record
     "Parameters, versions, revision, times, machine."
     info = run["info"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+import dr2seg_lib
 from dr2seg_lib.commands.parameters_cell import parameters_of
 from dr2seg_lib.core.files import read_json, read_jsonl, write_json
 from dr2seg_lib.core.masks import encode_rle
@@ -26,7 +28,9 @@ from dr2seg_lib.runs.checkpoints import (
     file_sha256,
     latest_checkpoint,
     list_checkpoints,
+    read_manifest,
     save_checkpoint,
+    verify_checkpoint,
 )
 from dr2seg_lib.runs.run_folder import Run, new_folder
 from dr2seg_lib.runs.status import read_record, run_status, update_record
@@ -271,6 +275,34 @@ def test_stop_file_ends_after_the_step(tmp_path, monkeypatch):
     assert run.status == "interrupted"
     assert len(run.metrics()) == 1
     assert latest_checkpoint(run.folder).name == "step-000001"
+
+
+def test_the_model_card_is_true_and_travels(whole, monkeypatch):
+    "No path of this machine, sealed with the rest, and its lines for peft load the adapter."
+    checkpoint = latest_checkpoint(whole.folder)
+    card = (checkpoint / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert str(Path.home()) not in card
+    assert str(whole.folder.parent) not in card
+    assert str(Path(dr2seg_lib.__file__).parents[1]) not in card
+    assert "README.md" in read_manifest(checkpoint)["files"]
+    steps = whole.metrics()[-1]["step"]
+    assert f"| steps | {steps} of {steps}, " in card
+    assert f"reward {whole.metrics()[-1]['reward']:.3g}" in card
+    monkeypatch.chdir(checkpoint.parent)
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {}
+    exec(blocks[1], names)
+    ours, theirs = Policy.load().load_adapter(checkpoint), names["model"].state_dict()
+    trained = {k: v for k, v in ours.adapter.state_dict().items() if "lora_" in k}
+    assert len(trained) > 20
+    assert all(torch.equal(theirs[k].float(), v) for k, v in trained.items())
+    exec(blocks[0].replace("RUN", str(whole.folder)), names)
+    assert names["policy"].adapter is not None
+    (checkpoint / "README.md").write_text(card + "changed")
+    assert verify_checkpoint(checkpoint) == "README.md differs from its manifest"
+    (checkpoint / "README.md").write_text(card)
+    assert verify_checkpoint(checkpoint) is None
 
 
 def test_saved_adapter_is_plain_peft(whole):

@@ -138,6 +138,8 @@ def test_groups_and_fields(whole):
         "kind",
     } <= set(index)
     evaluation = field_columns(it.groups["evaluation"])
+    change = [after["iou"] - before["iou"] for before, after in it.groups["evaluation"]]
+    assert evaluation["change"][::2] == pytest.approx(change, abs=1e-6)
     assert set(evaluation["when"]) == {"before", "after"}
     assert "iou" in evaluation
     assert "step" not in evaluation
@@ -590,6 +592,34 @@ def test_comparison_of_runs_that_are_not_whole(whole, tmp_path):
     assert not Reader(view.html).open
 
 
+def test_comparison_of_runs_with_nothing_in_common(whole, other, tmp_path):
+    "There is nothing to pair, and no empty plot: a sentence says so."
+    copied(other, tmp_path)
+    rows = read_jsonl(other / "predictions_after.jsonl")
+    elsewhere = [r | dict(sample=f"mini-{3_000_000 + i}") for i, r in enumerate(rows)]
+    write_jsonl(tmp_path / "predictions_after.jsonl", elsewhere)
+    view = compare([whole, tmp_path])
+    assert "No sample in common with dr2seg: visionreasoner." in view.html
+    assert view.html.count('class="d2-chart"') == 1
+    assert list(view.charts()) == ["training"]
+    three = compare(dict(one=whole, two=other, three=tmp_path))
+    assert list(three.rows) == ["one", "two"]
+    assert "No sample in common with one: three." in three.html
+
+
+def test_a_folder_that_is_not_there_is_a_sentence_in_a_notebook(tmp_path):
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    shell = InteractiveShell()
+    code = "from dr2seg_lib.viewing.inspector import inspect\ninspect('runs/nowhere')"
+    with capture_output() as page:
+        shell.run_cell(code)
+    lines = (page.stdout + page.stderr).strip().splitlines()
+    assert len(lines) == 1
+    assert "runs/nowhere does not exist; check the run folder's name" in lines[0]
+
+
 # ---- touch
 
 
@@ -626,7 +656,13 @@ def test_ask_describe_and_segment_within_two_seconds():
     view._asked(view, dict(ask="second", description="the yellow moon"), [])
     assert time.process_time() - began < 2
     assert view.second["html"]
+    assert view.drawn["by"] == "second pass"
     assert view.busy == ""
+    first, errors = view.first, []
+    view.send = lambda content, buffers=None: errors.append(content["error"])
+    view._asked(view, dict(ask="first", query="  "), [])
+    assert errors == ["the question is empty; write what you would ask about this picture"]
+    assert view.first == first
     view._asked(view, dict(ask="second", description=" "), [])
     assert view.second == {}
     assert view.busy == ""
@@ -838,6 +874,103 @@ def test_inspector_in_the_browser(lab):
     view.locator("[data-source=evaluation]").click()
     lab.wait_for_function("() => document.querySelectorAll('.d2-inspect .d2-card').length === 2")
     assert not lab.errors
+
+
+@pytest.mark.browser
+def test_order_and_filters_in_the_browser(lab):
+    "The first of the order is shown, every example of a filter is understood, counts are true."
+    view = lab.locator(".d2-inspect").first
+    search = view.get_by_label("filter")
+    sort, flip = view.get_by_label("sort by"), view.locator(".d2-flip")
+    place, count = view.locator(".d2-slider output").first, view.locator(".d2-count")
+    widget = inspect(lab.folder / "dr2seg-1")
+
+    def wait(part, text):
+        lab.wait_for_function(
+            """([part, text]) => document.querySelector('.d2-inspect ' + part)
+              .textContent.includes(text)""",
+            arg=[part, text],
+        )
+
+    view.locator("[data-source=rollouts]").click()
+    wait(".d2-meta", "step")
+    sort.select_option("order")
+    assert flip.inner_text() == "↑"
+    flip.click()  # the newest step first
+    assert flip.inner_text() == "↓"
+    assert "descending" in flip.get_attribute("title")
+    wait(".d2-meta", "step 12")
+    assert place.inner_text() == "12 of 12"
+    flip.click()
+    wait(".d2-meta", "step 1 ")
+    assert place.inner_text() == "1 of 12"
+    # another field: its first sample, and the hint names the slider that is there
+    sort.select_option("reward")
+    assert place.inner_text() == "1 of 8"
+    hint = view.locator(".d2-keys").inner_text()
+    assert "sample" in hint
+    assert "step" not in hint
+    assert "object" not in hint
+    # one rollout is enough, and the view says so
+    tokens = widget.index["rollouts"]["tokens"]
+    fits = sum(n < 40 for n in tokens)
+    search.fill("tokens<40")
+    assert f"{fits} of {len(tokens)} rollouts" in count.inner_text()
+    assert "one of its rollouts" in view.locator(".d2-any").inner_text()
+    # IoU is measured once it is asked for
+    search.fill("iou>0.5")
+    wait(".d2-count", "rollouts")
+    widget.measure()
+    fits = sum(iou > 0.5 for iou in widget.index["rollouts"]["iou"])
+    lab.wait_for_function(
+        """([text]) => document.querySelector('.d2-inspect .d2-count')
+          .textContent.includes(text)""",
+        arg=[f"{fits} of {len(tokens)} rollouts"],
+    )
+    search.fill("")
+    sort.select_option("order")
+    assert not lab.errors
+
+
+@pytest.mark.browser
+def test_filters_of_the_evaluation_in_the_browser(lab):
+    "The placeholder's own example is understood, regressions are found, keys are those that work."
+    view = lab.locator(".d2-inspect").first
+    search, sort = view.get_by_label("filter"), view.get_by_label("sort by")
+    columns = inspect(lab.folder / "dr2seg-1").index["evaluation"]
+    view.locator("[data-source=evaluation]").click()
+    lab.wait_for_function("() => document.querySelectorAll('.d2-inspect .d2-card').length === 2")
+    assert "step" not in view.locator(".d2-keys").inner_text()
+    search.fill(search.get_attribute("placeholder").removeprefix("filter: "))
+    assert view.locator(".d2-wrong").is_hidden()
+    search.fill("change<0")
+    worse = {g for g, c in zip(*map(columns.get, ("group", "change"))) if c < 0}
+    assert view.locator(".d2-count").inner_text().startswith(f"{len(worse)} of 16 samples")
+    search.fill("")
+    sort.select_option("change")
+    lowest = f"{min(columns['change']):.2f}".replace("-", "−")
+    lab.wait_for_function(
+        "([t]) => document.querySelector('.d2-inspect .d2-key').textContent.includes(t)",
+        arg=[lowest],
+    )
+    sort.select_option("order")
+    view.locator("[data-source=rollouts]").click()
+    lab.wait_for_function("() => document.querySelectorAll('.d2-inspect .d2-card').length === 8")
+    assert not lab.errors
+
+
+@pytest.mark.browser
+def test_fill_on_demand_in_the_browser(lab):
+    "Outlines leave the colours alone; a fill comes when it is asked for, with its opacity."
+    view, canvas = lab.locator(".d2-inspect").first, ".d2-inspect canvas"
+    outlined = magenta(browser.pixels(lab, canvas))
+    assert view.locator(".d2-opacity").is_hidden()
+    view.locator(".d2-fill").click()
+    view.get_by_label("opacity of the masks").fill("100")
+    lab.wait_for_timeout(150)
+    assert magenta(browser.pixels(lab, canvas)) > 2 * outlined
+    view.locator(".d2-fill").click()
+    assert view.locator(".d2-opacity").is_hidden()
 
 
 @pytest.mark.browser

@@ -1,6 +1,7 @@
 "The report: all that is there, nothing that is not, nothing from outside, nothing unescaped."
 
 import re
+import shutil
 
 import browser
 import numpy as np
@@ -15,7 +16,7 @@ from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import update_record
 from dr2seg_lib.viewing.report import report_html, write_report
 from dr2seg_lib.viewing.report_data import RUN_FILES, SHOWN_LATER, gather_run
-from dr2seg_lib.viewing.report_rollouts import reward_bar, some_groups
+from dr2seg_lib.viewing.report_rollouts import contrast, reward_bar, some_groups
 from dr2seg_lib.viewing.report_samples import select_samples
 from dr2seg_lib.viewing.reward_terms import term_colours
 from dr2seg_lib.viewing.run_groups import group_rollouts
@@ -202,7 +203,12 @@ def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
     "Each rollout has its picture in layers, both passes, and a bar that adds up to the reward."
     html = write_report(whole).read_text()
     part = html[html.index('<section id="rollouts">') : html.index('<section id="what-was-asked">')]
-    assert re.findall(r"<h3>(.*?)</h3>", part) == ["Best", "Worst", "Drawn by lot"]
+    assert re.findall(r"<h3>(.*?)</h3>", part) == [
+        "Widest contrast",
+        "Best",
+        "Worst",
+        "Drawn by lot",
+    ]
     assert part.count("<article") == 4
     assert part.count("<img") == 32
     assert part.count("class=heat") == 64
@@ -216,9 +222,12 @@ def test_rollouts_stand_still_as_the_inspector_shows_them(whole):
     def means(gs):
         return [np.mean([r["reward"] for r in g]) for g in gs]
 
-    every = means(group_rollouts(records))
-    assert means(groups["best"]) == [max(every)]
-    assert means(groups["worst"]) == [min(every)]
+    every = group_rollouts(records)
+    widest = max(every, key=contrast)
+    assert groups["widest contrast"] == [widest]
+    others = means([g for g in every if g is not widest])
+    assert means(groups["best"]) == [max(others)]
+    assert means(groups["worst"]) == [min(others)]
     assert len({id(g[0]) for gs in groups.values() for g in gs}) == 4
     terms = dict(thinking_format=1.0, accuracy=3.0, description=1.0, length=0.4)
     bar = reward_bar(terms, "length", term_colours(terms), (0, 8))
@@ -353,6 +362,13 @@ def test_conditioning_run(tmp_path):
     assert "script" not in Reader(html).tags
 
 
+def copied_run(folder, to):
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copy(path, to / path.name)
+    return to
+
+
 @pytest.mark.browser
 def test_layers_are_shown_and_hidden_in_a_browser(whole):
     "Offline, without JavaScript: a ticked box shows its layer in its section, and in no other."
@@ -381,6 +397,15 @@ def test_layers_are_shown_and_hidden_in_a_browser(whole):
         assert seen("rollouts", "truth") == total("rollouts", "truth")
         assert seen("rollouts", "missed") == 0
         assert not errors
+
+        def paint(section):
+            return page.locator(f"#{section} path.l-prediction").first.evaluate(
+                "e => getComputedStyle(e).fill"
+            )
+
+        outline = paint("rollouts")
+        page.locator("#rollouts .fill-strong").check()
+        assert paint("rollouts") != outline
 
         def ink():
             return page.evaluate("getComputedStyle(document.body).color")
@@ -419,3 +444,28 @@ def test_cards_choose_without_repetition():
         > max(r["iou"] for r in picks["drawn by lot"])
         > max(r["iou"] for r in picks["worst"])
     )
+
+
+@pytest.mark.browser
+def test_a_telephone_and_a_printer_show_all_of_it(whole, tmp_path):
+    "Nothing is cut at 400 pixels, pictures are there without scrolling, the print is short."
+    rows = read_jsonl(whole / "metrics.jsonl")
+    rows[6]["kl"] = 1.5
+    write_jsonl(copied_run(whole, tmp_path) / "metrics.jsonl", rows)
+    path = write_report(tmp_path)
+    with browser.browser(400, 800) as page:
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        cut = """es => es.filter(e => e.scrollWidth > e.clientWidth + 1
+          && getComputedStyle(e).overflowX === 'visible').length"""
+        assert page.locator(".panel").evaluate_all(cut) == 0
+        assert page.locator(".columns .panel").evaluate_all(
+            "es => es.every(e => e.scrollWidth <= e.clientWidth + 1)"
+        )
+        assert page.locator("img").evaluate_all("es => es.every(e => e.complete)")
+        assert "rose to 1.5 at step 7" in page.locator("#health .notice").inner_text()
+        asked = page.locator("#what-was-asked dl").first.inner_text()
+        assert "'" not in asked
+        assert "True" not in asked
+        pages = page.pdf(format="A4").count(b"/Type /Page\n")
+        assert 1 < pages <= 14

@@ -85,7 +85,7 @@ const css = ([r, g, b], a = 1) => `rgb(${r} ${g} ${b}/${a})`;
 class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and by dragging; `draw` gets boxes and points instead
   constructor({draw = null} = {}) {
     this.draw = draw;
-    this.layers = {truth: true, prediction: true, difference: false, contours: true, prompts: true};
+    this.layers = {truth: true, prediction: true, contours: true, fill: false, difference: false, prompts: true}; // a fill would change the colours it covers
     this.opacity = .35; this.masks = {}; this.prompts = []; this.given = []; this.size = [1, 1];
     this.canvas = h("canvas", {class: "d2-canvas" + (draw ? " d2-draws" : ""), tabindex: 0, role: "img", "aria-label": "the picture with its layers"});
     this.note = h("div", {class: "d2-nopicture", hidden: true});
@@ -143,11 +143,11 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
     }
     const both = this.heat ? null : L.difference && this.diff ? this.kept || this.diff() : null;
     for (const [name, on] of [["truth", L.truth && !both], ["prediction", L.prediction && !both]])
-      if (on && this.masks[name] && !this.heat) { ctx.globalAlpha = this.opacity; ctx.drawImage(this.masks[name].paint, 0, 0); }
+      if (on && L.fill && this.masks[name] && !this.heat) { ctx.globalAlpha = this.opacity; ctx.drawImage(this.masks[name].paint, 0, 0); }
     if (both) { ctx.globalAlpha = clamp(this.opacity * 2, .1, 1); ctx.drawImage(both.missed, 0, 0); ctx.drawImage(both.extra, 0, 0); }
     ctx.globalAlpha = 1; ctx.lineCap = ctx.lineJoin = "round";
     const stroke = (path, colour, width) => { for (const [v, n] of [["rgb(0 0 0/.5)", width + 1.6], [colour, width]]) { ctx.strokeStyle = v; ctx.lineWidth = n / s; ctx.stroke(path); } };
-    if (L.contours) for (const name of ["truth", "prediction"]) if (L[name] && this.masks[name]) stroke(this.masks[name].path, css(COLOURS[name]), 1.8);
+    if (L.contours) for (const name of ["truth", "prediction"]) if (L[name] && this.masks[name]) stroke(this.masks[name].path, css(COLOURS[name]), name === "truth" ? 4.6 : 1.8); // both are seen where they agree
     const cross = ([x, y]) => { const p = new Path2D(), r = 6 / s; p.moveTo(x - r, y); p.lineTo(x + r, y); p.moveTo(x, y - r); p.lineTo(x, y + r); return p; };
     const frame = ([x1, y1, x2, y2]) => { const p = new Path2D(); p.rect(x1, y1, x2 - x1 + 1, y2 - y1 + 1); return p; };
     const marks = (list, colour) => { for (const {box, point} of list) {
@@ -196,13 +196,16 @@ class Picture { // zoom with + − 0, the wheel (once focused, or with Ctrl) and
     const chip = ([name, label]) => this.toggles[name] = h("button", {class: `d2-chip d2-${name}`, "aria-pressed": String(this.layers[name]), title: `show or hide (${label[0]})`, onclick: () => this.toggle(name)},
       COLOURS[name] ? h("i", {class: "d2-dot", style: `background:${css(COLOURS[name])}`}) : null, label);
     const slider = h("input", {type: "range", min: 0, max: 100, value: this.opacity * 100, "aria-label": "opacity of the masks", oninput: e => { this.opacity = e.target.value / 100; this.paint(); }});
-    return h("div", {class: "d2-layers"}, Object.entries(names).map(chip), h("label", {class: "d2-opacity"}, h("span", {}, "opacity"), slider));
+    this.strength = h("label", {class: "d2-opacity"}, h("span", {}, "opacity"), slider);
+    this.weigh();
+    return h("div", {class: "d2-layers"}, Object.entries(names).map(chip), this.strength);
   }
+  weigh() { this.strength.hidden = !(this.layers.fill || this.layers.difference); } // only a fill has an opacity
   toggle(name) {
     this.layers[name] = !this.layers[name];
     this.toggles[name].setAttribute("aria-pressed", this.layers[name]);
     this.ontoggle && this.ontoggle(name);
-    this.paint();
+    this.weigh(); this.paint();
   }
 }
 
@@ -250,7 +253,9 @@ function rewardTable(shown, about, pick) { // a row a rollout
 function predictionTable(shown, pick) { // a row an evaluation
   const line = r => h("button", {class: "d2-row d2-eval", "data-rollout": r.number, onclick: () => pick(r.number)}, h("span", {class: "d2-n"}, r.name), h("span", {class: "d2-tokens"}, num(r.tokens, 4)),
     h("div", {class: "d2-stack"}, h("i", {style: `left:0;width:${100 * r.iou}%;background:var(--accent)`})), h("b", {}, fixed(r.iou)));
-  return h("div", {class: "d2-table"}, h("div", {class: "d2-row d2-eval d2-head"}, ["", "tokens", "IoU", ""].map(t => h("span", {}, t))), shown.entries.map(line));
+  const [before, after] = shown.entries, change = after ? after.iou - before.iou : null;
+  const key = change === null ? null : h("p", {class: "d2-key"}, h("span", {}, "change of IoU ", h("b", {class: change < 0 ? "d2-worse" : ""}, signed(change))));
+  return h("div", {class: "d2-table"}, h("div", {class: "d2-row d2-eval d2-head"}, ["", "tokens", "IoU", ""].map(t => h("span", {}, t))), shown.entries.map(line), key);
 }
 
 // ---- cards --------------------------------------------------------------------------------------------------------------------
@@ -345,48 +350,77 @@ function gaze(model, cards, {show, clear, tell}) { // hover, focus or click a wo
 function inspect(model, root) {
   const about = model.get("about"), index = model.get("index"), picture = new Picture(), masks = new Map();
   picture.layers.prediction = about.quick; // a large segmenter draws when asked: by this layer's button
-  let list = [], hit = new Set(), steps = [];
+  let list = [], hit = new Set(), steps = [], descending = false, measuring = "", measured = false;
   const slider = (label, input) => { const out = h("output", {}), range = h("input", {type: "range", min: 0, value: 0, "aria-label": label, oninput: e => input(+e.target.value)}); return {range, out, box: h("label", {class: "d2-slider"}, h("span", {}, label), range, out)}; };
   const byStep = slider("step", i => go(steps[i].groups[0])), bySample = slider("sample", i => go(current().groups[i]));
-  const search = h("input", {type: "search", class: "d2-filter", placeholder: "filter: accuracy>1 tokens<40 difficulty=hard", "aria-label": "filter", spellcheck: "false", oninput: arrange});
-  const sort = h("select", {"aria-label": "sort by", onchange: arrange}), flip = h("button", {class: "d2-flip", title: "turn the order", "aria-label": "turn the order", "aria-pressed": "false", onclick: () => { flip.setAttribute("aria-pressed", flip.getAttribute("aria-pressed") !== "true"); arrange(); }}, "↓");
-  const count = h("span", {class: "d2-count"}), wrong = h("p", {class: "d2-wrong", hidden: true}), question = h("h4"), meta = h("p", {class: "d2-meta"}), table = h("div"), cards = h("div", {class: "d2-cards"}), status = h("p", {class: "d2-status"});
+  const search = h("input", {type: "search", class: "d2-filter", "aria-label": "filter", spellcheck: "false", oninput: arrange});
+  const sort = h("select", {"aria-label": "sort by", onchange: sorted}), flip = h("button", {class: "d2-flip", onclick: () => { descending = !descending; turned(); sorted(); }});
+  const count = h("span", {class: "d2-count"}), any = h("p", {class: "d2-any", hidden: true}), wrong = h("p", {class: "d2-wrong", hidden: true}), question = h("h4"), meta = h("p", {class: "d2-meta"}), table = h("div"), cards = h("div", {class: "d2-cards"}), status = h("p", {class: "d2-status"});
   const sources = Object.keys(index), tabs = sources.length > 1 ? h("div", {class: "d2-tabs"}, sources.map(s => h("button", {"data-source": s, onclick: () => { if (s === model.get("source")) return; model.set("source", s); model.set("at", 0); model.set("rollout", 0); model.save_changes(); }}, s))) : null;
-  const layers = picture.controls({truth: "ground truth", prediction: "prediction", difference: "difference", contours: "contours", prompts: "box and point"});
+  const layers = picture.controls({truth: "ground truth", prediction: "prediction", contours: "contours", fill: "fill", difference: "difference", prompts: "box and point"});
   const heat = h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more", h("span", {class: "d2-hint"}, "point at a word to see where the model looks; a click holds it"));
-  const why = h("p", {class: "d2-notice d2-why", hidden: true});
+  const why = h("p", {class: "d2-notice d2-why", hidden: true}), keys = h("p", {class: "d2-keys"});
   const right = h("div", {class: "d2-right"}, question, meta, table, heat, cards);
-  root.append(h("div", {class: "d2-top"}, h("b", {class: "d2-name"}, about.name), h("span", {class: "d2-lead"}, about.lead), tabs),
-    about.missing ? h("p", {class: "d2-notice"}, about.missing) : "",
-    h("div", {class: "d2-bar"}, byStep.box, bySample.box), h("div", {class: "d2-bar d2-find"}, search, h("label", {class: "d2-sort"}, h("span", {}, "sort by"), sort, flip), count), wrong,
-    h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, why, h("p", {class: "d2-keys"}, h("kbd", {}, "←"), h("kbd", {}, "→"), " step ", h("kbd", {}, "↑"), h("kbd", {}, "↓"), " sample ", h("kbd", {}, "1"), "…", h("kbd", {}, "9"), " rollout")), right));
+  root.append(h("div", {class: "d2-top"}, h("b", {class: "d2-name"}, about.name), h("span", {class: "d2-lead"}, about.lead), tabs), about.missing ? h("p", {class: "d2-notice"}, about.missing) : "");
+  if (!sources.length) { root.append(h("p", {class: "d2-meta"}, about.empty)); return; } // nothing to choose from
+  root.append(
+    h("div", {class: "d2-bar"}, byStep.box, bySample.box), h("div", {class: "d2-bar d2-find"}, search, h("label", {class: "d2-sort"}, h("span", {}, "sort by"), sort, flip), count), wrong, any,
+    h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, why, keys), right));
 
-  const columns = () => index[model.get("source")];
+  const columns = () => model.get("index")[model.get("source")];
   const current = () => steps.find(s => s.groups.includes(model.get("at"))) || steps[0] || {groups: []};
-  function go(at) { if (at === undefined || at === model.get("at")) return; model.set("at", at); model.set("rollout", 0); model.save_changes(); place(); }
+  function fitting(at) { const {group, rollout} = columns(), i = group.findIndex((g, k) => g === at && hit.has(k)); return i < 0 ? 0 : rollout[i]; } // the first rollout that fits
+  function go(at) { if (at === undefined || at === model.get("at")) return; model.set("at", at); model.set("rollout", fitting(at)); model.save_changes(); place(); }
   function pick(rollout) { if (rollout === model.get("rollout")) return; model.set("rollout", rollout); model.save_changes(); }
+  function turned() { // the arrow points where the numbers go
+    fill(flip, descending ? "↓" : "↑");
+    const order = descending ? "descending: the largest first" : "ascending: the smallest first";
+    flip.title = order; flip.setAttribute("aria-label", `${order}; turn the order`);
+  }
+  function sorted() { arrange(); if (list.length) go(list[0]); } // another order begins at its first
+  function example() { // a filter that these columns know
+    const c = columns(), number = ["accuracy>1", "iou>0.5", "reward>2", "tokens<40", "change<0"].filter(e => c[e.match(/^\w+/)[0]]).slice(0, 2);
+    const word = ["difficulty", "kind", "query_type"].find(n => (c[n] || []).some(v => typeof v === "string"));
+    return "filter: " + [...number, ...(word ? [`${word}=${c[word].find(v => typeof v === "string")}`] : [])].join(" ");
+  }
+  function measure() { // the IoU of all rollouts, once it is asked for; a large segmenter draws one at a time instead
+    const wanted = sort.value === "iou" || /(^|\s)iou[<>=!]/.test(search.value);
+    if (!wanted || !about.quick || measured || model.get("source") !== "rollouts" || columns().iou.some(v => v !== null)) return;
+    measured = true; count.textContent = measuring = "measuring IoU…"; model.send({ask: "measure"});
+  }
+  function hint() { // the keys that do something here
+    const key = (...names) => h("span", {class: "d2-keep"}, names.map(n => h("kbd", {}, n))), rollouts = model.get("source") === "rollouts";
+    const turn = bySample.box.hidden ? [" sample "] : [" step ", key("↑", "↓"), " sample "], choice = rollouts ? [key("1"), "…", key("9"), " rollout "] : [key("1", "2"), " before, after "];
+    fill(keys, key("←", "→"), turn, choice, key("+", "−", "0"), " zoom");
+  }
   function fields() {
+    search.placeholder = example();
     const names = Object.keys(columns()).filter(k => !["group", "query", "step", "sample", "rollout"].includes(k));
     fill(sort, h("option", {value: "order"}, model.get("source") === "evaluation" ? "order" : "step"), names.map(n => h("option", {value: n}, words(n))));
     for (const t of tabs ? tabs.children : []) t.setAttribute("aria-pressed", t.dataset.source === model.get("source"));
   }
   function arrange() { // the groups that fit, in order; those of one step share a place on the first slider
-    try { const found = arranged(columns(), search.value, sort.value, flip.getAttribute("aria-pressed") === "true"); list = found.groups; hit = found.hit; wrong.hidden = true; }
+    try { const found = arranged(columns(), search.value, sort.value, descending); list = found.groups; hit = found.hit; wrong.hidden = true; }
     catch (e) { wrong.textContent = e.message; wrong.hidden = false; return; }
     const {group, step} = columns(), of = new Map(group.map((g, i) => [g, step ? step[i] : null])), ranked = sort.value !== "order" || !step;
     steps = [];
     for (const g of list) { const last = steps.at(-1); if (!ranked && last && last.step === of.get(g)) last.groups.push(g); else steps.push({step: of.get(g), groups: [g]}); }
-    byStep.box.firstChild.textContent = ranked ? "place" : "step"; bySample.box.hidden = ranked;
-    const all = new Set(group).size;
-    count.textContent = !list.length ? "nothing fits" : list.length === all ? `${all} samples` : `${list.length} of ${all} samples`;
+    byStep.box.firstChild.textContent = ranked ? "sample" : "step"; bySample.box.hidden = ranked;
+    byStep.range.setAttribute("aria-label", ranked ? "place" : "step");
+    const all = new Set(group).size, each = model.get("source") === "evaluation" ? "answers" : "rollouts", filtered = search.value.trim();
+    const fits = `${list.length} of ${all} samples · ${hit.size} of ${group.length} ${each}`;
+    count.textContent = measuring || (!list.length ? "nothing fits" : filtered ? fits : `${all} samples`);
+    any.hidden = !filtered || !list.length; any.textContent = `A sample stays if one of its ${each} fits; those that do not are pale.`;
+    measure(); hint();
     right.classList.toggle("d2-empty", !list.length);
     if (list.length && !list.includes(model.get("at"))) go(list[0]);
+    else if (filtered && list.length && !columns().group.some((g, i) => g === model.get("at") && columns().rollout[i] === model.get("rollout") && hit.has(i))) pick(fitting(model.get("at")));
     place(); marks();
   }
   function place() { // the sliders where the sample is
     const now = current(), i = steps.indexOf(now), j = now.groups.indexOf(model.get("at"));
     Object.assign(byStep.range, {max: Math.max(steps.length - 1, 0)}); byStep.range.value = i; byStep.range.disabled = steps.length < 2;
-    byStep.out.textContent = i < 0 ? "–" : bySample.box.hidden ? `${i + 1} of ${steps.length}` : `${now.step} of ${steps.at(-1).step}`;
+    byStep.out.textContent = i < 0 ? "–" : bySample.box.hidden ? `${i + 1} of ${steps.length}` : `${now.step} of ${Math.max(...steps.map(s => s.step))}`;
     Object.assign(bySample.range, {max: Math.max(now.groups.length - 1, 0)}); bySample.range.value = j; bySample.range.disabled = now.groups.length < 2;
     bySample.out.textContent = j < 0 ? "–" : `${j + 1} of ${now.groups.length}`;
     for (const r of [byStep.range, bySample.range]) r.style.setProperty("--at", `${100 * r.value / Math.max(r.max, 1)}%`);
@@ -431,10 +465,12 @@ function inspect(model, root) {
   model.on("change:rollout", () => { choose(); const e = cards.querySelector(`[data-rollout="${model.get("rollout")}"]`); if (e && right.scrollHeight > right.clientHeight) right.scrollTo({top: Math.max(0, e.offsetTop - 12), behavior: "smooth"}); });
   model.on("change:at", place);
   model.on("change:source", () => { search.value = ""; fields(); arrange(); });
+  model.on("change:index", () => { measuring = ""; sorted(); });
+  model.on("msg:custom", m => { if (m.measured !== undefined) count.textContent = measuring = m.measured; });
   root.addEventListener("keydown", e => {
     if (e.target.matches("input[type=search],select") || e.ctrlKey || e.metaKey || e.altKey) return;
     const now = current(), i = steps.indexOf(now), j = now.groups.indexOf(model.get("at")), next = steps[i + {ArrowRight: 1, ArrowLeft: -1}[e.key]];
-    const layer = {g: "truth", p: "prediction", d: "difference", c: "contours", b: "prompts"}[e.key];
+    const layer = {g: "truth", p: "prediction", d: "difference", c: "contours", f: "fill", b: "prompts"}[e.key];
     if (e.target.matches(".d2-opacity input") && e.key.startsWith("Arrow")) return;
     if (e.key === "ArrowRight" || e.key === "ArrowLeft") next && go(next.groups[clamp(j, 0, next.groups.length - 1)]);
     else if (e.key === "ArrowUp" || e.key === "ArrowDown") go(now.groups[j + (e.key === "ArrowDown" ? 1 : -1)]);
@@ -443,6 +479,7 @@ function inspect(model, root) {
     else if (!picture.key(e.key)) return;
     e.preventDefault(); e.stopPropagation();
   });
+  turned();
   if (sources.length) { fields(); arrange(); }
   draw();
   return () => picture.observer.disconnect();
@@ -497,7 +534,7 @@ function ask(model, root) {
   const use = which => h("button", {class: "d2-link", hidden: true, "data-pass": which, onclick: () => model.send({ask: "again", pass: which})}, "show its mask");
   const shows = {first: use("first"), second: use("second")};
   const p = model.get("picture"), known = p.truth || p.given.length; // whether there is a ground truth
-  const layers = picture.controls({...(known ? {truth: "ground truth"} : {}), prediction: "mask", ...(p.truth ? {difference: "difference"} : {}), contours: "contours", prompts: "box and point"});
+  const layers = picture.controls({...(known ? {truth: "ground truth"} : {}), prediction: "mask", contours: "contours", fill: "fill", ...(p.truth ? {difference: "difference"} : {}), prompts: "box and point"});
   root.append(h("div", {class: "d2-asked"}, query, go), wrong, h("div", {class: "d2-body"}, h("div", {class: "d2-left"}, picture.frame, layers, status, h("p", {class: "d2-keys"}, "Drag a box or click a point to segment; ", h("kbd", {}, "+"), h("kbd", {}, "−"), " zoom")),
     h("div", {class: "d2-right d2-steps"}, h("section", {}, h("h6", {}, "first pass"), first), h("section", {}, h("h6", {}, "description"), h("div", {class: "d2-asked"}, description, again)), h("section", {}, h("h6", {}, "second pass, asked about the description alone"), second),
       h("p", {class: "d2-entropy"}, "entropy of a token: 0", h("i", {class: "d2-scale"}), "2 nats or more"))));
