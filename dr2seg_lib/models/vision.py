@@ -44,7 +44,7 @@ class EncodedImage:
     deep: tuple = ()  # DeepStack features, each [N,D]
 
 # %% ../../nbs/models/vision.ipynb #9780937b
-def attention_windows(visual, grid: Tensor) -> list[Tensor]:  # grid: [3] of one image
+def attention_windows(visual, grid: Tensor) -> list[Tensor]:  # grid: [3] of one image, on the CPU
     "Patches of an image that see each other in a windowed layer: of each size, [windows,size]."
     unit = visual.spatial_merge_size**2
     sizes = visual.spatial_merge_size, visual.window_size, visual.patch_size
@@ -53,7 +53,7 @@ def attention_windows(visual, grid: Tensor) -> list[Tensor]:  # grid: [3] of one
     lengths = bounds.diff()
     windows = patches.split(lengths[lengths > 0].tolist())
     sizes = sorted({len(w) for w in windows})
-    return [torch.stack([w for w in windows if len(w) == n]).to(grid.device) for n in sizes]
+    return [torch.stack([w for w in windows if len(w) == n]) for n in sizes]
 
 
 def patches_in_layers(visual, grid: Tensor) -> list:  # of attention_windows; None: all see all
@@ -61,7 +61,7 @@ def patches_in_layers(visual, grid: Tensor) -> list:  # of attention_windows; No
     full = set(visual.fullatt_block_indexes)
     if full >= set(range(len(visual.blocks))):
         return [None] * len(visual.blocks)
-    windows = attention_windows(visual, grid)
+    windows = [places.to(visual.device) for places in attention_windows(visual, grid)]
     return [None if layer in full else windows for layer in range(len(visual.blocks))]
 
 # %% ../../nbs/models/vision.ipynb #9780937c
@@ -91,15 +91,15 @@ def embed_patches(visual, pixels: Tensor) -> Tensor:  # [N,3*2*p*p] -> [N,D]
 def image_features(
     visual,  # vision tower of a Qwen2.5-VL or Qwen3-VL
     pixels: Tensor,  # [patches, 3*2*p*p], the patches of all images
-    grid: Tensor,  # [B,3] (t,h,w), patches of each image
+    grid: Tensor,  # [B,3] (t,h,w), patches of each image; on the CPU
 ) -> tuple[Tensor, list]:  # [B*N, D], N = t*h*w / merge^2; DeepStack features, each [B*N, D]
     "Vision tokens of a batch of images."
     if (grid != grid[0]).any() or not hasattr(visual, "fullatt_block_indexes"):
-        out = visual(pixels, grid_thw=grid)
+        out = visual(pixels, grid_thw=grid.to(pixels.device))
         return out.pooler_output, getattr(out, "deepstack_features", [])
     h = embed_patches(visual, pixels)
     places = get_vision_position_ids(grid[:1], visual.spatial_merge_size)
-    rotary = visual.rotary_pos_emb(h, places)
+    rotary = visual.rotary_pos_emb(h, places.to(h.device))
     kind = visual.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
     for block, windows in zip(visual.blocks, patches_in_layers(visual, grid[0])):
@@ -127,7 +127,7 @@ class ImageEncoder:
         batch = processor(squares, do_resize=False, return_tensors="pt")
         visual, grid = self.model.model.visual, batch["image_grid_thw"]
         pixels = batch["pixel_values"].to(visual.device, visual.dtype)
-        tokens, deep = image_features(visual, pixels, grid.to(visual.device))
+        tokens, deep = image_features(visual, pixels, grid)
         lengths = (grid.prod(1) // visual.spatial_merge_size**2).tolist()
         parts = [x.split(lengths) for x in (tokens, *deep)]
         return [EncodedImage(t, g, tuple(d)) for g, t, *d in zip(grid, *parts)]
