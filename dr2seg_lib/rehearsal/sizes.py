@@ -101,13 +101,12 @@ def model_config(name: str, tokenizer):  # of transformers
 
 # %% ../../nbs/rehearsal/sizes.ipynb #147214ca
 def with_depth(config, depth: int):  # depth: layers; 0: all
-    "A config with fewer layers, of its language model and of its vision tower."
+    "A config whose language model has fewer layers."
     config = deepcopy(config)
     if depth:
-        text, vision = config.text_config, config.vision_config
+        text = config.text_config
         text.num_hidden_layers = min(depth, text.num_hidden_layers)
         text.layer_types = (text.layer_types or [])[: text.num_hidden_layers] or None
-        vision.depth = min(depth, vision.depth)
     return config
 
 
@@ -125,7 +124,7 @@ def fake_policy(
     dtype: str = "bfloat16",
     attention: str = "sdpa",
     side: int = 840,  # of the pictures, pixels
-    depth: int = 0,  # layers; 0: all
+    depth: int = 0,  # layers of the language model; 0: all
 ) -> Policy:
     "A policy without weights, on the device."
     if name == "embedded":

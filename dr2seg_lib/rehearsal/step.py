@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FakeAccelerator', 'fake_optimizer', 'fake_state', 'with_own_scorer', 'marked', 'MarkedKeys', 'mark_gradients',
-           'mark_moments', 'RepeatedForward', 'staged_timer', 'staged', 'rehearsing', 'Rehearsal', 'checkpoint_bytes',
-           'answer_batch', 'rehearse_training']
+           'mark_moments', 'RepeatedLayer', 'alike_layers', 'RepeatedForward', 'staged_timer', 'staged', 'rehearsing',
+           'Rehearsal', 'checkpoint_bytes', 'frozen_layers', 'answer_batch', 'rehearse_training']
 
 # %% ../../nbs/rehearsal/step.ipynb #e036d2a2
 from contextlib import ExitStack, contextmanager
@@ -128,28 +128,58 @@ def mark_moments(device: FakeDevice, optimizer):
     optimizer.register_step_post_hook(note)
 
 # %% ../../nbs/rehearsal/step.ipynb #35e171d6
+class RepeatedLayer:
+    "The forward of a layer, carried out once; the layers behind it repeat its work."
+
+    def __init__(self, device: FakeDevice, forward):
+        self.device, self.forward = device, forward
+        self.work = None  # operations and waits
+
+    def __call__(self, hidden: Tensor, **options):
+        with self.device.work.recorded() as self.work:
+            return self.forward(hidden, **options)
+
+    def repeat(self, hidden: Tensor, **options) -> Tensor:
+        "What the layers behind the first one do."
+        self.device.work.add(self.device.account.stage, *self.work)
+        return torch.empty_like(hidden)
+
+
+@contextmanager
+def alike_layers(device: FakeDevice, model):
+    "Inside, of a model's layers only the first is carried out."
+    first, *others = model.model.language_model.layers
+    repeated = RepeatedLayer(device, first.forward)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(first, "forward", repeated))
+        for layer in others:
+            stack.enter_context(mock.patch.object(layer, "forward", repeated.repeat))
+        yield
+
+# %% ../../nbs/rehearsal/step.ipynb #d9fe062a
 class RepeatedForward:
     "A forward pass of decoding, carried out once for each layout."
 
     def __init__(self, device: FakeDevice, forward):
         self.device, self.forward = device, forward
         self.known = {}  # {layout: operations and waits}
-        self.tokens = 0  # steps of decoding
+        self.steps = self.tokens = 0  # of decoding; of all answers under way
 
     def __call__(self, model, embeds: Tensor, positions: Tensor, tree, **options) -> Tensor:
-        self.tokens += 1
+        self.steps += 1
+        self.tokens += len(embeds)
         levels = [(part.shape, level.width) for part, level in zip(tree.parts, tree.levels)]
         layout = embeds.shape, tree.keys.width, tuple(levels)
         work, stage = self.device.work, self.device.account.stage
         if layout in self.known:
             work.add(stage, *self.known[layout])
             return torch.empty_like(embeds)
-        with work.recorded() as recorded:
+        with work.recorded() as recorded, alike_layers(self.device, model):
             hidden = self.forward(model, embeds, positions, tree, **options)
         self.known[layout] = recorded
         return hidden
 
-# %% ../../nbs/rehearsal/step.ipynb #d9fe062a
+# %% ../../nbs/rehearsal/step.ipynb #7a3b4805
 def staged_timer(device: FakeDevice) -> type[StageTimer]:
     "A class of timers that tell the account which stage it is."
 
@@ -173,7 +203,7 @@ def staged(device: FakeDevice, function, stage: str):
 
     return wrapped
 
-# %% ../../nbs/rehearsal/step.ipynb #7a3b4805
+# %% ../../nbs/rehearsal/step.ipynb #95a03b5c
 @contextmanager
 def rehearsing(device: FakeDevice, state: trainer.TrainingState, lengths: AnswerLengths):
     "Inside, the engine is sorted, scripted and staged; gives the repeated forward."
@@ -196,12 +226,14 @@ def rehearsing(device: FakeDevice, state: trainer.TrainingState, lengths: Answer
             stack.enter_context(mock.patch.object(*place))
         yield repeated
 
-# %% ../../nbs/rehearsal/step.ipynb #f9716ffc
+# %% ../../nbs/rehearsal/step.ipynb #6008f23e
 class Rehearsal(NamedTuple):
     "What a rehearsal found."
 
     device: FakeDevice  # with account and work of each stage
     decoded: int  # steps of decoding of one training step, of all passes
+    tokens: int  # that were computed in them, over all slots
+    frozen: list  # of each layer its frozen parameters
     reduced: int  # bytes summed over processes in a step
     checkpoint: int  # bytes of a checkpoint
     row: dict  # the step's row of metrics
@@ -213,13 +245,19 @@ def checkpoint_bytes(policy: Policy, optimizer) -> int:
     return sum(x.nbytes for x in state if isinstance(x, Tensor))
 
 
+def frozen_layers(policy: Policy) -> list[list[Tensor]]:
+    "Of each layer of the language model its frozen parameters."
+    layers = policy.model.model.language_model.layers
+    return [[p for p in layer.parameters() if not p.requires_grad] for layer in layers]
+
+
 def answer_batch(state: trainer.TrainingState, samples: list, config: TrainConfig):
     "A batch of the evaluation."
     method, limit = state.method, config.rollout.max_new_tokens
     with torch.no_grad(), state.policy.unsharded():
         answer_greedily(state.policy, samples, method.prompt, limit, method.parse)
 
-# %% ../../nbs/rehearsal/step.ipynb #6008f23e
+# %% ../../nbs/rehearsal/step.ipynb #8c6e602b
 def rehearse_training(
     config: TrainConfig,
     lengths: AnswerLengths = USUAL,
@@ -235,9 +273,9 @@ def rehearse_training(
             state = fake_state(device, config, depth, side)
         with rehearsing(device, state, lengths) as repeated:
             row, _ = trainer.train_step(state, samples, config, step=1)
-            decoded, reduced = repeated.tokens, state.accelerator.reduced
+            decoded, reduced = (repeated.steps, repeated.tokens), state.accelerator.reduced
             with in_stage(device.account, "checkpoint"):
                 checkpoint = checkpoint_bytes(state.policy, state.optimizer)
             with in_stage(device.account, "evaluation"):
                 answer_batch(state, [data[i] for i in range(held_out)], config)
-    return Rehearsal(device, decoded, reduced, checkpoint, row)
+    return Rehearsal(device, *decoded, frozen_layers(state.policy), reduced, checkpoint, row)
