@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'GIB', 'SHARDED', 'SEGMENTER_PARAMETERS', 'SCORER_PARAMETERS', 'STEP_STAGES', 'BETWEEN_NODES', 'SHALLOW',
-           'NOTES', 'COLUMNS', 'PlanRequest', 'planned_steps', 'plan_config', 'divided_layers', 'other_models',
-           'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times', 'deep_peaks',
-           'next_setting', 'nearest_setting', 'plan_training', 'trained_gib', 'table_row', 'fit_sentence', 'plan_text']
+           'NOTES', 'COLUMNS', 'PlanRequest', 'planned_steps', 'plan_config', 'divide_frozen', 'divide_trained',
+           'other_models', 'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times',
+           'deep_peaks', 'next_setting', 'nearest_setting', 'plan_training', 'table_row', 'fit_sentence', 'plan_text']
 
 # %% ../../nbs/rehearsal/plan.ipynb #7e758a35
 import math
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from ..core.parameters import TrainConfig
 from ..core.presets import with_preset
 from ..core.text_table import rows_table
-from .account import ADAPTER, WEIGHTS
+from .account import GRADIENTS, OPTIMIZER, WEIGHTS
 from .answers import USUAL, AnswerLengths
 from .gpus import USUAL_EFFICIENCY, find_gpu, stage_seconds, usable_gib
 from .step import Rehearsal, rehearse_training
@@ -69,18 +69,28 @@ def plan_config(preset: str, given: dict, processes: int) -> TrainConfig:
 
 # %% ../../nbs/rehearsal/plan.ipynb #fad973b8
 GIB = 2**30
-SHARDED = "reference", "update"  # where divided weights stay so
+SHARDED = "reference", "update", "reward", "checkpoint", "start"  # where weights stay divided
 SEGMENTER_PARAMETERS = {"facebook/sam2-hiera-large": 224.4e6}  # in float32, loaded to evaluate
 SCORER_PARAMETERS = {"ViT-B-32:openai": 151.3e6}  # in float32
 
 
-def divided_layers(rehearsal: Rehearsal, config: TrainConfig) -> int:  # bytes
-    "What a process is spared where weights are divided."
-    processes = config.runtime.processes
-    if not config.runtime.shard or processes == 1:
-        return 0
-    layers = [sum(p.nbytes for p in layer) for layer in rehearsal.frozen]
-    return int(sum(layers) * (1 - 1 / processes)) - 2 * max(layers)
+def divide_frozen(held: dict, rehearsal: Rehearsal, processes: int, stage: str) -> dict:
+    "What holds memory where frozen layers are divided."
+    layers = rehearsal.layers
+    if stage not in SHARDED or len(layers) < 3:
+        return held
+    spared = int(sum(layers) * (1 - 1 / processes)) - 2 * max(layers)
+    return held | {WEIGHTS: held[WEIGHTS] - max(0, spared)}
+
+
+def divide_trained(held: dict, rehearsal: Rehearsal, processes: int, stage: str) -> dict:
+    "What holds memory where all that is trained is divided; rehearsed in half precision."
+    trained, layers = rehearsal.trained, rehearsal.layers
+    ends = trained - sum(layers)  # embedding, output layer, norm
+    gathered = ends + 2 * max(layers) if stage in SHARDED else trained
+    weights = held[WEIGHTS] - 2 * trained + (2 * trained + trained) // processes + gathered
+    doubled = {k: 2 * held.get(k, 0) // processes for k in (GRADIENTS, OPTIMIZER)}
+    return held | doubled | {WEIGHTS: weights}
 
 
 def other_models(config: TrainConfig, stage: str) -> int:  # bytes
@@ -94,8 +104,12 @@ def other_models(config: TrainConfig, stage: str) -> int:  # bytes
 def stage_memory(rehearsal: Rehearsal, config: TrainConfig, stage: str) -> dict:  # {kind: bytes}
     "What holds the memory of a stage at its peak."
     held = {kind: n for kind, n in rehearsal.device.account.holders[stage].items() if n}
-    if stage in SHARDED:
-        held[WEIGHTS] -= divided_layers(rehearsal, config)
+    processes, full = config.runtime.processes, config.model.tune == "full"
+    if config.runtime.shard and stage != "build":
+        if full:
+            held = divide_trained(held, rehearsal, processes, stage)
+        elif processes > 1:
+            held = divide_frozen(held, rehearsal, processes, stage)
     return held | {"other models": other_models(config, stage)}
 
 # %% ../../nbs/rehearsal/plan.ipynb #22a64fd8
@@ -219,22 +233,17 @@ def plan_training(config: TrainConfig, request: PlanRequest, search: bool = True
     rows = [stage_row(rehearsal, config, request, stage) for stage in stages]
     peaks = {row["stage"]: row["peak_gib"] for row in rows}
     usable = usable_gib(find_gpu(request.gpu))
-    peak, layers = max(peaks.values()), len(rehearsal.frozen)
+    peak, layers = max(peaks.values()), len(rehearsal.layers)
     nearest = nearest_setting(config, request, peaks, layers) if search else None
     asked = asdict(request) | dict(processes=request.processes, model=config.model.name)
     waits = [sum(row["waits"].values()) for row in rows if row["stage"] in ("first", "second")]
     memory = dict(peak_gib=peak, usable_gib=usable, fits=peak <= usable, nearest=nearest)
-    sizes = dict(checkpoint_gib=rehearsal.checkpoint / GIB, trained_gib=trained_gib(rows))
+    sizes = dict(checkpoint_gib=rehearsal.checkpoint / GIB, trained_gib=rehearsal.trained / GIB)
     tokens = dict(decoding_steps=rehearsal.decoded, waits_per_step=sum(waits) / rehearsal.decoded)
     tokens["waits_per_token"] = sum(waits) / rehearsal.tokens
     times = run_times(rows, config, network_seconds(rehearsal, request))
     facts = memory | sizes | tokens | times | dict(stages=rows, notes=NOTES)
     return dict(asked=asked, efficiency=asdict(USUAL_EFFICIENCY), **facts)
-
-
-def trained_gib(rows: list[dict]) -> float:
-    "What the adapter takes."
-    return max(row["holds_gib"].get(ADAPTER, 0.0) for row in rows)
 
 # %% ../../nbs/rehearsal/plan.ipynb #8ef5702d
 COLUMNS = dict(

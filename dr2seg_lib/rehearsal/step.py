@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FakeAccelerator', 'fake_optimizer', 'fake_state', 'with_own_scorer', 'marked', 'MarkedKeys', 'mark_gradients',
            'mark_moments', 'RepeatedLayer', 'alike_layers', 'RepeatedForward', 'staged_timer', 'staged', 'rehearsing',
-           'Rehearsal', 'checkpoint_bytes', 'frozen_layers', 'answer_batch', 'rehearse_training']
+           'Rehearsal', 'checkpoint_bytes', 'layer_bytes', 'answer_batch', 'rehearse_training']
 
 # %% ../../nbs/rehearsal/step.ipynb #e036d2a2
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,15 @@ from ..data.mini import MiniReasonSeg
 from ..evaluation.evaluate import answer_greedily
 from ..models import decoding, prefix_tree, sampling
 from ..models.policy import Policy
-from .account import GRADIENTS, KEYS, OPTIMIZER, in_stage, mark
+from dr2seg_lib.rehearsal.account import (
+    GRADIENTS,
+    KEYS,
+    OPTIMIZER,
+    WEIGHTS,
+    in_stage,
+    mark,
+    of_kind,
+)
 from .answers import USUAL, AnswerLengths, scripted_record
 from .fake_device import CUDA, FakeDevice
 from .sizes import add_fake_lora, fake_policy
@@ -73,7 +81,11 @@ def fake_state(
     policy = fake_policy(device, model.name, model.dtype, runtime.attention, side, depth)
     policy.max_question_tokens = config.data.max_question_tokens
     policy.answers_at_once = runtime.answers_at_once
-    add_fake_lora(device, policy, config)
+    if model.tune == "full":
+        with of_kind(device.account, WEIGHTS):
+            policy.unfreeze()
+    else:
+        add_fake_lora(device, policy, config)
     if runtime.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     accelerator = FakeAccelerator(runtime.processes)
@@ -233,7 +245,8 @@ class Rehearsal(NamedTuple):
     device: FakeDevice  # with account and work of each stage
     decoded: int  # steps of decoding of one training step, of all passes
     tokens: int  # that were computed in them, over all slots
-    frozen: list  # of each layer its frozen parameters
+    layers: list  # of each layer the bytes of its parameters
+    trained: int  # bytes of all parameters under training
     reduced: int  # bytes summed over processes in a step
     checkpoint: int  # bytes of a checkpoint
     row: dict  # the step's row of metrics
@@ -245,10 +258,12 @@ def checkpoint_bytes(policy: Policy, optimizer) -> int:
     return sum(x.nbytes for x in state if isinstance(x, Tensor))
 
 
-def frozen_layers(policy: Policy) -> list[list[Tensor]]:
-    "Of each layer of the language model its frozen parameters."
-    layers = policy.model.model.language_model.layers
-    return [[p for p in layer.parameters() if not p.requires_grad] for layer in layers]
+def layer_bytes(policy: Policy) -> list[int]:
+    "What each layer of the language model holds, without its adapter."
+    layers, full = policy.model.model.language_model.layers, policy.adapter is None
+    return [
+        sum(p.nbytes for p in layer.parameters() if full or not p.requires_grad) for layer in layers
+    ]
 
 
 def answer_batch(state: trainer.TrainingState, samples: list, config: TrainConfig):
@@ -278,4 +293,6 @@ def rehearse_training(
                 checkpoint = checkpoint_bytes(state.policy, state.optimizer)
             with in_stage(device.account, "evaluation"):
                 answer_batch(state, [data[i] for i in range(held_out)], config)
-    return Rehearsal(device, *decoded, frozen_layers(state.policy), reduced, checkpoint, row)
+    trained = sum(p.nbytes for _, p in state.policy.trainable())
+    sizes = layer_bytes(state.policy), trained
+    return Rehearsal(device, *decoded, *sizes, reduced, checkpoint, row)
