@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['aten', 'CUDA', 'KNOWN_SIZE', 'READS', 'ALIKE', 'SUPPORTED', 'Known', 'known_values', 'distrust', 'written_arguments',
            'is_countable', 'on_the_host', 'compute_known', 'FakeDevice', 'is_cuda', 'passing_through', 'read_scalar',
-           'answer_by_values', 'compare', 'require_one_type', 'fused_attention', 'attend', 'make_tensor', 'all_at_once']
+           'answer_by_values', 'compare', 'is_blind', 'require_one_type', 'fused_attention', 'attend', 'make_tensor',
+           'placed', 'get_item', 'set_item', 'all_at_once']
 
 # %% ../../nbs/rehearsal/fake_device.ipynb #c11621ad
 from collections import Counter
@@ -223,6 +224,11 @@ def copy_over(self: FakeDevice, func, args: tuple, kwargs: dict):
     return self.compute(func, args, kwargs)
 
 # %% ../../nbs/rehearsal/fake_device.ipynb #bffa07c0
+def is_blind(x: Tensor) -> bool:
+    "Whether torch has made a tensor on its own device without numbers, past the fake one."
+    return not isinstance(x, FakeTensor) and x.device.type == "meta"
+
+
 ALIKE = (
     "mm bmm addmm baddbmm index_put index_put_ _index_put_impl_ masked_scatter "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
@@ -230,7 +236,9 @@ ALIKE = (
 
 
 def require_one_type(name: str, args: tuple):
-    "Refuses numbers of unlike types where the GPU's kernel does."
+    "Refuses numbers of unlike types where the GPU's kernel does, and what torch has made blindly."
+    if any(isinstance(x, Tensor) and is_blind(x) for x in tree_leaves(args)):
+        raise RuntimeError(f"{name}: a tensor was made without values; make it on the host")
     numbers = [x for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
     dtypes = sorted({str(x.dtype) for x in numbers})
     if name in ALIKE and len(dtypes) > 1:
@@ -299,7 +307,26 @@ def make_tensor(data, *rest, plain=torch.tensor, **options):
         data = [x.item() if isinstance(x, FakeTensor) else x for x in data]
     return plain(data, *rest, **options)
 
-# %% ../../nbs/rehearsal/fake_device.ipynb #c4b9919d
+# %% ../../nbs/rehearsal/fake_device.ipynb #bd8a0a18
+def placed(index):
+    "An index of a tensor, its lists as tensors on the device."
+    if isinstance(index, tuple):
+        return tuple(map(placed, index))
+    if isinstance(index, (list, range)):
+        return torch.tensor(list(index)).to(CUDA)
+    return index
+
+
+def get_item(x: FakeTensor, index):
+    "What lies at an index."
+    return Tensor.__getitem__(x, placed(index))
+
+
+def set_item(x: FakeTensor, index, value):
+    "Puts something at an index."
+    Tensor.__setitem__(x, placed(index), value)
+
+# %% ../../nbs/rehearsal/fake_device.ipynb #85bc858e
 SUPPORTED = "_get_foreach_kernels_supported_devices"
 
 
@@ -319,6 +346,8 @@ def active(self: FakeDevice):
     with ExitStack() as stack:
         stack.callback(joined_attention.proven.cache_clear)
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", listed))
+        stack.enter_context(mock.patch.object(FakeTensor, "__getitem__", get_item))
+        stack.enter_context(mock.patch.object(FakeTensor, "__setitem__", set_item))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
         stack.enter_context(mock.patch.object(torch, "tensor", make_tensor))
         stack.enter_context(mock.patch.object(_foreach_utils, SUPPORTED, all_at_once))

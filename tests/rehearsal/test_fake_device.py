@@ -40,6 +40,14 @@ def test_what_is_written_into_a_view_is_seen_in_the_whole(device):
     assert x.tolist() == [[0, 0, 0], [5, 5, 0]]
 
 
+def test_a_list_is_an_index_with_values(device):
+    x = torch.arange(12).view(4, 3).to("cuda")
+    assert x[[2, 0], :2].tolist() == [[6, 7], [0, 1]]
+    assert x[range(1, 3)].tolist() == [[3, 4, 5], [6, 7, 8]]
+    x[[0, 1], 0] = 9
+    assert x[:, 0].tolist() == [9, 9, 6, 9]
+
+
 def test_what_is_not_known_makes_its_place_unknown(device):
     x = torch.zeros(4, dtype=torch.long, device="cuda")
     view = x[1:]
