@@ -19,7 +19,7 @@ from .prefix_tree import Level, Prefix, forward_new_tokens, level_parts
 # %% ../../nbs/models/decoding.ipynb #20000000
 BLOCK = 8  # columns by which the attended part of the buffers grows
 
-
+# %% ../../nbs/models/decoding.ipynb #d69ed19a
 class AnswerKeys:
     "Keys and values of the answers under way, [S,H,T,d] a layer; written one column a step."
 

@@ -69,8 +69,8 @@ class Prefilling:
         rows: Tensor | None = None,  # [B] on the CPU: the row of `prefix` with each text's image
     ) -> Prefix:
         "Go over B prompts, images before text, once. Under autograd it carries gradients."
-        ids, attention, is_image = self.prompt_ids(texts, encoded)
-        embeds, positions = embed_prompts(self.model, ids, attention, is_image, encoded)
+        prompts = _, attention, is_image = self.prompt_ids(texts, encoded)
+        embeds, positions = embed_prompts(self.model, *prompts, encoded)
         if prefix is None:
             new, above = attention == 1, []
             deepstack = deepstack_inputs(encoded, is_image[new])
@@ -78,10 +78,9 @@ class Prefilling:
             columns, deepstack = columns_to_image_end(is_image, attention), {}
             new, above = tokens_behind(attention, columns), [prefix.image_level(rows, columns)]
         tree = NewTokens(new.sum(1).tolist(), above, embeds.device, embeds.dtype)
-        inputs = embeds[new], positions[:, new].to(embeds.device), tree
+        places = positions[:, new].to(embeds.device)
         with nullcontext() if torch.is_grad_enabled() else self.merged_adapter():
-            hidden = forward_new_tokens(self.model, *inputs, **deepstack)
-        last = torch.tensor(tree.lengths).cumsum(0) - 1
-        logits = self.model.lm_head(hidden[last.to(hidden.device)]).float()
-        start = (positions.amax((0, 2)) + 1).to(logits.device)
-        return Prefix([*above, tree.as_level()], start, logits)
+            hidden = forward_new_tokens(self.model, embeds[new], places, tree, **deepstack)
+        last = (torch.tensor(tree.lengths).cumsum(0) - 1).to(hidden.device)
+        logits = self.model.lm_head(hidden[last]).float()
+        return Prefix([*above, tree.as_level()], positions.amax((0, 2)).to(last.device) + 1, logits)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/rehearsal/account.ipynb #1b0c17e1
@@ -19,7 +20,7 @@ BLOCK = 512  # bytes, of torch's allocator for GPUs
 WEIGHTS, ADAPTER, GRADIENTS = "weights", "adapter", "gradients"
 OPTIMIZER, KEYS, ACTIVATIONS = "optimizer", "keys and values", "activations"
 
-
+# %% ../../nbs/rehearsal/account.ipynb #4b4454e6
 class MemoryAccount:
     "What is alive on a fake device, and the peak of each stage with what held it."
 
@@ -47,10 +48,12 @@ class MemoryAccount:
         if self.now > self.peaks.get(self.stage, -1):
             self.peaks[self.stage], self.holders[self.stage] = self.now, dict(self.sums)
 
-    def strike(self, key: int):
-        "A storage is freed."
-        size, kind = self.live.pop(key)
-        self.add(-size, kind)
+# %% ../../nbs/rehearsal/account.ipynb #99c9b1e2
+@patch
+def strike(self: MemoryAccount, key: int):
+    "A storage is freed."
+    size, kind = self.live.pop(key)
+    self.add(-size, kind)
 
 # %% ../../nbs/rehearsal/account.ipynb #6fd02789
 def mark(account: MemoryAccount, tensors: Iterable[Tensor], kind: str):

@@ -208,7 +208,7 @@ def index_by_places(self: FakeDevice, indices: list) -> list:
         places += [self.put(column) for column in columns]
     return places
 
-
+# %% ../../nbs/rehearsal/fake_device.ipynb #1a5cf357
 @patch
 def copy_over(self: FakeDevice, func, args: tuple, kwargs: dict):
     "A copy to the host, to the device, or into another type."
@@ -256,7 +256,7 @@ def carry_out(self: FakeDevice, func, args: tuple, kwargs: dict):
         args = args[0], self.index_by_places(args[1])
     return self.compute(func, args, kwargs)
 
-
+# %% ../../nbs/rehearsal/fake_device.ipynb #c8ed6820
 @patch
 def compute(self: FakeDevice, func, args: tuple, kwargs: dict):
     "An operation by its rule for shapes, noted."

@@ -70,7 +70,7 @@ def operation_seconds(operation: Operation, gpu: Gpu, efficiency: Efficiency) ->
     moving = operation.bytes / (gpu.bandwidth * 1e12 * efficiency.bandwidth)
     return max(arithmetic, moving, efficiency.launch)
 
-
+# %% ../../nbs/rehearsal/gpus.ipynb #21267d6f
 def stage_seconds(
     operations: Counter,  # of Operation
     waits: Counter,  # of the host for the device

@@ -100,7 +100,7 @@ def other_models(config: TrainConfig, stage: str) -> int:  # bytes
         held += SEGMENTER_PARAMETERS.get(config.segmenter, 0)
     return int(4 * held)
 
-
+# %% ../../nbs/rehearsal/plan.ipynb #1af2175f
 def stage_memory(rehearsal: Rehearsal, config: TrainConfig, stage: str) -> dict:  # {kind: bytes}
     "What holds the memory of a stage at its peak."
     held = {kind: n for kind, n in rehearsal.device.account.holders[stage].items() if n}
@@ -124,7 +124,7 @@ def network_seconds(rehearsal: Rehearsal, request: PlanRequest) -> float:
     moved = 2 * rehearsal.reduced * (n - 1) / n
     return moved / (link * 1e9 * USUAL_EFFICIENCY.link)
 
-
+# %% ../../nbs/rehearsal/plan.ipynb #4d82b1f0
 def stage_row(
     rehearsal: Rehearsal, config: TrainConfig, request: PlanRequest, stage: str
 ) -> dict:  # of the plan
@@ -198,7 +198,7 @@ def next_setting(config: TrainConfig, stage: str) -> dict | None:  # runtime's; 
         return dict(answers_at_once=at_once // 2)
     return None
 
-
+# %% ../../nbs/rehearsal/plan.ipynb #ab3668b2
 def nearest_setting(
     config: TrainConfig, request: PlanRequest, peaks: dict, layers: int, tries: int = 6
 ) -> dict | None:  # of runtime, empty where it fits as it is; None: nothing does
@@ -275,7 +275,7 @@ def fit_sentence(plan: dict) -> str:
     changes = " ".join(f"-p runtime.{k} {str(v).lower()}" for k, v in plan["nearest"].items())
     return begin + f": it does not fit. This does: {changes}"
 
-
+# %% ../../nbs/rehearsal/plan.ipynb #a61494e8
 def plan_text(plan: dict) -> str:
     "A plan as the command prints it."
     table = rows_table([table_row(row) for row in plan["stages"]], COLUMNS).markdown

@@ -47,6 +47,8 @@ THREE = dict(
     num_key_value_heads=2,
     intermediate_size=11008,
 )
+
+# %% ../../nbs/rehearsal/sizes.ipynb #b32340bd
 TIED = "tie_word_embeddings"
 PUBLISHED = {
     "Qwen/Qwen2.5-VL-7B-Instruct": SEVEN | {TIED: False},

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+# %% ../../nbs/rehearsal/step.ipynb #e1ec4d4e
 from ..core.parameters import TrainConfig
 from ..data.mini import MiniReasonSeg
 from ..evaluation.evaluate import answer_greedily
@@ -69,7 +70,7 @@ def fake_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer
         group["foreach"] = True
     return optimizer
 
-
+# %% ../../nbs/rehearsal/step.ipynb #c11302dc
 def fake_state(
     device: FakeDevice,  # active
     config: TrainConfig,

@@ -45,7 +45,7 @@ FREE = (
     "empty_strided new_empty new_empty_strided diagonal view_as_real view_as_complex real imag"
 ).split()
 
-
+# %% ../../nbs/rehearsal/work.ipynb #fd7d2e6d
 class WorkCounter:
     "The operations of each stage, and how often the host had to wait for the device in it."
 
