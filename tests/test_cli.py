@@ -1407,6 +1407,15 @@ def test_a_sweep_of_version_0_1_goes_on(tmp_path, capsys):
         resumed(tmp_path / "run", ("lora.rank", "8"), experiment="ablate")
 
 
+def test_which_arms_are_compared_may_change_on_a_resume(tmp_path):
+    "What a sweep says of itself at its end is no part of its runs, and old runs did not record it."
+    begun = dict(methods=["seg_zero", "dpad"], seeds=[0], preset="", config={}, workers=1)
+    Run.create(tmp_path / "run", begun, bar=False).finish("interrupted")
+    pairs = '{"dpad": "seg_zero"}'
+    values = resumed(tmp_path / "run", ("against", pairs), experiment="compare")
+    assert values["against"] == {"dpad": "seg_zero"}
+
+
 def test_a_training_of_version_0_1_goes_on(tmp_path):
     old = dict(recipe="dpad", rank=4, steps=9, lr=0.5, out="x", resume=False)
     Run.create(tmp_path / "run", old, bar=False).finish("failed")

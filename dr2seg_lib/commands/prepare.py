@@ -121,7 +121,7 @@ def check_trust(args, recorded: dict, given: dict):
     )
 
 # %% ../../nbs/commands/prepare.ipynb #97af0bb1
-RESUME_MAY_CHANGE = "processes", "workers"  # of a notebook without a configuration
+RESUME_MAY_CHANGE = "processes", "workers", "against"  # of a notebook without a configuration
 
 
 def check_changes(args, notebook: Path, recorded: dict, given: dict):  # both spread

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import wraps
 
 import torch
+from fastcore.basics import patch
 from torch import distributed
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -48,7 +49,6 @@ def shard_frozen(layer):  # the layer
     trained = {p for p in layer.parameters() if p.requires_grad}
     return fully_shard(layer, ignored_params=trained)
 
-
 # %% ../../nbs/models/parallel.ipynb #f5d20011
 class TiedEnds(torch.nn.Module):
     "An embedding and an output layer that share a matrix, as one module; each is called as before."
@@ -64,7 +64,7 @@ class TiedEnds(torch.nn.Module):
             register_fsdp_forward_method(self, name)
             part.forward = getattr(self, name)
 
-
+# %% ../../nbs/models/parallel.ipynb #f5d20012
 def shard_trained(
     core,  # a language model
     head,  # its output layer
@@ -85,7 +85,6 @@ def shard_trained(
         ends[0].register()
     share_comm_ctx(shards)
     return shards
-
 
 # %% ../../nbs/models/parallel.ipynb #f5d20003
 def whole(
@@ -133,15 +132,17 @@ class Sharding:
             shard_trained(copied, head, head.weight.dtype)
         return self
 
-    @contextmanager
-    def unsharded(self):
-        "Inside, divided weights are whole in every process, and each may do what it likes."
+# %% ../../nbs/models/parallel.ipynb #f5d20013
+@patch
+@contextmanager
+def unsharded(self: Sharding):
+    "Inside, divided weights are whole in every process, and each may do what it likes."
+    for layer in self.shards:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
         for layer in self.shards:
-            layer.set_reshard_after_forward(False)
-            layer.unshard()
-        try:
-            yield
-        finally:
-            for layer in self.shards:
-                layer.set_reshard_after_forward(True)
-                layer.reshard()
+            layer.set_reshard_after_forward(True)
+            layer.reshard()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['stored_predictions', 'write_evaluation', 'forget_after', 'held_out_batch', 'held_out_segmenter', 'answer_held_out',
-           'evaluate_and_save']
+           'evaluate_and_save', 'start_of_run', 'take_start']
 
 # %% ../../nbs/training/both_ends.ipynb #9bc4b432
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -122,3 +123,27 @@ def evaluate_and_save(
             write_jsonl(run.folder / f"predictions_{when}.jsonl", rows)
     if first:
         write_evaluation(run, when, info, rows)
+
+# %% ../../nbs/training/both_ends.ipynb #5a4e0002
+def start_of_run(config: TrainConfig) -> tuple:
+    "All that the answers before training depend on: alike in two runs, they need asking once."
+    asked = config.evaluation.data or config.data.name, config.evaluation.samples
+    limits = config.rollout.max_new_tokens, config.data.max_question_tokens
+    start = config.model, config.start, config.start_form, config.method.name, config.method.prompt
+    return *start, config.segmenter, *asked, *limits
+
+
+def take_start(
+    run: Run,
+    other: Path | None,  # the folder of a run with the same start; None: there is none
+    config: TrainConfig,
+    data: Sequence | None,  # of Sample
+):
+    "Takes over what another run was answered before its training, if that is whole."
+    if data is None or other is None:
+        return
+    info = dataset_info(data, config.evaluation.data or config.data.name, "val")
+    rows = stored_predictions(Run.open(other), "before", info, len(data))
+    if rows is not None and stored_predictions(run, "before", info, len(data)) is None:
+        write_jsonl(run.folder / "predictions_before.jsonl", rows)
+        write_evaluation(run, "before", info, rows)

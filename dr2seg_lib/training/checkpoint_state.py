@@ -58,7 +58,7 @@ def whole_state(
     weights = {n: whole(p.detach(), keep) for n, p in policy.trainable()}
     return weights, tree_map(partial(whole, keep=keep), optimizer.state_dict())
 
-
+# %% ../../nbs/training/checkpoint_state.ipynb #f5d20021
 def save_state(
     policy: Policy,
     state: tuple[dict, dict],  # of `whole_state`
@@ -94,7 +94,7 @@ def cut_moments(optimizer, saved: dict) -> dict:  # states of an optimizer
     }
     return saved | dict(state=moments)
 
-
+# %% ../../nbs/training/checkpoint_state.ipynb #f5d20022
 def load_state(policy: Policy, optimizer, folder: Path):
     "The inverse of `save_state`, into a policy that was prepared the same way."
     name = "adapter_model.safetensors" if policy.adapter is not None else "weights.safetensors"

@@ -102,8 +102,8 @@ def go_deep(batch: Microbatch) -> Microbatch:
 
 
 def fill_to(shared: list[Microbatch], count: int, spare: Microbatch) -> list[Microbatch]:
-    "So many microbatches behind one prefix; a list without any is behind the spare one's."
-    groups = (shared or [spare])[0].groups
+    "So many microbatches behind one prefix: their own, or a prompt of the spare one."
+    groups = shared[0].groups if shared else spare.groups[:1]
     more = [idle(spare, groups) for _ in range(count - len(shared))]
     return [go_deep(batch) for batch in shared] + more
 

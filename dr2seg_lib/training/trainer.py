@@ -43,7 +43,7 @@ from ..runs.launch import destroy_process_group, launch_processes, open_run
 from ..runs.run_folder import Run
 from ..runs.status import read_results, update_record
 from .batches import other_stream, read_samples, sample_batch
-from .both_ends import evaluate_and_save, forget_after
+from .both_ends import evaluate_and_save, forget_after, take_start
 from .checkpoint_state import load_state, save_state, whole_state
 from .config import TrainingData, check_training
 from .contrast import draw_again, mark_drawn
@@ -371,6 +371,7 @@ def train(
     config: TrainConfig,
     out,  # the run's folder
     resume: bool = False,
+    alike: Path | None = None,  # the folder of a run that begins from the same answers
 ) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
     data = check_training(config, Path(out) if resume else None)
@@ -388,6 +389,7 @@ def train(
             check_disjoint(data.train, data.held_out)
         state = serve_policy(build_training_state(config, run.folder), config, run, stack)
         record_start(run, state, config, data)
+        take_start(run, alike, config, data.held_out)
         run_steps(run, state, config, data, checkpoint)
     return run
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['prefill_groups', 'grpo_loss', 'sum_gradients', 'optimizer_step', 'backward_shared', 'accumulate_gradients',
-           'score_by_reference', 'update_policy']
+           'score_by_reference', 'split_step', 'update_policy']
 
 # %% ../../nbs/training/update.ipynb #09d67a56
 import math
@@ -57,7 +57,7 @@ def sum_gradients(policy: Policy, accelerator: Accelerator):
         if own_part(p) is p:
             p.grad = accelerator.reduce(p.grad, "sum")
 
-
+# %% ../../nbs/training/update.ipynb #f5d20031
 def optimizer_step(
     policy: Policy, optimizer, accelerator: Accelerator, max_norm: float, loss: float
 ) -> float:  # norm of the gradient before clipping
@@ -129,6 +129,20 @@ def score_by_reference(policy: Policy, rollouts: Rollouts, batches: list[list[Mi
         for batch in shared:
             batch.reference = policy.logprobs(prefix, batch.ids, batch.mask)
 
+# %% ../../nbs/training/update.ipynb #f5d20032
+def split_step(
+    policy: Policy,
+    accelerator: Accelerator,
+    rollouts: Rollouts,
+    advantage: Tensor,
+    config: TrainConfig,
+) -> list[list[Microbatch]]:
+    "The step's microbatches, weighted; with divided weights as many in every process."
+    prompts = policy.prompt_ids(rollouts.texts, rollouts.encoded)[1].sum(1).tolist()
+    batches = microbatches(rollouts, advantage, prompts, config.runtime.max_tokens)
+    weigh_tokens(batches, accelerator, rollouts.completions.mask, config.optim.average)
+    return keep_in_step(batches) if policy.shards else batches
+
 # %% ../../nbs/training/update.ipynb #a8f00006
 def update_policy(
     policy: Policy,
@@ -141,11 +155,7 @@ def update_policy(
 ) -> dict:  # loss, kl, grad_norm
     "One GRPO update, or `optim.updates` of them, on a step's answers."
     optim, losses, kls, norm = config.optim, [], [], 0.0
-    prompts = policy.prompt_ids(rollouts.texts, rollouts.encoded)[1].sum(1).tolist()
-    batches = microbatches(rollouts, advantage, prompts, config.runtime.max_tokens)
-    weigh_tokens(batches, accelerator, rollouts.completions.mask, optim.average)
-    if policy.shards:
-        batches = keep_in_step(batches)
+    batches = split_step(policy, accelerator, rollouts, advantage, config)
     with clock("reference"), policy.reference():
         if optim.kl:
             score_by_reference(policy, rollouts, batches)

@@ -2,11 +2,13 @@
 
 import pytest
 
-from dr2seg_lib.core.files import read_json
-from dr2seg_lib.experiments.sweeps import arm_results, run_sweep
+from dr2seg_lib.core.files import read_json, read_jsonl
+from dr2seg_lib.experiments.sweeps import arm_results, find_alike, run_sweep
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import run_status
+from dr2seg_lib.training import both_ends
 from dr2seg_lib.training.config import TrainConfig
+from dr2seg_lib.training.trainer import train
 from dr2seg_lib.viewing.tables import arms_table
 
 SMALL = dict(
@@ -60,3 +62,29 @@ def test_done_runs_are_left_alone(swept):
     with again:
         run_sweep(again, {"vr-s0": configs["vr-s0"]})
     assert read_json(run.folder / "vr-s0/run.json") == before
+
+
+def test_the_start_is_asked_once(swept, tmp_path, monkeypatch):
+    "A later seed takes the answers of the first; they are those that it would have given."
+    run, configs, _ = swept
+    asked, answer = [], both_ends.answer_held_out
+
+    def noted(*args):
+        asked.append(args[6])
+        return answer(*args)
+
+    monkeypatch.setattr(both_ends, "answer_held_out", noted)
+    third = configs["vr-s0"].model_copy(update=dict(seed=2))
+    folders = {name: run.folder / name for name in configs} | dict(third=tmp_path / "third")
+    alike = find_alike(configs | dict(third=third), folders, "third")
+    assert alike in (run.folder / "vr-s0", run.folder / "vr-s1")
+    train(third, tmp_path / "third", alike=alike)
+    assert asked == ["after"]
+    taken, own = (
+        read_jsonl(folder / "predictions_before.jsonl")
+        for folder in (tmp_path / "third", run.folder / "vr-s1")
+    )
+    assert [row["text"] for row in taken] == [row["text"] for row in own]
+    other = third.model_copy(update=dict(segmenter="embedded"))
+    folders["other"] = tmp_path / "other"
+    assert find_alike(configs | dict(third=third, other=other), folders, "other") is None
