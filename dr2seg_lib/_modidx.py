@@ -1692,6 +1692,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                      'dr2seg_lib/models/vision.py'),
                                           'dr2seg_lib.models.vision.ImageEncoder.encode': ( 'models/vision.html#imageencoder.encode',
                                                                                             'dr2seg_lib/models/vision.py'),
+                                          'dr2seg_lib.models.vision.ImageEncoder.encode_squares': ( 'models/vision.html#imageencoder.encode_squares',
+                                                                                                    'dr2seg_lib/models/vision.py'),
                                           'dr2seg_lib.models.vision.ImageEncoder.squares': ( 'models/vision.html#imageencoder.squares',
                                                                                              'dr2seg_lib/models/vision.py'),
                                           'dr2seg_lib.models.vision.attend_images': ( 'models/vision.html#attend_images',
