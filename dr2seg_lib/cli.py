@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'EXPECTED', 'COMPLETION', 'print_version', 'top_level_options', 'split_pairs', 'PairCommand', 'run_command',
-           'runs_command', 'tables_command', 'check_command', 'segment_command', 'usage_sentence', 'file_sentence',
-           'error_sentence', 'invoke', 'main']
+           'runs_command', 'tables_command', 'check_command', 'segment_command', 'plan_command', 'usage_sentence',
+           'file_sentence', 'error_sentence', 'invoke', 'main']
 
 # %% ../nbs/cli.ipynb #51312590
 import os
@@ -152,6 +152,27 @@ def segment_command(
 
     parts = PhotoParts(model, adapter, segmenter, method, dtype or "", max_new_tokens)
     return segment_and_save(photo, query, box, point, parts, attention, out, overwrite)
+
+# %% ../nbs/cli.ipynb #a91d17c3
+@app.command("plan", cls=PairCommand)
+def plan_command(
+    experiment: options.ExperimentName = "train",
+    parameter: options.ParameterPairs = None,
+    preset: options.PresetName = None,
+    gpu: options.GpuName = "h200",
+    gpus: options.GpuCount = 1,
+    nodes: options.NodeCount = 1,
+    answer: options.AnswerMean = 200.0,
+    spread: options.AnswerSpread = 80.0,
+    layers: options.LayerCount = 0,
+    search: options.Search = True,
+    out: options.PlanFile = Path("plan.json"),
+) -> int:  # exit code
+    "Say what a training needs on a GPU: memory, time, and what would fit."
+    from dr2seg_lib.commands.plan import PlanAsked, plan_and_save
+
+    machine = gpu, gpus, nodes, answer, spread, layers, search
+    return plan_and_save(PlanAsked(experiment, parameter or [], preset, *machine), out)
 
 # %% ../nbs/cli.ipynb #2c547ff1
 def usage_sentence(

@@ -28,8 +28,8 @@ TOURS = [p for p in NOTEBOOKS if p.parent.name == "tours"]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 # A package imports only from those before it; the list is the reading order.
 ORDER = (
-    "core data runs models segmenters scorers rollouts methods evaluation training experiments "
-    "viewing commands cli pretraining"
+    "core data runs models segmenters scorers rollouts methods evaluation training rehearsal "
+    "experiments viewing commands cli pretraining"
 ).split()
 README_WORDS = 900
 CELL_LINES = 25

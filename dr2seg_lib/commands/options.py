@@ -6,6 +6,7 @@
 __all__ = ['ExperimentName', 'ParameterPairs', 'PresetName', 'RunFolder', 'Resume', 'Trust', 'ShowHelp', 'RunsFolder',
            'RunFolders', 'TableFormat', 'DataSet', 'Photo', 'Question', 'Box', 'Point', 'PolicyName', 'Adapter',
            'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention', 'PhotoFolder', 'Overwrite',
+           'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search', 'PlanFile',
            'complete_experiment', 'complete_preset']
 
 # %% ../../nbs/commands/options.ipynb #eebe6f53
@@ -181,3 +182,19 @@ Overwrite = Annotated[
         help="Replace an earlier result of that name [default: the next one gets a number].",
     ),
 ]
+
+# %% ../../nbs/commands/options.ipynb #a91d17c1
+GpuName = Annotated[
+    str, typer.Option("--gpu", metavar="NAME", help="h200, h100, a100, rtx4090 and others.")
+]
+GpuCount = Annotated[int, typer.Option("--gpus", min=1, help="GPUs of each machine.")]
+NodeCount = Annotated[int, typer.Option("--nodes", min=1, help="Machines.")]
+AnswerMean = Annotated[float, typer.Option("--answer", min=1, help="Tokens of an answer, mean.")]
+AnswerSpread = Annotated[float, typer.Option("--spread", min=0, help="Their deviation.")]
+LayerCount = Annotated[
+    int, typer.Option("--layers", min=0, help="Of the language model; 0: all that it has.")
+]
+Search = Annotated[
+    bool, typer.Option(help="Look for the nearest setting, where the one asked for does not fit.")
+]
+PlanFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to.")]

@@ -19,7 +19,7 @@ from .prefix_tree import Level, Prefix, forward_new_tokens, level_parts
 # %% ../../nbs/models/decoding.ipynb #20000000
 BLOCK = 8  # columns by which the attended part of the buffers grows
 
-
+# %% ../../nbs/models/decoding.ipynb #d69ed19a
 class AnswerKeys:
     "Keys and values of the answers under way, [S,H,T,d] a layer; written one column a step."
 
@@ -42,11 +42,12 @@ class AnswerKeys:
         for buffer, new in zip(self.layers[layer], (k, v)):
             buffer[self.index, :, columns] = new
 
-    def keep(self, slots: Tensor):
+    def keep(self, slots: Tensor):  # on the CPU
         "The first slots are those; what lay in them before is forgotten."
-        moved = (slots != self.index[: len(slots)]).nonzero()[:, 0]
+        moved = (slots != torch.arange(len(slots))).nonzero()[:, 0]
+        old, new = (x.to(self.index.device) for x in (slots[moved], moved))
         for x in chain.from_iterable(self.layers):
-            x[moved, :, : self.width] = x[slots[moved], :, : self.width]
+            x[new, :, : self.width] = x[old, :, : self.width]
         self.layers = [tuple(x[: len(slots)] for x in pair) for pair in self.layers]
         self.index = self.index[: len(slots)]
 
@@ -109,14 +110,15 @@ def fill(self: Decoder, free: list[int]):
 
 
 @patch
-def keep(self: Decoder, slots: Tensor):
+def keep(self: Decoder, slots: Tensor):  # on the CPU
     "Forgets all other slots; the last of those that stay move into the first that are free."
     first = slots[slots < len(slots)]
-    free = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
+    free = torch.ones(len(slots), dtype=torch.bool)
     free[first] = False
-    order = torch.arange(len(slots), device=slots.device)
+    order = torch.arange(len(slots))
     order[free] = slots[slots >= len(slots)]
     self.keys.keep(order)
+    order = order.to(self.rows.device)
     self.rows, self.logits = self.rows[order], self.logits[order]
     self.lengths, self.ended = self.lengths[order], self.ended[order]
     self.attach()
@@ -125,15 +127,18 @@ def keep(self: Decoder, slots: Tensor):
 @patch
 def seat(self: Decoder) -> bool:
     "Gives the slots of ended answers to those that wait, or drops them; False when all are done."
-    free = self.ended.nonzero()[:, 0].tolist()
+    ended, lengths = torch.stack([self.ended, self.lengths]).tolist()  # all that is asked
+    free = [slot for slot, end in enumerate(ended) if end]
+    lengths = {slot: n for slot, n in enumerate(lengths) if not ended[slot]}
     if self.waiting and free:
-        self.fill(free[: len(self.waiting)])
-    elif free and len(free) == len(self.rows):
+        seated = free[: len(self.waiting)]
+        self.fill(seated)
+        lengths |= dict.fromkeys(seated, 0)
+    elif free and not lengths:
         return False
-    elif free and len(free) * 8 >= len(self.rows):  # worth the copy
-        self.keep((~self.ended).nonzero()[:, 0])
-    lengths = self.lengths[~self.ended].tolist()
-    self.span = min(lengths), max(lengths)
+    elif free and len(free) * 8 >= len(ended):  # worth the copy
+        self.keep(torch.tensor(list(lengths)))
+    self.span = min(lengths.values()), max(lengths.values())
     return True
 
 # %% ../../nbs/models/decoding.ipynb #a3f00003

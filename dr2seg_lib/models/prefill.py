@@ -17,21 +17,21 @@ from .vision import EncodedImage
 # %% ../../nbs/models/prefill.ipynb #4757da37
 def embed_prompts(
     model,  # a class of MODEL_CLASSES
-    ids: Tensor,  # [B,P]
+    ids: Tensor,  # [B,P], like the next two on the CPU
     attention: Tensor,  # [B,P] 1 on tokens
     is_image: Tensor,  # [B,P] True on the image
     encoded: list[EncodedImage],  # B
-) -> tuple[Tensor, Tensor]:  # embeddings [B,P,D]; positions [3,B,P]
+) -> tuple[Tensor, Tensor]:  # embeddings [B,P,D]; positions [3,B,P], on the CPU
     "Prompts as the language model takes them: image tokens in their place, 3-D positions."
     positions, _ = model.model.get_rope_index(
         ids,
         mm_token_type_ids=is_image.int(),
         attention_mask=attention,
-        image_grid_thw=torch.stack([e.grid for e in encoded]).to(ids.device),
+        image_grid_thw=torch.stack([e.grid for e in encoded]),
     )
-    embeds = model.get_input_embeddings()(ids)
+    embeds = model.get_input_embeddings()(ids.to(model.device))
     tokens = torch.cat([e.tokens for e in encoded]).to(embeds.dtype)
-    return embeds.masked_scatter(is_image[..., None], tokens), positions
+    return embeds.masked_scatter(is_image[..., None].to(embeds.device), tokens), positions
 
 
 def deepstack_inputs(encoded: list[EncodedImage], is_image: Tensor) -> dict:  # is_image: [N]
@@ -66,11 +66,11 @@ class Prefilling:
         texts: list[str],  # B user texts
         encoded: list[EncodedImage],  # the image of each
         prefix: Prefix | None = None,  # of prompts about the same images, by the same weights
-        rows: Tensor | None = None,  # [B] the row of `prefix` that holds each text's image
+        rows: Tensor | None = None,  # [B] on the CPU: the row of `prefix` with each text's image
     ) -> Prefix:
         "Go over B prompts, images before text, once. Under autograd it carries gradients."
-        ids, attention, is_image = self.prompt_ids(texts, encoded)
-        embeds, positions = embed_prompts(self.model, ids, attention, is_image, encoded)
+        prompts = _, attention, is_image = self.prompt_ids(texts, encoded)
+        embeds, positions = embed_prompts(self.model, *prompts, encoded)
         if prefix is None:
             new, above = attention == 1, []
             deepstack = deepstack_inputs(encoded, is_image[new])
@@ -78,9 +78,9 @@ class Prefilling:
             columns, deepstack = columns_to_image_end(is_image, attention), {}
             new, above = tokens_behind(attention, columns), [prefix.image_level(rows, columns)]
         tree = NewTokens(new.sum(1).tolist(), above, embeds.device, embeds.dtype)
-        inputs = embeds[new], positions[:, new], tree
+        places = positions[:, new].to(embeds.device)
         with nullcontext() if torch.is_grad_enabled() else self.merged_adapter():
-            hidden = forward_new_tokens(self.model, *inputs, **deepstack)
-        last = torch.tensor(tree.lengths).cumsum(0) - 1
-        logits = self.model.lm_head(hidden[last.to(hidden.device)]).float()
-        return Prefix([*above, tree.as_level()], positions.amax((0, 2)) + 1, logits)
+            hidden = forward_new_tokens(self.model, embeds[new], places, tree, **deepstack)
+        last = (torch.tensor(tree.lengths).cumsum(0) - 1).to(hidden.device)
+        logits = self.model.lm_head(hidden[last]).float()
+        return Prefix([*above, tree.as_level()], positions.amax((0, 2)).to(last.device) + 1, logits)

@@ -61,8 +61,8 @@ class Prefix:
     logits: Tensor  # [B,V] of the first answer token
 
     def rows(self, index: Tensor) -> "Prefix":
-        "The prompts of these indices, repeats allowed; no key is copied."
-        places = index.tolist()
+        "The prompts of these indices, best on the CPU, repeats allowed; no key is copied."
+        places, index = index.tolist(), index.to(self.start.device)
         levels = [replace(level, owners=[level.owners[i] for i in places]) for level in self.levels]
         return replace(self, levels=levels, start=self.start[index], logits=self.logits[index])
 

@@ -77,7 +77,7 @@ class Prompting(QuestionLimit):
         self,
         texts: list[str],  # B user texts
         encoded: list[EncodedImage],  # the image of each
-    ) -> tuple[Tensor, Tensor, Tensor]:  # each [B,P]: ids; 1 on tokens; True on the image
+    ) -> tuple[Tensor, Tensor, Tensor]:  # each [B,P], on the CPU: ids; 1 on tokens; True on images
         "Left-padded chats with the tokens of their images. Nothing in a text is a special token."
         token = self.model.config.image_token_id
         before, after, place = template_ids(self.processor, token)
@@ -89,7 +89,7 @@ class Prompting(QuestionLimit):
         for b, n in enumerate(counts):
             start = ids.shape[1] - len(rows[b]) + place
             is_image[b, start : start + n] = True
-        return tuple(x.to(self.model.device) for x in (ids, attention, is_image))
+        return ids, attention, is_image
 
     def tokenize(self, texts: list, encoded: list) -> tuple[Tensor, Tensor]:  # both [B,P]
         "Ids and attention mask: `prompt_ids` without the places of the images."

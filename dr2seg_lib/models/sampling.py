@@ -72,13 +72,15 @@ class Record:
 
     def __init__(self, R: int, T: int, pad: int, device):
         self.ids = torch.full((R, T + 1), pad, device=device)
-        self.numbers = torch.zeros(4, R, T + 1, device=device)  # mask, logp, entropy, margin
+        self.mask = torch.zeros_like(self.ids, dtype=torch.bool)
+        self.numbers = torch.zeros(3, R, T + 1, device=device)  # logp, entropy, margin
 
     def write(self, rows: Tensor, places: Tensor, on: Tensor, ids: Tensor, statistics: Tensor):
         "One token for each of some rows [L], where it is on."
         places = places.where(on, self.ids.shape[1] - 1)
         self.ids[rows, places] = ids
-        self.numbers[:, rows, places] = torch.cat([on.float()[None], statistics])
+        self.mask[rows, places] = on
+        self.numbers[:, rows, places] = statistics
 
     def said(self, decoder: Decoder) -> list[list[int]]:
         "The tokens of the answers in a decoder's slots."
@@ -87,9 +89,8 @@ class Record:
 
     def completions(self) -> Completions:
         "The answers, as wide as the longest."
-        width = int(self.numbers[0, :, :-1].any(0).sum())
-        mask, *statistics = self.numbers[:, :, :width]
-        return Completions(self.ids[:, :width], mask.bool(), *statistics)
+        width = int(self.mask[:, :-1].any(0).sum())
+        return Completions(*(x[..., :width] for x in (self.ids, self.mask, *self.numbers)))
 
 # %% ../../nbs/models/sampling.ipynb #9e2eba54
 LOOK_EVERY = dict(cuda=8)  # tokens: a look at who has ended waits for all that is under way
@@ -150,7 +151,7 @@ class Sampling:
         rows, T, draws = len(prefix.start) * group_size, max_new_tokens, None
         if temperature:
             draws = sampling_draws(seed, rows, T).to(device)
-        prompts = torch.arange(len(prefix.start), device=device).repeat_interleave(group_size)
+        prompts = torch.arange(len(prefix.start)).repeat_interleave(group_size)
         at_once = self.answers_at_once if at_once is None else at_once
         with self.merged_adapter():
             prefix = prefix.rows(prompts)

@@ -21,12 +21,12 @@ def pack_completions(
 ) -> tuple[Tensor, Tensor, NewTokens]:  # embeddings [N,D], positions [3,N], tree
     "All tokens of the answers but each one's last, one after the other, behind their prompts."
     group_size, on = len(ids) // len(prefix.start), mask[:, 1:]
-    rows = torch.arange(len(prefix.start), device=ids.device).repeat_interleave(group_size)
+    behind = prefix.rows(torch.arange(len(prefix.start)).repeat_interleave(group_size))
     steps = torch.arange(on.shape[1], device=ids.device)
     embeds = model.get_input_embeddings()(ids[:, :-1][on])
-    positions = (prefix.start[rows][:, None] + steps)[on].expand(3, -1)
-    levels = prefix.rows(rows).levels
-    return embeds, positions, NewTokens(on.sum(1).tolist(), levels, embeds.device, embeds.dtype)
+    positions = (behind.start[:, None] + steps)[on].expand(3, -1)
+    lengths, like = on.sum(1).tolist(), (embeds.device, embeds.dtype)
+    return embeds, positions, NewTokens(lengths, behind.levels, *like)
 
 # %% ../../nbs/models/scoring.ipynb #e6721c32
 class Scoring:

@@ -48,11 +48,10 @@ def prefill_descriptions(
 ) -> Prefix:  # a row for each place of each question
     "The second prompts behind the images of the first pass, each computed once."
     texts, images = [prompt(text) for _, text in questions], [b for b, _ in questions]
-    rows = torch.tensor(images, device=prefix.start.device)
+    rows = torch.tensor(images)
     prefix = policy.prefill(texts, [encoded[b] for b in images], prefix, rows)
     counts = torch.tensor([len(places) for places in questions.values()])
-    repeats = torch.arange(len(questions)).repeat_interleave(counts).to(rows.device)
-    return prefix.rows(repeats)
+    return prefix.rows(torch.arange(len(questions)).repeat_interleave(counts))
 
 # %% ../../nbs/rollouts/two_stage.ipynb #1034507b
 def second_pass(
