@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'GIB', 'SHARDED', 'SEGMENTER_PARAMETERS', 'SCORER_PARAMETERS', 'STEP_STAGES', 'BETWEEN_NODES', 'SHALLOW',
-           'NOTES', 'COLUMNS', 'PlanRequest', 'planned_steps', 'plan_config', 'divide_frozen', 'divide_trained',
-           'other_models', 'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times',
-           'deep_peaks', 'next_setting', 'nearest_setting', 'plan_training', 'table_row', 'fit_sentence', 'plan_text']
+           'NOTES', 'PlanRequest', 'planned_steps', 'plan_config', 'divide_frozen', 'divide_trained', 'other_models',
+           'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times', 'deep_peaks',
+           'next_setting', 'nearest_setting', 'plan_training']
 
 # %% ../../nbs/rehearsal/plan.ipynb #7e758a35
 import math
@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 
 from ..core.parameters import TrainConfig
 from ..core.presets import with_preset
-from ..core.text_table import rows_table
 from .account import GRADIENTS, OPTIMIZER, WEIGHTS
 from .answers import USUAL, AnswerLengths
 from .gpus import USUAL_EFFICIENCY, find_gpu, stage_seconds, usable_gib
@@ -244,43 +243,3 @@ def plan_training(config: TrainConfig, request: PlanRequest, search: bool = True
     times = run_times(rows, config, network_seconds(rehearsal, request))
     facts = memory | sizes | tokens | times | dict(stages=rows, notes=NOTES)
     return dict(asked=asked, efficiency=asdict(USUAL_EFFICIENCY), **facts)
-
-# %% ../../nbs/rehearsal/plan.ipynb #8ef5702d
-COLUMNS = dict(
-    stage="",
-    peak_gib=("peak GiB", ".1f"),
-    holds="",
-    tflop=("TFLOP", ",.1f"),
-    terabytes=("TB", ",.2f"),
-    waits=("host waits", ",.0f"),
-    seconds=("seconds", ",.1f"),
-)
-
-
-def table_row(row: dict) -> dict:
-    "A stage as the printed table has it."
-    held = sorted(row["holds_gib"].items(), key=lambda pair: -pair[1])
-    shown = [f"{kind} {gib:.1f}" for kind, gib in held if gib >= 0.05]
-    return row | dict(holds=", ".join(shown), waits=sum(row["waits"].values()))
-
-
-def fit_sentence(plan: dict) -> str:
-    "Whether it fits, and what would."
-    peak, usable = plan["peak_gib"], plan["usable_gib"]
-    begin = f"Peak {peak:.1f} GiB of {usable:.1f} GiB that a {plan['asked']['gpu']} has for tensors"
-    if plan["fits"]:
-        return begin + ": it fits."
-    if not plan["nearest"]:
-        return begin + ": it does not fit, nor does what was tried; take a larger GPU."
-    changes = " ".join(f"-p runtime.{k} {str(v).lower()}" for k, v in plan["nearest"].items())
-    return begin + f": it does not fit. This does: {changes}"
-
-# %% ../../nbs/rehearsal/plan.ipynb #a61494e8
-def plan_text(plan: dict) -> str:
-    "A plan as the command prints it."
-    table = rows_table([table_row(row) for row in plan["stages"]], COLUMNS).markdown
-    steps = f"{plan['steps']} steps of {plan['step_seconds']:.1f} s"
-    times = f"{steps}: {plan['hours']:.1f} hours, {plan['gpu_hours']:.1f} GPU-hours."
-    waits = f"The host waits {plan['waits_per_step']:.2f} times in a step of decoding."
-    lines = [table, "", fit_sentence(plan), times, waits, "", *plan["notes"]]
-    return "\n".join(lines)
