@@ -19,7 +19,6 @@ from .account import GRADIENTS, OPTIMIZER, WEIGHTS
 from .answers import USUAL, AnswerLengths
 from .gpus import USUAL_EFFICIENCY, find_gpu, stage_seconds, usable_gib
 from .step import Rehearsal, rehearse_training
-from ..training.both_ends import held_out_batch
 
 # %% ../../nbs/rehearsal/plan.ipynb #2f97f8b8
 @dataclass(frozen=True)
@@ -144,22 +143,22 @@ def stage_row(
     )
 
 # %% ../../nbs/rehearsal/plan.ipynb #27206e64
-def evaluation_batches(config: TrainConfig) -> int:
+def evaluation_batches(config: TrainConfig, asked: int) -> int:  # asked: at once by a process
     "Batches of held-out questions in the whole run: before, after, and on the way."
     held_out, processes = config.evaluation, config.runtime.processes
     if not held_out.samples:
         return 0
-    at_once = processes * held_out_batch(held_out.samples, processes)
+    at_once = processes * asked
     batches = 2 * math.ceil(held_out.samples / at_once)
     on_the_way = (config.steps - 1) // held_out.every if held_out.every else 0
     return batches + on_the_way * math.ceil(held_out.every_samples / at_once)
 
 
-def run_times(rows: list[dict], config: TrainConfig, network: float) -> dict:
+def run_times(rows: list[dict], config: TrainConfig, network: float, asked: int) -> dict:
     "Seconds of a step and hours of the run."
     seconds = {row["stage"]: row["seconds"] for row in rows}
     step = sum(seconds.get(stage, 0.0) for stage in STEP_STAGES) + network
-    evaluation = evaluation_batches(config) * seconds.get("evaluation", 0.0)
+    evaluation = evaluation_batches(config, asked) * seconds.get("evaluation", 0.0)
     hours = (config.steps * step + evaluation + seconds.get("self_check", 0.0)) / 3600
     figures = dict(step_seconds=step, network_seconds=network, steps=config.steps)
     return figures | dict(hours=hours, gpu_hours=hours * config.runtime.processes)
@@ -240,6 +239,6 @@ def plan_training(config: TrainConfig, request: PlanRequest, search: bool = True
     sizes = dict(checkpoint_gib=rehearsal.checkpoint / GIB, trained_gib=rehearsal.trained / GIB)
     tokens = dict(decoding_steps=rehearsal.decoded, waits_per_step=sum(waits) / rehearsal.decoded)
     tokens["waits_per_token"] = sum(waits) / rehearsal.tokens
-    times = run_times(rows, config, network_seconds(rehearsal, request))
+    times = run_times(rows, config, network_seconds(rehearsal, request), rehearsal.asked)
     facts = memory | sizes | tokens | times | dict(stages=rows, notes=NOTES)
     return dict(asked=asked, efficiency=asdict(USUAL_EFFICIENCY), **facts)
