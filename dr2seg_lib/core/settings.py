@@ -219,7 +219,9 @@ class RuntimeSettings(Settings):
 
     processes: int = Field(1, ge=1, description="processes that share the questions")
     server: str = Field(
-        "", description="a vLLM server that answers, such as http://localhost:8000; empty: none"
+        "",
+        description="vLLM server that answers, such as http://node1:8000; several with commas "
+        "between them; empty: none",
     )
     attention: Literal["sdpa", "eager", "flash"] = Field(
         "sdpa", description="sdpa, eager, or flash for the vision tower"

@@ -192,8 +192,9 @@ def evaluation_parts(
     policy.answers_at_once = config.runtime.answers_at_once
     policy.max_question_tokens = config.data.max_question_tokens
     if runtime.server:
-        folder = run.folder / f"served-{accelerator.process_index}"
-        served = ServedPolicy(policy, runtime.server, model.name, folder)
+        process = accelerator.process_index
+        folder = run.folder / f"served-{process}"
+        served = ServedPolicy(policy, runtime.server, model.name, folder, process)
         policy = stack.enter_context(served)
     return policy, segmenter
 

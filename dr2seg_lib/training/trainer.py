@@ -350,8 +350,9 @@ def serve_policy(state: TrainingState, config: TrainConfig, run: Run, stack: Exi
     "The state with a policy that samples on the server, where there is one."
     if not config.runtime.server:
         return state
-    folder = run.folder / f"served-{state.accelerator.process_index}"
-    served = ServedPolicy(state.policy, config.runtime.server, config.model.name, folder)
+    process = state.accelerator.process_index
+    named, folder = (config.runtime.server, config.model.name), run.folder / f"served-{process}"
+    served = ServedPolicy(state.policy, *named, folder, process)
     return state._replace(policy=stack.enter_context(served))
 
 # %% ../../nbs/training/trainer.ipynb #3265c2af
