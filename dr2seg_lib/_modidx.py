@@ -178,6 +178,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                          'dr2seg_lib/commands/run.py'),
                                          'dr2seg_lib.commands.run.experiment_help': ( 'commands/run.html#experiment_help',
                                                                                       'dr2seg_lib/commands/run.py'),
+                                         'dr2seg_lib.commands.run.resume_or_start': ( 'commands/run.html#resume_or_start',
+                                                                                      'dr2seg_lib/commands/run.py'),
                                          'dr2seg_lib.commands.run.run_experiment': ( 'commands/run.html#run_experiment',
                                                                                      'dr2seg_lib/commands/run.py')},
             'dr2seg_lib.commands.segment': { 'dr2seg_lib.commands.segment.PhotoParts': ( 'commands/segment.html#photoparts',

@@ -109,10 +109,6 @@ def files(folder):
         (["-p", "steps", "1.5"], 'parameter "steps" takes int such as 3, not 1.5'),
         (["-p", "out", "here"], 'parameter "out" is set by --out; use that option'),
         (["--resume"], "--resume needs the run's folder; name it with --out"),
-        (
-            ["--resume", "--out", "nowhere"],
-            "nowhere/run.json does not exist; check the run folder's name",
-        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(

@@ -66,7 +66,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with the run in --out; -p may change its rate, its memory, its evaluation.",
+        help="Go on with the run in --out, or start it; -p may change rate, memory, evaluation.",
     ),
 ]
 Trust = Annotated[
