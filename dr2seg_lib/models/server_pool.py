@@ -97,7 +97,8 @@ def set_aside(
         if self.alive() == [server]:
             return False
         server.retry_at = time.monotonic() + RETRY_SILENT
-        if server.trouble != str(error):
+        known = server.trouble and isinstance(error, PassingError)  # silent as before
+        if not known and server.trouble != str(error):
             say(f"{error}; the other servers are asked meanwhile")
         server.trouble = str(error)
         return True

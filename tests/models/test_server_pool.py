@@ -75,6 +75,7 @@ def weights(run):
 SHORT = dict(norm_lr=0, steps=3, prompts=4, samples=2, rank=4, alpha=4, lr=1e-2, max_new_tokens=16)
 
 
+@pytest.mark.slow
 def test_a_server_dies_in_the_middle_of_a_step_and_comes_back(
     engines, tmp_path, monkeypatch, capfd
 ):
