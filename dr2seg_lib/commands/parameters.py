@@ -40,6 +40,7 @@ from dr2seg_lib.core.parameters import (
     first_problem,
 )
 from ..core.presets import check_needs, with_preset
+from ..core.settings import SweepSettings
 from ..methods.names import method_names
 from ..runs.verify import validate_adapter, validate_model
 
@@ -65,7 +66,9 @@ def config_class(notebook: Path) -> type[ExperimentConfig] | None:  # None: plai
 def parameter_defaults(notebook: Path) -> dict:  # {name: default}
     "All that can be set: what the notebook declares, and the fields of its configuration."
     declared, kind = free_parameters(parameters_of(notebook)), config_class(notebook)
-    return declared | (kind().flat() if kind else {})
+    groups = SweepSettings().model_dump() if "cluster" in declared else {}
+    fields = {f"{group}.{n}": v for group, values in groups.items() for n, v in values.items()}
+    return declared | fields | (kind().flat() if kind else {})
 
 # %% ../../nbs/commands/parameters.ipynb #5b2506c7
 def old_names_in(notebook: Path) -> dict:  # {old name: new name}
@@ -202,6 +205,7 @@ def check_sweep(values: dict):
     "The parameters of a sweep, each checked as those of a training."
     if values["workers"] < 1:
         raise ValueError(f'parameter "workers" is {values["workers"]}; use 1 or more')
+    validated_config(SweepSettings, dict(cluster=values.get("cluster", {})))
     for training in sweep_trainings(values):
         check_names_exist(validated_config(TrainConfig, training).model_dump())
 

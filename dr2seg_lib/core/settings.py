@@ -7,12 +7,13 @@ __all__ = ['MAX_QUESTION_TOKENS', 'NEW_TOKENS', 'PROJECTIONS', 'DATA_SET', 'METH
            'ModelSettings', 'TrainedModel', 'EvaluatedModel', 'LoraSettings', 'QuestionSettings',
            'TrainingDataSettings', 'EvaluatedDataSettings', 'Rea2SegDataSettings', 'AnswerSettings', 'RolloutSettings',
            'MethodSettings', 'TrainedMethod', 'OptimSettings', 'HeldOutSettings', 'CandidateSettings',
-           'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime']
+           'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime', 'ClusterSettings', 'SweepSettings']
 
 # %% ../../nbs/core/settings.ipynb #fc1dbf33
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # %% ../../nbs/core/settings.ipynb #d0871297
 MAX_QUESTION_TOKENS = 512  # a longer question is not asked, unless a run says otherwise
@@ -252,3 +253,24 @@ class EvaluationRuntime(RuntimeSettings):
     "How it is computed: time and memory, not the mathematics."
 
     batch_size: int = Field(32, ge=1, description="questions asked at once")
+
+# %% ../../nbs/core/settings.ipynb #c1a00002
+class ClusterSettings(Settings):
+    "The Ray cluster that trains the runs of a sweep."
+
+    address: str = Field("", description="auto, local or HOST:PORT; empty: this machine, no Ray")
+    gpus: float = Field(0, ge=0, description="GPUs a run; 0: one a process, where there are any")
+    cpus: int = Field(1, ge=1, description="CPUs a run")
+
+    @field_validator("address")
+    @classmethod
+    def a_known_form(cls, address: str) -> str:
+        if re.fullmatch(r"|auto|local|[^\s:/]+:\d+", address):
+            return address
+        raise ValueError(f"cluster.address is {address!r}; use auto, local or HOST:PORT")
+
+
+class SweepSettings(Settings):
+    "What a sweep is asked beside the parameters of its trainings."
+
+    cluster: ClusterSettings = ClusterSettings()
