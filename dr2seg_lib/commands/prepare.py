@@ -17,6 +17,7 @@ from dr2seg_lib.commands.parameters import (
     check_parameters,
     config_class,
     configuration_of,
+    holds_runs,
     old_names_in,
     parameter_defaults,
     spread_config,
@@ -132,7 +133,7 @@ RESUME_MAY_CHANGE = (
 def check_changes(args, notebook: Path, recorded: dict, given: dict):  # both spread
     "Refuses to change what a run is; how it goes on may change."
     kind = config_class(notebook)
-    if kind and "methods" not in parameters_of(notebook):
+    if kind and not holds_runs(parameters_of(notebook)):
         try:
             changed_parameters(recorded, validated_config(kind, recorded | given))
         except ValueError as e:

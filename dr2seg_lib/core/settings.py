@@ -218,7 +218,15 @@ class CandidateSettings(Settings):
 class RuntimeSettings(Settings):
     "How it is computed: time and memory, not the mathematics."
 
-    processes: int = Field(1, ge=1, description="processes that share the questions")
+    processes: int = Field(
+        1, ge=1, description="processes of each machine; they share the questions"
+    )
+    nodes: int = Field(
+        1, ge=1, description="machines; each but the first has to call dr2seg join DIR"
+    )
+    rendezvous: str = Field(
+        "", description="HOST:PORT where the first machine waits; empty: its name, a free port"
+    )
     server: str = Field(
         "", description="a vLLM server that answers, such as http://localhost:8000; empty: none"
     )
@@ -228,6 +236,18 @@ class RuntimeSettings(Settings):
     answers_at_once: int = Field(
         0, ge=0, description="answers under way at once, a finished one's place is taken; 0: all"
     )
+
+    @property
+    def all_processes(self) -> int:
+        "The processes of all machines."
+        return self.nodes * self.processes
+
+    @field_validator("rendezvous")
+    @classmethod
+    def host_and_port(cls, address: str) -> str:
+        if re.fullmatch(r"|[^\s:/]+:\d+", address):
+            return address
+        raise ValueError(f"runtime.rendezvous is {address!r}; use HOST:PORT")
 
 # %% ../../nbs/core/settings.ipynb #a8f00005
 class TrainingRuntime(RuntimeSettings):

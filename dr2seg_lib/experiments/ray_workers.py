@@ -41,8 +41,11 @@ def connect(address: str):  # auto, local or HOST:PORT
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send them home
         options |= dict(include_dashboard=False, object_store_memory=STORE_BYTES)
     try:
+        if ":" in address:  # Ray itself would try for minutes
+            host, _, port = address.partition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except (OSError, OverflowError, RuntimeError, ValueError) as e:
         reason = str(e).split(". ")[0].strip()
         raise ValueError(
             f"cluster.address: no Ray cluster answers at {address} ({reason}); start one by "
