@@ -1,0 +1,38 @@
+"A search by Ray Tune: trials are runs, the weak end early, and the table tells of all."
+
+import sys
+
+import pytest
+
+from dr2seg_lib.core.settings import ClusterSettings
+from dr2seg_lib.experiments.tuning import run_search, search_rows, search_table
+from dr2seg_lib.runs.run_folder import Run
+
+pytest.importorskip("ray", reason='Ray is missing; pip install "dr2seg_lib[cluster]"')
+SHARED = dict(
+    steps=4,
+    segmenter="grabcut",
+    lora=dict(rank=4, alpha=4),
+    rollout=dict(questions_per_step=1, group_size=2, max_new_tokens=24),
+    evaluation=dict(samples=2, every=1, every_samples=2),
+    runtime=dict(checkpoint_every=1),
+)
+
+
+@pytest.mark.slow
+def test_a_search_is_a_table_of_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    space = {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "lora.rank": [2, 4]}
+    with Run.create(tmp_path / "search", {}, bar=False) as run:
+        failed = run_search(run, space, SHARED, 3, ClusterSettings(address="local"))
+    assert failed == []
+    rows = search_rows(run.folder, space)
+    assert len(rows) == 3
+    assert max(row["steps"] for row in rows) == 4  # somebody came to the end
+    for row in rows:
+        assert row["status"] == ("done" if row["steps"] == 4 else "interrupted")
+        assert 1e-4 <= row["optim.lr"] <= 1e-2
+        assert row["lora.rank"] in (2, 4)
+        assert 0 <= row["gIoU"] <= 1
+    assert len({row["optim.lr"] for row in rows}) == 3
+    print(search_table(rows, space), file=sys.stderr)
