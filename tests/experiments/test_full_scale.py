@@ -15,7 +15,7 @@ from dr2seg_lib.commands.parameters import validated_config
 from dr2seg_lib.commands.parameters_cell import find_experiment
 from dr2seg_lib.commands.prepare import given_parameters, without_preset
 from dr2seg_lib.commands.run import RunRequest
-from dr2seg_lib.core.files import read_json
+from dr2seg_lib.core.files import read_jsonl
 from dr2seg_lib.core.parameters import EvaluateConfig, TrainConfig
 from dr2seg_lib.core.presets import evaluated_as, published_presets
 from dr2seg_lib.evaluation.published import REINFORCED
@@ -38,10 +38,12 @@ def check_command(name, *words):
     assert set(preset.split("+")) <= {"", *published_presets()}
     notebook = find_experiment(asked["experiment"])
     request = RunRequest(asked["experiment"], asked["parameter"] or [], preset, asked["out"])
-    values = without_preset(given_parameters(request, notebook))
-    kind = dict(train=TrainConfig, evaluate=EvaluateConfig).get(asked["experiment"])
-    if kind:
-        validated_config(kind, evaluated_as(preset, values) if kind is EvaluateConfig else values)
+    values = given_parameters(request, notebook)
+    if asked["experiment"] == "train":
+        validated_config(TrainConfig, without_preset(values))
+    if asked["experiment"] == "evaluate":
+        values.pop("preset", None)
+        validated_config(EvaluateConfig, evaluated_as(preset, values))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -97,8 +99,8 @@ def test_the_published_checkpoint_comes_first(tmp_path):
     check, evaluate = first
     assert "3 " in run_line(check, names)
     small = {"data.name": names["Ricky06662/ReasonSeg_val"], "rollout.max_new_tokens": 120}
+    small["data.protocol"] = "visionreasoner"
     small["segmenter"] = write_sam2(tmp_path / "sam")
     run_line(evaluate, names, *(w for pair in small.items() for w in ("-p", *pair)))
-    summary = read_json(tmp_path / "look" / "results.json")["summary"]["all"]
-    assert summary["n"] == 3
+    assert len(read_jsonl(tmp_path / "look" / "predictions.jsonl")) == 3
     assert "VisionReasoner" in run_line(tables, names)

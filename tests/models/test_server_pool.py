@@ -160,3 +160,18 @@ def test_a_busy_server_is_spared_and_its_questions_go_elsewhere(engines, tmp_pat
     assert one.chats() <= 2, "not asked the same twice"
     assert sampled(served).ids.shape == sampled(POLICY).ids.shape
     assert one.chats() <= 2, "and nothing else for half a minute"
+
+
+@pytest.mark.slow
+def test_two_processes_share_both_servers(engines, tmp_path):
+    one, two = engines
+    asked = SHORT | dict(server=f"{one.url},{two.url}", eval_samples=0, steps=1, self_check=False)
+    alone = train(TrainConfig(**asked), tmp_path / "alone")
+    one.log.clear(), two.log.clear()
+    shared = train(TrainConfig(**asked | dict(processes=2)), tmp_path / "shared")
+    (first,), (second,) = alone.metrics(), shared.metrics()
+    for name in "reward", "tokens", "kl", "grad_norm", "logprob_gap", "answer_entropy":
+        assert first[name] == pytest.approx(second[name], abs=1e-5)
+    assert one.chats() >= 2, "half of the four questions, at least"
+    assert two.chats() >= 2
+    assert set(one.policies) == set(two.policies) == {"policy"}

@@ -21,7 +21,7 @@ from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.training.trainer import train
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
-STEPS = 30
+STEPS = 16
 VALUES = {
     "steps": STEPS,
     "segmenter": "grabcut",
@@ -178,7 +178,9 @@ def test_slurm_itself_queues_a_job_again(tmp_path, whole):
     number = done.stdout.strip()
     job.wait_for_rows(5)
     subprocess.run(["scontrol", "requeue", number], check=True)
-    wait_until(lambda: Run.open(tmp_path / "run").status != "running")
+    state = ["squeue", "-h", "-j", number, "-o", "%T"]
+    wait_until(lambda: "PENDING" in subprocess.run(state, capture_output=True, text=True).stdout)
+    assert Run.open(tmp_path / "run").status == "interrupted"
     rows = job.rows()
     # it would wait two minutes otherwise
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
