@@ -228,9 +228,7 @@ class RuntimeSettings(Settings):
         "", description="HOST:PORT where the first machine waits; empty: its name, a free port"
     )
     server: str = Field(
-        "",
-        description="vLLM server that answers, such as http://node1:8000; several with commas "
-        "between them; empty: none",
+        "", description="vLLM that answers: http://node1:8000, or several, with commas; empty: none"
     )
     attention: Literal["sdpa", "eager", "flash"] = Field(
         "sdpa", description="sdpa, eager, or flash for the vision tower"

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 from .http_client import post_json
 from .vllm_protocol import list_models
 
@@ -96,11 +98,15 @@ class ServerAdapter:
         if old:
             shutil.rmtree(self.folder / old, ignore_errors=True)
 
-    def __enter__(self):
-        shutil.rmtree(self.folder, ignore_errors=True)  # what a killed run has left
-        self.load_lora_adapter()
-        return self
+# %% ../../nbs/models/vllm_adapter.ipynb #c2a00001
+@patch
+def __enter__(self: ServerAdapter):
+    shutil.rmtree(self.folder, ignore_errors=True)  # what a killed run has left
+    self.load_lora_adapter()
+    return self
 
-    def __exit__(self, *_):
-        self.servers.unload()
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+@patch
+def __exit__(self: ServerAdapter, *_):
+    self.servers.unload()
+    shutil.rmtree(self.folder, ignore_errors=True)

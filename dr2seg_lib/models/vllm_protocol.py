@@ -106,7 +106,7 @@ def served_name(
         f"server: {url} has {listed}, not {model}; start it by: vllm serve {source} --enable-lora"
     )
 
-
+# %% ../../nbs/models/vllm_protocol.ipynb #c2v00002
 def all_silent(servers: int, error: PassingError) -> PassingError:
     "What is said when not one of the servers answers; error: what the last of them said."
     if servers == 1:

@@ -165,7 +165,7 @@ def test_a_busy_server_is_spared_and_its_questions_go_elsewhere(engines, tmp_pat
 @pytest.mark.slow
 def test_two_processes_share_both_servers(engines, tmp_path):
     one, two = engines
-    asked = SHORT | dict(server=f"{one.url},{two.url}", eval_samples=0, steps=1, self_check=False)
+    asked = SHORT | dict(server=f"{one.url},{two.url}", eval_samples=0, steps=1)
     alone = train(TrainConfig(**asked), tmp_path / "alone")
     one.log.clear(), two.log.clear()
     shared = train(TrainConfig(**asked | dict(processes=2)), tmp_path / "shared")

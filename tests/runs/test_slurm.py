@@ -109,16 +109,17 @@ def test_a_job_that_is_ended_and_queued_again_ends_as_if_it_had_not_been(tmp_pat
     job = Job(tmp_path)
     process = job.start()
     job.wait_for_rows(2)
-    process.send_signal(signal.SIGTERM)  # scancel: it ends after its step
-    assert process.wait() == 130, job.log()
-    assert "which holds no run yet: it starts" in job.log()
-    assert Run.open(tmp_path / "run").status == "interrupted"
-    assert not (tmp_path / "requeued").exists()
-    process = job.start()
-    job.wait_for_rows(job.rows() + 2)
     process.send_signal(signal.SIGUSR1)  # the time limit comes near: it asks to be queued again
     assert process.wait() == 0, job.log()
+    assert "which holds no run yet: it starts" in job.log()
+    assert Run.open(tmp_path / "run").status == "interrupted"
     assert (tmp_path / "requeued").read_text() == "17\n"
+    (tmp_path / "requeued").unlink()
+    process = job.start()
+    job.wait_for_rows(job.rows() + 2)
+    process.send_signal(signal.SIGTERM)  # scancel: it ends after its step
+    assert process.wait() == 130, job.log()
+    assert not (tmp_path / "requeued").exists()
     assert 4 <= job.rows() < STEPS, "twice in the middle"
     assert job.start().wait() == 0, job.log()
     assert len(Run.open(tmp_path / "run").info["resumed"]) == 2
