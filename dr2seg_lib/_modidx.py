@@ -1507,6 +1507,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                'dr2seg_lib/models/http_client.py'),
                                                'dr2seg_lib.models.http_client.open_client': ( 'models/http_client.html#open_client',
                                                                                               'dr2seg_lib/models/http_client.py'),
+                                               'dr2seg_lib.models.http_client.open_transport': ( 'models/http_client.html#open_transport',
+                                                                                                 'dr2seg_lib/models/http_client.py'),
                                                'dr2seg_lib.models.http_client.post_json': ( 'models/http_client.html#post_json',
                                                                                             'dr2seg_lib/models/http_client.py'),
                                                'dr2seg_lib.models.http_client.post_patiently': ( 'models/http_client.html#post_patiently',
