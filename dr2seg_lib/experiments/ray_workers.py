@@ -142,7 +142,7 @@ class RayPool:
 
     def start(self, job: Job) -> RayWorker:
         given = resources_of(self.settings, job.config.runtime.processes, self.nodes)
-        remote = import_ray().remote(max_retries=RETRIES, max_calls=1, **given)(train_on_node)
+        remote = import_ray().remote(max_retries=RETRIES, **given)(train_on_node)
         task = remote.remote(job, Path.cwd(), self.settings.cpus)
         self.tasks.append(RayWorker(job.folder, task))
         return self.tasks[-1]

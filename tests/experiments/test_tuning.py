@@ -24,15 +24,15 @@ def test_a_search_is_a_table_of_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_worker_niceness", "0")
     space = {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "lora.rank": [2, 4]}
     with Run.create(tmp_path / "search", {}, bar=False) as run:
-        failed = run_search(run, space, SHARED, 3, ClusterSettings(address="local"))
+        failed = run_search(run, space, SHARED, 2, ClusterSettings(address="local"))
     assert failed == []
     rows = search_rows(run.folder, space)
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert max(row["steps"] for row in rows) == 4  # somebody came to the end
     for row in rows:
         assert row["status"] == ("done" if row["steps"] == 4 else "interrupted")
         assert 1e-4 <= row["optim.lr"] <= 1e-2
         assert row["lora.rank"] in (2, 4)
         assert 0 <= row["gIoU"] <= 1
-    assert len({row["optim.lr"] for row in rows}) == 3
+    assert rows[0]["optim.lr"] != rows[1]["optim.lr"]
     print(search_table(rows, space), file=sys.stderr)
