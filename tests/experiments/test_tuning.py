@@ -11,7 +11,7 @@ from dr2seg_lib.runs.run_folder import Run
 
 pytest.importorskip("ray", reason='Ray is missing; pip install "dr2seg_lib[cluster]"')
 SHARED = dict(
-    steps=8,
+    steps=6,
     segmenter="grabcut",
     lora=dict(rank=4, alpha=4),
     rollout=dict(questions_per_step=1, group_size=2, max_new_tokens=24),
