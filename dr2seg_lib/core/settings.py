@@ -7,7 +7,8 @@ __all__ = ['MAX_QUESTION_TOKENS', 'NEW_TOKENS', 'PROJECTIONS', 'DATA_SET', 'METH
            'ModelSettings', 'TrainedModel', 'EvaluatedModel', 'LoraSettings', 'QuestionSettings',
            'TrainingDataSettings', 'EvaluatedDataSettings', 'Rea2SegDataSettings', 'AnswerSettings', 'RolloutSettings',
            'MethodSettings', 'TrainedMethod', 'OptimSettings', 'HeldOutSettings', 'CandidateSettings',
-           'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime', 'ClusterSettings', 'SweepSettings']
+           'ProcessSettings', 'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime', 'ClusterSettings',
+           'SweepSettings']
 
 # %% ../../nbs/core/settings.ipynb #fc1dbf33
 import re
@@ -215,8 +216,8 @@ class CandidateSettings(Settings):
     overlap: float = Field(0.8, gt=0, lt=1, description="IoU above which two candidates are one")
 
 # %% ../../nbs/core/settings.ipynb #9355bee5
-class RuntimeSettings(Settings):
-    "How it is computed: time and memory, not the mathematics."
+class ProcessSettings(Settings):
+    "The processes and machines that share the work."
 
     processes: int = Field(
         1, ge=1, description="processes of each machine; they share the questions"
@@ -226,15 +227,6 @@ class RuntimeSettings(Settings):
     )
     rendezvous: str = Field(
         "", description="HOST:PORT where the first machine waits; empty: its name, a free port"
-    )
-    server: str = Field(
-        "", description="vLLM that answers: http://node1:8000, or several, with commas; empty: none"
-    )
-    attention: Literal["sdpa", "eager", "flash"] = Field(
-        "sdpa", description="sdpa, eager, or flash for the vision tower"
-    )
-    answers_at_once: int = Field(
-        0, ge=0, description="answers under way at once, a finished one's place is taken; 0: all"
     )
 
     @property
@@ -248,6 +240,20 @@ class RuntimeSettings(Settings):
         if re.fullmatch(r"|[^\s:/]+:\d+", address):
             return address
         raise ValueError(f"runtime.rendezvous is {address!r}; use HOST:PORT")
+
+# %% ../../nbs/core/settings.ipynb #c17970a4
+class RuntimeSettings(ProcessSettings):
+    "How it is computed: time and memory, not the mathematics."
+
+    server: str = Field(
+        "", description="vLLM that answers: http://node1:8000, or several, with commas; empty: none"
+    )
+    attention: Literal["sdpa", "eager", "flash"] = Field(
+        "sdpa", description="sdpa, eager, or flash for the vision tower"
+    )
+    answers_at_once: int = Field(
+        0, ge=0, description="answers under way at once, a finished one's place is taken; 0: all"
+    )
 
 # %% ../../nbs/core/settings.ipynb #a8f00005
 class TrainingRuntime(RuntimeSettings):

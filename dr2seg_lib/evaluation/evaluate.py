@@ -238,8 +238,7 @@ def run_evaluation(
     data = check_evaluation(config, Path(out) if resume else None)
     if config.runtime.all_processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.evaluation.evaluate", config, out, resume)
-    opened = open_run(out, config, resume=resume)
-    with opened as run, name_lost_process(), ExitStack() as stack:
+    with open_run(out, config, resume=resume) as run, name_lost_process() as stack:
         # named, or several processes on CPUs would not know of each other
         accelerator = PartialState(cpu=not torch.cuda.is_available(), timeout=PEER_TIMEOUT)
         policy, segmenter = evaluation_parts(config, run, accelerator, stack)

@@ -66,7 +66,7 @@ def visible_gpus() -> list[str]:  # empty: there are none
     named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     return (named or [str(i) for i in range(count)])[:count]
 
-
+# %% ../../nbs/experiments/local_workers.ipynb #c16f46ca
 def least_used(
     gpus: list[str],
     used: list[str],  # once for each run that has it
@@ -128,7 +128,7 @@ def ask_to_stop(folder: Path):
     if folder.exists():
         (folder / "stop").touch()
 
-
+# %% ../../nbs/experiments/local_workers.ipynb #c12ca500
 class LocalPool:
     "The processes of this machine."
 

@@ -32,10 +32,14 @@ def import_ray():
         ) from None
     return ray
 
-
-def connect(address: str):  # auto, local or HOST:PORT
+# %% ../../nbs/experiments/ray_workers.ipynb #c19db618
+def connect(
+    address: str,  # auto, local or HOST:PORT
+) -> bool:  # False: somebody has connected this process before, and goes on with it
     "Joins a Ray cluster, or starts one on this machine."
     ray = import_ray()
+    if ray.is_initialized():
+        return False
     options = dict(log_to_driver=False, logging_level="error")
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send them home
@@ -45,6 +49,7 @@ def connect(address: str):  # auto, local or HOST:PORT
             host, _, port = address.partition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, **options)
+        return True
     except (OSError, OverflowError, RuntimeError, ValueError) as e:
         reason = str(e).split(". ")[0].strip()
         raise ValueError(
@@ -131,18 +136,15 @@ class RayPool:
     "The nodes of a Ray cluster."
 
     def __init__(self, settings: ClusterSettings):
-        ray = import_ray()
-        self.settings, self.tasks, self.joined = settings, [], not ray.is_initialized()
-        if self.joined:  # else it is somebody's, who goes on with it
-            connect(settings.address)
-        self.nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.settings, self.tasks, self.joined = settings, [], connect(settings.address)
+        self.nodes = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
 
     def has_place(self) -> bool:
         return True  # Ray lets them wait
 
     def start(self, job: Job) -> RayWorker:
         given = resources_of(self.settings, job.config.runtime.processes, self.nodes)
-        remote = import_ray().remote(max_retries=RETRIES, max_calls=1, **given)(train_on_node)
+        remote = import_ray().remote(max_retries=RETRIES, **given)(train_on_node)
         task = remote.remote(job, Path.cwd(), self.settings.cpus)
         self.tasks.append(RayWorker(job.folder, task))
         return self.tasks[-1]

@@ -10,6 +10,7 @@ __all__ = ['is_done', 'unfinished_runs', 'job_of', 'open_pool', 'run_sweep', 'ar
 import re
 import time
 from collections import deque
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 
@@ -72,8 +73,7 @@ def run_sweep(
     (names, failed), busy = unfinished_runs(folders), {}
     if not names:
         return failed
-    pool = open_pool(workers, cluster)
-    try:
+    with closing(open_pool(workers, cluster)) as pool:
         while names or busy:
             while names and pool.has_place():
                 name = names.popleft()
@@ -84,8 +84,6 @@ def run_sweep(
                 names.clear()
                 pool.stop()
             time.sleep(0.2)
-    finally:
-        pool.close()
     return failed
 
 # %% ../../nbs/experiments/sweeps.ipynb #c0f5a5bd

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def end_or_kill(
         process.kill()  # those it has started end with it
         raise
 
-
+# %% ../../nbs/runs/launch.ipynb #c19781a7
 def wait_for_processes(
     process: subprocess.Popen,
     stop: Callable | None = None,  # as of `end_or_kill`
@@ -139,7 +139,7 @@ def meeting_of(module: str, config, resume: bool) -> Meeting:  # config: with a 
         address=runtime.rendezvous or free_address(),
     )
 
-
+# %% ../../nbs/runs/launch.ipynb #c110d793
 def torchrun_command(meeting: Meeting, folder: Path, place: int = 0) -> list[str]:
     "The command that starts the processes of a run on this machine, the first being 0."
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
@@ -151,7 +151,7 @@ def torchrun_command(meeting: Meeting, folder: Path, place: int = 0) -> list[str
     arguments = [meeting.config, str(folder), *(["resume"] if meeting.resume else [])]
     return [*torchrun, *together, processes, "-m", meeting.module, *arguments]
 
-
+# %% ../../nbs/runs/launch.ipynb #c18f099b
 def recorded_error(
     error: str | None,  # "ValueError: steps is 0" as a record has it
     otherwise: str,
@@ -188,7 +188,7 @@ def launch_processes(
     otherwise = f"one of {meeting.processes} processes ended with {code}; see above"
     return ended_well(folder, code, LOST if meeting.nodes > 1 else otherwise)
 
-
+# %% ../../nbs/runs/launch.ipynb #c1781349
 def ended_well(folder: Path, code: int, otherwise: str) -> Run:  # code: of its processes
     "A run that has ended; what ended it before its time is raised."
     run = Run.open(folder)
@@ -213,10 +213,11 @@ SIGNS_OF_LOSS = "gloo", "NCCL", "Connection closed by peer", "TCPStore"
 
 
 @contextmanager
-def name_lost_process():
-    "Inside, a connection to another process that breaks is a ConnectionError, in a sentence."
+def name_lost_process() -> Iterator[ExitStack]:
+    "A stack in which a broken connection to another process is a ConnectionError, in a sentence."
     try:
-        yield
+        with ExitStack() as stack:
+            yield stack
     except RuntimeError as error:
         if "WORLD_SIZE" in os.environ and any(sign in str(error) for sign in SIGNS_OF_LOSS):
             raise ConnectionError(LOST) from error

@@ -90,7 +90,7 @@ def read_meeting(folder: Path) -> Meeting | None:  # None: nobody has called yet
         raise ValueError(f"{path} asks for {meeting.module}, which is no run; start the run anew")
     return meeting
 
-
+# %% ../../nbs/runs/meeting.ipynb #c1c05e35
 def take_place(folder: Path, nodes: int) -> int:  # the number of this machine, from 1
     "Takes the first free place; a ValueError where all are taken."
     for number in range(1, nodes):
@@ -101,7 +101,7 @@ def take_place(folder: Path, nodes: int) -> int:  # the number of this machine, 
             continue
     raise ValueError(f"{folder}: all {nodes} machines of the run are there; runtime.nodes says so")
 
-
+# %% ../../nbs/runs/meeting.ipynb #c16a9843
 def wait_for_meeting(folder: Path, pause: float = 1.0) -> Meeting:
     "Waits till somebody starts the run, or goes on with it; one that is done is refused."
     while True:

@@ -395,8 +395,7 @@ def train(
     data = check_training(config, Path(out) if resume else None)
     if config.runtime.all_processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.training.trainer", config, out, resume)
-    opened = open_run(out, config, config.seed, resume)
-    with opened as run, name_lost_process(), ExitStack() as stack:
+    with open_run(out, config, config.seed, resume) as run, name_lost_process() as stack:
         read_results(run.folder)  # what is wrong with it shows before anything is loaded
         checkpoint = run.rewind()
         if checkpoint and step_of(checkpoint) > config.steps:

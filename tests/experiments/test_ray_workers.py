@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from dr2seg_lib.core.files import read_json, read_jsonl
 from dr2seg_lib.core.parameters import TrainConfig
@@ -17,6 +18,7 @@ from dr2seg_lib.experiments.ray_workers import STORE_BYTES
 from dr2seg_lib.experiments.sweeps import interleave_seeds, run_sweep, sweep_arms
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import run_status
+from dr2seg_lib.training.trainer import train
 
 ray = pytest.importorskip("ray", reason='Ray is missing; pip install "dr2seg_lib[cluster]"')
 TIMES = "seconds", "tokens_per_second"
@@ -67,11 +69,14 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    "The same six runs without Ray, undisturbed."
-    with Run.create(tmp_path_factory.mktemp("local") / "sweep", {}, bar=False) as run:
-        assert run_sweep(run, RUNS, workers=2) == {}
-    return run
+def undisturbed(tmp_path_factory):
+    "The same six runs without Ray, one after the other."
+    folder, threads = tmp_path_factory.mktemp("undisturbed"), torch.get_num_threads()
+    torch.set_num_threads(1)  # as each has on the cluster
+    for name, config in RUNS.items():
+        train(config, folder / name)
+    torch.set_num_threads(threads)
+    return folder
 
 
 def process_under_way(folder: Path, nodes) -> tuple:  # node, its process
@@ -91,7 +96,9 @@ def process_under_way(folder: Path, nodes) -> tuple:  # node, its process
 
 
 @pytest.mark.slow
-def test_a_sweep_outlives_a_node_and_gives_the_numbers_of_one_machine(cluster, local, tmp_path):
+def test_a_sweep_outlives_a_node_and_gives_the_numbers_of_one_machine(
+    cluster, undisturbed, tmp_path
+):
     nodes, workers = cluster
     settings, failed = ClusterSettings(address=nodes.address), {}
     with Run.create(tmp_path / "sweep", {}, bar=False) as run, ThreadPoolExecutor(1) as pool:
@@ -106,7 +113,7 @@ def test_a_sweep_outlives_a_node_and_gives_the_numbers_of_one_machine(cluster, l
     assert read_json(folder / "run.json")["pid"] != pid
     for name in RUNS:
         for file in "metrics.jsonl", "rollouts.jsonl", "predictions_after.jsonl":
-            here, there = (read_jsonl(r.folder / name / file) for r in (run, local))
+            here, there = (read_jsonl(f / name / file) for f in (run.folder, undisturbed))
             assert [timeless(r) for r in here] == [timeless(r) for r in there], (name, file)
     assert not ray.is_initialized()
 
@@ -119,7 +126,7 @@ def timeless(row: dict) -> dict:
 def test_stop_reaches_the_runs_and_those_that_wait_never_begin(cluster, tmp_path):
     nodes, _ = cluster
     settings = ClusterSettings(address=nodes.address)
-    long = {name: TrainConfig(**TINY | dict(steps=500, seed=name)) for name in range(4)}
+    long = {name: TrainConfig(**TINY | dict(steps=500, seed=name)) for name in range(3)}
     configs = {f"run-{seed}": config for seed, config in long.items()}
     broken = dict(broken=TrainConfig(**TINY | dict(model="no-such/model")))
     with Run.create(tmp_path / "sweep", {}, bar=False) as run, ThreadPoolExecutor(1) as pool:
@@ -129,7 +136,7 @@ def test_stop_reaches_the_runs_and_those_that_wait_never_begin(cluster, tmp_path
         (run.folder / "stop").touch()
         failed = working.result(timeout=300)
     assert list(failed) == ["broken"]
-    assert failed["broken"].startswith("ValueError: model: no-such/model")
+    assert failed["broken"].startswith("ValueError: model no-such/model cannot be loaded")
     assert run.status == "interrupted"
     begun = [name for name in configs if (run.folder / name / "run.json").exists()]
     assert {run_status(run.folder / name) for name in begun} == {"interrupted"}

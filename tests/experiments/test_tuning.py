@@ -1,6 +1,7 @@
 "A search by Ray Tune: trials are runs, the weak end early, and the table tells of all."
 
-import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,7 +11,7 @@ from dr2seg_lib.runs.run_folder import Run
 
 pytest.importorskip("ray", reason='Ray is missing; pip install "dr2seg_lib[cluster]"')
 SHARED = dict(
-    steps=4,
+    steps=6,
     segmenter="grabcut",
     lora=dict(rank=4, alpha=4),
     rollout=dict(questions_per_step=1, group_size=2, max_new_tokens=24),
@@ -20,19 +21,30 @@ SHARED = dict(
 
 
 @pytest.mark.slow
-def test_a_search_is_a_table_of_runs(tmp_path, monkeypatch):
+def test_a_search_that_is_stopped_goes_on_and_is_a_table_of_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    space = {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "lora.rank": [2, 4]}
-    with Run.create(tmp_path / "search", {}, bar=False) as run:
-        failed = run_search(run, space, SHARED, 3, ClusterSettings(address="local"))
-    assert failed == []
+    space, local = {"optim.lr": {"loguniform": [1e-4, 1e-2]}}, ClusterSettings(address="local")
+    with Run.create(tmp_path / "search", {}, bar=False) as run, ThreadPoolExecutor(1) as pool:
+        pool.submit(stop_under_way, run.folder)
+        assert run_search(run, space, SHARED, 2, local) == []
+    assert run.status == "interrupted"
+    before = search_rows(run.folder, space)
+    assert max(row["steps"] for row in before) < SHARED["steps"]
+    with Run.resume(run.folder, bar=False) as run:
+        assert run_search(run, space, SHARED, 2, local) == []
     rows = search_rows(run.folder, space)
-    assert len(rows) == 3
-    assert max(row["steps"] for row in rows) == 4  # somebody came to the end
+    assert len(rows) == 2
+    assert {row["optim.lr"] for row in before} <= {row["optim.lr"] for row in rows}
+    assert max(row["steps"] for row in rows) == SHARED["steps"]  # somebody came to the end
     for row in rows:
-        assert row["status"] == ("done" if row["steps"] == 4 else "interrupted")
+        assert row["status"] == ("done" if row["steps"] == SHARED["steps"] else "interrupted")
         assert 1e-4 <= row["optim.lr"] <= 1e-2
-        assert row["lora.rank"] in (2, 4)
         assert 0 <= row["gIoU"] <= 1
-    assert len({row["optim.lr"] for row in rows}) == 3
-    print(search_table(rows, space), file=sys.stderr)
+    assert rows[0]["optim.lr"] != rows[1]["optim.lr"]
+    print(search_table(rows, space))
+
+
+def stop_under_way(search):
+    while not list(search.glob("trial-*/checkpoints/step-000001")):
+        time.sleep(0.05)
+    (search / "stop").touch()
