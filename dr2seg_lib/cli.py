@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'EXPECTED', 'COMPLETION', 'print_version', 'top_level_options', 'split_pairs', 'PairCommand', 'run_command',
-           'runs_command', 'tables_command', 'check_command', 'segment_command', 'plan_command', 'usage_sentence',
-           'file_sentence', 'error_sentence', 'invoke', 'main']
+           'runs_command', 'tables_command', 'join_command', 'check_command', 'segment_command', 'plan_command',
+           'usage_sentence', 'file_sentence', 'error_sentence', 'invoke', 'main']
 
 # %% ../nbs/cli.ipynb #51312590
 import os
@@ -114,6 +114,16 @@ def tables_command(
     from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
 
     print(format_tables(side_by_side(runs or []), format))
+    return 0
+
+
+@app.command("join")
+def join_command(folder: options.JoinedFolder) -> int:  # exit code
+    "Take part in a run that was started on another machine with runtime.nodes."
+    from dr2seg_lib.runs.launch import join_run
+
+    print(f"waiting for the run in {folder}; Ctrl-C ends it", flush=True)
+    join_run(folder)
     return 0
 
 # %% ../nbs/cli.ipynb #4ea35037

@@ -106,3 +106,9 @@ def test_slopes_of_powers(monkeypatch, tmp_path):
     rows += [r | dict(factor="image tokens") for r in rows]
     draw(rows, slopes(rows), tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_the_steps_on_paper_are_those_of_the_page():
+    done = subprocess.run([sys.executable, FOLDER / "on_paper.py"], capture_output=True, text=True)
+    assert done.stdout.count("\n| ") == 7, done.stderr
+    assert done.stdout in (FOLDER.parent / "docs" / "performance.md").read_text()

@@ -109,10 +109,6 @@ def files(folder):
         (["-p", "steps", "1.5"], 'parameter "steps" takes int such as 3, not 1.5'),
         (["-p", "out", "here"], 'parameter "out" is set by --out; use that option'),
         (["--resume"], "--resume needs the run's folder; name it with --out"),
-        (
-            ["--resume", "--out", "nowhere"],
-            "nowhere/run.json does not exist; check the run folder's name",
-        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -332,7 +328,7 @@ def test_a_value_may_start_with_a_minus_sign(capsys):
     assert "kl" in capsys.readouterr().err.partition(":")[2]
 
 
-@pytest.mark.parametrize("command", ["run", "runs", "check", "segment", "plan", "tables"])
+@pytest.mark.parametrize("command", ["run", "runs", "join", "check", "segment", "plan", "tables"])
 def test_every_command_has_help(capsys, command):
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()
@@ -1486,3 +1482,27 @@ def test_a_preset_of_ones_own_is_a_file(tmp_path):
 def test_help_of_a_training_lists_the_presets():
     assert "dr2seg_few_shot" in parameters_help("train")
     assert "dr2seg_few_shot" not in parameters_help("evaluate")
+
+
+def test_a_sweep_and_a_search_take_a_cluster_by_its_dotted_names():
+    for experiment, address in dict(ablate="auto", compare="10.0.0.1:6379", tune="local").items():
+        path = find_experiment(experiment)
+        given = {"cluster.address": address, "cluster.cpus": 2, "steps": 3}
+        values = check_parameters(experiment, path, given)
+        assert values["cluster"] == dict(address=address, cpus=2)
+        assert values["config"] == dict(steps=3)
+    assert check_parameters("tune", path, {"cluster.cpus": 2})["cluster"]["address"] == "local"
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"cluster.address": "head"}, "cluster.address is 'head'; use auto, local or HOST:PORT"),
+        ({"cluster.gpus": -1}, 'parameter "cluster.gpus": input should be greater than or equal'),
+        ({"cluster.nodes": 2}, 'unknown parameter "cluster.nodes"'),
+    ],
+)
+def test_what_no_cluster_can_be_is_refused(given, sentence):
+    with pytest.raises(ValueError) as refused:
+        check_parameters("ablate", find_experiment("ablate"), given)
+    assert sentence in str(refused.value)

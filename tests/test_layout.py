@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from dr2seg_lib.core.parameters import EvaluateConfig, Rea2SegConfig, TrainConfig
+from dr2seg_lib.core.settings import SweepSettings
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -238,7 +239,8 @@ def parameters_of(config):
 @cache
 def known_parameters():
     "Every parameter that some experiment takes."
-    names = set().union(*map(parameters_of, (TrainConfig, EvaluateConfig, Rea2SegConfig)))
+    kinds = TrainConfig, EvaluateConfig, Rea2SegConfig, SweepSettings
+    names = set().union(*map(parameters_of, kinds))
     for path in (ROOT / "nbs" / "experiments").glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
             if "parameters" in cell["metadata"].get("tags", []):

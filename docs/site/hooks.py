@@ -24,6 +24,8 @@ SERVED = (
     "docs/site/*.css",
     "nbs/**/*.ipynb",
     "benchmarks/results/*",
+    "scripts/slurm/*.sbatch",
+    "tests/rehearsal/*.py",
     "dr2seg_lib/weights/*/README.md",
 )
 

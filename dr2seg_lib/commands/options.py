@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ExperimentName', 'ParameterPairs', 'PresetName', 'RunFolder', 'Resume', 'Trust', 'ShowHelp', 'RunsFolder',
-           'RunFolders', 'TableFormat', 'DataSet', 'Photo', 'Question', 'Box', 'Point', 'PolicyName', 'Adapter',
-           'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention', 'PhotoFolder', 'Overwrite',
-           'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search', 'PlanFile',
-           'complete_experiment', 'complete_preset']
+           'JoinedFolder', 'RunFolders', 'TableFormat', 'DataSet', 'Photo', 'Question', 'Box', 'Point', 'PolicyName',
+           'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention', 'PhotoFolder',
+           'Overwrite', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search',
+           'PlanFile', 'complete_experiment', 'complete_preset']
 
 # %% ../../nbs/commands/options.ipynb #eebe6f53
 from pathlib import Path
@@ -66,7 +66,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with the run in --out; -p may change its rate, its memory, its evaluation.",
+        help="Go on with the run in --out, or start it; -p may change rate, memory, evaluation.",
     ),
 ]
 Trust = Annotated[
@@ -83,6 +83,7 @@ ShowHelp = Annotated[
 
 # %% ../../nbs/commands/options.ipynb #e2400528
 RunsFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that holds runs.")]
+JoinedFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder.")]
 RunFolders = Annotated[
     list[Path] | None,
     typer.Argument(

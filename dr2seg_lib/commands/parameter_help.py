@@ -20,6 +20,7 @@ from dr2seg_lib.commands.parameters_cell import (
 from ..core.parameter_table import FieldRow, field_rows
 from ..core.parameters import INHERITED, EvaluateConfig
 from ..core.presets import preset_summary, published_presets
+from ..core.settings import SweepSettings
 
 # %% ../../nbs/commands/parameter_help.ipynb #52bd9b2d
 NAME_WIDTH, DEFAULT_WIDTH, LINE_WIDTH = 33, 13, 100
@@ -78,6 +79,8 @@ def parameters_help(experiment: str) -> str:  # a known name, or a notebook's pa
     kind, declared = config_class(notebook), parameters_of(notebook)
     lines = [f"Parameters of {experiment}, each set by -p NAME VALUE:", ""]
     lines += notebook_lines(notebook)
+    if "cluster" in declared:
+        lines += config_lines(SweepSettings)
     if kind is None:
         return "\n".join(lines)
     return "\n".join([*lines, *config_lines(kind), *closing_lines(kind, declared)])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIG_CLASSES', 'CHECKS', 'NAMES_IN_CODE', 'config_class', 'parameter_defaults', 'old_names_in', 'check_names',
-           'check_config', 'spread_config', 'notebook_parameters', 'check_type', 'validation_sentence',
+           'check_config', 'holds_runs', 'spread_config', 'notebook_parameters', 'check_type', 'validation_sentence',
            'validated_config', 'check_names_exist', 'under_preset', 'sweep_trainings', 'check_sweep',
            'configuration_of', 'check_quickly', 'check_machine_for', 'check_parameters']
 
@@ -40,6 +40,7 @@ from dr2seg_lib.core.parameters import (
     first_problem,
 )
 from ..core.presets import check_needs, with_preset
+from ..core.settings import SweepSettings
 from ..methods.names import method_names
 from ..runs.verify import validate_adapter, validate_model
 
@@ -65,7 +66,9 @@ def config_class(notebook: Path) -> type[ExperimentConfig] | None:  # None: plai
 def parameter_defaults(notebook: Path) -> dict:  # {name: default}
     "All that can be set: what the notebook declares, and the fields of its configuration."
     declared, kind = free_parameters(parameters_of(notebook)), config_class(notebook)
-    return declared | (kind().flat() if kind else {})
+    groups = SweepSettings().model_dump() if "cluster" in declared else {}
+    fields = {f"{group}.{n}": v for group, values in groups.items() for n, v in values.items()}
+    return declared | fields | (kind().flat() if kind else {})
 
 # %% ../../nbs/commands/parameters.ipynb #5b2506c7
 def old_names_in(notebook: Path) -> dict:  # {old name: new name}
@@ -101,13 +104,18 @@ def check_config(config):  # as typed
         raise ValueError('parameter "config": a name is no text; --help lists them')
 
 # %% ../../nbs/commands/parameters.ipynb #a2701051
+def holds_runs(declared: dict) -> bool:  # by the notebook
+    "Whether an experiment is a run that holds runs: a sweep, a search."
+    return "methods" in declared or "cluster" in declared
+
+
 def spread_config(notebook: Path, given: dict) -> dict:  # {name: value}
     "What was given, the fields of `config` as if each had been typed."
     kind, declared = config_class(notebook), parameters_of(notebook)
     if kind is None:
         return given
-    if "methods" in declared:
-        given = nested_parameters(given, SWEEP_NAMES)
+    if holds_runs(declared):
+        given = nested_parameters(given, SWEEP_NAMES if "methods" in declared else {})
     own = {n: v for n, v in given.items() if n in declared and n != "config"}
     fields = {n: v for n, v in given.items() if n not in declared}
     check_config(given.get("config", {}))
@@ -121,6 +129,8 @@ def notebook_parameters(notebook: Path, given: dict) -> dict:  # {declared name:
     if config_class(notebook) is None:
         return given
     own = {n: v for n, v in spread.items() if n in declared}
+    if isinstance(own.get("cluster"), dict):
+        own["cluster"] = declared["cluster"] | own["cluster"]
     fields = {n: v for n, v in spread.items() if n not in declared}
     if not fields:
         return own
@@ -218,6 +228,8 @@ def check_quickly(experiment: str, notebook: Path, values: dict):  # values: of 
     own = {n: v for n, v in values.items() if n != "config" or kind is None}
     for name, value in own.items():
         check_type(name, value, declared[name])
+    if "cluster" in own:
+        validated_config(SweepSettings, dict(cluster=own["cluster"]))
     if {"methods", "seeds", "config", "workers"} <= declared.keys():
         check_sweep(declared | values)
     elif kind:

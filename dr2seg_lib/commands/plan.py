@@ -40,7 +40,7 @@ def planned_parameters(asked: PlanAsked) -> dict:  # {name: value}
         raise ValueError(f"plan: {asked.experiment} cannot be planned; use train")
     given = typed_parameters(asked.parameter, TrainConfig().flat())
     check_names(experiments()["train"], given)
-    for name in "runtime.processes", "processes":
+    for name in "runtime.processes", "runtime.nodes", "processes":
         if name in given:
             raise ValueError(f"parameter {name} follows from --gpus and --nodes; leave it out")
     return given

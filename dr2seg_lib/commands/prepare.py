@@ -17,6 +17,7 @@ from dr2seg_lib.commands.parameters import (
     check_parameters,
     config_class,
     configuration_of,
+    holds_runs,
     old_names_in,
     parameter_defaults,
     spread_config,
@@ -27,7 +28,7 @@ from ..core.parameter_names import flat_parameters, renamed_note
 from ..core.parameters import EvaluateConfig, brief_text, changed_parameters
 from ..core.presets import evaluated_as, with_preset
 from ..runs.run_folder import check_free, new_folder
-from ..runs.status import read_record, run_status
+from ..runs.status import machine_at_work, read_record, run_status
 from ..runs.verify import inherit
 
 # %% ../../nbs/commands/prepare.ipynb #aa2eea0c
@@ -121,13 +122,18 @@ def check_trust(args, recorded: dict, given: dict):
     )
 
 # %% ../../nbs/commands/prepare.ipynb #97af0bb1
-RESUME_MAY_CHANGE = "processes", "workers", "against"  # of a notebook without a configuration
+RESUME_MAY_CHANGE = (
+    "processes",
+    "workers",
+    "cluster",
+    "against",
+)  # of a notebook without a configuration
 
 
 def check_changes(args, notebook: Path, recorded: dict, given: dict):  # both spread
     "Refuses to change what a run is; how it goes on may change."
     kind = config_class(notebook)
-    if kind and "methods" not in parameters_of(notebook):
+    if kind and not holds_runs(parameters_of(notebook)):
         try:
             changed_parameters(recorded, validated_config(kind, recorded | given))
         except ValueError as e:
@@ -169,6 +175,7 @@ def prepare_resume(
         raise ValueError("--resume needs the run's folder; name it with --out")
     recorded = recorded_parameters_of(notebook, read_record(args.out))
     given = without_preset(spread_config(notebook, given))
+    machine_at_work(args.out)  # whether one that fell silent is dead, its status says after this
     status, unfinished = run_status(args.out), (args.out / PARTIAL_NOTEBOOK).exists()
     done = status == "done" and not unfinished  # else killed in its report perhaps
     if status == "running" or done and not asks_for_more(recorded, given):

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 # %% ../../nbs/core/parameter_names.ipynb #80ef9d35
 NAMED = "method", "model", "data"  # groups with a field `name`
 GROUPS = (*NAMED, "lora", "rollout", "optim", "evaluation", "runtime", "candidates")
-MERGED = (*GROUPS, "config")  # of a sweep: what all its trainings share
+MERGED = (*GROUPS, "config", "cluster")  # of a sweep: what its trainings share, and who trains
 
 
 def place_value(

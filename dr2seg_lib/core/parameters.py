@@ -97,7 +97,7 @@ class ProcessRules(ExperimentConfig):
 
     @model_validator(mode="after")
     def processes_share_questions_evenly(self):
-        questions, processes = self.rollout.questions_per_step, self.runtime.processes
+        questions, processes = self.rollout.questions_per_step, self.runtime.all_processes
         if questions % processes:
             raise ValueError(
                 f"rollout.questions_per_step: {questions} questions cannot be shared "
@@ -169,7 +169,14 @@ class EvaluateConfig(ExperimentConfig):
 
     old_names: ClassVar[dict] = EVALUATION_NAMES
     may_change: ClassVar[dict] = {
-        name: MACHINE for name in ("runtime.processes", "runtime.attention", "runtime.server")
+        name: MACHINE
+        for name in (
+            "runtime.processes",
+            "runtime.nodes",
+            "runtime.rendezvous",
+            "runtime.attention",
+            "runtime.server",
+        )
     }
     segmenter: str = Field("embedded", description=SEGMENTER)
     method: MethodSettings = MethodSettings()

@@ -7,12 +7,14 @@ __all__ = ['MAX_QUESTION_TOKENS', 'NEW_TOKENS', 'PROJECTIONS', 'DATA_SET', 'METH
            'ModelSettings', 'TrainedModel', 'EvaluatedModel', 'LoraSettings', 'QuestionSettings',
            'TrainingDataSettings', 'EvaluatedDataSettings', 'Rea2SegDataSettings', 'AnswerSettings', 'RolloutSettings',
            'MethodSettings', 'TrainedMethod', 'OptimSettings', 'HeldOutSettings', 'CandidateSettings',
-           'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime']
+           'ProcessSettings', 'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime', 'ClusterSettings',
+           'SweepSettings']
 
 # %% ../../nbs/core/settings.ipynb #fc1dbf33
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # %% ../../nbs/core/settings.ipynb #d0871297
 MAX_QUESTION_TOKENS = 512  # a longer question is not asked, unless a run says otherwise
@@ -214,12 +216,37 @@ class CandidateSettings(Settings):
     overlap: float = Field(0.8, gt=0, lt=1, description="IoU above which two candidates are one")
 
 # %% ../../nbs/core/settings.ipynb #9355bee5
-class RuntimeSettings(Settings):
+class ProcessSettings(Settings):
+    "The processes and machines that share the work."
+
+    processes: int = Field(
+        1, ge=1, description="processes of each machine; they share the questions"
+    )
+    nodes: int = Field(
+        1, ge=1, description="machines; each but the first has to call dr2seg join DIR"
+    )
+    rendezvous: str = Field(
+        "", description="HOST:PORT where the first machine waits; empty: its name, a free port"
+    )
+
+    @property
+    def all_processes(self) -> int:
+        "The processes of all machines."
+        return self.nodes * self.processes
+
+    @field_validator("rendezvous")
+    @classmethod
+    def host_and_port(cls, address: str) -> str:
+        if re.fullmatch(r"|[^\s:/]+:\d+", address):
+            return address
+        raise ValueError(f"runtime.rendezvous is {address!r}; use HOST:PORT")
+
+# %% ../../nbs/core/settings.ipynb #c17970a4
+class RuntimeSettings(ProcessSettings):
     "How it is computed: time and memory, not the mathematics."
 
-    processes: int = Field(1, ge=1, description="processes that share the questions")
     server: str = Field(
-        "", description="a vLLM server that answers, such as http://localhost:8000; empty: none"
+        "", description="vLLM that answers: http://node1:8000, or several, with commas; empty: none"
     )
     attention: Literal["sdpa", "eager", "flash"] = Field(
         "sdpa", description="sdpa, eager, or flash for the vision tower"
@@ -252,3 +279,24 @@ class EvaluationRuntime(RuntimeSettings):
     "How it is computed: time and memory, not the mathematics."
 
     batch_size: int = Field(32, ge=1, description="questions asked at once")
+
+# %% ../../nbs/core/settings.ipynb #c1a00002
+class ClusterSettings(Settings):
+    "The Ray cluster that trains the runs of a sweep."
+
+    address: str = Field("", description="auto, local or HOST:PORT; empty: this machine, no Ray")
+    gpus: float = Field(0, ge=0, description="GPUs a run; 0: one a process, where there are any")
+    cpus: int = Field(1, ge=1, description="CPUs a run")
+
+    @field_validator("address")
+    @classmethod
+    def a_known_form(cls, address: str) -> str:
+        if re.fullmatch(r"|auto|local|[^\s:/]+:\d+", address):
+            return address
+        raise ValueError(f"cluster.address is {address!r}; use auto, local or HOST:PORT")
+
+
+class SweepSettings(Settings):
+    "What a sweep is asked beside the parameters of its trainings."
+
+    cluster: ClusterSettings = ClusterSettings()

@@ -14,7 +14,7 @@ from ..data.datasets import load_data, validate_data
 from ..methods.wording import with_kept_wording, worded_method
 from ..models.loading import validate_attention, validate_processes
 from ..models.vllm_adapter import validate_lora_only
-from ..models.vllm_protocol import served_name
+from ..models.vllm_protocol import served_names
 from ..runs.verify import validate_adapter, validate_model
 
 # %% ../../nbs/evaluation/config.ipynb #5f71555d
@@ -23,7 +23,7 @@ def check_server(config: EvaluateConfig):
     if config.runtime.server and config.model.adapter:
         validate_lora_only(config.model.adapter)
     if config.runtime.server:
-        served_name(config.runtime.server, config.model.name)
+        served_names(config.runtime.server, config.model.name)
 
 
 def check_evaluation(

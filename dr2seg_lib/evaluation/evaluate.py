@@ -34,7 +34,13 @@ from ..models.policy import Policy
 from ..models.vllm_client import ServedPolicy
 from ..rollouts.parsing import Parsed, draw_answer, parse_response
 from ..rollouts.response import Response, to_responses
-from ..runs.launch import destroy_process_group, launch_processes, open_run
+from dr2seg_lib.runs.launch import (
+    PEER_TIMEOUT,
+    destroy_process_group,
+    launch_processes,
+    name_lost_process,
+    open_run,
+)
 from ..runs.run_folder import Run
 from ..runs.status import update_record
 from ..segmenters.base import Segmenter
@@ -192,8 +198,9 @@ def evaluation_parts(
     policy.answers_at_once = config.runtime.answers_at_once
     policy.max_question_tokens = config.data.max_question_tokens
     if runtime.server:
-        folder = run.folder / f"served-{accelerator.process_index}"
-        served = ServedPolicy(policy, runtime.server, model.name, folder)
+        process = accelerator.process_index
+        folder = run.folder / f"served-{process}"
+        served = ServedPolicy(policy, runtime.server, model.name, folder, process)
         policy = stack.enter_context(served)
     return policy, segmenter
 
@@ -229,11 +236,11 @@ def run_evaluation(
 ) -> Run:
     "A whole evaluation: `predictions.jsonl`, a line a sample, and the summary in `results.json`."
     data = check_evaluation(config, Path(out) if resume else None)
-    if config.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
+    if config.runtime.all_processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.evaluation.evaluate", config, out, resume)
-    with open_run(out, config, resume=resume) as run, ExitStack() as stack:
+    with open_run(out, config, resume=resume) as run, name_lost_process() as stack:
         # named, or several processes on CPUs would not know of each other
-        accelerator = PartialState(cpu=not torch.cuda.is_available())
+        accelerator = PartialState(cpu=not torch.cuda.is_available(), timeout=PEER_TIMEOUT)
         policy, segmenter = evaluation_parts(config, run, accelerator, stack)
         path, size = run.folder / "predictions.jsonl", config.runtime.batch_size
         if writes := accelerator.is_main_process:

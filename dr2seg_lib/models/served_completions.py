@@ -65,7 +65,10 @@ class ServedCompletions(Completions):
     server_logp: Tensor  # [R,T] log-probability of the token as the server has it
 
 
-def logprob_gap(completions: ServedCompletions) -> Tensor:  # scalar, nats
+def logprob_gap(
+    completions: ServedCompletions,  # R rows
+    rows: list | slice = slice(None),  # only these
+) -> Tensor:  # scalar, nats
     "Mean log-probability of the server minus that of the policy: an estimate of their KL."
     gap = (completions.server_logp - completions.logp) * completions.mask
-    return gap.sum() / completions.mask.sum()
+    return gap[rows].sum() / completions.mask[rows].sum()

@@ -21,10 +21,12 @@ from .ledger import ROW_FILES
 from .run_files import RunWriter
 from .signals import active_runs, enter_run, leave_run
 from dr2seg_lib.runs.status import (
+    Heartbeat,
     ProgressWriter,
     current_time,
     git_revision,
     lock_folder,
+    machine_at_work,
     package_versions,
     read_record,
     run_status,
@@ -135,6 +137,7 @@ class Run(RunWriter):
         self.lock = lock  # an open file; None: to look at
         self.stop_wanted = self.stopped = False  # wanted by a signal; and the loop has seen it
         self.reporter = ProgressWriter(self.folder, bar)
+        self.heart = Heartbeat(self.folder) if lock is not None else None
 
     def __enter__(self) -> "Run":
         enter_run(self)
@@ -206,6 +209,7 @@ def finish(
         (self.folder / "stop").unlink(missing_ok=True)
     finally:
         self.reporter.close()
+        self.heart.close()
         os.close(self.lock)
         self.lock = None
 
@@ -238,7 +242,8 @@ def resume(
 ) -> Run:
     "Goes on with a run that ended early; a line that was cut short is removed."
     folder = Path(folder)
-    read_record(folder)
+    if host := machine_at_work(folder):
+        raise ValueError(f"{folder} is being written on {host}; wait, or stop that run first")
     lock = hold_folder(folder)
     try:
         fields = resumed_record(folder, config)

@@ -20,7 +20,7 @@ from ..data.reasonseg import ReasonSegDataset
 from ..methods.registry import load_method
 from ..methods.wording import with_kept_wording, worded_method
 from ..models.loading import validate_attention, validate_processes
-from ..models.vllm_protocol import served_name
+from ..models.vllm_protocol import served_names
 from ..runs.verify import validate_model
 from ..segmenters.sam3 import is_sam3
 from .starting_point import check_start, with_kept_start
@@ -44,7 +44,7 @@ def check_machine(config: TrainConfig):
     validate_processes(runtime.processes)
     validate_attention(runtime.attention, config.model.dtype)
     if runtime.server:
-        served_name(runtime.server, config.model.name)
+        served_names(runtime.server, config.model.name)
 
 # %% ../../nbs/training/config.ipynb #26f98567
 class TrainingData(NamedTuple):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from ..core.parameters import TrainConfig
@@ -39,7 +40,13 @@ from ..models.vllm_client import ServedPolicy, logprob_gap
 # %% ../../nbs/training/trainer.ipynb #7bd836e9
 from ..rollouts.two_stage import Rollouts, StageTimer, generate_rollouts
 from ..runs.checkpoints import save_checkpoint, step_of
-from ..runs.launch import destroy_process_group, launch_processes, open_run
+from dr2seg_lib.runs.launch import (
+    PEER_TIMEOUT,
+    destroy_process_group,
+    launch_processes,
+    name_lost_process,
+    open_run,
+)
 from ..runs.model_card import write_model_card
 from ..runs.run_folder import Run
 from ..runs.status import read_record, read_results, update_record
@@ -141,7 +148,8 @@ def build_training_state(
 ) -> TrainingState:
     "Policy, method and optimizer, from the seed."
     torch.manual_seed(config.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=PEER_TIMEOUT)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     with accelerator.main_process_first():
         start = keep_start(config, folder) if folder else None
         if folder:
@@ -350,8 +358,9 @@ def serve_policy(state: TrainingState, config: TrainConfig, run: Run, stack: Exi
     "The state with a policy that samples on the server, where there is one."
     if not config.runtime.server:
         return state
-    folder = run.folder / f"served-{state.accelerator.process_index}"
-    served = ServedPolicy(state.policy, config.runtime.server, config.model.name, folder)
+    process = state.accelerator.process_index
+    named, folder = (config.runtime.server, config.model.name), run.folder / f"served-{process}"
+    served = ServedPolicy(state.policy, *named, folder, process)
     return state._replace(policy=stack.enter_context(served))
 
 # %% ../../nbs/training/trainer.ipynb #3265c2af
@@ -384,9 +393,9 @@ def train(
 ) -> Run:
     "A whole run: evaluate, train, evaluate again, leave everything in the folder."
     data = check_training(config, Path(out) if resume else None)
-    if config.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
+    if config.runtime.all_processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch_processes("dr2seg_lib.training.trainer", config, out, resume)
-    with open_run(out, config, config.seed, resume) as run, ExitStack() as stack:
+    with open_run(out, config, config.seed, resume) as run, name_lost_process() as stack:
         read_results(run.folder)  # what is wrong with it shows before anything is loaded
         checkpoint = run.rewind()
         if checkpoint and step_of(checkpoint) > config.steps:

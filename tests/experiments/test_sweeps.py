@@ -1,9 +1,13 @@
 "Many runs in one: finished ones are skipped, a failing one is named and hurts no other."
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from dr2seg_lib.core.files import read_json, read_jsonl
-from dr2seg_lib.experiments.sweeps import arm_results, find_alike, run_sweep
+from dr2seg_lib.experiments.local_workers import Job, LocalPool, find_answered
+from dr2seg_lib.experiments.sweeps import arm_results, job_of, run_sweep
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import run_status
 from dr2seg_lib.training import both_ends
@@ -76,7 +80,7 @@ def test_the_start_is_asked_once(swept, tmp_path, monkeypatch):
     monkeypatch.setattr(both_ends, "answer_held_out", noted)
     third = configs["vr-s0"].model_copy(update=dict(seed=2))
     folders = {name: run.folder / name for name in configs} | dict(third=tmp_path / "third")
-    alike = find_alike(configs | dict(third=third), folders, "third")
+    alike = find_answered(job_of(configs | dict(third=third), folders, "third").alike)
     assert alike in (run.folder / "vr-s0", run.folder / "vr-s1")
     train(third, tmp_path / "third", alike=alike)
     assert asked == ["after"]
@@ -87,4 +91,25 @@ def test_the_start_is_asked_once(swept, tmp_path, monkeypatch):
     assert [row["text"] for row in taken] == [row["text"] for row in own]
     other = third.model_copy(update=dict(segmenter="embedded"))
     folders["other"] = tmp_path / "other"
-    assert find_alike(configs | dict(third=third, other=other), folders, "other") is None
+    assert not job_of(configs | dict(third=third, other=other), folders, "other").alike
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks into /proc")
+def test_each_run_sees_a_gpu_of_its_own(tmp_path, monkeypatch):
+    "Two of the three GPUs that a scheduler has given, to two processes; the third waits."
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,7")
+    pool, seen = LocalPool(workers=2), []
+    for name in "ab":
+        worker = pool.start(Job(TrainConfig(model="no-such/model", **SMALL), tmp_path / name))
+        inherited = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
+        seen += [line.decode() for line in inherited if line.startswith(b"CUDA_VISIBLE")]
+    pool.close()
+    assert seen == ["CUDA_VISIBLE_DEVICES=5", "CUDA_VISIBLE_DEVICES=3"]
+
+
+def test_a_process_that_was_killed_leaves_a_sentence(tmp_path):
+    pool = LocalPool(workers=1)
+    worker = pool.start(Job(TrainConfig(**SMALL), tmp_path / "a"))
+    pool.close()
+    assert worker.problem() == "its process ended with -9, perhaps for memory; resume the sweep"

@@ -198,10 +198,31 @@ def test_a_run_on_another_machine_is_judged_by_its_heartbeat(tmp_path):
     with Run.create(tmp_path / "run", {}, bar=False) as run:
         update_record(run.folder, host="elsewhere")
         assert run.status == "running"
-        os.utime(run.folder / "run.json", (0, time.time() - STALE_SECONDS - 1))
+        fall_silent(run.folder)
         assert run.status == "failed"
         run.progress("training", 1, 2)
         assert run.status == "running"
+
+
+def fall_silent(folder):
+    for path in folder.iterdir():
+        os.utime(path, (0, time.time() - STALE_SECONDS - 1))
+
+
+def test_a_run_that_is_alive_on_another_machine_is_not_gone_on_with_here(tmp_path, monkeypatch):
+    "Not every shared disk passes locks on: here the lock is free, and only the heart beats."
+    monkeypatch.setattr("dr2seg_lib.runs.status.HEARTBEAT_SECONDS", 0.2)
+    run = Run.create(tmp_path / "run", {}, bar=False)
+    update_record(run.folder, host="node-7")
+    os.close(run.lock)
+    with pytest.raises(ValueError, match="is being written on node-7; wait, or stop that run"):
+        Run.resume(run.folder, bar=False)
+    run.heart.close()
+    time.sleep(0.3)
+    fall_silent(run.folder)
+    with Run.resume(run.folder, bar=False) as again:
+        assert again.info["host"] != "node-7"
+    assert again.status == "done"
 
 
 def test_a_run_of_somebody_else_can_be_asked_for_its_status():
