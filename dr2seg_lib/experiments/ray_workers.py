@@ -43,6 +43,7 @@ def connect(
     options = dict(log_to_driver=False, logging_level="error")
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send them home
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as without Ray
         options |= dict(include_dashboard=False, object_store_memory=STORE_BYTES)
     try:
         if ":" in address:  # Ray itself would try for minutes

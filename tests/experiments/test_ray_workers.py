@@ -2,10 +2,11 @@
 
 import os
 import signal
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -42,10 +43,14 @@ def test_a_cluster_that_is_not_there_is_one_sentence(address, tmp_path):
             run_sweep(run, RUNS, cluster=ClusterSettings(address=address))
 
 
-def processes_of_ray() -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    names = "/raylet/raylet", "gcs_server", "ray::", "ray/dashboard"
-    return [line for line in listed.splitlines() if any(name in line for name in names)]
+def marked(mark: str) -> list[str]:
+    "What the processes are called that have inherited a mark in their environment."
+    names = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it ended meanwhile
+            if mark.encode() in path.read_bytes():
+                names.append(path.with_name("comm").read_text().strip())
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +58,20 @@ def cluster():
     "Three nodes of one CPU each."
     from ray.cluster_utils import Cluster
 
-    before = processes_of_ray()
+    mark = f"DR2SEG_CLUSTER={uuid4()}"  # a test beside this one may have a cluster too
+    os.environ |= dict([mark.split("=")])
     os.environ["RAY_worker_niceness"] = "0"  # else the runs would wait for everything else here
     small = dict(num_cpus=1, object_store_memory=STORE_BYTES, include_log_monitor=False)
     nodes = Cluster(initialize_head=True, head_node_args=small | dict(include_dashboard=False))
     workers = [nodes.add_node(**small) for _ in range(2)]
+    assert len(marked(mark)) >= 3  # the raylets at least
     yield nodes, workers
     nodes.shutdown()
     for _ in range(100):
-        left = [line for line in processes_of_ray() if line not in before]
-        if not left:
-            return
+        if not marked(mark):
+            break
         time.sleep(0.2)
-    raise AssertionError(left)
+    assert not marked(mark)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ SHARED = dict(
 
 
 @pytest.mark.slow
-def test_a_search_that_is_stopped_goes_on_and_is_a_table_of_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_worker_niceness", "0")
+def test_a_search_that_is_stopped_goes_on_and_is_a_table_of_runs(tmp_path):
     space, local = {"optim.lr": {"loguniform": [1e-4, 1e-2]}}, ClusterSettings(address="local")
     with Run.create(tmp_path / "search", {}, bar=False) as run, ThreadPoolExecutor(1) as pool:
         pool.submit(stop_under_way, run.folder)
