@@ -91,6 +91,26 @@ class WeightRules(ExperimentConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def quantised_weights_are_frozen_and_whole(self):
+        quantised = self.model.quantize != "none"
+        if quantised and self.model.tune == "full":
+            raise ValueError(
+                "model.quantize: quantised weights cannot be trained; "
+                "use model.tune lora, or model.quantize none"
+            )
+        if quantised and self.runtime.shard:
+            raise ValueError(
+                "model.quantize: quantised weights cannot be divided among processes; "
+                "leave runtime.shard out, or use model.quantize none"
+            )
+        if self.optim.states == "8bit" and self.model.tune == "full" and self.runtime.shard:
+            raise ValueError(
+                "optim.states: moments of 8 bits cannot be divided among processes; "
+                "use float32, or leave runtime.shard out"
+            )
+        return self
+
 # %% ../../nbs/core/parameters.ipynb #647acc4c
 class ProcessRules(ExperimentConfig):
     "What several processes can share."
@@ -149,8 +169,10 @@ INHERITED = (
     "method.prompt",
     "segmenter",
     "model.dtype",
+    "model.quantize",
     "rollout.max_new_tokens",
     "data.max_question_tokens",
+    "data.max_pixels",
 )  # left out: those of the adapter's run
 
 
@@ -169,7 +191,7 @@ class EvaluateConfig(ExperimentConfig):
 
     old_names: ClassVar[dict] = EVALUATION_NAMES
     may_change: ClassVar[dict] = {
-        name: MACHINE for name in ("runtime.processes", "runtime.attention", "runtime.server")
+        f"runtime.{name}": MACHINE for name in ("processes", "attention", "server", "offload")
     }
     segmenter: str = Field("embedded", description=SEGMENTER)
     method: MethodSettings = MethodSettings()
@@ -208,6 +230,8 @@ def may_change(config: ExperimentConfig, name: str, old, new) -> bool:
     "Whether a resumed run may have another value of a parameter."
     if name == "optim.norm_lr" and not (old and new):
         return False  # 0 freezes the gain: what is trained would change
+    if name == "optim.states":
+        return False  # a checkpoint holds moments of one kind
     return name in config.may_change or name.partition(".")[0] in config.may_change
 
 # %% ../../nbs/core/parameters.ipynb #3ba97477

@@ -187,8 +187,9 @@ def evaluation_parts(
 ) -> tuple:  # policy, segmenter
     "What an evaluation works with, loaded."
     model, runtime = config.model, config.runtime
-    segmenter, how = load_segmenter(config.segmenter), (model.dtype, runtime.attention)
-    policy = load_policy(model.name, model.adapter, *how, accelerator.device)
+    how = model.dtype, runtime.attention, accelerator.device, model.quantize, config.data.max_pixels
+    segmenter = load_segmenter(config.segmenter)
+    policy = load_policy(model.name, model.adapter, *how)
     policy.answers_at_once = config.runtime.answers_at_once
     policy.max_question_tokens = config.data.max_question_tokens
     if runtime.server:

@@ -6,6 +6,9 @@
 __all__ = ['lora_target_regex', 'lora_config', 'FullTuning', 'MergedLinear', 'merged_forward', 'restore_layers', 'AdapterMerging',
            'Lora']
 
+# %% ../../nbs/models/lora.ipynb #c3b00001
+from .quantized import is_quantized  # before peft, which imports bitsandbytes
+
 # %% ../../nbs/models/lora.ipynb #146c72f8
 import copy
 import warnings
@@ -116,11 +119,11 @@ class AdapterMerging:
     merged_layers = ()  # layers whose weights hold the adapter now, with what they were
 
     def mergeable_layers(self) -> list:  # of LoraLayer
-        "The adapted layers whose weights may take the adapter: of an fp32 policy in one piece."
+        "The adapted layers whose weights may take the adapter: float32, in one piece."
         if self.model.dtype != torch.float32 or self.shards:
             return []
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
-        return [m for m in layers if not m.disable_adapters]
+        return [m for m in layers if not (m.disable_adapters or is_quantized(m.base_layer))]
 
     @contextmanager
     def merged_adapter(self):
@@ -219,9 +222,12 @@ def fold_adapter(self: Lora):  # the policy
         return self
     layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
     dtypes = [(m.base_layer, m.base_layer.weight.dtype) for m in layers]
+    dtypes = [(m, dtype) for m, dtype in dtypes if dtype.is_floating_point]
     for m, _ in dtypes:
         m.float()
-    self.model, self.adapter = self.adapter.merge_and_unload(), None
+    with warnings.catch_warnings():  # peft dequantises, adds in float32 and quantises again
+        warnings.filterwarnings("ignore", message="Merge lora module")
+        self.model, self.adapter = self.adapter.merge_and_unload(), None
     for m, dtype in dtypes:
         m.to(dtype)
     self.model.requires_grad_(False)

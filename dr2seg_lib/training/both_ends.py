@@ -133,6 +133,7 @@ def evaluate_and_save(
 def start_of_run(config: TrainConfig) -> tuple:
     "All that the answers before training depend on: alike in two runs, they need asking once."
     asked = config.evaluation.data or config.data.name, config.evaluation.samples
+    asked = *asked, config.data.max_pixels
     limits = config.rollout.max_new_tokens, config.data.max_question_tokens
     start = config.model, config.start, config.start_form, config.method.name, config.method.prompt
     return *start, config.segmenter, *asked, *limits

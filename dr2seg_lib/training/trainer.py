@@ -90,6 +90,8 @@ def build_policy(config: TrainConfig, accelerator: Accelerator, start=None) -> P
         dtype=config.model.dtype,
         attention=config.runtime.attention,
         device=accelerator.device,
+        quantize=config.model.quantize,
+        max_pixels=config.data.max_pixels,
     )
     policy.max_question_tokens = config.data.max_question_tokens
     policy.answers_at_once = config.runtime.answers_at_once
@@ -115,6 +117,10 @@ def build_optimizer(policy: Policy, optim: OptimSettings) -> torch.optim.Optimiz
     groups = [dict(params=rest, lr=optim.lr, base=optim.lr)]
     if norm:
         groups.append(dict(params=norm, lr=norm_lr, base=norm_lr))
+    if optim.states == "8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, weight_decay=optim.weight_decay)
     return torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
 
 # %% ../../nbs/training/trainer.ipynb #e830baab
