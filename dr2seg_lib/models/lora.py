@@ -7,7 +7,8 @@ __all__ = ['lora_target_regex', 'lora_config', 'FullTuning', 'MergedLinear', 'me
            'Lora']
 
 # %% ../../nbs/models/lora.ipynb #c3b00001
-from .quantized import is_quantized  # before peft, which imports bitsandbytes
+# before peft, which imports bitsandbytes
+from .quantized import NO_MERGING, is_quantized
 
 # %% ../../nbs/models/lora.ipynb #146c72f8
 import copy
@@ -221,13 +222,12 @@ def fold_adapter(self: Lora):  # the policy
     if self.adapter is None:
         return self
     layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+    if any(is_quantized(m.base_layer) for m in layers):
+        raise ValueError(NO_MERGING)
     dtypes = [(m.base_layer, m.base_layer.weight.dtype) for m in layers]
-    dtypes = [(m, dtype) for m, dtype in dtypes if dtype.is_floating_point]
     for m, _ in dtypes:
         m.float()
-    with warnings.catch_warnings():  # peft dequantises, adds in float32 and quantises again
-        warnings.filterwarnings("ignore", message="Merge lora module")
-        self.model, self.adapter = self.adapter.merge_and_unload(), None
+    self.model, self.adapter = self.adapter.merge_and_unload(), None
     for m, dtype in dtypes:
         m.to(dtype)
     self.model.requires_grad_(False)
