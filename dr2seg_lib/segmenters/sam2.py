@@ -89,6 +89,14 @@ class Sam2Segmenter(Segmenter):
         self.predictor = import_sam2("sam2_image_predictor").SAM2ImagePredictor(model)
         self.predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
 
+    def network(self) -> nn.Module:
+        "SAM 2."
+        return self.predictor.model
+
+    def release(self):
+        "Drops the picture's features."
+        self.predictor.reset_predictor()
+
     def masks(
         self,
         image: np.ndarray,  # [H,W,3] uint8

@@ -98,6 +98,8 @@ def answer_held_out(
     how = dict(accelerator=accelerator, parse=method.parse, answer=answer)
     how["progress"] = lambda i, n: run.progress(f"evaluating {when}", i, n)
     segmenter = held_out_segmenter(method, config.segmenter)
+    if config.runtime.offload:
+        segmenter.offload()
     with policy.unsharded():
         return evaluate(policy, segmenter, data, method.prompt, *limits, **how)[1]
 
