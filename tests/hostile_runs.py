@@ -195,6 +195,17 @@ METRICS = [
 FILES = {"run.json", "results.json"}
 
 
+def plan():
+    holds = dict(weights=15.4, activations=2.5)
+    stage = dict(peak_gib=17.9, holds_gib=holds, tflop=83.9, terabytes=5.9, seconds=8.2)
+    stages = [stage | dict(stage=k, waits=dict(tolist=9)) for k in ("start", "first", "update")]
+    sizes = dict(peak_gib=26.7, usable_gib=20.3, fits=False, nearest=dict(max_tokens=1024))
+    times = dict(steps=70, step_seconds=18.3, hours=0.4, gpu_hours=2.9)
+    waits = dict(waits_per_step=0.49, waits_per_token=0.03)
+    asked = dict(gpu="rtx4090", gpus=8, nodes=2)
+    return dict(asked=asked, stages=stages, notes=["a word"]) | sizes | times | waits
+
+
 def training(recipe="dr2seg"):
     rows = {
         when: [prediction(i, shift) for i in range(3)]
@@ -204,6 +215,7 @@ def training(recipe="dr2seg"):
         "run.json": info(recipe=recipe, steps=3, prompts=2, samples=2, eval_samples=3),
         "metrics.jsonl": copy.deepcopy(METRICS),
         "rollouts.jsonl": rollouts(),
+        "plan.json": plan(),
         "progress.json": dict(stage="training", i=3, n=3, note="x", time=""),
         "predictions_before.jsonl": rows["before"],
         "predictions_after.jsonl": rows["after"],

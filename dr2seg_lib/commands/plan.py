@@ -53,7 +53,8 @@ def plan_and_save(asked: PlanAsked, out: Path) -> int:  # exit code
     warnings.simplefilter("ignore", UserWarning)  # of torch, on what is fake
     from dr2seg_lib.rehearsal.answers import AnswerLengths
     from dr2seg_lib.rehearsal.gpus import find_gpu
-    from dr2seg_lib.rehearsal.plan import PlanRequest, plan_config, plan_text, plan_training
+    from dr2seg_lib.rehearsal.plan import PlanRequest, plan_config, plan_training
+    from dr2seg_lib.rehearsal.plan_text import plan_text
 
     find_gpu(asked.gpu)
     lengths = AnswerLengths(asked.answer, asked.spread)

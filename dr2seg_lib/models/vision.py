@@ -121,14 +121,19 @@ class ImageEncoder:
         by_area = self.processor.image_processor.resample == Image.Resampling.BOX
         return [resize_square(image, self.side, by_area) for image in images]
 
+    @property
+    def images_at_once(self) -> int:
+        "How many images the vision tower takes at once, so that memory does not grow with them."
+        patches = (self.side // self.processor.image_processor.patch_size) ** 2
+        return max(1, PATCHES_AT_ONCE // patches)
+
     def encode(
         self,
         images: list,  # each [H,W,3] uint8, any size
     ) -> list[EncodedImage]:
         "Resize images to the policy's side and run the (frozen) vision tower over each once."
         squares = self.squares(images)
-        patches = (self.side // self.processor.image_processor.patch_size) ** 2
-        some = max(1, PATCHES_AT_ONCE // patches)
+        some = self.images_at_once
         parts = [self.encode_squares(squares[i : i + some]) for i in range(0, len(squares), some)]
         return list(chain.from_iterable(parts))
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'GIB', 'SHARDED', 'SEGMENTER_PARAMETERS', 'SCORER_PARAMETERS', 'STEP_STAGES', 'BETWEEN_NODES', 'SHALLOW',
-           'NOTES', 'COLUMNS', 'PlanRequest', 'planned_steps', 'plan_config', 'divide_frozen', 'divide_trained',
-           'other_models', 'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times',
-           'deep_peaks', 'next_setting', 'nearest_setting', 'plan_training', 'table_row', 'fit_sentence', 'plan_text']
+           'NOTES', 'PlanRequest', 'planned_steps', 'plan_config', 'divide_frozen', 'divide_trained', 'other_models',
+           'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times', 'deep_peaks',
+           'next_setting', 'nearest_setting', 'plan_training']
 
 # %% ../../nbs/rehearsal/plan.ipynb #7e758a35
 import math
@@ -15,12 +15,10 @@ from dataclasses import asdict, dataclass
 
 from ..core.parameters import TrainConfig
 from ..core.presets import with_preset
-from ..core.text_table import rows_table
 from .account import GRADIENTS, OPTIMIZER, WEIGHTS
 from .answers import USUAL, AnswerLengths
 from .gpus import USUAL_EFFICIENCY, find_gpu, stage_seconds, usable_gib
 from .step import Rehearsal, rehearse_training
-from ..training.both_ends import held_out_batch
 
 # %% ../../nbs/rehearsal/plan.ipynb #2f97f8b8
 @dataclass(frozen=True)
@@ -145,22 +143,22 @@ def stage_row(
     )
 
 # %% ../../nbs/rehearsal/plan.ipynb #27206e64
-def evaluation_batches(config: TrainConfig) -> int:
+def evaluation_batches(config: TrainConfig, asked: int) -> int:  # asked: at once by a process
     "Batches of held-out questions in the whole run: before, after, and on the way."
     held_out, processes = config.evaluation, config.runtime.processes
     if not held_out.samples:
         return 0
-    at_once = processes * held_out_batch(held_out.samples, processes)
+    at_once = processes * asked
     batches = 2 * math.ceil(held_out.samples / at_once)
     on_the_way = (config.steps - 1) // held_out.every if held_out.every else 0
     return batches + on_the_way * math.ceil(held_out.every_samples / at_once)
 
 
-def run_times(rows: list[dict], config: TrainConfig, network: float) -> dict:
+def run_times(rows: list[dict], config: TrainConfig, network: float, asked: int) -> dict:
     "Seconds of a step and hours of the run."
     seconds = {row["stage"]: row["seconds"] for row in rows}
     step = sum(seconds.get(stage, 0.0) for stage in STEP_STAGES) + network
-    evaluation = evaluation_batches(config) * seconds.get("evaluation", 0.0)
+    evaluation = evaluation_batches(config, asked) * seconds.get("evaluation", 0.0)
     hours = (config.steps * step + evaluation + seconds.get("self_check", 0.0)) / 3600
     figures = dict(step_seconds=step, network_seconds=network, steps=config.steps)
     return figures | dict(hours=hours, gpu_hours=hours * config.runtime.processes)
@@ -241,46 +239,6 @@ def plan_training(config: TrainConfig, request: PlanRequest, search: bool = True
     sizes = dict(checkpoint_gib=rehearsal.checkpoint / GIB, trained_gib=rehearsal.trained / GIB)
     tokens = dict(decoding_steps=rehearsal.decoded, waits_per_step=sum(waits) / rehearsal.decoded)
     tokens["waits_per_token"] = sum(waits) / rehearsal.tokens
-    times = run_times(rows, config, network_seconds(rehearsal, request))
+    times = run_times(rows, config, network_seconds(rehearsal, request), rehearsal.asked)
     facts = memory | sizes | tokens | times | dict(stages=rows, notes=NOTES)
     return dict(asked=asked, efficiency=asdict(USUAL_EFFICIENCY), **facts)
-
-# %% ../../nbs/rehearsal/plan.ipynb #8ef5702d
-COLUMNS = dict(
-    stage="",
-    peak_gib=("peak GiB", ".1f"),
-    holds="",
-    tflop=("TFLOP", ",.1f"),
-    terabytes=("TB", ",.2f"),
-    waits=("host waits", ",.0f"),
-    seconds=("seconds", ",.1f"),
-)
-
-
-def table_row(row: dict) -> dict:
-    "A stage as the printed table has it."
-    held = sorted(row["holds_gib"].items(), key=lambda pair: -pair[1])
-    shown = [f"{kind} {gib:.1f}" for kind, gib in held if gib >= 0.05]
-    return row | dict(holds=", ".join(shown), waits=sum(row["waits"].values()))
-
-
-def fit_sentence(plan: dict) -> str:
-    "Whether it fits, and what would."
-    peak, usable = plan["peak_gib"], plan["usable_gib"]
-    begin = f"Peak {peak:.1f} GiB of {usable:.1f} GiB that a {plan['asked']['gpu']} has for tensors"
-    if plan["fits"]:
-        return begin + ": it fits."
-    if not plan["nearest"]:
-        return begin + ": it does not fit, nor does what was tried; take a larger GPU."
-    changes = " ".join(f"-p runtime.{k} {str(v).lower()}" for k, v in plan["nearest"].items())
-    return begin + f": it does not fit. This does: {changes}"
-
-# %% ../../nbs/rehearsal/plan.ipynb #a61494e8
-def plan_text(plan: dict) -> str:
-    "A plan as the command prints it."
-    table = rows_table([table_row(row) for row in plan["stages"]], COLUMNS).markdown
-    steps = f"{plan['steps']} steps of {plan['step_seconds']:.1f} s"
-    times = f"{steps}: {plan['hours']:.1f} hours, {plan['gpu_hours']:.1f} GPU-hours."
-    waits = f"The host waits {plan['waits_per_step']:.2f} times in a step of decoding."
-    lines = [table, "", fit_sentence(plan), times, waits, "", *plan["notes"]]
-    return "\n".join(lines)

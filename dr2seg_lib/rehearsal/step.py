@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FakeAccelerator', 'fake_optimizer', 'fake_state', 'with_own_scorer', 'marked', 'MarkedKeys', 'mark_gradients',
            'mark_moments', 'RepeatedLayer', 'alike_layers', 'RepeatedForward', 'staged_timer', 'staged', 'rehearsing',
-           'Rehearsal', 'checkpoint_bytes', 'layer_bytes', 'answer_batch', 'rehearse_training']
+           'Rehearsal', 'checkpoint_bytes', 'layer_bytes', 'evaluation_batch', 'answer_batch', 'rehearse_training']
 
 # %% ../../nbs/rehearsal/step.ipynb #e036d2a2
 from contextlib import ExitStack, contextmanager
@@ -250,6 +250,7 @@ class Rehearsal(NamedTuple):
     trained: int  # bytes of all parameters under training
     reduced: int  # bytes summed over processes in a step
     checkpoint: int  # bytes of a checkpoint
+    asked: int  # held-out questions that a process asks at once
     row: dict  # the step's row of metrics
 
 
@@ -265,6 +266,12 @@ def layer_bytes(policy: Policy) -> list[int]:
     return [
         sum(p.nbytes for p in layer.parameters() if full or not p.requires_grad) for layer in layers
     ]
+
+
+def evaluation_batch(state: trainer.TrainingState, config: TrainConfig) -> int:
+    "How many held-out questions a process asks at once."
+    processes = config.runtime.processes
+    return held_out_batch(config.evaluation.samples, processes, state.policy.images_at_once)
 
 
 def answer_batch(state: trainer.TrainingState, samples: list, config: TrainConfig):
@@ -283,7 +290,6 @@ def rehearse_training(
     "A step, a checkpoint and a batch of the evaluation, for the first process."
     device, data = FakeDevice(), MiniReasonSeg("train")
     samples = [data[i] for i in range(config.rollout.questions_per_step)]
-    held_out = held_out_batch(config.evaluation.samples, config.runtime.processes)
     with device.active():
         with in_stage(device.account, "build"):
             state = fake_state(device, config, depth, side)
@@ -293,7 +299,8 @@ def rehearse_training(
             with in_stage(device.account, "checkpoint"):
                 checkpoint = checkpoint_bytes(state.policy, state.optimizer)
             with in_stage(device.account, "evaluation"):
-                answer_batch(state, [data[i] for i in range(held_out)], config)
+                asked = evaluation_batch(state, config)
+                answer_batch(state, [data[i] for i in range(asked)], config)
     trained = sum(p.nbytes for _, p in state.policy.trainable())
     sizes = layer_bytes(state.policy), trained
-    return Rehearsal(device, *decoded, *sizes, reduced, checkpoint, row)
+    return Rehearsal(device, *decoded, *sizes, reduced, checkpoint, asked, row)

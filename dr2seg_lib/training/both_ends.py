@@ -67,9 +67,9 @@ def forget_after(run: Run):
         run.results(kept | dict(predictions=predictions))
 
 # %% ../../nbs/training/both_ends.ipynb #1f95b547
-def held_out_batch(n: int, processes: int) -> int:
-    "Questions asked at once by each process: 64, or its even share of fewer."
-    return min(64, math.ceil(n / processes))
+def held_out_batch(n: int, processes: int, images_at_once: int) -> int:
+    "Questions asked at once by each process: 64, fewer of large images, or its even share."
+    return min(64, images_at_once, math.ceil(n / processes))
 
 # %% ../../nbs/training/both_ends.ipynb #563b9c00
 def held_out_segmenter(
@@ -93,7 +93,7 @@ def answer_held_out(
     "Answers to all questions of the evaluation, drawn and scored."
     if config.runtime.server:
         policy.load_lora_adapter()
-    batch = held_out_batch(len(data), accelerator.num_processes)
+    batch = held_out_batch(len(data), accelerator.num_processes, policy.images_at_once)
     limits = batch, config.rollout.max_new_tokens
     how = dict(accelerator=accelerator, parse=method.parse, answer=answer)
     how["progress"] = lambda i, n: run.progress(f"evaluating {when}", i, n)

@@ -24,6 +24,7 @@ from .report_choices import candidates_section, choice_section
 from .report_conditioning import conditioning_section
 from .report_data import gather_run
 from .report_health import health_remarks
+from .report_plan import plan_section
 from .report_results import outcome_section, page_heading, parameters_section
 from .report_rollouts import rollouts_section
 from .report_samples import samples_section, stored_mask
@@ -101,6 +102,7 @@ def report_html(
     sections = [
         *results_sections(run),
         *training_sections(run, method),
+        plan_section(run),
         strata_section(run) if run.get("kind") != "conditioning" else None,
         *card_sections(run, lookup, cards, seed, drawn),
         parameters_section(run),

@@ -16,7 +16,12 @@ from dr2seg_lib.viewing.record_types import (
     RolloutRecord,
     RunRecord,
 )
-from .result_types import ChoiceRecord, EntropiesRecord, ResultsRecord
+from dr2seg_lib.viewing.result_types import (
+    ChoiceRecord,
+    EntropiesRecord,
+    PlanRecord,
+    ResultsRecord,
+)
 
 # %% ../../nbs/viewing/report_data.ipynb #6eab8200
 RUN_FILES = dict(
@@ -27,6 +32,7 @@ RUN_FILES = dict(
     after="predictions_after.jsonl",
     rollouts="rollouts.jsonl",
     predictions="predictions.jsonl",
+    plan="plan.json",
 )
 REPORT_SCHEMAS = dict(
     info=RunRecord,
@@ -36,6 +42,7 @@ REPORT_SCHEMAS = dict(
     after=PredictionRecord,
     rollouts=RolloutRecord,
     predictions=PredictionRecord,
+    plan=PlanRecord,
 )
 
 # %% ../../nbs/viewing/report_data.ipynb #fc38c596

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IntervalRecord', 'Row', 'Grid', 'Measure', 'MeasuresRecord', 'StratumRecord', 'SummaryRecord', 'EvaluatedRecord',
-           'CandidateRecord', 'ChoiceRecord', 'DiscriminationRecord', 'ResultsRecord', 'EntropiesRecord']
+           'CandidateRecord', 'ChoiceRecord', 'PlannedMachine', 'PlannedStage', 'PlanRecord', 'DiscriminationRecord',
+           'ResultsRecord', 'EntropiesRecord']
 
 # %% ../../nbs/viewing/result_types.ipynb #60a9fa68
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from dr2seg_lib.viewing.record_types import (
     Count,
     Label,
     LooseRecord,
+    Names,
     Number,
     Numbers,
     RunLengths,
@@ -119,6 +121,44 @@ def _measure(value):  # [mean, low, high], or how many samples
 
 
 Measure = Annotated[Any, AfterValidator(_measure)]
+
+# %% ../../nbs/viewing/result_types.ipynb #5a0c0011
+class PlannedMachine(LooseRecord):
+    "For what it was planned."
+
+    gpu: Annotated[str, Field(max_length=40)]
+    gpus: Count
+    nodes: Count
+
+
+class PlannedStage(LooseRecord):
+    "A stage of a plan."
+
+    stage: str
+    peak_gib: Number
+    holds_gib: Annotated[dict[str, Number], Field(max_length=64)]
+    tflop: Number
+    terabytes: Number
+    seconds: Number
+    waits: dict[str, Count]
+
+
+class PlanRecord(LooseRecord):
+    "plan.json, as `dr2seg plan` writes it."
+
+    asked: PlannedMachine
+    stages: Annotated[list[PlannedStage], Field(min_length=1, max_length=64)]
+    peak_gib: Number
+    usable_gib: Number
+    fits: bool
+    nearest: dict[str, bool | int | str] | None
+    steps: Count
+    step_seconds: Number
+    hours: Number
+    gpu_hours: Number
+    waits_per_step: Number
+    waits_per_token: Number
+    notes: Names
 
 # %% ../../nbs/viewing/result_types.ipynb #3eda0991
 class DiscriminationRecord(SummaryRecord):

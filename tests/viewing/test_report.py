@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from invented_runs import BAD, Reader, make_run, metrics, prediction, rollout, summary
 
-from dr2seg_lib.core.files import read_jsonl, write_jsonl
+from dr2seg_lib.cli import main
+from dr2seg_lib.core.files import read_json, read_jsonl, write_json, write_jsonl
 from dr2seg_lib.core.masks import encode_rle, iou, ratio
 from dr2seg_lib.data.samples import Sample
 from dr2seg_lib.rollouts.parsing import format_response
@@ -113,6 +114,30 @@ def test_what_a_model_says_is_escaped(whole, tmp_path):
     assert "img" not in page.tags
     assert sum("alert(1)" in w for w in page.words) > 10
     (tmp_path / "predictions").write_text(html.encode("utf-8", "replace").decode())
+
+
+def test_a_plan_stands_beside_what_was_measured(whole, tmp_path):
+    "What `dr2seg plan` writes into a run's folder is a section of its report; half of it is none."
+    folder = copied_run(whole, tmp_path)
+    given = ["-p", "rollout.max_new_tokens", "40", "-p", "rollout.questions_per_step", "2"]
+    assert (
+        main(["plan", "train", *given, "--answer", "30", "--out", str(folder / "plan.json")]) == 0
+    )
+    html = write_report(folder, cards=1).read_text()
+    part = html[html.index('<section id="plan">') :]
+    part = part[: part.index("</section>")]
+    assert "Rehearsed for 1 × H200." in part
+    assert "GPU-hours" in part
+    assert part.count("<svg") == 1
+    since = part[part.index("Since then") :]
+    for stage in "first pass", "second pass", "update":
+        assert f"<td>{stage}</td>" in since
+    plan = read_json(folder / "plan.json")
+    del plan["stages"][0]["peak_gib"]
+    write_json(folder / "plan.json", plan)
+    html = write_report(folder, cards=1).read_text()
+    assert '<section id="plan">' not in html
+    assert "plan.json" in html
 
 
 def test_half_a_character_is_written(tmp_path):
