@@ -93,6 +93,8 @@ def divide_trained(held: dict, rehearsal: Rehearsal, processes: int, stage: str)
 
 def other_models(config: TrainConfig, stage: str) -> int:  # bytes
     "What the segmenter holds while there is an evaluation, and a scorer always."
+    if config.runtime.offload:  # what they hold instead of answers is less
+        return 0
     held = SCORER_PARAMETERS.get(config.method.scorer, 0)
     if stage == "evaluation":
         held += SEGMENTER_PARAMETERS.get(config.segmenter, 0)

@@ -8,7 +8,7 @@ __all__ = ['FakeAccelerator', 'fake_optimizer', 'fake_state', 'with_own_scorer',
            'Rehearsal', 'checkpoint_bytes', 'layer_bytes', 'evaluation_batch', 'answer_batch', 'rehearse_training']
 
 # %% ../../nbs/rehearsal/step.ipynb #e036d2a2
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 from unittest import mock
 
@@ -66,8 +66,9 @@ class FakeAccelerator:
 def fake_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
     "The training's optimizer, which on a GPU takes all parameters at once."
     optimizer = trainer.build_optimizer(policy, config.optim)
-    for group in optimizer.param_groups:
-        group["foreach"] = True
+    if config.optim.states == "float32":
+        for group in optimizer.param_groups:
+            group["foreach"] = True
     return optimizer
 
 # %% ../../nbs/rehearsal/step.ipynb #c11302dc
@@ -79,7 +80,8 @@ def fake_state(
 ) -> trainer.TrainingState:
     "What a training works with, without weights."
     model, runtime = config.model, config.runtime
-    policy = fake_policy(device, model.name, model.dtype, runtime.attention, side, depth)
+    how = model.dtype, runtime.attention, side, depth, model.quantize, config.data.max_pixels
+    policy = fake_policy(device, model.name, *how)
     policy.max_question_tokens = config.data.max_question_tokens
     policy.answers_at_once = runtime.answers_at_once
     if model.tune == "full":
@@ -234,7 +236,12 @@ def rehearsing(device: FakeDevice, state: trainer.TrainingState, lengths: Answer
     )
     mark_gradients(device, state.policy)
     mark_moments(device, state.optimizer)
+    if type(state.optimizer).__module__.startswith("bitsandbytes"):  # it waits for each parameter
+        wait = mock.patch("bitsandbytes.optim.optimizer.sync_gpu", lambda _: device.wait("sync"))
+    else:
+        wait = nullcontext()
     with ExitStack() as stack:
+        stack.enter_context(wait)
         for place in places:
             stack.enter_context(mock.patch.object(*place))
         yield repeated
