@@ -12,12 +12,14 @@ from dr2seg_lib.core.settings import OptimSettings
 from dr2seg_lib.data.samples import Target
 from dr2seg_lib.evaluation.evaluate import run_evaluation
 from dr2seg_lib.models.policy import Policy
+from dr2seg_lib.models.quantized import quantized_layers
 from dr2seg_lib.runs.verify import inherit
 from dr2seg_lib.segmenters.base import Segmenter
 from dr2seg_lib.segmenters.loading import load_segmenter
 from dr2seg_lib.training import both_ends, trainer
 from dr2seg_lib.training.checkpoint_state import load_state, save_state, whole_state
 from dr2seg_lib.training.trainer import build_optimizer, train
+from dr2seg_lib.viewing.playground_inputs import cached_policy
 
 SMALL = {
     "steps": 3,
@@ -85,6 +87,12 @@ def test_an_evaluation_of_its_checkpoint_is_told_all_that(whole, tmp_path):
     assert "model.quantize nf4" in sentence
     rows = run_evaluation(config, tmp_path / "val")
     assert rows.folder.joinpath("results.json").is_file()
+
+
+def test_a_viewer_loads_it_as_the_run_had_it(whole):
+    policy = cached_policy(whole.folder)
+    assert len(quantized_layers(policy.model)) == 28
+    assert policy.frame == 96
 
 
 def test_moments_of_another_kind_cannot_be_gone_on_with():
