@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'UPDATE', 'BOTH_ENDS', 'ENDS_THE_RUN', 'LENGTH', 'SEGMENTER', 'START', 'START_FORM', 'INHERITED',
-           'ExperimentConfig', 'WeightRules', 'ProcessRules', 'TrainConfig', 'without_empty', 'EvaluateConfig',
-           'Rea2SegConfig', 'first_problem', 'may_change', 'as_recorded', 'changed_parameters', 'brief_text']
+           'ExperimentConfig', 'WeightRules', 'FewBitsRules', 'ProcessRules', 'TrainConfig', 'without_empty',
+           'EvaluateConfig', 'Rea2SegConfig', 'first_problem', 'may_change', 'as_recorded', 'changed_parameters',
+           'brief_text']
 
 # %% ../../nbs/core/parameters.ipynb #aef24d0e
 from typing import ClassVar, Literal
@@ -91,6 +92,10 @@ class WeightRules(ExperimentConfig):
             )
         return self
 
+# %% ../../nbs/core/parameters.ipynb #c3e00005
+class FewBitsRules(ExperimentConfig):
+    "What weights and moments of few bits cannot."
+
     @model_validator(mode="after")
     def quantised_weights_are_frozen_and_whole(self):
         quantised = self.model.quantize != "none"
@@ -136,7 +141,7 @@ START = "checkpoint from which training starts; empty: the model"
 START_FORM = "its adapter joins the frozen weights, under a new one, or is trained on"
 
 # %% ../../nbs/core/parameters.ipynb #9c754dd5
-class TrainConfig(WeightRules, ProcessRules):
+class TrainConfig(WeightRules, FewBitsRules, ProcessRules):
     "A training run."
 
     old_names: ClassVar[dict] = TRAINING_NAMES

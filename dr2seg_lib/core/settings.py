@@ -87,7 +87,7 @@ class QuestionSettings(Settings):
         " at most 840², which published settings use",
     )
 
-
+# %% ../../nbs/core/settings.ipynb #c3e00001
 class TrainingDataSettings(QuestionSettings):
     "The questions of the training."
 

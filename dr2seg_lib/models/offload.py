@@ -9,6 +9,7 @@ __all__ = ['Offloading']
 from contextlib import contextmanager
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/models/offload.ipynb #c3c00004
@@ -33,15 +34,17 @@ class Offloading:
             network.to("cpu")
         return self
 
-    @contextmanager
-    def in_use(self):
-        "Inside, it is where it works."
-        if self.home is None:
-            yield
-            return
-        self.network().to(self.home)
-        try:
-            yield
-        finally:
-            self.network().to("cpu")
-            self.release()
+# %% ../../nbs/models/offload.ipynb #c3e00006
+@patch
+@contextmanager
+def in_use(self: Offloading):
+    "Inside, it is where it works."
+    if self.home is None:
+        yield
+        return
+    self.network().to(self.home)
+    try:
+        yield
+    finally:
+        self.network().to("cpu")
+        self.release()

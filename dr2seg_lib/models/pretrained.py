@@ -109,15 +109,11 @@ def load_pretrained(
     source, kind = checkpoint_source(name), model_kind(name)
     if quantize != "none":
         kwargs["quantization_config"] = quantization_config(quantize, dtype)
-    named = naming_load_errors(f"model {name}", LOADING_MEND)
+    kwargs |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    named, attention = naming_load_errors(f"model {name}", LOADING_MEND), ATTENTION_KINDS[attention]
     with named, without_progress_bars(Path(source).exists()):  # a download shows how far it is
         model, report = MODEL_CLASSES[kind].from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=ATTENTION_KINDS[attention],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
+            source, dtype=dtype, attn_implementation=attention, **kwargs
         )
         processor = AutoProcessor.from_pretrained(source)
     check_weights(name, report)

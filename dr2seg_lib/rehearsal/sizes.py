@@ -148,7 +148,7 @@ def fake_nf4(weight: torch.Tensor) -> torch.nn.Parameter:
     stored.quant_state, stored.compress_statistics, stored.quant_type = state, True, "nf4"
     return stored
 
-
+# %% ../../nbs/rehearsal/sizes.ipynb #c3e00003
 def fake_int8(weight: torch.Tensor) -> torch.nn.Parameter:
     "What bitsandbytes stores of a weight [out,in] in 8 bits."
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)

@@ -89,14 +89,6 @@ class Sam2Segmenter(Segmenter):
         self.predictor = import_sam2("sam2_image_predictor").SAM2ImagePredictor(model)
         self.predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
 
-    def network(self) -> nn.Module:
-        "SAM 2."
-        return self.predictor.model
-
-    def release(self):
-        "Drops the picture's features."
-        self.predictor.reset_predictor()
-
     def masks(
         self,
         image: np.ndarray,  # [H,W,3] uint8
@@ -113,6 +105,18 @@ class Sam2Segmenter(Segmenter):
             for i in range(0, len(alike), PROMPT_BATCH):
                 masks.extend(self.best_masks(alike[i : i + PROMPT_BATCH], image.shape[:2]))
         return masks
+
+# %% ../../nbs/segmenters/sam2.ipynb #c3e00007
+@patch
+def network(self: Sam2Segmenter) -> nn.Module:
+    "SAM 2."
+    return self.predictor.model
+
+
+@patch
+def release(self: Sam2Segmenter):
+    "Drops the picture's features."
+    self.predictor.reset_predictor()
 
 # %% ../../nbs/segmenters/sam2.ipynb #12a5ee2f
 @patch

@@ -184,7 +184,7 @@ def set_lr(optimizer, config: TrainConfig, step: int) -> float:
         group["lr"] = group["base"] * factor
     return config.optim.lr * factor
 
-
+# %% ../../nbs/training/trainer.ipynb #c3e00004
 def compute_rewards(
     rollouts: Rollouts, method: Method, frame: int
 ) -> tuple[dict, Tensor]:  # terms, each [B,n]; reward [B,n]
