@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'UPDATE', 'BOTH_ENDS', 'ENDS_THE_RUN', 'LENGTH', 'SEGMENTER', 'START', 'START_FORM', 'INHERITED',
-           'ExperimentConfig', 'WeightRules', 'ProcessRules', 'TrainConfig', 'without_empty', 'EvaluateConfig',
-           'Rea2SegConfig', 'first_problem', 'may_change', 'as_recorded', 'changed_parameters', 'brief_text']
+           'ExperimentConfig', 'WeightRules', 'FewBitsRules', 'ProcessRules', 'TrainConfig', 'without_empty',
+           'EvaluateConfig', 'Rea2SegConfig', 'first_problem', 'may_change', 'as_recorded', 'changed_parameters',
+           'brief_text']
 
 # %% ../../nbs/core/parameters.ipynb #aef24d0e
 from typing import ClassVar, Literal
@@ -91,6 +92,30 @@ class WeightRules(ExperimentConfig):
             )
         return self
 
+# %% ../../nbs/core/parameters.ipynb #c3e00005
+class FewBitsRules(ExperimentConfig):
+    "What weights and moments of few bits cannot."
+
+    @model_validator(mode="after")
+    def quantised_weights_are_frozen_and_whole(self):
+        quantised = self.model.quantize != "none"
+        if quantised and self.model.tune == "full":
+            raise ValueError(
+                "model.quantize: quantised weights cannot be trained; "
+                "use model.tune lora, or model.quantize none"
+            )
+        if quantised and self.runtime.shard:
+            raise ValueError(
+                "model.quantize: quantised weights cannot be divided among processes; "
+                "leave runtime.shard out, or use model.quantize none"
+            )
+        if self.optim.states == "8bit" and self.model.tune == "full" and self.runtime.shard:
+            raise ValueError(
+                "optim.states: moments of 8 bits cannot be divided among processes; "
+                "use float32, or leave runtime.shard out"
+            )
+        return self
+
 # %% ../../nbs/core/parameters.ipynb #647acc4c
 class ProcessRules(ExperimentConfig):
     "What several processes can share."
@@ -116,7 +141,7 @@ START = "checkpoint from which training starts; empty: the model"
 START_FORM = "its adapter joins the frozen weights, under a new one, or is trained on"
 
 # %% ../../nbs/core/parameters.ipynb #9c754dd5
-class TrainConfig(WeightRules, ProcessRules):
+class TrainConfig(WeightRules, FewBitsRules, ProcessRules):
     "A training run."
 
     old_names: ClassVar[dict] = TRAINING_NAMES
@@ -149,8 +174,10 @@ INHERITED = (
     "method.prompt",
     "segmenter",
     "model.dtype",
+    "model.quantize",
     "rollout.max_new_tokens",
     "data.max_question_tokens",
+    "data.max_pixels",
 )  # left out: those of the adapter's run
 
 
@@ -176,6 +203,7 @@ class EvaluateConfig(ExperimentConfig):
             "runtime.rendezvous",
             "runtime.attention",
             "runtime.server",
+            "runtime.offload",
         )
     }
     segmenter: str = Field("embedded", description=SEGMENTER)
@@ -215,6 +243,8 @@ def may_change(config: ExperimentConfig, name: str, old, new) -> bool:
     "Whether a resumed run may have another value of a parameter."
     if name == "optim.norm_lr" and not (old and new):
         return False  # 0 freezes the gain: what is trained would change
+    if name == "optim.states":
+        return False  # a checkpoint holds moments of one kind
     return name in config.may_change or name.partition(".")[0] in config.may_change
 
 # %% ../../nbs/core/parameters.ipynb #3ba97477

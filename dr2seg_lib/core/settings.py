@@ -39,6 +39,10 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of frozen weights and the arithmetic; trained weights are float32"
     )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="frozen weights of the language model's layers in 4 or 8 bits (bitsandbytes)",
+    )
 
 
 class TrainedModel(ModelSettings):
@@ -78,8 +82,14 @@ class QuestionSettings(Settings):
     max_question_tokens: int = Field(
         MAX_QUESTION_TOKENS, ge=1, description="tokens of a question; a longer one is not asked"
     )
+    max_pixels: int = Field(
+        0,
+        ge=0,
+        description="of the square that the policy sees, such as 313600; 0: as its processor says,"
+        " at most 840², which published settings use",
+    )
 
-
+# %% ../../nbs/core/settings.ipynb #c3e00001
 class TrainingDataSettings(QuestionSettings):
     "The questions of the training."
 
@@ -182,6 +192,9 @@ class OptimSettings(Settings):
     )
     warmup: int = Field(0, ge=0, description="steps in which the learning rate rises to its full")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's")
+    states: Literal["float32", "8bit"] = Field(
+        "float32", description="AdamW's moments; 8bit: by blocks of 256 numbers (bitsandbytes)"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     average: Literal["tokens", "process", "answers"] = Field(
         "tokens",
@@ -253,6 +266,9 @@ class RuntimeSettings(ProcessSettings):
     )
     answers_at_once: int = Field(
         0, ge=0, description="answers under way at once, a finished one's place is taken; 0: all"
+    )
+    offload: bool = Field(
+        False, description="segmenter and scorer wait on the CPU until they are needed"
     )
 
 # %% ../../nbs/core/settings.ipynb #a8f00005

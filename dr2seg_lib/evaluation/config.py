@@ -13,6 +13,7 @@ from ..core.parameters import EvaluateConfig, Rea2SegConfig
 from ..data.datasets import load_data, validate_data
 from ..methods.wording import with_kept_wording, worded_method
 from ..models.loading import validate_attention, validate_processes
+from ..models.quantized import validate_quantize
 from ..models.vllm_adapter import validate_lora_only
 from ..models.vllm_protocol import served_names
 from ..runs.verify import validate_adapter, validate_model
@@ -37,6 +38,7 @@ def check_evaluation(
     validate_adapter(config.model.adapter)
     validate_processes(config.runtime.processes)
     validate_attention(config.runtime.attention, config.model.dtype)
+    validate_quantize(config.model.quantize)
     data, limit = config.data, config.data.samples or None
     samples = validate_data(data.name, data.split, "data", limit=limit, **data.options)
     check_server(config)
@@ -55,5 +57,6 @@ def check_rea2seg(
         validate_model(config.scorer, "scorer")
     validate_adapter(config.model.adapter)
     validate_attention("sdpa", config.model.dtype)
+    validate_quantize(config.model.quantize)
     data = config.data
     return load_data(data.name, data.split, data.samples, **data.options)

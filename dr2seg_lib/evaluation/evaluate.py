@@ -103,9 +103,10 @@ def predict_batch(
         asked, answer = (prompt, max_new_tokens, parse), answer or answer_greedily
         with torch.no_grad():
             answers = answer(policy, [*readable.values()], *asked)
-        for (i, sample), answer in zip(readable.items(), answers):
-            mask = draw_answer(segmenter, sample, answer.parsed, policy.frame)
-            rows[i] = result_row(sample, answer, mask, getattr(samples, "protocol", "lisa"))
+        with segmenter.in_use():
+            for (i, sample), answer in zip(readable.items(), answers):
+                mask = draw_answer(segmenter, sample, answer.parsed, policy.frame)
+                rows[i] = result_row(sample, answer, mask, getattr(samples, "protocol", "lisa"))
     return [rows[i] for i in some]
 
 # %% ../../nbs/evaluation/evaluate.ipynb #3a53e8e6
@@ -193,8 +194,11 @@ def evaluation_parts(
 ) -> tuple:  # policy, segmenter
     "What an evaluation works with, loaded."
     model, runtime = config.model, config.runtime
-    segmenter, how = load_segmenter(config.segmenter), (model.dtype, runtime.attention)
-    policy = load_policy(model.name, model.adapter, *how, accelerator.device)
+    how = model.dtype, runtime.attention, accelerator.device, model.quantize, config.data.max_pixels
+    segmenter = load_segmenter(config.segmenter)
+    if runtime.offload:
+        segmenter.offload()
+    policy = load_policy(model.name, model.adapter, *how)
     policy.answers_at_once = config.runtime.answers_at_once
     policy.max_question_tokens = config.data.max_question_tokens
     if runtime.server:

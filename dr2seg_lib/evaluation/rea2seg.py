@@ -125,7 +125,8 @@ def run_rea2seg(
     "A row each in predictions.jsonl, the summary in results.json."
     data, asked = check_rea2seg(config, Path(out) if resume else None), config.candidates
     segmenter, who = load_segmenter(config.segmenter), config.model
-    policy = load_policy(who.name, who.adapter, who.dtype)
+    few = dict(quantize=who.quantize, max_pixels=config.data.max_pixels)
+    policy = load_policy(who.name, who.adapter, who.dtype, **few)
     scorer = load_scoring_policy(config, policy)
     with Run.resume(out) if resume else Run.create(out, config.model_dump()) as run:
         keep_wording(config.method, run.folder)

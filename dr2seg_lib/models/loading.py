@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from ..core.files import LOAD_ERRORS, read_json
 from .policy import Policy
 from .pretrained import ATTENTION_KINDS
+from .quantized import validate_quantize
 
 # %% ../../nbs/models/loading.ipynb #3ed29166
 def validate_attention(name: str, dtype: str) -> str:
@@ -109,12 +110,16 @@ def load_policy(
     dtype: str = "float32",  # of the weights in memory
     attention: str = "sdpa",  # of ATTENTION_KINDS
     device: str | None = None,  # None: the GPU where there is one
+    quantize: str = "none",  # or nf4, int8: the language model's layers in few bits
+    max_pixels: int = 0,  # of the image it is shown; 0: any number
 ) -> Policy:
     "A policy, as it is or as training left it."
-    policy = Policy.load(
-        model, getattr(torch, dtype), attention=validate_attention(attention, dtype)
-    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    how = dict(attention=validate_attention(attention, dtype), max_pixels=max_pixels)
+    if validate_quantize(quantize) != "none":  # each weight where it is to stay, as it is read
+        how |= dict(quantize=quantize, device_map={"": device})
+    policy = Policy.load(model, getattr(torch, dtype), **how)
     if adapter:
         load_named_checkpoint(policy, adapter, model)
-    policy.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy.model.to(device)
     return policy

@@ -6,6 +6,10 @@
 __all__ = ['lora_target_regex', 'lora_config', 'FullTuning', 'MergedLinear', 'merged_forward', 'restore_layers', 'AdapterMerging',
            'Lora']
 
+# %% ../../nbs/models/lora.ipynb #c3b00001
+# before peft, which imports bitsandbytes
+from .quantized import NO_MERGING, is_quantized
+
 # %% ../../nbs/models/lora.ipynb #146c72f8
 import copy
 import warnings
@@ -116,11 +120,11 @@ class AdapterMerging:
     merged_layers = ()  # layers whose weights hold the adapter now, with what they were
 
     def mergeable_layers(self) -> list:  # of LoraLayer
-        "The adapted layers whose weights may take the adapter: of an fp32 policy in one piece."
+        "The adapted layers whose weights may take the adapter: float32, in one piece."
         if self.model.dtype != torch.float32 or self.shards:
             return []
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
-        return [m for m in layers if not m.disable_adapters]
+        return [m for m in layers if not (m.disable_adapters or is_quantized(m.base_layer))]
 
     @contextmanager
     def merged_adapter(self):
@@ -218,6 +222,8 @@ def fold_adapter(self: Lora):  # the policy
     if self.adapter is None:
         return self
     layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+    if any(is_quantized(m.base_layer) for m in layers):
+        raise ValueError(NO_MERGING)
     dtypes = [(m.base_layer, m.base_layer.weight.dtype) for m in layers]
     for m, _ in dtypes:
         m.float()

@@ -50,11 +50,13 @@ def load(
     dtype: torch.dtype = torch.float32,  # of the weights in memory
     side: int | None = None,  # of the image it is shown, pixels; None: as its processor says
     attention: str = "sdpa",  # of ATTENTION_KINDS
+    quantize: str = "none",  # or nf4, int8: the language model's layers in few bits
+    max_pixels: int = 0,  # of the image it is shown; 0: any number
     **kwargs,  # for `from_pretrained`
 ):
     "A policy from a checkpoint in the layout of transformers."
-    model, processor = load_pretrained(name, dtype, attention, **kwargs)
-    side = image_side(processor, side)
+    model, processor = load_pretrained(name, dtype, attention, quantize, **kwargs)
+    side = image_side(processor, side, max_pixels)
     return cls(model, processor, 1000 if model.config.model_type == "qwen3_vl" else side, side)
 
 # %% ../../nbs/models/policy.ipynb #a5f00002

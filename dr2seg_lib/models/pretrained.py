@@ -9,6 +9,7 @@ __all__ = ['EMBEDDED', 'ATTENTION_KINDS', 'MODEL_CLASSES', 'LOADING_MEND', 'chec
 # %% ../../nbs/models/pretrained.ipynb #f5333fce
 import filecmp
 from contextlib import contextmanager
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils import logging
 
 import dr2seg_lib
 from ..core.files import naming_load_errors
+from .quantized import quantization_config, use_dequantized_products
 
 # %% ../../nbs/models/pretrained.ipynb #51ec23a0
 EMBEDDED = Path(dr2seg_lib.__file__).parent / "weights" / "policy"
@@ -100,32 +102,38 @@ def load_pretrained(
     name: str,  # "embedded", a local folder or a hub id
     dtype: torch.dtype = torch.float32,  # of the weights in memory
     attention: str = "sdpa",  # of ATTENTION_KINDS
+    quantize: str = "none",  # or nf4, int8: the language model's layers in few bits
     **kwargs,  # for `from_pretrained`
 ) -> tuple:  # model, processor
     "A model and its processor, checked."
     source, kind = checkpoint_source(name), model_kind(name)
-    named = naming_load_errors(f"model {name}", LOADING_MEND)
+    if quantize != "none":
+        kwargs["quantization_config"] = quantization_config(quantize, dtype)
+    kwargs |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    named, attention = naming_load_errors(f"model {name}", LOADING_MEND), ATTENTION_KINDS[attention]
     with named, without_progress_bars(Path(source).exists()):  # a download shows how far it is
         model, report = MODEL_CLASSES[kind].from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=ATTENTION_KINDS[attention],
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
+            source, dtype=dtype, attn_implementation=attention, **kwargs
         )
         processor = AutoProcessor.from_pretrained(source)
     check_weights(name, report)
     check_tokenizer(name, model, processor)
+    use_dequantized_products(model)
     return model, processor
 
 # %% ../../nbs/models/pretrained.ipynb #cf33e8c7
 def image_side(
     processor,
     side: int | None = None,  # pixels; None: the image processor's own size, at most 840
+    max_pixels: int = 0,  # that the square may have; 0: any number
 ) -> int:  # pixels, a multiple of an image token's side
     "The side of the square that a policy is shown."
     image = processor.image_processor
     unit = image.patch_size * image.merge_size
     longest = min(840, int(image.size["longest_edge"] ** 0.5))
-    return (side or longest) // unit * unit
+    if 0 < max_pixels < unit**2:
+        raise ValueError(
+            f"data.max_pixels: {max_pixels} pixels are less than one image token of {unit} × "
+            f"{unit}; give {unit**2} or more, or 0"
+        )
+    return min(side or longest, isqrt(max_pixels) or longest) // unit * unit

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'WEIGHTS', 'ADAPTER', 'GRADIENTS', 'OPTIMIZER', 'KEYS', 'ACTIVATIONS', 'MemoryAccount', 'mark', 'of_kind',
-           'in_stage']
+           'in_stage', 'forget_peak']
 
 # %% ../../nbs/rehearsal/account.ipynb #b929826f
 import weakref
@@ -86,3 +86,8 @@ def in_stage(account: MemoryAccount, stage: str):
         yield
     finally:
         account.stage = before
+
+# %% ../../nbs/rehearsal/account.ipynb #c3d00004
+def forget_peak(account: MemoryAccount):
+    "The stage's peak is what is alive now; what was more would not be there on a true device."
+    account.peaks[account.stage], account.holders[account.stage] = account.now, dict(account.sums)

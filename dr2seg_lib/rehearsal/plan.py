@@ -90,9 +90,11 @@ def divide_trained(held: dict, rehearsal: Rehearsal, processes: int, stage: str)
     doubled = {k: 2 * held.get(k, 0) // processes for k in (GRADIENTS, OPTIMIZER)}
     return held | doubled | {WEIGHTS: weights}
 
-
+# %% ../../nbs/rehearsal/plan.ipynb #c3e00002
 def other_models(config: TrainConfig, stage: str) -> int:  # bytes
     "What the segmenter holds while there is an evaluation, and a scorer always."
+    if config.runtime.offload:  # what they hold instead of answers is less
+        return 0
     held = SCORER_PARAMETERS.get(config.method.scorer, 0)
     if stage == "evaluation":
         held += SEGMENTER_PARAMETERS.get(config.segmenter, 0)

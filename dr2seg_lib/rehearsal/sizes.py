@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['VISION', 'SEVEN', 'THREE', 'TIED', 'PUBLISHED', 'CHARACTERS', 'special_tokens', 'published_config', 'RehearsedPolicy',
-           'model_config', 'with_depth', 'square_processor', 'fake_policy', 'stay', 'add_fake_lora']
+           'model_config', 'with_depth', 'square_processor', 'fake_nf4', 'fake_int8', 'quantize_fake_layers',
+           'fake_policy', 'stay', 'add_fake_lora']
 
 # %% ../../nbs/rehearsal/sizes.ipynb #92513244
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -18,7 +20,8 @@ from transformers.initialization import no_init_weights
 from ..core.parameters import TrainConfig
 from ..models.policy import Policy
 from ..models.pretrained import ATTENTION_KINDS, EMBEDDED, MODEL_CLASSES, image_side
-from .account import ADAPTER, WEIGHTS, of_kind
+from ..models.quantized import use_dequantized_products
+from .account import ADAPTER, WEIGHTS, forget_peak, of_kind
 from .fake_device import FakeDevice
 
 # %% ../../nbs/rehearsal/sizes.ipynb #b32340bc
@@ -119,6 +122,56 @@ def square_processor(side: int):  # as the hub's, but for the tokenizer
     processor.image_processor = Qwen2VLImageProcessor(size=size)
     return processor
 
+# %% ../../nbs/rehearsal/sizes.ipynb #c3d00002
+def fake_nf4(weight: torch.Tensor) -> torch.nn.Parameter:
+    "What bitsandbytes stores of a weight [out,in] in 4 bits."
+    from bitsandbytes.functional import QuantState
+
+    def empty(n, dtype=torch.float32):
+        return torch.empty(n, dtype=dtype, device=weight.device)
+
+    n, blocks = weight.numel(), -(-weight.numel() // 64)
+    above = QuantState(
+        empty(-(-blocks // 256)), code=empty(256), blocksize=256, dtype=torch.float32
+    )
+    state = QuantState(
+        empty(blocks, torch.uint8),
+        shape=weight.shape,
+        code=empty(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=weight.dtype,
+        offset=empty(()),
+        state2=above,
+    )
+    stored = torch.nn.Parameter(empty((-(-n // 2), 1), torch.uint8), requires_grad=False)
+    stored.quant_state, stored.compress_statistics, stored.quant_type = state, True, "nf4"
+    return stored
+
+# %% ../../nbs/rehearsal/sizes.ipynb #c3e00003
+def fake_int8(weight: torch.Tensor) -> torch.nn.Parameter:
+    "What bitsandbytes stores of a weight [out,in] in 8 bits."
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    stored = torch.nn.Parameter(codes, requires_grad=False)
+    stored.SCB = torch.empty(len(weight), device=weight.device)
+    return stored
+
+# %% ../../nbs/rehearsal/sizes.ipynb #c3d00003
+def quantize_fake_layers(model, kind: str):  # none, nf4 or int8
+    "Makes the language model's layers what transformers would have loaded."
+    if kind == "none":
+        return
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    made = Linear8bitLt if kind == "int8" else Linear4bit
+    for layer in model.model.language_model.layers.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = (fake_int8 if kind == "int8" else fake_nf4)(layer.weight)
+            layer.__class__, layer.compute_dtype, layer.index = made, model.dtype, None
+            layer.state = SimpleNamespace(has_fp16_weights=False, threshold=0.0)
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    use_dequantized_products(model)
+
 # %% ../../nbs/rehearsal/sizes.ipynb #38544593
 def fake_policy(
     device: FakeDevice,  # active
@@ -127,19 +180,23 @@ def fake_policy(
     attention: str = "sdpa",
     side: int = 840,  # of the pictures, pixels
     depth: int = 0,  # layers of the language model; 0: all
+    quantize: str = "none",  # or nf4, int8
+    max_pixels: int = 0,  # of the pictures; 0: any number
 ) -> Policy:
     "A policy without weights, on the device."
     if name == "embedded":
         kind, processor = Policy, AutoProcessor.from_pretrained(EMBEDDED)
-        side = image_side(processor)
     else:
         kind, processor = RehearsedPolicy, square_processor(side)
+    side = image_side(processor, max_pixels=max_pixels)
     config = with_depth(model_config(name, processor.tokenizer), depth)
     model_class = MODEL_CLASSES[config.model_type]
     options = dict(dtype=getattr(torch, dtype), attn_implementation=ATTENTION_KINDS[attention])
     with of_kind(device.account, WEIGHTS), torch.device("cuda"), no_init_weights():
         model = model_class._from_config(config, **options)
+        quantize_fake_layers(model, quantize)
     model.tie_weights()
+    forget_peak(device.account)  # in truth each weight is quantised as it is read
     return kind(model, processor, side, side)
 
 # %% ../../nbs/rehearsal/sizes.ipynb #aef916a5

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FakeAccelerator', 'fake_optimizer', 'fake_state', 'with_own_scorer', 'marked', 'MarkedKeys', 'mark_gradients',
-           'mark_moments', 'RepeatedLayer', 'alike_layers', 'RepeatedForward', 'staged_timer', 'staged', 'rehearsing',
-           'Rehearsal', 'checkpoint_bytes', 'layer_bytes', 'evaluation_batch', 'answer_batch', 'rehearse_training']
+           'mark_moments', 'RepeatedLayer', 'alike_layers', 'RepeatedForward', 'counted_waits', 'staged_timer',
+           'staged', 'rehearsing', 'Rehearsal', 'checkpoint_bytes', 'layer_bytes', 'evaluation_batch', 'answer_batch',
+           'rehearse_training']
 
 # %% ../../nbs/rehearsal/step.ipynb #e036d2a2
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 from unittest import mock
 
@@ -66,8 +67,9 @@ class FakeAccelerator:
 def fake_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.Optimizer:
     "The training's optimizer, which on a GPU takes all parameters at once."
     optimizer = trainer.build_optimizer(policy, config.optim)
-    for group in optimizer.param_groups:
-        group["foreach"] = True
+    if config.optim.states == "float32":
+        for group in optimizer.param_groups:
+            group["foreach"] = True
     return optimizer
 
 # %% ../../nbs/rehearsal/step.ipynb #c11302dc
@@ -79,7 +81,8 @@ def fake_state(
 ) -> trainer.TrainingState:
     "What a training works with, without weights."
     model, runtime = config.model, config.runtime
-    policy = fake_policy(device, model.name, model.dtype, runtime.attention, side, depth)
+    asked = side, depth, model.quantize, config.data.max_pixels
+    policy = fake_policy(device, model.name, model.dtype, runtime.attention, *asked)
     policy.max_question_tokens = config.data.max_question_tokens
     policy.answers_at_once = runtime.answers_at_once
     if model.tune == "full":
@@ -93,7 +96,7 @@ def fake_state(
     method = trainer.build_method(with_own_scorer(config))
     return trainer.TrainingState(policy, method, fake_optimizer(policy, config), accelerator)
 
-
+# %% ../../nbs/rehearsal/step.ipynb #c3e00008
 def with_own_scorer(config: TrainConfig) -> TrainConfig:
     "A training whose texts are scored by the embedded CLIP: the true one needs its weights."
     method = config.method.model_copy(update=dict(scorer="embedded"))
@@ -193,6 +196,13 @@ class RepeatedForward:
         return hidden
 
 # %% ../../nbs/rehearsal/step.ipynb #7a3b4805
+def counted_waits(device: FakeDevice, optimizer):
+    "Counts how often an optimizer of bitsandbytes waits: for each parameter."
+    if not type(optimizer).__module__.startswith("bitsandbytes"):
+        return nullcontext()
+    return mock.patch("bitsandbytes.optim.optimizer.sync_gpu", lambda _: device.wait("sync"))
+
+
 def staged_timer(device: FakeDevice) -> type[StageTimer]:
     "A class of timers that tell the account which stage it is."
 
@@ -235,6 +245,7 @@ def rehearsing(device: FakeDevice, state: trainer.TrainingState, lengths: Answer
     mark_gradients(device, state.policy)
     mark_moments(device, state.optimizer)
     with ExitStack() as stack:
+        stack.enter_context(counted_waits(device, state.optimizer))
         for place in places:
             stack.enter_context(mock.patch.object(*place))
         yield repeated
@@ -267,7 +278,7 @@ def layer_bytes(policy: Policy) -> list[int]:
         sum(p.nbytes for p in layer.parameters() if full or not p.requires_grad) for layer in layers
     ]
 
-
+# %% ../../nbs/rehearsal/step.ipynb #c3e00009
 def evaluation_batch(state: trainer.TrainingState, config: TrainConfig) -> int:
     "How many held-out questions a process asks at once."
     processes = config.runtime.processes

@@ -60,8 +60,10 @@ def card_facts(
     model, rollout = config.model.name, config.rollout
     embedded = "the embedded policy of dr2seg_lib, 4.5M parameters, for its drawn world only"
     each = f"{rollout.questions_per_step} questions × {rollout.group_size} answers"
+    few = config.model.quantize
+    stored = "" if few == "none" else f"; its frozen layers in {few}, by bitsandbytes"
     facts = {
-        "base model": embedded if model == "embedded" else public_name(model),
+        "base model": (embedded if model == "embedded" else public_name(model)) + stored,
         "trained": tuned_text(config),
         "method": f"{public_name(config.method.name)}, by GRPO",
         "data": public_name(config.data.name),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import dr2seg_lib
 from ..core.files import naming_load_errors
+from ..models.offload import Offloading
 from ..segmenters.base import clip_prompt
 
 # %% ../../nbs/scorers/clip.ipynb #86980db5
@@ -43,7 +44,7 @@ def picture_key(
     return image.shape, hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
 
 # %% ../../nbs/scorers/clip.ipynb #03144fc2
-class Scorer:
+class Scorer(Offloading):
     "CLIP: unit vectors of pictures and texts, whose dot product is their similarity."
 
     def __init__(
@@ -54,10 +55,19 @@ class Scorer:
         batch: int = 64,  # at most so many are encoded at once
         keep: int = 8192,  # so many vectors are remembered
     ):
-        self.model, self.device = model.float().eval(), next(model.parameters()).device
+        self.model = model.float().eval()
         self.preprocess, self.tokenizer = preprocess, tokenizer
         self.context, self.batch, self.keep = tokenizer.context_length, batch, keep
         self.cache = {}  # key of a content: its vector
+
+    def network(self) -> nn.Module:
+        "CLIP."
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        "Where the model is."
+        return next(self.model.parameters()).device
 
 # %% ../../nbs/scorers/clip.ipynb #ca02a505
 @patch

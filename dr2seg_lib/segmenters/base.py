@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from ..data.samples import Target
+from ..models.offload import Offloading
 
 # %% ../../nbs/segmenters/base.ipynb #6247bf81
 warnings.filterwarnings(  # sam2's transforms
@@ -19,7 +20,7 @@ warnings.filterwarnings(  # sam2's transforms
 )
 
 # %% ../../nbs/segmenters/base.ipynb #e9727e81
-class Segmenter(ABC):
+class Segmenter(ABC, Offloading):
     "Turns boxes and points, or words, into masks."
 
     by_phrase = False  # whether an answer prompts it with words, rather than boxes and points

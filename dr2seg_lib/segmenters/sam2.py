@@ -106,6 +106,18 @@ class Sam2Segmenter(Segmenter):
                 masks.extend(self.best_masks(alike[i : i + PROMPT_BATCH], image.shape[:2]))
         return masks
 
+# %% ../../nbs/segmenters/sam2.ipynb #c3e00007
+@patch
+def network(self: Sam2Segmenter) -> nn.Module:
+    "SAM 2."
+    return self.predictor.model
+
+
+@patch
+def release(self: Sam2Segmenter):
+    "Drops the picture's features."
+    self.predictor.reset_predictor()
+
 # %% ../../nbs/segmenters/sam2.ipynb #12a5ee2f
 @patch
 def best_masks(

@@ -83,6 +83,10 @@ class Sam3Segmenter(Segmenter):
         self.model, self.processor = model.eval(), processor
         self.threshold, self.batch = threshold, batch
 
+    def network(self) -> Sam3Model:
+        "SAM 3."
+        return self.model
+
     @torch.no_grad()
     def masks(
         self,

@@ -98,6 +98,8 @@ def answer_held_out(
     how = dict(accelerator=accelerator, parse=method.parse, answer=answer)
     how["progress"] = lambda i, n: run.progress(f"evaluating {when}", i, n)
     segmenter = held_out_segmenter(method, config.segmenter)
+    if config.runtime.offload:
+        segmenter.offload()
     with policy.unsharded():
         return evaluate(policy, segmenter, data, method.prompt, *limits, **how)[1]
 
@@ -133,6 +135,7 @@ def evaluate_and_save(
 def start_of_run(config: TrainConfig) -> tuple:
     "All that the answers before training depend on: alike in two runs, they need asking once."
     asked = config.evaluation.data or config.data.name, config.evaluation.samples
+    asked = *asked, config.data.max_pixels
     limits = config.rollout.max_new_tokens, config.data.max_question_tokens
     start = config.model, config.start, config.start_form, config.method.name, config.method.prompt
     return *start, config.segmenter, *asked, *limits

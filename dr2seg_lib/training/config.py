@@ -20,6 +20,7 @@ from ..data.reasonseg import ReasonSegDataset
 from ..methods.registry import load_method
 from ..methods.wording import with_kept_wording, worded_method
 from ..models.loading import validate_attention, validate_processes
+from ..models.quantized import require_bitsandbytes, validate_quantize
 from ..models.vllm_protocol import served_names
 from ..runs.verify import validate_model
 from ..segmenters.sam3 import is_sam3
@@ -43,6 +44,9 @@ def check_machine(config: TrainConfig):
     runtime = config.runtime
     validate_processes(runtime.processes)
     validate_attention(runtime.attention, config.model.dtype)
+    validate_quantize(config.model.quantize)
+    if config.optim.states == "8bit":
+        require_bitsandbytes("optim.states 8bit")
     if runtime.server:
         served_names(runtime.server, config.model.name)
 

@@ -16,6 +16,7 @@ from ..core.files import naming_load_errors, read_json, write_json
 from ..core.parameters import TrainConfig
 from ..models.loading import START_NOTE, load_named_checkpoint, start_of
 from ..models.policy import Policy
+from ..models.quantized import NO_MERGING
 from .checkpoint_state import copy_weights
 
 # %% ../../nbs/training/starting_point.ipynb #57a47005
@@ -59,6 +60,8 @@ def check_start(config: TrainConfig):
             f"start: {start} is no checkpoint of a run; name one, as RUN/checkpoints/step-000060"
         )
     start_of(start)  # what it stands on is there
+    if config.model.quantize != "none" and (not continued or start_of(start)):
+        raise ValueError(NO_MERGING)
     if continued and (config.model.tune == "full" or not (start / ADAPTER).is_file()):
         raise ValueError("start_form: only an adapter can be continued; use merged")
     if not continued and config.runtime.server and config.model.tune == "lora":

@@ -199,7 +199,8 @@ def _segment_question(photo, query, who, attention):
     image, name = _pixels(photo)
     drawer = load_segmenter(who.segmenter)
     model, method = who.model, worded_method(who.method)
-    policy = load_policy(model.name, model.adapter, model.dtype, attention)
+    few = dict(quantize=model.quantize, max_pixels=who.data.max_pixels)
+    policy = load_policy(model.name, model.adapter, model.dtype, attention, **few)
     sample, limit = Sample(name, image, query, ()), who.rollout.max_new_tokens
     (response,) = answer_greedily(policy, [sample], method.prompt, limit, method.parse)
     prompts = segmenter_prompts(drawer, response.parsed, query, policy.frame, sample.size)

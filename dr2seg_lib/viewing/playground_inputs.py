@@ -16,6 +16,7 @@ from ..core.parameter_names import flat_parameters
 from ..data.mini import draw_sample
 from ..data.samples import Sample
 from ..models.policy import Policy
+from ..models.quantized import validate_quantize
 from ..runs.checkpoints import latest_checkpoint
 from .run_samples import sample_by_id
 
@@ -42,10 +43,13 @@ def _checkpoint_of(path):  # a run's newest, or the folder itself
     return newest
 
 
-def _model_of(checkpoint):  # the name of the model under a checkpoint
+def _model_of(checkpoint):  # the policy under a checkpoint, as its run had it
     record = checkpoint.parents[1] / "run.json"
     recorded = read_json(record).get("parameters") or {} if record.exists() else {}
-    return flat_parameters(recorded).get("model", "embedded")
+    recorded = flat_parameters(recorded)
+    few = dict(quantize=validate_quantize(recorded.get("model.quantize", "none")))
+    few["max_pixels"] = int(recorded.get("data.max_pixels", 0))
+    return Policy.load(recorded.get("model", "embedded"), **few)
 
 # %% ../../nbs/viewing/playground_inputs.ipynb #df4d0e08
 def cached_policy(
@@ -58,7 +62,7 @@ def cached_policy(
     adapted = (path / "adapter_config.json").exists()
     if not adapted and not (path / "manifest.json").exists():
         return Policy.load(str(source))
-    policy = Policy.load(_model_of(path))
+    policy = _model_of(path)
     if adapted:
         return policy.load_adapter(path)
     return full_weights(policy, path / "weights.safetensors")

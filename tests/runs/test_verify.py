@@ -18,6 +18,7 @@ TRAINED = {
     "method": "dpad",
     "segmenter": "grabcut",
     "model.dtype": "bfloat16",
+    "model.quantize": "none",
     "rollout.max_new_tokens": 300,
     "data.max_question_tokens": 99,
 }
@@ -63,15 +64,17 @@ def test_all_that_is_left_out_is_taken_from_the_run(checkpoint):
     assert flat_parameters(found) == given | TRAINED
     assert sentence == (
         "from runs/x: model Qwen/Qwen2.5-VL-3B-Instruct, method dpad, segmenter grabcut, "
-        "model.dtype bfloat16, rollout.max_new_tokens 300, data.max_question_tokens 99"
+        "model.dtype bfloat16, model.quantize none, rollout.max_new_tokens 300, "
+        "data.max_question_tokens 99"
     )
     assert EvaluateConfig(**found).flat().items() >= TRAINED.items()
 
 
 def test_a_record_of_version_0_1_says_the_same(checkpoint, tmp_path):
-    new = inherit(dict(adapter=checkpoint))
+    new, _ = inherit(dict(adapter=checkpoint))
     write(tmp_path / checkpoint, OLD)
-    assert inherit(dict(adapter=checkpoint)) == new
+    found, _ = inherit(dict(adapter=checkpoint))
+    assert EvaluateConfig(**found) == EvaluateConfig(**new)
 
 
 @pytest.mark.parametrize("name", INHERITED)
@@ -129,8 +132,8 @@ def test_a_record_that_cannot_be_read_leaves_the_defaults_and_says_so(
     assert why in sentence
     assert sentence.endswith(
         "the defaults hold where nothing is given "
-        "(model, method.prompt, segmenter, model.dtype, rollout.max_new_tokens, "
-        "data.max_question_tokens)"
+        "(model, method.prompt, segmenter, model.dtype, model.quantize, rollout.max_new_tokens, "
+        "data.max_question_tokens, data.max_pixels)"
     )
 
 
