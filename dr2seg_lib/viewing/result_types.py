@@ -142,7 +142,7 @@ class PlannedStage(LooseRecord):
     seconds: Number
     waits: dict[str, Count]
 
-
+# %% ../../nbs/viewing/result_types.ipynb #5a0c0012
 class PlanRecord(LooseRecord):
     "plan.json, as `dr2seg plan` writes it."
 
