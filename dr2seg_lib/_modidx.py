@@ -1171,6 +1171,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                          'dr2seg_lib/experiments/sweeps.py'),
                                                'dr2seg_lib.experiments.sweeps.open_pool': ( 'experiments/sweeps.html#open_pool',
                                                                                             'dr2seg_lib/experiments/sweeps.py'),
+                                               'dr2seg_lib.experiments.sweeps.problem_of': ( 'experiments/sweeps.html#problem_of',
+                                                                                             'dr2seg_lib/experiments/sweeps.py'),
                                                'dr2seg_lib.experiments.sweeps.run_name': ( 'experiments/sweeps.html#run_name',
                                                                                            'dr2seg_lib/experiments/sweeps.py'),
                                                'dr2seg_lib.experiments.sweeps.run_sweep': ( 'experiments/sweeps.html#run_sweep',

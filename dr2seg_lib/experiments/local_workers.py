@@ -17,12 +17,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch
-
 from ..core.parameters import TrainConfig
 from ..runs.signals import die_with_parent
 from ..runs.status import read_results
-from ..training.trainer import train
 
 # %% ../../nbs/experiments/local_workers.ipynb #c1d00005
 @dataclass(frozen=True)
@@ -44,9 +41,13 @@ def find_answered(folders: tuple[Path, ...]) -> Path | None:
             continue  # torn; its own run will say so
     return None
 
-
+# %% ../../nbs/experiments/local_workers.ipynb #c1d0005b
 def train_job(job: Job, threads: int) -> str | None:  # a sentence; None when it ended well
     "Trains a run in this process, from its last checkpoint if there is one."
+    import torch
+
+    from dr2seg_lib.training.trainer import train  # here: who asks for it need not wait
+
     torch.set_num_threads(threads)
     os.environ["DR2SEG_WATCHED"] = "1"  # it draws no bar
     try:
@@ -62,6 +63,8 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 def visible_gpus() -> list[str]:  # empty: there are none
     "The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."
+    import torch
+
     count = torch.cuda.device_count()
     named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     return (named or [str(i) for i in range(count)])[:count]

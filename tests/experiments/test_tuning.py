@@ -22,7 +22,10 @@ SHARED = dict(
 
 @pytest.mark.slow
 def test_a_search_that_is_stopped_goes_on_and_is_a_table_of_runs(tmp_path):
-    space, local = {"optim.lr": {"loguniform": [1e-4, 1e-2]}}, ClusterSettings(address="local")
+    space, local = (
+        {"optim.lr": {"loguniform": [1e-4, 1e-2]}},
+        ClusterSettings(address="local", cpus=2),
+    )
     with Run.create(tmp_path / "search", {}, bar=False) as run, ThreadPoolExecutor(1) as pool:
         pool.submit(stop_under_way, run.folder)
         assert run_search(run, space, SHARED, 2, local) == []
