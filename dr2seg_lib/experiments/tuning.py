@@ -122,7 +122,8 @@ class Trial:
         self.told = saved["told"]
 
     def cleanup(self):
-        ask_to_stop(self.folder)
+        if not self.worker.ended():
+            ask_to_stop(self.folder)
         self.worker.process.join(PATIENCE)
         self.worker.process.kill()
 
