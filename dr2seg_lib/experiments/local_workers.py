@@ -152,7 +152,8 @@ class LocalPool:
     def stop(self):
         "Asks all runs to end after their step."
         for worker in self.busy:
-            ask_to_stop(worker.folder)
+            if not worker.ended():
+                ask_to_stop(worker.folder)
 
     def close(self):
         "Ends the processes: an interrupt does not wait for them."

@@ -111,11 +111,8 @@ class Trial:
             if len(rows) > self.told:
                 self.told += 1
                 return rows[self.told - 1]
-            if over:
-                end = dict(
-                    done=True, problem=self.worker.problem()
-                )  # tried again it would be alike
-                return (rows or [NOTHING])[-1] | end
+            if over:  # tried again it would be alike
+                return (rows or [NOTHING])[-1] | dict(done=True, problem=self.worker.problem())
             time.sleep(0.2)
 
     def save_checkpoint(self, folder: str) -> dict:
@@ -125,7 +122,8 @@ class Trial:
         self.told = saved["told"]
 
     def cleanup(self):
-        ask_to_stop(self.folder)
+        if not self.worker.ended():
+            ask_to_stop(self.folder)
         self.worker.process.join(PATIENCE)
         self.worker.process.kill()
 
