@@ -102,10 +102,18 @@ def test_each_run_sees_a_gpu_of_its_own(tmp_path, monkeypatch):
     pool, seen = LocalPool(workers=2), []
     for name in "ab":
         worker = pool.start(Job(TrainConfig(model="no-such/model", **SMALL), tmp_path / name))
-        inherited = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
-        seen += [line.decode() for line in inherited if line.startswith(b"CUDA_VISIBLE")]
+        seen += inherited_gpus(worker.process.pid)
     pool.close()
     assert seen == ["CUDA_VISIBLE_DEVICES=5", "CUDA_VISIBLE_DEVICES=3"]
+
+
+def inherited_gpus(pid: int) -> list[str]:
+    "What the environment of a process says of GPUs, once it has one of its own."
+    found = []
+    while not found:
+        inherited = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found = [line.decode() for line in inherited if line.startswith(b"CUDA_VISIBLE")]
+    return found
 
 
 def test_a_process_that_was_killed_leaves_a_sentence(tmp_path):
