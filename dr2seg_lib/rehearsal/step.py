@@ -311,7 +311,8 @@ def rehearse_training(
                 checkpoint = checkpoint_bytes(state.policy, state.optimizer)
             with in_stage(device.account, "evaluation"):
                 asked = evaluation_batch(state, config)
-                answer_batch(state, [data[i] for i in range(asked)], config)
+                if asked:
+                    answer_batch(state, [data[i] for i in range(asked)], config)
     trained = sum(p.nbytes for _, p in state.policy.trainable())
     sizes = layer_bytes(state.policy), trained
     return Rehearsal(device, *decoded, *sizes, reduced, checkpoint, asked, row)

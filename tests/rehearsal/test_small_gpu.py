@@ -70,12 +70,13 @@ def test_the_working_copy_is_on_the_account():
 def test_a_whole_step_rehearses_with_all_of_it():
     "Moments take a byte each, with a scale for 256; the optimizer waits for each parameter."
     few = {"model.quantize": "nf4", "optim.states": "8bit", "data.max_pixels": 84 * 84}
-    config = plan_config("", SMALL | few, 1)
+    config = plan_config("", SMALL | few | {"evaluation.samples": 0}, 1)
     found = rehearse_training(config, AnswerLengths(32, 4), 1, 112)
     held = found.device.account.holders["checkpoint"][OPTIMIZER]
     assert held == pytest.approx(found.trained / 4 * 2 * (1 + 4 / 256), rel=0.02)
     assert found.device.work.waits["update"]["sync"] == 14, "two factors of seven projections"
     assert found.row["grad_norm"] is not None
+    assert found.asked == 0, "there is no evaluation, and it rehearses all the same"
 
 
 def test_fewer_pixels_are_fewer_tokens():
