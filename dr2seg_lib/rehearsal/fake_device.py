@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _foreach_utils
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -343,6 +344,7 @@ def active(self: FakeDevice):
     def listed(x: FakeTensor) -> list:
         return self.listed(x)
 
+    _device_constructors()  # torch keeps that list for good: it must not meet what stands in below
     with ExitStack() as stack:
         stack.callback(joined_attention.proven.cache_clear)
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", listed))

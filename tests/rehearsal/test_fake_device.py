@@ -4,11 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from dr2seg_lib.core.parameters import TrainConfig
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.models import decoding, joined_attention, prefill, prefix_tree
+from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.rehearsal.answers import AnswerLengths
 from dr2seg_lib.rehearsal.fake_device import FakeDevice, known_values
 from dr2seg_lib.rehearsal.sizes import fake_policy
@@ -93,6 +95,18 @@ def test_the_host_works_as_ever_inside(device):
 def test_a_mistake_raises(device, wrong, says):
     with pytest.raises(RuntimeError, match=says):
         wrong(torch.ones(4, 4, device="cuda"))
+
+
+def test_a_model_loaded_afterwards_is_whole():
+    "Torch kept our stand-in among the makers of tensors, and weights loaded later were garbage."
+    _device_constructors.cache_clear()
+    with FakeDevice().active(), torch.device("cuda"):
+        torch.ones(3)
+    policy = Policy.load()
+    base = policy.model.config.text_config.rope_parameters["rope_theta"]
+    frequencies = policy.model.model.language_model.rotary_emb.inv_freq
+    expected = base ** -(torch.arange(0, 2 * len(frequencies), 2) / (2 * len(frequencies)))
+    assert torch.allclose(frequencies, expected)
 
 
 # ---- mistakes put into the library
