@@ -199,7 +199,7 @@ def plan():
     holds = dict(weights=15.4, activations=2.5)
     stage = dict(peak_gib=17.9, holds_gib=holds, tflop=83.9, terabytes=5.9, seconds=8.2)
     stages = [stage | dict(stage=k, waits=dict(tolist=9)) for k in ("start", "first", "update")]
-    sizes = dict(peak_gib=26.7, usable_gib=20.3, fits=False, nearest=dict(max_tokens=1024))
+    sizes = dict(peak_gib=26.7, usable_gib=20.3, fits=False, nearest={"runtime.max_tokens": 1024})
     times = dict(steps=70, step_seconds=18.3, hours=0.4, gpu_hours=2.9)
     waits = dict(waits_per_step=0.49, waits_per_token=0.03)
     asked = dict(gpu="rtx4090", gpus=8, nodes=2)

@@ -109,6 +109,11 @@ class FewBitsRules(ExperimentConfig):
                 "model.quantize: quantised weights cannot be divided among processes; "
                 "leave runtime.shard out, or use model.quantize none"
             )
+        if quantised and self.runtime.server:
+            raise ValueError(
+                "model.quantize: a server samples from weights of its own, which are not these; "
+                "leave runtime.server out, or use model.quantize none"
+            )
         if self.optim.states == "8bit" and self.model.tune == "full" and self.runtime.shard:
             raise ValueError(
                 "optim.states: moments of 8 bits cannot be divided among processes; "

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'GIB', 'SHARDED', 'SEGMENTER_PARAMETERS', 'SCORER_PARAMETERS', 'STEP_STAGES', 'BETWEEN_NODES', 'SHALLOW',
-           'NOTES', 'PlanRequest', 'planned_steps', 'plan_config', 'divide_frozen', 'divide_trained', 'other_models',
-           'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times', 'deep_peaks',
-           'next_setting', 'nearest_setting', 'plan_training']
+           'LEFT', 'NOTES', 'PlanRequest', 'planned_steps', 'plan_config', 'divide_frozen', 'divide_trained',
+           'other_models', 'stage_memory', 'network_seconds', 'stage_row', 'evaluation_batches', 'run_times',
+           'deep_peaks', 'smaller_update', 'next_setting', 'weights_in_few_bits', 'nearest_setting', 'plan_training']
 
 # %% ../../nbs/rehearsal/plan.ipynb #7e758a35
 import math
@@ -181,39 +181,61 @@ def deep_peaks(config: TrainConfig, request: PlanRequest, layers: int) -> dict: 
     return {s: (peaks[0][s] + grown[s] * (layers - low)) / GIB for s in peaks[0]}
 
 # %% ../../nbs/rehearsal/plan.ipynb #2b34f023
-def next_setting(config: TrainConfig, stage: str) -> dict | None:  # runtime's; None: none is left
-    "The next thing to change where a stage does not fit."
+def smaller_update(config: TrainConfig) -> dict | None:  # {name: value}; None: none is left
+    "What makes the update and the reference hold less; none of it changes what is learned."
     runtime = config.runtime
+    if not runtime.gradient_checkpointing:
+        return {"runtime.gradient_checkpointing": True}
+    if runtime.max_tokens > 1024:
+        return {"runtime.max_tokens": runtime.max_tokens // 2}
+    if runtime.processes > 1 and not runtime.shard and config.model.quantize == "none":
+        return {"runtime.shard": True}
+    return None
+
+
+def next_setting(config: TrainConfig, stage: str) -> dict | None:  # {name: value}
+    "The next thing to change where a stage does not fit; None: none is left."
     if stage in ("update", "reference"):
-        if not runtime.gradient_checkpointing:
-            return dict(gradient_checkpointing=True)
-        if runtime.max_tokens > 1024:
-            return dict(max_tokens=runtime.max_tokens // 2)
-        if runtime.processes > 1 and not runtime.shard:
-            return dict(shard=True)
-        return None
-    answers = config.rollout.questions_per_step * config.rollout.group_size // runtime.processes
+        return smaller_update(config)
+    runtime, rollout = config.runtime, config.rollout
+    answers = rollout.questions_per_step * rollout.group_size // runtime.processes
     at_once = runtime.answers_at_once or answers
     if stage in ("first", "second", "evaluation") and at_once > 8:
-        return dict(answers_at_once=at_once // 2)
+        return {"runtime.answers_at_once": at_once // 2}
     return None
 
 # %% ../../nbs/rehearsal/plan.ipynb #ab3668b2
+LEFT = 0.25  # of the memory, which has to be left beside the weights
+
+
+def weights_in_few_bits(config: TrainConfig, weights: float, usable: float) -> dict:
+    "Quantised weights, where plain ones of so many GiB leave nothing for all else."
+    frozen = config.model.tune == "lora" and not config.runtime.shard
+    if weights <= (1 - LEFT) * usable or not frozen or config.model.quantize != "none":
+        return {}
+    return {"model.quantize": "nf4", "runtime.offload": True}
+
+# %% ../../nbs/rehearsal/plan.ipynb #5a0c0040
 def nearest_setting(
-    config: TrainConfig, request: PlanRequest, peaks: dict, layers: int, tries: int = 6
-) -> dict | None:  # of runtime, empty where it fits as it is; None: nothing does
+    config: TrainConfig,
+    request: PlanRequest,
+    peaks: dict,  # {stage: GiB}
+    layers: int,
+    weights: float = 0.0,  # GiB of the frozen ones
+    tries: int = 8,
+) -> dict | None:  # {name: value}, empty where it fits as it is; None: nothing does
     "What has to change so that all stages fit, one setting after the other."
     usable, changed = usable_gib(find_gpu(request.gpu)), {}
     for _ in range(tries + 1):
         too_large = [stage for stage in peaks if peaks[stage] > usable]
         if not too_large:
             return changed
-        change = next_setting(config, max(too_large, key=peaks.get))
+        change = weights_in_few_bits(config, weights, usable)
+        change = change or next_setting(config, max(too_large, key=peaks.get))
         if change is None:
             return None
         changed |= change
-        runtime = config.runtime.model_copy(update=change)
-        config = config.model_copy(update=dict(runtime=runtime))
+        config = TrainConfig(**config.flat() | change)
         peaks = deep_peaks(config, request, layers)
     return None
 
@@ -234,7 +256,8 @@ def plan_training(config: TrainConfig, request: PlanRequest, search: bool = True
     peaks = {row["stage"]: row["peak_gib"] for row in rows}
     usable = usable_gib(find_gpu(request.gpu))
     peak, layers = max(peaks.values()), len(rehearsal.layers)
-    nearest = nearest_setting(config, request, peaks, layers) if search else None
+    weights = rows[0]["holds_gib"].get(WEIGHTS, 0.0)
+    nearest = nearest_setting(config, request, peaks, layers, weights) if search else None
     asked = asdict(request) | dict(processes=request.processes, model=config.model.name)
     waits = [sum(row["waits"].values()) for row in rows if row["stage"] in ("first", "second")]
     memory = dict(peak_gib=peak, usable_gib=usable, fits=peak <= usable, nearest=nearest)

@@ -60,7 +60,7 @@ def fit_sentence(plan: dict) -> str:
         return begin + ": it fits."
     if not plan["nearest"]:
         return begin + ": it does not fit, nor does what was tried; take a larger GPU."
-    changes = " ".join(f"-p runtime.{k} {str(v).lower()}" for k, v in plan["nearest"].items())
+    changes = " ".join(f"-p {k} {str(v).lower()}" for k, v in plan["nearest"].items())
     return begin + f": it does not fit. This does: {changes}"
 
 # %% ../../nbs/rehearsal/plan_text.ipynb #5a0c0008

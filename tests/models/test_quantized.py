@@ -211,6 +211,7 @@ def test_a_merged_adapter_would_be_rounded_so_it_is_refused(kind, answers):
     [
         ({"model.tune": "full"}, "quantised weights cannot be trained"),
         ({"runtime.shard": True}, "quantised weights cannot be divided among processes"),
+        ({"runtime.server": "http://localhost:8000"}, "samples from weights of its own"),
     ],
 )
 def test_what_quantised_weights_cannot_is_refused(values, sentence):

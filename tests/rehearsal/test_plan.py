@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dr2seg_lib.cli import main
+from dr2seg_lib.core.parameters import TrainConfig
 from dr2seg_lib.rehearsal import plan as planning
 from dr2seg_lib.rehearsal.answers import AnswerLengths
+from dr2seg_lib.rehearsal.gpus import find_gpu, usable_gib
 from dr2seg_lib.rehearsal.plan import PlanRequest, deep_peaks, nearest_setting, plan_config
 from dr2seg_lib.rehearsal.step import rehearse_training
 
@@ -63,8 +66,21 @@ def test_the_nearest_setting_is_found(monkeypatch):
     peaks = peaks_by_setting(config, None, 0)
     asked = PlanRequest(gpu="rtx4080")
     changed = nearest_setting(config, asked, peaks, 28)
-    assert changed == dict(gradient_checkpointing=True, max_tokens=1024)
+    assert changed == {"runtime.gradient_checkpointing": True, "runtime.max_tokens": 1024}
     assert nearest_setting(config, PlanRequest(gpu="h200"), peaks, 28) == {}
+
+
+@pytest.mark.slow
+def test_the_setting_that_is_found_fits():
+    "The 7B's plain weights are more than a GPU of 16 GB holds; what is named fits there."
+    config, request = plan_config("", SMALL, 1), replace(REQUEST, gpu="rtx4080")
+    usable = usable_gib(find_gpu("rtx4080"))
+    as_asked = deep_peaks(config, request, 28)
+    assert min(as_asked.values()) > usable
+    changed = nearest_setting(config, request, as_asked, 28, weights=15.4)
+    assert changed["model.quantize"] == "nf4"
+    peaks = deep_peaks(TrainConfig(**config.flat() | changed), request, 28)
+    assert max(peaks.values()) <= usable
 
 
 def test_what_never_fits_is_said(monkeypatch):
