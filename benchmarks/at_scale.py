@@ -19,25 +19,11 @@ from measuring import RESULTS, high_water, machine, medians, write_result
 from our_engine import Ours
 from workload import RANK, SMALL
 
+from dr2seg_lib.rehearsal.sizes import SEVEN as LANGUAGE
+from dr2seg_lib.rehearsal.sizes import VISION
+
 SEVEN = dict(
-    text=dict(
-        vocab_size=152064,
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        intermediate_size=18944,
-        mrope_section=[16, 24, 24],
-    ),
-    vision=dict(
-        depth=32,
-        hidden_size=1280,
-        num_heads=16,
-        intermediate_size=3420,
-        window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31],
-    ),
-    tied=False,
+    text=LANGUAGE | dict(mrope_section=[16, 24, 24]), vision=VISION, tied=False
 )  # Qwen2.5-VL-7B's config.json
 
 
