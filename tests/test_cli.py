@@ -310,6 +310,7 @@ def test_the_embedded_world_can_be_checked(capsys):
 
 def test_a_list_of_runs_is_no_wider_than_the_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     record = dict(status="failed", started="2026-01-01T09:30:00", error="out of words\n" * 90)
     for name in "a", "a-long-name":
         (tmp_path / name).mkdir()

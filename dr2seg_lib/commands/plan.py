@@ -50,7 +50,6 @@ def plan_and_save(asked: PlanAsked, out: Path) -> int:  # exit code
     "Rehearses a training, prints its plan and writes it as JSON."
     given = planned_parameters(asked)
     silence_libraries()
-    warnings.simplefilter("ignore", UserWarning)  # of torch, on what is fake
     from dr2seg_lib.rehearsal.answers import AnswerLengths
     from dr2seg_lib.rehearsal.gpus import find_gpu
     from dr2seg_lib.rehearsal.plan import PlanRequest, plan_config, plan_training
@@ -60,7 +59,9 @@ def plan_and_save(asked: PlanAsked, out: Path) -> int:  # exit code
     lengths = AnswerLengths(asked.answer, asked.spread)
     request = PlanRequest(asked.gpu, asked.gpus, asked.nodes, lengths, asked.layers)
     config = plan_config(asked.preset or "", given, request.processes)
-    plan = plan_training(config, request, asked.search)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch, on what is fake
+        plan = plan_training(config, request, asked.search)
     write_json(out, plan)
     print(plan_text(plan), out, sep="\n")
     return 0

@@ -8,6 +8,7 @@ __all__ = ['MEASURES', 'NO_TERMINAL', 'summaries_by_time', 'unreadable_lines', '
 
 # %% ../../nbs/commands/summary.ipynb #63a22cc4
 import shutil
+import sys
 from pathlib import Path
 
 from ..core.files import read_json
@@ -121,7 +122,7 @@ def run_lines(
     rows = list(map(run_cells, list_runs(folder)))
     if not rows:
         return f"no runs below {brief_text(str(folder), 200)}"
-    width = shutil.get_terminal_size((NO_TERMINAL, 0)).columns
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NO_TERMINAL
     sizes = [max(map(len, column)) for column in zip(*rows)][:-1] + [0]
     lines = []
     for row in rows:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'UPDATE', 'BOTH_ENDS', 'ENDS_THE_RUN', 'LENGTH', 'SEGMENTER', 'START', 'START_FORM', 'INHERITED',
-           'ExperimentConfig', 'WeightRules', 'FewBitsRules', 'ProcessRules', 'TrainConfig', 'without_empty',
-           'EvaluateConfig', 'Rea2SegConfig', 'first_problem', 'may_change', 'as_recorded', 'changed_parameters',
-           'brief_text']
+           'ExperimentConfig', 'WeightRules', 'FewBitsRules', 'MomentRules', 'ProcessRules', 'TrainConfig',
+           'without_empty', 'EvaluateConfig', 'Rea2SegConfig', 'first_problem', 'may_change', 'as_recorded',
+           'changed_parameters', 'brief_text']
 
 # %% ../../nbs/core/parameters.ipynb #aef24d0e
 from typing import ClassVar, Literal
@@ -94,7 +94,7 @@ class WeightRules(ExperimentConfig):
 
 # %% ../../nbs/core/parameters.ipynb #c3e00005
 class FewBitsRules(ExperimentConfig):
-    "What weights and moments of few bits cannot."
+    "What weights of few bits cannot."
 
     @model_validator(mode="after")
     def quantised_weights_are_frozen_and_whole(self):
@@ -114,6 +114,14 @@ class FewBitsRules(ExperimentConfig):
                 "model.quantize: a server samples from weights of its own, which are not these; "
                 "leave runtime.server out, or use model.quantize none"
             )
+        return self
+
+# %% ../../nbs/core/parameters.ipynb #5a0c0050
+class MomentRules(ExperimentConfig):
+    "What moments of few bits cannot."
+
+    @model_validator(mode="after")
+    def moments_of_few_bits_are_whole(self):
         if self.optim.states == "8bit" and self.model.tune == "full" and self.runtime.shard:
             raise ValueError(
                 "optim.states: moments of 8 bits cannot be divided among processes; "
@@ -146,7 +154,7 @@ START = "checkpoint from which training starts; empty: the model"
 START_FORM = "its adapter joins the frozen weights, under a new one, or is trained on"
 
 # %% ../../nbs/core/parameters.ipynb #9c754dd5
-class TrainConfig(WeightRules, FewBitsRules, ProcessRules):
+class TrainConfig(WeightRules, FewBitsRules, MomentRules, ProcessRules):
     "A training run."
 
     old_names: ClassVar[dict] = TRAINING_NAMES

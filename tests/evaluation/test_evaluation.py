@@ -884,7 +884,7 @@ def test_a_checkpoint_is_judged_as_it_was_trained(adapter, tmp_path, capsys):
     out, recorded = capsys.readouterr().out, Run.open(tmp_path / "run").info["parameters"]
     assert (
         f"from {folder.parents[1]}: model embedded, method visionreasoner, segmenter grabcut, "
-        "model.dtype float32, rollout.max_new_tokens 20\n" in out
+        "model.dtype float32, model.quantize none, rollout.max_new_tokens 20\n" in out
     )
     taken = {
         "model": "embedded",

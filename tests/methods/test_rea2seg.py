@@ -572,7 +572,7 @@ def test_answerer_and_scorer_are_loaded_as_everywhere(monkeypatch, tmp_path, tin
     for module in "methods", "evaluation":
         monkeypatch.setattr(
             f"dr2seg_lib.{module}.rea2seg.load_policy",
-            lambda name, *how: loaded.append(name) or tiny,
+            lambda name, *how, **more: loaded.append(name) or tiny,
         )
     run_rea2seg(
         Rea2SegConfig(model="some/model", scorer="some/scorer", samples=1, max_new_tokens=4),
