@@ -24,6 +24,7 @@ from ..core.files import write_text
 from ..core.parameters import brief_text
 from ..runs.ledger import ROW_FILES
 from ..runs.run_folder import Run
+from ..runs.signals import request_stop
 from ..runs.status import ProgressBar, read_progress, run_status, update_record
 
 # %% ../../nbs/commands/execute.ipynb #1873ae4a
@@ -124,9 +125,7 @@ def ask_to_stop(
 ) -> bool:  # whether that is for good
     "Leaves the file `stop` for the run to see."
     try:
-        (out / "stop").touch()
-    except FileNotFoundError:
-        pass  # the folder may have been deleted meanwhile
+        request_stop(out)
     except OSError:  # no room: a run takes an interrupt as a first request
         signal_kernels(pids, signal.SIGINT)
         return True

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VISIBLE', 'Job', 'find_answered', 'train_job', 'visible_gpus', 'least_used', 'environment', 'LocalWorker',
-           'ask_to_stop', 'LocalPool']
+           'LocalPool']
 
 # %% ../../nbs/experiments/local_workers.ipynb #c1d00003
 import multiprocessing
@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ..core.parameters import TrainConfig
-from ..runs.signals import die_with_parent
+from ..runs.signals import die_with_parent, request_stop
 from ..runs.status import read_results
 
 # %% ../../nbs/experiments/local_workers.ipynb #c1d00005
@@ -125,12 +125,6 @@ class LocalWorker:
             code = self.process.exitcode
         return f"its process ended with {code}, perhaps for memory; resume the sweep"
 
-# %% ../../nbs/experiments/local_workers.ipynb #c1d00012
-def ask_to_stop(folder: Path):
-    "Asks a run to end after its step; one that has not begun has no folder yet."
-    if folder.exists():
-        (folder / "stop").touch()
-
 # %% ../../nbs/experiments/local_workers.ipynb #c12ca500
 class LocalPool:
     "The processes of this machine."
@@ -153,7 +147,7 @@ class LocalPool:
         "Asks all runs to end after their step."
         for worker in self.busy:
             if not worker.ended():
-                ask_to_stop(worker.folder)
+                request_stop(worker.folder)
 
     def close(self):
         "Ends the processes: an interrupt does not wait for them."

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from ..core.settings import ClusterSettings
-from .local_workers import Job, ask_to_stop, train_job
+from .local_workers import Job, train_job
+from ..runs.signals import request_stop
 from ..runs.status import run_status
 
 # %% ../../nbs/experiments/ray_workers.ipynb #c1e00005
@@ -128,7 +129,7 @@ class RayWorker:
     def stop(self):
         "Asks the run to end after its step; one that has not begun never will."
         if (self.folder / "run.json").exists():
-            ask_to_stop(self.folder)
+            request_stop(self.folder)
         else:
             import_ray().cancel(self.task)
 

@@ -19,7 +19,7 @@ from ..core.parameter_names import TRAINING_NAMES, flat_parameters
 from ..core.parameters import TrainConfig
 from ..core.settings import ClusterSettings
 from ..core.text_table import Table, rows_table
-from .local_workers import Job, LocalWorker, ask_to_stop
+from .local_workers import Job, LocalWorker
 from dr2seg_lib.experiments.ray_workers import (
     RETRIES,
     RayPool,
@@ -28,6 +28,7 @@ from dr2seg_lib.experiments.ray_workers import (
     resources_of,
 )
 from ..runs.run_folder import Run
+from ..runs.signals import request_stop
 from ..runs.status import read_record, run_status
 
 # %% ../../nbs/experiments/tuning.ipynb #c1b10005
@@ -123,7 +124,7 @@ class Trial:
 
     def cleanup(self):
         if not self.worker.ended():
-            ask_to_stop(self.folder)
+            request_stop(self.folder)
         self.worker.process.join(PATIENCE)
         self.worker.process.kill()
 

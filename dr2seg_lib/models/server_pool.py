@@ -30,7 +30,7 @@ from dr2seg_lib.models.http_client import (
     wait_for,
 )
 from .vllm_adapter import SavedAdapter, post_adapter, unload_adapter
-from .vllm_protocol import all_silent, served_name, served_names
+from .vllm_protocol import all_silent, picture_of, served_name, served_names
 
 # %% ../../nbs/models/server_pool.ipynb #c2p00006
 RETRY_SILENT = 30  # seconds until a server that did not answer is tried again
@@ -197,7 +197,7 @@ async def ask(
 ) -> tuple[str, bytes]:  # who answered, and what
     "The reply to one request, of whichever server gives it."
     waits = iter(http_client.RETRY_WAITS)
-    picture = body["messages"][1]["content"][0]["image_url"]["url"]
+    picture = picture_of(body)
     while True:
         server = self.choose(picture, body["n"], share)
         try:
@@ -232,6 +232,6 @@ def ask_all(
 ) -> list[tuple[str, bytes]]:  # who answered, and what
     "The replies to requests, from whichever servers answer."
     self.revive()
-    pictures = {body["messages"][1]["content"][0]["image_url"]["url"] for body in bodies}
+    pictures = set(map(picture_of, bodies))
     self.homes = {p: home for p, home in self.homes.items() if p in pictures}
     return wait_for(self.ask_together(bodies, longest))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADDRESS_PATTERN', 'FIXED_FIELDS', 'TokenId', 'server_address', 'server_addresses', 'ModelCard', 'ModelCards',
            'protocol_error', 'list_models', 'same_place', 'served_name', 'all_silent', 'served_names', 'data_url',
-           'chat_request', 'Strict', 'TokenLogprob', 'Logprobs', 'ReplyChoice', 'ChatReply', 'answer_problem',
-           'reply_problem', 'parse_answers']
+           'chat_request', 'picture_of', 'Strict', 'TokenLogprob', 'Logprobs', 'ReplyChoice', 'ChatReply',
+           'answer_problem', 'reply_problem', 'parse_answers']
 
 # %% ../../nbs/models/vllm_protocol.ipynb #eeaba5fe
 import base64
@@ -164,6 +164,11 @@ def chat_request(
         stop_token_ids=[stop],
         **FIXED_FIELDS,
     )
+
+
+def picture_of(body: dict) -> str:  # URL
+    "The picture that a request is about."
+    return body["messages"][1]["content"][0]["image_url"]["url"]
 
 # %% ../../nbs/models/vllm_protocol.ipynb #b1e22abd
 class Strict(BaseModel):

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from ..core.parameters import ExperimentConfig
@@ -29,7 +30,7 @@ from dr2seg_lib.runs.meeting import (
     wait_for_meeting,
 )
 from .run_folder import Run, check_free
-from .signals import die_with_parent
+from .signals import die_with_parent, request_stop
 
 # %% ../../nbs/runs/launch.ipynb #18c57944
 class NonWriterRun(Run):
@@ -204,7 +205,7 @@ def join_run(folder: Path):
     place = take_place(folder, meeting.nodes)
     command = torchrun_command(meeting, folder, place)
     with subprocess.Popen(command, start_new_session=True) as process:  # Ctrl-C comes here alone
-        if wait_for_processes(process, (folder / "stop").touch):
+        if wait_for_processes(process, partial(request_stop, folder)):
             raise ConnectionError(LOST)
 
 # %% ../../nbs/runs/launch.ipynb #c1a20005

@@ -15,7 +15,7 @@ import numpy as np
 
 from .axes import Panel
 from .charts import Chart
-from .marks import Bars, Line
+from .marks import Line, stack_bars
 from .style import MOST, OTHER_COLOURS, arm_colours, short
 
 # %% ../../nbs/viewing/curves.ipynb #c0004
@@ -268,16 +268,15 @@ def stage_seconds_plot(
 ) -> Chart:
     "Seconds of each step by stage, stacked; the mean of a stage stands in the legend."
     rows = [row for row in rows if isinstance(row.get("seconds"), dict)]
-    seconds, groups, marks = stage_seconds(rows), {}, []
+    seconds = stage_seconds(rows)
     parts = np.array_split(np.arange(len(rows)), min(bars, len(rows)) or 1)
     x = np.array([rows[part[len(part) // 2]]["step"] for part in parts if len(part)])
-    width, base = 0.78 * (x[1] - x[0] if len(x) > 1 else 1), np.zeros(len(x))
+    width = 0.78 * (x[1] - x[0] if len(x) > 1 else 1)
+    columns = []
     for name, colour in stage_colours(seconds).items():
-        heights = thin_values(seconds[name], bars)
         label = f"{short(name)}  {seconds[name].mean():.2f} s"
-        groups[label] = colour
-        marks.append(Bars(x, heights, base, colour, label, label, width))
-        base = base + heights
+        columns.append((label, colour, thin_values(seconds[name], bars)))
+    marks, groups = stack_bars(x, columns, width), {name: colour for name, colour, _ in columns}
     ends = (x[0] - width, x[-1] + width) if len(x) else (None, None)
     panel = Panel("seconds a step", marks, x_label="step", x_range=ends)
     return Chart([panel], groups, height=2.3, legend="right", marker="square", unified=True)

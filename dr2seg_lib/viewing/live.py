@@ -13,6 +13,7 @@ from pathlib import Path
 import traitlets as t
 from fastcore.basics import patch
 
+from ..runs.signals import request_stop
 from ..runs.status import read_progress, run_status
 from .axes import Panel
 from .chart_view import ChartView
@@ -218,7 +219,7 @@ def stop(self: Live):
     "Asks the run to end after the current step."
     self.look()
     if self.state["status"] == "running":
-        (self.folder / "stop").touch()
+        request_stop(self.folder)
     self.look()
 
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PLOTLY_SYNTAX', 'BAND', 'DASHES', 'PLOTLY_DASHES', 'SHARP', 'plotly_text', 'plotly_numbers', 'fade', 'Line',
-           'band_trace', 'line_traces', 'Points', 'points_traces', 'Bars', 'bars_traces', 'Arrow', 'arrow_traces',
-           'Note', 'note_annotation']
+           'band_trace', 'line_traces', 'Points', 'points_traces', 'Bars', 'bars_traces', 'stack_bars', 'Arrow',
+           'arrow_traces', 'Note', 'note_annotation']
 
 # %% ../../nbs/viewing/marks.ipynb #c0003
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from .style import MUTED
 
@@ -165,6 +167,19 @@ def bars_traces(bars: Bars) -> list:  # of dicts
     text = dict(name=plotly_text(bars.name), legendgroup=plotly_text(bars.group))
     text["hovertemplate"] = "%{y:.3g}<extra>%{fullData.name}</extra>"
     return [dict(type="bar", x=x, y=y, base=base, showlegend=False, **look, **text)]
+
+
+def stack_bars(
+    x: Sequence,
+    columns: list[tuple],  # (legend entry, colour, heights) each, the lowest first
+    width: float = 0.78,  # in units of x
+) -> list[Bars]:
+    "Bars that stand on each other."
+    base, stack = np.zeros(len(x)), []
+    for name, colour, heights in columns:
+        stack.append(Bars(x, heights, base, colour, name, name, width))
+        base = base + heights
+    return stack
 
 # %% ../../nbs/viewing/marks.ipynb #c0025
 @dataclass

@@ -12,7 +12,7 @@ from ..rehearsal.plan_text import shown_stages
 from .axes import Panel
 from .charts import Chart
 from .curves import STAGE_COLOURS
-from .marks import Bars, Line
+from .marks import Bars, Line, stack_bars
 from .style import MUTED, short
 
 # %% ../../nbs/viewing/plan_plot.ipynb #5a0c0024
@@ -37,13 +37,11 @@ def stage_names(rows: list) -> dict:  # {place: name}
 
 def held_bars(rows: list, least: float) -> list[Bars]:  # least: GiB that are worth a colour
     "What holds the memory of each stage, one kind on the other."
-    places, base, bars = np.arange(len(rows)), np.zeros(len(rows)), []
+    columns = []
     for kind, colour in KINDS.items():
         heights = np.array([row["holds_gib"].get(kind, 0.0) for row in rows])
-        if heights.max() >= least:
-            bars.append(Bars(places, heights, base, colour, kind, kind))
-        base = base + heights
-    return bars
+        columns.append((kind, colour, heights))
+    return [bars for bars in stack_bars(range(len(rows)), columns) if max(bars.y) >= least]
 
 # %% ../../nbs/viewing/plan_plot.ipynb #5a0c0027
 def memory_panel(plan: dict) -> Panel:
