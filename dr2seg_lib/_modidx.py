@@ -1151,6 +1151,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                        'dr2seg_lib/experiments/ray_workers.py'),
                                                     'dr2seg_lib.experiments.ray_workers.resources_of': ( 'experiments/ray_workers.html#resources_of',
                                                                                                          'dr2seg_lib/experiments/ray_workers.py'),
+                                                    'dr2seg_lib.experiments.ray_workers.start_ray': ( 'experiments/ray_workers.html#start_ray',
+                                                                                                      'dr2seg_lib/experiments/ray_workers.py'),
                                                     'dr2seg_lib.experiments.ray_workers.train_on_node': ( 'experiments/ray_workers.html#train_on_node',
                                                                                                           'dr2seg_lib/experiments/ray_workers.py'),
                                                     'dr2seg_lib.experiments.ray_workers.wait_for_former': ( 'experiments/ray_workers.html#wait_for_former',

@@ -15,7 +15,7 @@ from dr2seg_lib.core.files import read_json, read_jsonl
 from dr2seg_lib.core.parameters import TrainConfig
 from dr2seg_lib.core.settings import ClusterSettings
 from dr2seg_lib.experiments.local_workers import find_answered
-from dr2seg_lib.experiments.ray_workers import STORE_BYTES
+from dr2seg_lib.experiments.ray_workers import STORE_BYTES, TRIES, start_ray
 from dr2seg_lib.experiments.sweeps import interleave_seeds, run_sweep, sweep_arms
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.runs.status import run_status
@@ -41,6 +41,27 @@ def test_a_cluster_that_is_not_there_is_one_sentence(address, tmp_path):
             ValueError, match=f"no Ray cluster answers at {address}.*ray start --head"
         ):
             run_sweep(run, RUNS, cluster=ClusterSettings(address=address))
+
+
+def test_ray_that_does_not_start_is_tried_again(monkeypatch):
+    "Ray gives its agents 15 s; where the machine is busy the second try finds them in memory."
+    import ray
+
+    tries, answers = [], [Exception("The current node timed out during startup. Perhaps"), "here"]
+
+    def init(**options):
+        tries.append(options["address"])
+        if isinstance(answer := answers[min(len(tries), len(answers)) - 1], Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "init", init)
+    assert start_ray() == "here"
+    assert tries == ["local"] * 2
+    answers[1:] = []
+    with pytest.raises(ValueError, match="does not start on this machine .*timed out"):
+        start_ray()
+    assert len(tries) == 2 + TRIES
 
 
 def marked(mark: str) -> list[str]:

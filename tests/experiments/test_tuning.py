@@ -27,8 +27,9 @@ def test_a_search_that_is_stopped_goes_on_and_is_a_table_of_runs(tmp_path):
         ClusterSettings(address="local", cpus=2),
     )
     with Run.create(tmp_path / "search", {}, bar=False) as run, ThreadPoolExecutor(1) as pool:
-        pool.submit(stop_under_way, run.folder)
+        asked = pool.submit(stop_under_way, run.folder)
         assert run_search(run, space, SHARED, 2, local) == []
+        asked.result()
     assert run.status == "interrupted"
     before = search_rows(run.folder, space)
     assert max(row["steps"] for row in before) < SHARED["steps"]
@@ -47,6 +48,8 @@ def test_a_search_that_is_stopped_goes_on_and_is_a_table_of_runs(tmp_path):
 
 
 def stop_under_way(search):
+    until = time.monotonic() + 300
     while not list(search.glob("trial-*/checkpoints/step-000001")):
+        assert time.monotonic() < until, "no trial has begun"
         time.sleep(0.05)
     (search / "stop").touch()
