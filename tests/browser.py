@@ -1,6 +1,7 @@
 """A real JupyterLab in a real browser, for the tests and for the pictures of the documentation.
 
-python tests/browser.py RUN [OTHER] [--to docs]
+python tests/browser.py RUN [OTHER] [--to docs]     the pictures
+python tests/browser.py RUN --animation             docs/inspector.gif
 """
 
 import argparse
@@ -263,6 +264,98 @@ def report_pictures(page, run: Path, folder: Path, to: Path):
             small(to / n)
 
 
+def frames(page, view):
+    "What somebody does with the inspector in ten seconds: pictures of the window, with seconds."
+    shots = []
+
+    def shot(seconds):
+        page.wait_for_timeout(250)
+        shots.append((view.screenshot(), seconds))
+
+    def settle():
+        page.wait_for_function(
+            "() => document.querySelector('.d2-inspect .d2-status').textContent.includes('IoU')"
+        )
+
+    shot(0.8)
+    for key in "2", "3", "4":  # answers
+        page.keyboard.press(key)
+        settle()
+        shot(0.5)
+    for _ in range(3):  # steps
+        page.keyboard.press("ArrowRight")
+        settle()
+        shot(0.4)
+    words = view.locator("[data-pass=first]").first.locator(".heat i")
+    words.first.hover()
+    page.wait_for_function(
+        "() => document.querySelector('.d2-inspect .d2-status').textContent.includes('attention')"
+    )
+    for i in range(max(words.count() - 8, 0), words.count()):  # where the model looks
+        words.nth(i).hover()
+        shot(0.3)
+    view.locator("h4").first.hover()
+    settle()
+    for answer, verdict in ("1", "wrong"), ("2", "interesting"), ("3", "right"):
+        page.keyboard.press(answer)
+        page.keyboard.press(verdict[0])
+        view.locator(f".d2-mark.d2-v-{verdict}").first.wait_for()
+        shot(0.6)
+    view.locator(".d2-filter").press_sequentially("verdict=right", delay=20)
+    shot(1.4)
+    return shots
+
+
+def common_palette(pages: list):
+    "256 colours for all pages: most for what there is much of, some for what is rare and bright."
+    from PIL import Image
+
+    width, height = pages[0].size
+    every = Image.new("RGB", (width, height * len(pages)))
+    for k, page in enumerate(pages):
+        every.paste(page, (0, k * height))
+    none, how = Image.Dither.NONE, Image.Quantize
+    common = every.quantize(176, method=how.MEDIANCUT, dither=none).getpalette()[: 3 * 176]
+    rare = every.quantize(80, method=how.MAXCOVERAGE, dither=none).getpalette()[: 3 * 80]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(common + rare)
+    return palette
+
+
+def animation(run: Path, to: Path, width: int = 760):
+    "The inspector at work, as a GIF of ten seconds at most. The run is copied: it gets reviews."
+    import io
+    import tempfile
+
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / run.name
+        shutil.copytree(run, copy)
+        (copy / "annotations.jsonl").unlink(missing_ok=True)
+        cell = f"w = inspect('{copy}')\nw.at = {telling(run)}\nw"
+        notebook(Path(folder) / "view.ipynb", [IMPORTS, cell])
+        with jupyterlab(folder) as address, browser(1100, 1000) as page:
+            opened(page, address, "view.ipynb")
+            command(page, "notebook:run-all-cells")
+            view = page.locator(".d2-inspect")
+            view.locator("h4").first.click()
+            shots = frames(page, view)
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in shots]
+    height = max(round(i.height * width / i.width) for i in images)
+    sheet = Image.new("RGB", (width, height), "white")
+    pages = [sheet.copy() for _ in images]
+    for page, image in zip(pages, images):
+        size = width, round(image.height * width / image.width)
+        page.paste(image.resize(size, Image.Resampling.LANCZOS))
+    palette = common_palette(pages)
+    pages = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pages]
+    durations = [round(1000 * seconds) for _, seconds in shots]
+    pages[0].save(
+        to, save_all=True, append_images=pages[1:], duration=durations, loop=0, optimize=True
+    )
+
+
 def pictures(run: Path, other: Path | None, to: Path):
     "Each view and the report in light and dark, as PNG files; the inspector with a word held, too."
     import tempfile
@@ -305,9 +398,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("other", type=Path, nargs="?")
+    parser.add_argument("--animation", action="store_true", help="inspector.gif alone")
     parser.add_argument("--to", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     if not chromium():
         sys.exit("no Chromium is found; install one: apt-get install -y chromium")
     args.to.mkdir(parents=True, exist_ok=True)
-    pictures(args.run.resolve(), args.other and args.other.resolve(), args.to)
+    if args.animation:
+        animation(args.run.resolve(), args.to / "inspector.gif")
+    else:
+        pictures(args.run.resolve(), args.other and args.other.resolve(), args.to)

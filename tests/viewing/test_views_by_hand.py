@@ -132,13 +132,18 @@ def test_tags_and_a_note_are_kept_and_found(lab, view):
 
 @pytest.mark.browser
 def test_reviews_of_others_are_there_when_the_run_is_opened_again(lab, view):
-    annotate(lab.folder / "one", "rollouts", 1, "mini-1000007", 7, verdict="wrong", tags=["hand"])
+    word, note = "<b>hand</b>", "<script>document.title = 'pwned'</script>"
+    said = dict(verdict="wrong", tags=[word], note=note)
+    annotate(lab.folder / "one", "rollouts", 1, "mini-1000007", 7, **said)
     again = inspect(lab.folder / "one")
-    assert again.reviews["rollouts"]["0/7"]["tags"] == ["hand"]
+    assert again.reviews["rollouts"]["0/7"]["tags"] == [word]
     lab.keyboard.press("4")
     lab.keyboard.press("r")  # writing reads, too
     verdict(lab, 7, "wrong")
-    assert "hand" in view.locator('.d2-card[data-rollout="7"] .d2-own').inner_text()
+    shown = view.locator('.d2-card[data-rollout="7"] .d2-own').inner_text()
+    assert word in shown
+    assert note in shown
+    assert lab.title() != "pwned"
     assert not lab.errors
 
 

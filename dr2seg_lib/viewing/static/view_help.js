@@ -14,7 +14,7 @@ const TITLES = {inspect: "inspector", live: "a run as it goes", compare: "compar
 
 function help(root, kind) { // its button, which ? presses as well
   const row = ([keys, what]) => h("div", {}, h("dt", {}, keys.map(k => h("kbd", {}, k))), h("dd", {}, what));
-  const close = h("button", {class: "d2-button", onclick: () => box.close()}, "Close"), title = h("h4", {}, `Keys: ${TITLES[kind]}`);
+  const close = h("button", {class: "d2-button", onclick: () => box.close()}, "Close"), title = h("h5", {}, `Keys: ${TITLES[kind]}`);
   const box = h("dialog", {class: "d2-help", "aria-label": `keys of the ${TITLES[kind]}`}, title, h("dl", {}, [...KEYS[kind], [["?"], "this list"]].map(row)), close);
   const open = () => { if (!box.open) { box.showModal(); close.focus(); } };
   box.addEventListener("click", e => { if (e.target === box) box.close(); }); // beside it
