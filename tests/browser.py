@@ -264,46 +264,54 @@ def report_pictures(page, run: Path, folder: Path, to: Path):
             small(to / n)
 
 
-def frames(page, view):
-    "What somebody does with the inspector in ten seconds: pictures of the window, with seconds."
-    shots = []
+class Film:
+    "Pictures of a view, each with the seconds that it stays."
 
-    def shot(seconds):
-        page.wait_for_timeout(250)
-        shots.append((view.screenshot(), seconds))
+    def __init__(self, page, view):
+        self.page, self.view, self.shots = page, view, []
 
-    def settle():
-        page.wait_for_function(
-            "() => document.querySelector('.d2-inspect .d2-status').textContent.includes('IoU')"
+    def shot(self, seconds: float):
+        self.page.wait_for_timeout(250)
+        self.shots.append((self.view.screenshot(), seconds))
+
+    def says(self, text: str):
+        self.page.wait_for_function(
+            "t => document.querySelector('.d2-inspect .d2-status').textContent.includes(t)",
+            arg=text,
         )
 
-    shot(0.8)
-    for key in "2", "3", "4":  # answers
+
+def film_looking(film: Film):
+    "Other answers, other steps, and where the model looks."
+    page, view = film.page, film.view
+    film.shot(0.8)
+    for key in "234":  # answers
         page.keyboard.press(key)
-        settle()
-        shot(0.5)
+        film.says("IoU")
+        film.shot(0.5)
     for _ in range(3):  # steps
         page.keyboard.press("ArrowRight")
-        settle()
-        shot(0.4)
+        film.says("IoU")
+        film.shot(0.4)
     words = view.locator("[data-pass=first]").first.locator(".heat i")
     words.first.hover()
-    page.wait_for_function(
-        "() => document.querySelector('.d2-inspect .d2-status').textContent.includes('attention')"
-    )
-    for i in range(max(words.count() - 8, 0), words.count()):  # where the model looks
+    film.says("attention")
+    for i in range(max(words.count() - 8, 0), words.count()):
         words.nth(i).hover()
-        shot(0.3)
+        film.shot(0.3)
     view.locator("h4").first.hover()
-    settle()
+    film.says("IoU")
+
+
+def film_reviewing(film: Film):
+    "Verdicts, and the filter that finds them."
     for answer, verdict in ("1", "wrong"), ("2", "interesting"), ("3", "right"):
-        page.keyboard.press(answer)
-        page.keyboard.press(verdict[0])
-        view.locator(f".d2-mark.d2-v-{verdict}").first.wait_for()
-        shot(0.6)
-    view.locator(".d2-filter").press_sequentially("verdict=right", delay=20)
-    shot(1.4)
-    return shots
+        film.page.keyboard.press(answer)
+        film.page.keyboard.press(verdict[0])
+        film.view.locator(f".d2-mark.d2-v-{verdict}").first.wait_for()
+        film.shot(0.6)
+    film.view.locator(".d2-filter").press_sequentially("verdict=right", delay=20)
+    film.shot(1.4)
 
 
 def common_palette(pages: list):
@@ -322,12 +330,27 @@ def common_palette(pages: list):
     return palette
 
 
-def animation(run: Path, to: Path, width: int = 760):
-    "The inspector at work, as a GIF of ten seconds at most. The run is copied: it gets reviews."
+def save_gif(shots: list, to: Path, width: int):
+    "Pictures with their seconds, as one that moves."
     import io
-    import tempfile
 
     from PIL import Image
+
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in shots]
+    sizes = [(width, round(i.height * width / i.width)) for i in images]
+    sheet, pages = Image.new("RGB", (width, max(h for _, h in sizes)), "white"), []
+    for image, size in zip(images, sizes):
+        pages.append(sheet.copy())
+        pages[-1].paste(image.resize(size, Image.Resampling.LANCZOS))
+    palette = common_palette(pages)
+    first, *others = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pages]
+    durations = [round(1000 * seconds) for _, seconds in shots]
+    first.save(to, save_all=True, append_images=others, duration=durations, loop=0, optimize=True)
+
+
+def animation(run: Path, to: Path, width: int = 760):
+    "The inspector at work, as a GIF of ten seconds at most. The run is copied: it gets reviews."
+    import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / run.name
@@ -338,22 +361,11 @@ def animation(run: Path, to: Path, width: int = 760):
         with jupyterlab(folder) as address, browser(1100, 1000) as page:
             opened(page, address, "view.ipynb")
             command(page, "notebook:run-all-cells")
-            view = page.locator(".d2-inspect")
-            view.locator("h4").first.click()
-            shots = frames(page, view)
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in shots]
-    height = max(round(i.height * width / i.width) for i in images)
-    sheet = Image.new("RGB", (width, height), "white")
-    pages = [sheet.copy() for _ in images]
-    for page, image in zip(pages, images):
-        size = width, round(image.height * width / image.width)
-        page.paste(image.resize(size, Image.Resampling.LANCZOS))
-    palette = common_palette(pages)
-    pages = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pages]
-    durations = [round(1000 * seconds) for _, seconds in shots]
-    pages[0].save(
-        to, save_all=True, append_images=pages[1:], duration=durations, loop=0, optimize=True
-    )
+            film = Film(page, page.locator(".d2-inspect"))
+            film.view.locator("h4").first.click()
+            film_looking(film)
+            film_reviewing(film)
+    save_gif(film.shots, to, width)
 
 
 def pictures(run: Path, other: Path | None, to: Path):

@@ -60,6 +60,11 @@ def view(lab):
     lab.errors.clear()
     view = lab.locator(".d2-inspect")
     view.locator(".d2-filter").fill("")
+    view.get_by_label("sort by").select_option("order")
+    view.get_by_label("step", exact=True).evaluate(
+        "e => { e.value = 0; e.dispatchEvent(new Event('input', {bubbles: true})) }"
+    )
+    waits(lab, "() => document.querySelector('.d2-inspect .d2-meta').innerText.includes('step 1 ')")
     view.locator("h4").first.click()
     return view
 
