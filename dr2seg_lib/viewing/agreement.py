@@ -50,7 +50,7 @@ def _iou(run, source, at, number):  # None: a large segmenter would have to draw
     except (OSError, ValueError):
         return None
 
-
+# %% ../../nbs/viewing/agreement.ipynb #78b35c90
 def reward_verdicts(
     run: RunReader,
     source: str,
