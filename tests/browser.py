@@ -1,6 +1,7 @@
 """A real JupyterLab in a real browser, for the tests and for the pictures of the documentation.
 
-python tests/browser.py RUN [OTHER] [--to docs]
+python tests/browser.py RUN [OTHER] [--to docs]     the pictures
+python tests/browser.py RUN --animation             docs/inspector.gif
 """
 
 import argparse
@@ -263,6 +264,110 @@ def report_pictures(page, run: Path, folder: Path, to: Path):
             small(to / n)
 
 
+class Film:
+    "Pictures of a view, each with the seconds that it stays."
+
+    def __init__(self, page, view):
+        self.page, self.view, self.shots = page, view, []
+
+    def shot(self, seconds: float):
+        self.page.wait_for_timeout(250)
+        self.shots.append((self.view.screenshot(), seconds))
+
+    def says(self, text: str):
+        self.page.wait_for_function(
+            "t => document.querySelector('.d2-inspect .d2-status').textContent.includes(t)",
+            arg=text,
+        )
+
+
+def film_looking(film: Film):
+    "Other answers, other steps, and where the model looks."
+    page, view = film.page, film.view
+    film.shot(0.8)
+    for key in "234":  # answers
+        page.keyboard.press(key)
+        film.says("IoU")
+        film.shot(0.5)
+    for _ in range(3):  # steps
+        page.keyboard.press("ArrowRight")
+        film.says("IoU")
+        film.shot(0.4)
+    words = view.locator("[data-pass=first]").first.locator(".heat i")
+    words.first.hover()
+    film.says("attention")
+    for i in range(max(words.count() - 8, 0), words.count()):
+        words.nth(i).hover()
+        film.shot(0.3)
+    view.locator("h4").first.hover()
+    film.says("IoU")
+
+
+def film_reviewing(film: Film):
+    "Verdicts, and the filter that finds them."
+    for answer, verdict in ("1", "wrong"), ("2", "interesting"), ("3", "right"):
+        film.page.keyboard.press(answer)
+        film.page.keyboard.press(verdict[0])
+        film.view.locator(f".d2-mark.d2-v-{verdict}").first.wait_for()
+        film.shot(0.6)
+    film.view.locator(".d2-filter").press_sequentially("verdict=right", delay=20)
+    film.shot(1.4)
+
+
+def common_palette(pages: list):
+    "256 colours for all pages: most for what there is much of, some for what is rare and bright."
+    from PIL import Image
+
+    width, height = pages[0].size
+    every = Image.new("RGB", (width, height * len(pages)))
+    for k, page in enumerate(pages):
+        every.paste(page, (0, k * height))
+    none, how = Image.Dither.NONE, Image.Quantize
+    common = every.quantize(176, method=how.MEDIANCUT, dither=none).getpalette()[: 3 * 176]
+    rare = every.quantize(80, method=how.MAXCOVERAGE, dither=none).getpalette()[: 3 * 80]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(common + rare)
+    return palette
+
+
+def save_gif(shots: list, to: Path, width: int):
+    "Pictures with their seconds, as one that moves."
+    import io
+
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in shots]
+    sizes = [(width, round(i.height * width / i.width)) for i in images]
+    sheet, pages = Image.new("RGB", (width, max(h for _, h in sizes)), "white"), []
+    for image, size in zip(images, sizes):
+        pages.append(sheet.copy())
+        pages[-1].paste(image.resize(size, Image.Resampling.LANCZOS))
+    palette = common_palette(pages)
+    first, *others = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pages]
+    durations = [round(1000 * seconds) for _, seconds in shots]
+    first.save(to, save_all=True, append_images=others, duration=durations, loop=0, optimize=True)
+
+
+def animation(run: Path, to: Path, width: int = 760):
+    "The inspector at work, as a GIF of ten seconds at most. The run is copied: it gets reviews."
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / run.name
+        shutil.copytree(run, copy)
+        (copy / "annotations.jsonl").unlink(missing_ok=True)
+        cell = f"w = inspect('{copy}')\nw.at = {telling(run)}\nw"
+        notebook(Path(folder) / "view.ipynb", [IMPORTS, cell])
+        with jupyterlab(folder) as address, browser(1100, 1000) as page:
+            opened(page, address, "view.ipynb")
+            command(page, "notebook:run-all-cells")
+            film = Film(page, page.locator(".d2-inspect"))
+            film.view.locator("h4").first.click()
+            film_looking(film)
+            film_reviewing(film)
+    save_gif(film.shots, to, width)
+
+
 def pictures(run: Path, other: Path | None, to: Path):
     "Each view and the report in light and dark, as PNG files; the inspector with a word held, too."
     import tempfile
@@ -305,9 +410,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("other", type=Path, nargs="?")
+    parser.add_argument("--animation", action="store_true", help="inspector.gif alone")
     parser.add_argument("--to", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     if not chromium():
         sys.exit("no Chromium is found; install one: apt-get install -y chromium")
     args.to.mkdir(parents=True, exist_ok=True)
-    pictures(args.run.resolve(), args.other and args.other.resolve(), args.to)
+    if args.animation:
+        animation(args.run.resolve(), args.to / "inspector.gif")
+    else:
+        pictures(args.run.resolve(), args.other and args.other.resolve(), args.to)
