@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from .figures import Figure
 from .group_view import answer_view, group_still, group_view
 from .reward_terms import term_colours
-from .rollout_columns import field_columns, rollout_ious
+from .rollout_columns import field_columns
+from .rollout_ious import rollout_ious
 from .run_reader import RunReader
 from .view import View, missing_folder_in_a_sentence, notice_figure
 from dr2seg_lib.viewing.word_attention import (
@@ -41,7 +42,8 @@ class Inspector(View):
     def __init__(self, run, policy=None):
         self.run = run if isinstance(run, RunReader) else RunReader(run)
         self.policy, self.grids = policy, {}
-        index = {source: field_columns(rows) for source, rows in self.run.groups.items() if rows}
+        groups = {source: groups.slim for source, groups in self.run.groups.items() if groups}
+        index = {source: field_columns(rows) for source, rows in groups.items()}
         if "rollouts" in index and self.run.quick("rollouts"):  # measured once it is asked for
             index["rollouts"].setdefault("iou", [None] * len(index["rollouts"]["group"]))
         super().__init__(about=self._about(), index=index, source=next(iter(index), "rollouts"))
