@@ -51,9 +51,14 @@ def _number_histogram(column, rows):
 KINDS = 12  # values of a text field, at most
 
 
+def _texts(values):  # each once for every row that has it
+    for value in values:
+        if value is not None:
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
 def _text_histogram(column, rows):
-    every = Counter(str(v) for v in column if v is not None)
-    fit = Counter(str(column[row]) for row in rows if column[row] is not None)
+    every, fit = Counter(_texts(column)), Counter(_texts(column[row] for row in rows))
     names = [name for name, _ in every.most_common(KINDS)]
     counts = dict(every=[every[n] for n in names], fit=[fit[n] for n in names])
     return counts | dict(names=names, more=len(every) - len(names))

@@ -46,7 +46,12 @@ def _compared(column, field, sign, value):
         bound = _as_number(field, sign, value)
         return [isinstance(v, (int, float)) and compare(v, bound) for v in column]
     bound = value.lower()
-    return [v is not None and compare(str(v).lower(), bound) for v in column]
+
+    def hit(v):
+        hits = [compare(str(part).lower(), bound) for part in (v if isinstance(v, list) else [v])]
+        return all(hits) if sign == "!=" else any(hits)
+
+    return [v is not None and hit(v) for v in column]
 
 # %% ../../nbs/viewing/row_filter.ipynb #30d765a0
 def _word_hits(word, columns):  # whether each row fits a word
@@ -87,7 +92,7 @@ def sort_rows(
 
     def rank(row):
         value = column[row]
-        return (1, 0, value) if isinstance(value, str) else (0, value, "")
+        return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))
 
     return sorted(known, key=rank, reverse=down) + unknown
 
