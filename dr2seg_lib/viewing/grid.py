@@ -54,6 +54,7 @@ def __init__(self: Grid, run):
     views, problem = open_views(self.run.folder)
     problems = [self.run.missing, next((x.problem for x in self.tables.values()), ""), problem]
     about = dict(name=self.run.name, lead=self.run.lead, sources=there)
+    about |= dict(quick=self.run.quick("rollouts"))
     about |= dict(missing=" ".join(filter(None, problems)))
     source = there[0] if there else "rollouts"
     View.__init__(self, about=about, views=views, source=source)

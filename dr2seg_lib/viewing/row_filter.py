@@ -58,8 +58,9 @@ def _word_hits(word, columns):  # whether each row fits a word
     test = _TEST.fullmatch(word)
     if test is None:
         needle = word.replace('"', "").lower()
-        texts = zip(columns["query"], columns["sample"])
-        return [needle in f"{query} {sample}".lower() for query, sample in texts]
+        names = [name for name in ("query", "sample", "note") if name in columns]
+        texts = zip(*(columns[name] for name in names))
+        return [needle in " ".join(map(str, text)).lower() for text in texts]
     field, sign, value = test.groups()
     if field not in columns:
         known = ", ".join(name for name in columns if name != "group")

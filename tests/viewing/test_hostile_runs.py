@@ -13,7 +13,7 @@ from jinja2 import UndefinedError
 
 from dr2seg_lib.core.markup import latex_text
 from dr2seg_lib.core.notes import cut_note
-from dr2seg_lib.core.templates import STATIC_FOLDER, TEMPLATE_FOLDER, render
+from dr2seg_lib.core.templates import TEMPLATE_FOLDER, render
 from dr2seg_lib.core.text_table import rows_table
 from dr2seg_lib.evaluation.published import COLUMN_TITLES, MORE_TITLES
 from dr2seg_lib.viewing.compare import compare
@@ -23,6 +23,7 @@ from dr2seg_lib.viewing.paper_tables import format_tables, side_by_side
 from dr2seg_lib.viewing.report import write_report
 from dr2seg_lib.viewing.responses import response_parts
 from dr2seg_lib.viewing.run_reader import RunReader
+from dr2seg_lib.viewing.view import view_script
 
 ROOT = Path(__file__).parents[2]
 POLICY = render("policy.html.j2")
@@ -263,7 +264,7 @@ VIEW = """([source, state]) => {
 @pytest.mark.parametrize("what", ["inspect", "live", "compare"])
 def test_nothing_runs_in_the_views(outcomes, tab, what):
     "The drawing side itself, given what the kernel would send."
-    source = (STATIC_FOLDER / "inspector.js").read_text()
+    source = view_script()
     for i, values in pages(outcomes, what).items():
         load(tab, "<!doctype html><title>x</title><body>")
         tab.evaluate(VIEW, [source, values])
