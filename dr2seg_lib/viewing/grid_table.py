@@ -132,12 +132,13 @@ def link(self: GridTable, row: int) -> str:
 def cell(self: GridTable, row: int, shown: str) -> dict:  # shown: name of a field
     "What stands below a thumbnail, and what its tooltip says."
     source, _, rollout = self.place(row)
-    step = f"step {self.columns['step'][row]} · " if "step" in self.columns else ""
+    step = f"step {self.columns['step'][row]}, " if "step" in self.columns else ""
     which = self.columns["when"][row] if source == "evaluation" else f"rollout {rollout}"
-    title = f"{step}{self.columns['sample'][row]} · {which}"
+    place, sample = f"{step}{which}", self.columns["sample"][row]
+    title = dict(place=place, title=f"{sample} · {place}", query=self.columns["query"][row])
     said = dict(verdict=self.columns["verdict"][row], tags=self.columns["tag"][row])
     value = self.columns[shown][row] if shown in self.columns else None
-    return said | dict(row=row, title=title, query=self.columns["query"][row], value=value)
+    return said | title | dict(row=row, value=value)
 
 # %% ../../nbs/viewing/grid_table.ipynb #d39095cc
 @patch

@@ -1,6 +1,6 @@
 // ---- browse: all answers side by side ---------------------------------------------------------------------------------------------
 // The kernel filters, orders and counts; here stand the histograms, and the thumbnails that are in sight.
-const GAP = 10, CAPTION = 40, KEPT = 3000, SHEET = 600; // pixels; thumbnails that are kept
+const GAP = 12, CAPTION = 40, KEPT = 3000; // pixels; thumbnails that are kept
 const svgBars = (counts, top, cls) => counts.map((n, i) => n ? h("rect", {class: cls, x: i + .06, width: .88, y: 100 - Math.max(100 * n / top, 2), height: Math.max(100 * n / top, 2)}) : null);
 const short = v => String(+Number(v).toPrecision(4)).replace("-", "−");
 
@@ -69,7 +69,7 @@ function sheet(model, say, {pick, range}) { // thumbnails, as many as are in sig
     const value = typeof cell.value === "number" ? num(cell.value) : Array.isArray(cell.value) ? cell.value.join(" ") : cell.value ?? "–", frame = h("span", {class: "d2-thumb"});
     e.dataset.row = cell.row; e.title = `${cell.query}\n${cell.title}`;
     e.setAttribute("aria-label", `${cell.title}, ${words(shown())} ${value}`);
-    fill(e, frame, h("span", {class: "d2-cap"}, h("b", {}, value), VERDICTS[cell.verdict] ? h("em", {class: `d2-v-${cell.verdict}`, title: cell.verdict}, VERDICTS[cell.verdict]) : null, cell.tags.length ? h("i", {}, cell.tags.join(" ")) : null), h("span", {class: "d2-cap d2-who"}, cell.title));
+    fill(e, frame, h("span", {class: "d2-cap"}, h("b", {}, value), h("span", {}, words(shown())), VERDICTS[cell.verdict] ? h("em", {class: `d2-v-${cell.verdict}`, title: cell.verdict}, VERDICTS[cell.verdict]) : null, cell.tags.length ? h("i", {}, cell.tags.join(" ")) : null), h("span", {class: "d2-cap d2-who"}, cell.place));
     picture(frame, cell.row); mark(e);
   }
   const mark = e => { const on = model.get("selected").includes(+e.dataset.row) && e.dataset.row !== undefined; e.setAttribute("aria-selected", String(on)); e.classList.toggle("d2-cursor", +e.dataset.place === cursor); };
@@ -89,7 +89,7 @@ function sheet(model, say, {pick, range}) { // thumbnails, as many as are in sig
     for (let place = first; place < last; place++) {
       let e = drawn.get(place);
       if (!e) { e = h("div", {class: "d2-cell", role: "option", "data-place": place}); drawn.set(place, e); inner.append(e); facts(e, place); }
-      e.style.cssText = `left:${(place % cols) * wide}px;top:${Math.floor(place / cols) * high}px;width:${wide - GAP}px;--side:${side}px`;
+      e.style.cssText = `left:${(place % cols) * wide}px;top:${Math.floor(place / cols) * high}px;width:${side}px;--side:${side}px`;
     }
     clearTimeout(timer); timer = setTimeout(ask, 60);
   }
