@@ -4259,6 +4259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                    'dr2seg_lib/viewing/reviews.py'),
                                             'dr2seg_lib.viewing.reviews.answer_key': ( 'viewing/reviews.html#answer_key',
                                                                                        'dr2seg_lib/viewing/reviews.py'),
+                                            'dr2seg_lib.viewing.reviews.retag': ( 'viewing/reviews.html#retag',
+                                                                                  'dr2seg_lib/viewing/reviews.py'),
                                             'dr2seg_lib.viewing.reviews.review_answer': ( 'viewing/reviews.html#review_answer',
                                                                                           'dr2seg_lib/viewing/reviews.py'),
                                             'dr2seg_lib.viewing.reviews.run_reviews': ( 'viewing/reviews.html#run_reviews',

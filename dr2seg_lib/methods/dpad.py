@@ -88,7 +88,7 @@ dpad = Method(
     strips_alike=True,
     parse=parse_one_object,
     terms=dpad_terms,
-    colour="#c2488f",
+    colour="#bf488f",
     blocks=CAPTIONED,
     dpad_variant="binary",
 )

@@ -68,7 +68,7 @@ pixelthink = replace(
     seg_zero,
     name="pixelthink",
     title="PixelThink",
-    colour="#9a62d8",
+    colour="#9b5fc0",
     terms=pixelthink_terms,
     factors=("length",),
 )

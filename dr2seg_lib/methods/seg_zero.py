@@ -162,5 +162,5 @@ seg_zero = Method(
     strips_alike=True,
     parse=parse_one_object,
     terms=seg_zero_terms,
-    colour="#7f8c2d",
+    colour="#727311",
 )

@@ -95,6 +95,6 @@ visionreasoner = Method(
     title="VisionReasoner",
     prompt=visionreasoner_prompt,
     terms=base_terms,
-    colour="#c8780a",
+    colour="#c87d1d",
     ablation="none",
 )

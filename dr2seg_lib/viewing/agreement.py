@@ -6,7 +6,7 @@
 __all__ = ['JUDGES', 'cohen_kappa', 'wilson_interval', 'reward_verdicts', 'reviewed_answers', 'disagrees', 'reviews_view',
            'agreement_row', 'agreement_rows', 'disagreements', 'agreement']
 
-# %% ../../nbs/viewing/agreement.ipynb #1a752d7f
+# %% ../../nbs/viewing/agreement.ipynb #dfa8bee6
 from statistics import fmean
 
 from scipy.stats import binomtest
@@ -17,7 +17,7 @@ from .reviews import answer_key, run_reviews
 from .run_reader import RunReader
 from .run_samples import truth_iou
 
-# %% ../../nbs/viewing/agreement.ipynb #619bccdc
+# %% ../../nbs/viewing/agreement.ipynb #c29d7f89
 def cohen_kappa(
     pairs: list,  # of (one rater's verdict, the other's)
 ) -> float | None:  # None where both only ever say the same one thing
@@ -38,7 +38,7 @@ def wilson_interval(
     found = binomtest(count, n).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 
-# %% ../../nbs/viewing/agreement.ipynb #3a101cae
+# %% ../../nbs/viewing/agreement.ipynb #6404afdb
 def _iou(run, source, at, number):  # None: a large segmenter would have to draw, or nothing can
     row = run.groups[source][at][number]
     if source == "evaluation":
@@ -68,7 +68,7 @@ def reward_verdicts(
         iou=None if iou is None else iou >= 0.5,
     )
 
-# %% ../../nbs/viewing/agreement.ipynb #d41dc562
+# %% ../../nbs/viewing/agreement.ipynb #9365c751
 def reviewed_answers(
     run: RunReader,
     reviews: dict | None = None,  # of `run_reviews`, where they are known
@@ -94,7 +94,7 @@ def disagrees(
     says = answer["judges"][judge]
     return says is not None and says != (answer["verdict"] == "right")
 
-# %% ../../nbs/viewing/agreement.ipynb #8f79abc1
+# %% ../../nbs/viewing/agreement.ipynb #cca7f027
 def reviews_view(
     reviews: dict,  # of `run_reviews`
     answers: list = (),  # of `reviewed_answers`, where they are known
@@ -112,7 +112,7 @@ def reviews_view(
             view[source][place] = said | dict(disagrees=judges)
     return view
 
-# %% ../../nbs/viewing/agreement.ipynb #a19562e3
+# %% ../../nbs/viewing/agreement.ipynb #96174121
 JUDGES = dict(accuracy="accuracy ≥ 1.5", reward="reward above its group's mean", iou="IoU ≥ 0.5")
 
 
@@ -141,7 +141,7 @@ def agreement_rows(
     rows = [agreement_row(answers, judge) for judge in JUDGES]
     return [row for row in rows if row]
 
-# %% ../../nbs/viewing/agreement.ipynb #5e57be53
+# %% ../../nbs/viewing/agreement.ipynb #3c9dcd9e
 def disagreements(
     run,  # a run's folder, or a `RunReader`
     judge: str = "reward",  # of JUDGES

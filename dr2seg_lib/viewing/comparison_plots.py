@@ -104,7 +104,7 @@ def before_after_plot(
     return Chart([panel], groups, legend=legend, marker="dot", **size)
 
 # %% ../../nbs/viewing/comparison_plots.ipynb #c0015
-BETTER, WORSE = "#149a80", "#d0503f"
+BETTER, WORSE = "#0aa574", "#d0503f"
 ALIKE = 0.1  # of IoU
 
 

@@ -239,8 +239,8 @@ def training_health(
     return Chart(panels, arm_groups(arms), height=1.9, linked=True, unified=True)
 
 # %% ../../nbs/viewing/curves.ipynb #c0036
-STAGE_COLOURS = dict(first="#5470ee", second="#35a5c9", reward="#d0503f")
-STAGE_COLOURS |= dict(reference="#149a80", update="#c8780a")
+STAGE_COLOURS = dict(first="#5470ee", second="#1db0d7", reward="#ca493d")
+STAGE_COLOURS |= dict(reference="#0aa574", update="#c8780a")
 
 
 def stage_seconds(

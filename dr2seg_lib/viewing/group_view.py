@@ -116,7 +116,7 @@ def answer_view(
 
 # %% ../../nbs/viewing/group_view.ipynb #cadd7dd1
 RUN_VIEW = METHOD_COLOURS["dr2seg"]
-UP, DOWN = "#149a80", "#d0503f"  # of an advantage
+UP, DOWN = "#0aa574", "#d0503f"  # of an advantage
 
 
 def _draw_terms(ax, row, y, colours, factor):  # a rollout's terms, one after the other

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .agreement import agreement_rows, reviewed_answers, reviews_view
 from .figures import Figure
 from .group_view import answer_view, group_still, group_view
-from .reviews import review_answer, run_reviews
+from .reviews import retag, review_answer, run_reviews
 from .reward_terms import term_colours
 from .rollout_columns import field_columns, pack_columns
 from .rollout_ious import rollout_ious
@@ -220,7 +220,8 @@ def review(
 @patch
 def _reviewed(self: Inspector, source, at, rollout, said):  # in the browser
     try:
-        review_answer(self.run, source, at, rollout, **said)
+        change = retag if said.keys() <= {"add", "remove"} else review_answer
+        change(self.run, source, at, rollout, **said)
     except (ValueError, OSError) as e:
         self.send(dict(unsaid=f"{e}"))
         return

@@ -20,7 +20,7 @@ KINDS = {
     "weights": "#5470ee",
     "other models": "#9a8cf0",
     "adapter": "#35a5c9",
-    "gradients": "#149a80",
+    "gradients": "#0aa574",
     "optimizer": "#7aa82e",
     "keys and values": "#c8780a",
     "activations": "#d0503f",

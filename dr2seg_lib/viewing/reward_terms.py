@@ -26,7 +26,7 @@ TERM_COLOURS = dict(
     answer_format="#98a4b6",
     non_repeat="#bac3d0",
     accuracy="#5470ee",
-    description="#149a80",
+    description="#0aa574",
     length="#c8780a",
 )
 

@@ -15,7 +15,7 @@ from ..methods.names import method_colour, method_names
 # %% ../../nbs/viewing/style.ipynb #c0004
 MUTED = "#808893"  # text, axes and what belongs to no method
 METHOD_COLOURS = {name: method_colour(name) for name in method_names() if method_colour(name)}
-OTHER_COLOURS = "#d0503f", "#1f93b8", "#a07a4a", "#6b8f5e"  # for arms without one of their own
+OTHER_COLOURS = "#d04612", "#1f93b8", "#b99238", "#728869"  # for arms without one of their own
 
 # %% ../../nbs/viewing/style.ipynb #c0005
 def arm_colours(

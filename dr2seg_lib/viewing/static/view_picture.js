@@ -1,5 +1,5 @@
 // ---- the picture with its layers --------------------------------------------------------------------------------------------
-const COLOURS = {truth: [0, 214, 255], prediction: [255, 32, 206], missed: [255, 176, 0], extra: [255, 64, 56]};
+const COLOURS = {truth: [0, 214, 255], prediction: [255, 32, 206], missed: [255, 176, 0], extra: [222, 12, 8]};
 const css = ([r, g, b], a = 1) => `rgb(${r} ${g} ${b}/${a})`;
 
 const LAYER_KEYS = {g: "truth", p: "prediction", c: "contours", f: "fill", d: "difference", b: "prompts"};

@@ -22,9 +22,9 @@ function reviewing(model, {tell, around}) { // -> the sample's tags and note, an
   const note = h("textarea", {rows: 1, class: "d2-note", "aria-label": "note on this sample", placeholder: "note on this sample", maxlength: 10000});
   const box = h("div", {class: "d2-review"}, chips, tag, note);
   function add() { // the words that were typed
-    const words = tag.value.split(/[\s,]+/).filter(Boolean), tags = here(null).tags;
+    const typed = tag.value.split(/[\s,]+/).filter(Boolean);
     tag.value = "";
-    if (words.length) say(null, {tags: [...new Set([...tags, ...words])]});
+    if (typed.length) say(null, {add: typed});
   }
   let noted = place(); // the sample that the note is about
   const keep = () => { if (note.value !== of(noted.source, noted.at, null).note) say(null, {note: note.value}, noted); };
@@ -34,7 +34,7 @@ function reviewing(model, {tell, around}) { // -> the sample's tags and note, an
   note.addEventListener("keydown", e => { if (e.key === "Escape") { note.value = here(null).note; leave(e); } else if (e.key === "Enter" && !e.shiftKey) leave(e); e.stopPropagation(); });
   note.addEventListener("focus", () => { noted = place(); });
   note.addEventListener("blur", keep);
-  const chip = word => h("span", {class: "d2-word"}, word, h("button", {"aria-label": `remove the tag ${word}`, title: "remove", onclick: () => say(null, {tags: here(null).tags.filter(w => w !== word)})}, "×"));
+  const chip = word => h("span", {class: "d2-word"}, word, h("button", {"aria-label": `remove the tag ${word}`, title: "remove", onclick: () => say(null, {remove: [word]})}, "×"));
 
   function draw(right) { // verdicts on rows and cards, tags and note of the sample
     const whole = here(null);
