@@ -102,10 +102,11 @@ def _about(self: Inspector, unread: str) -> dict:  # what does not change; unrea
 def _group(self: Inspector, at: int | None = None) -> list:  # rows of a group; [] without any
     groups = self.run.groups.get(self.source) or [[]]
     at = self.at if at is None else at
+    at = min(max(at, 0), len(groups) - 1)
     try:
-        return groups[min(max(at, 0), len(groups) - 1)]
+        return groups[at]
     except ValueError:  # its file has changed since
-        return []
+        return groups.slim[at]
 
 # %% ../../nbs/viewing/inspector.ipynb #77b44735
 @patch
