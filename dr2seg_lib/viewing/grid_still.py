@@ -38,7 +38,7 @@ def _draw_histogram(ax, counts):
     names = counts.get("names") or [f"{edge:g}" for edge in counts["edges"]]
     each = max(1, len(names) // 8)
     ax.set_xticks(np.arange(0, len(names), each) - 0.5 * ("edges" in counts))
-    ax.set_xticklabels([short(name) for name in names[::each]])
+    ax.set_xticklabels([short(name)[:14] for name in names[::each]])
     ax.set_title(short(counts["field"]))
 
 # %% ../../nbs/viewing/grid_still.ipynb #f87f59e9

@@ -152,15 +152,8 @@ def test_hostile_runs_open(tmp_path):
 # ---- the drawing side
 
 
-@pytest.fixture(scope="module")
-def tab():
-    if not chromium():
-        pytest.skip("no Chromium is installed")
-    with browser.browser() as page:
-        yield page
-
-
-def test_both_filters_are_one_language(tab):
+@pytest.mark.skipif(not chromium(), reason="no Chromium is installed")
+def test_both_filters_are_one_language():
     "The inspector's filter in the browser and the grid's in the kernel take the same rows."
     rng = random.Random(0)
     n = 40
@@ -177,20 +170,21 @@ def test_both_filters_are_one_language(tab):
     words += [f"iou{sign}{v}" for sign in ("<", ">", "<=", ">=", "=", "!=") for v in (0, 0.25, 1)]
     texts = [*words, *(" ".join(rng.sample(words, 2)) for _ in range(60)), ""]
     script = view_script().replace("export default", "const door =")
-    found = tab.evaluate(
-        """([script, texts, columns]) => {
-            const matcher = new Function(script + '; return matcher')();
-            const rows = columns.sample.map((_, i) => i);
-            return texts.map(text => rows.filter(matcher(text, columns)));
-        }""",
-        [script, texts, columns],
-    )
+    with browser.browser() as page:
+        found = page.evaluate(
+            """([script, texts, columns]) => {
+                const matcher = new Function(script + '; return matcher')();
+                const rows = columns.sample.map((_, i) => i);
+                return texts.map(text => rows.filter(matcher(text, columns)));
+            }""",
+            [script, texts, columns],
+        )
     for text, rows in zip(texts, found):
         assert filter_rows(text, columns) == rows, text
 
 
 class Person:
-    "Someone who looks at a grid in JupyterLab; the notebook's second cell tells what Python knows."
+    "Someone who looks at a grid in JupyterLab; the notebook writes down what Python is told."
 
     def __init__(self, page, folder):
         self.page, self.folder = page, folder
@@ -214,7 +208,8 @@ class Person:
         self.sees(f"[data-field={field}]", "clear")
 
     def python(self):
-        browser.command(self.page, "notebook:run-cell")
+        "What Python has been told."
+        self.page.wait_for_timeout(500)
         return read_json(self.folder / "state.json")
 
 
@@ -228,7 +223,6 @@ def narrow(person, rows):
     kind.click()
     person.sees("[data-field=kind] figcaption", "clear")
     person.view.get_by_label("sort by").select_option("iou")
-    person.page.wait_for_timeout(500)
     now = person.python()
     high = float(now["filter"].split("iou<")[1].split()[0])
     fitting = [i for i, r in enumerate(rows) if r["iou"] < high and r["tags"]["kind"] == wanted]
@@ -279,16 +273,16 @@ def test_a_person_looks_at_many(tmp_path):
     run, errors = make_run(tmp_path / "run", steps=12, samples=24), []
     names = "fits filter selected sort source".split()
     cells = [
-        f"from dr2seg_lib.viewing.grid import grid\ng = grid({str(run)!r})\ng",
-        f"import json\nstate = {{n: getattr(g, n) for n in {names}}}\n"
-        "open('state.json', 'w').write(json.dumps(state))",
+        f"from dr2seg_lib.viewing.grid import grid\ng = grid({str(run)!r})",
+        f"import json\ndef told(_):\n    state = {{n: getattr(g, n) for n in {names}}}\n"
+        "    open('state.json', 'w').write(json.dumps(state))\ng.observe(told)\ng",
     ]
     browser.notebook(tmp_path / "grid.ipynb", cells)
     rows = [row for pair in RunReader(run).groups["evaluation"] for row in pair]
     with browser.jupyterlab(tmp_path) as address, browser.browser() as page:
         page.on("pageerror", lambda e: errors.append(str(e)))
         browser.opened(page, address, "grid.ipynb")
-        browser.command(page, "notebook:run-cell-and-select-next")
+        browser.command(page, "notebook:run-all-cells")
         person = Person(page, tmp_path)
         person.view.locator(".d2-thumb img").first.wait_for()
         person.sees(".d2-count", "64 of 64 fit")
