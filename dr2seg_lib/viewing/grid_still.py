@@ -50,14 +50,15 @@ def grid_still(
 ) -> Figure:
     "The first thumbnails, and above them the first histogram."
     with rc_context(FIGURE_STYLE):
-        fig = Figure(figsize=(10, 4.4), layout="constrained")
-        top, bottom = fig.subfigures(2, 1, height_ratios=(1, 2.4))
+        lines = min(ROWS, -(-len(fits) // COLUMNS))
+        fig = Figure(figsize=(10, 1.5 + 1.45 * lines), layout="constrained")
+        top, bottom = fig.subfigures(2, 1, height_ratios=(1.3, 1.45 * lines))
         ax = top.subplots()
         if histograms:
             _draw_histogram(ax, histograms[0])
         else:
             ax.axis("off")
-        for k, ax in enumerate(bottom.subplots(ROWS, COLUMNS).ravel()):
+        for k, ax in enumerate(bottom.subplots(lines, COLUMNS).ravel()):
             if k < len(fits):
                 _draw_thumbnail(ax, run, table, fits[k])
             else:
