@@ -170,7 +170,7 @@ def _on_pick(self: Grid, row):
     others = [r for r in self.selected if r != row]
     self.selected = others if row in self.selected else [*others, row]
 
-
+# %% ../../nbs/viewing/grid.ipynb #4cc7403b
 @patch(as_prop=True)
 def selection(self: Grid) -> list[dict]:
     "Place and fields of the chosen answers."
@@ -203,7 +203,7 @@ def _on_export(self: Grid, suffix):
 def _on_link(self: Grid, row):
     self.send(dict(link=self.link(row), row=row))
 
-
+# %% ../../nbs/viewing/grid.ipynb #5b5eb92e
 @patch
 def tag(self: Grid, *words: str):
     "Gives the chosen answers tags, for all who look at the run."
@@ -237,7 +237,7 @@ def remove_view(self: Grid, name: str):
     keep_views(self.run.folder, views)
     self.views = views
 
-
+# %% ../../nbs/viewing/grid.ipynb #ba4b8454
 @patch
 def load_view(self: Grid, name: str):
     "Shows a saved view."
