@@ -12,6 +12,8 @@ import math
 from collections import Counter
 from reprlib import repr as brief
 
+import orjson
+
 # %% ../../nbs/core/json_text.ipynb #1e5cb525
 def parse_finite(
     digits: str,
@@ -108,14 +110,23 @@ def replace_half_characters(
     return value
 
 # %% ../../nbs/core/json_text.ipynb #c6454211
+def _parsed(data):  # the value; half characters may be in it
+    try:
+        return orjson.loads(data)  # refuses half characters and numbers that are not finite
+    except orjson.JSONDecodeError:
+        value = parse_json_text(decode_text(data))
+    return replace_half_characters(value) if b"\\ud" in data.lower() else value
+
+
 def parse_strict_json(
     data: bytes,  # of one JSON value
 ):  # that value; a ValueError in a few words where there is none
     "What a JSON text says: finite numbers, bounded depth, complete characters."
-    value = parse_json_text(decode_text(data))
-    if json_depth(value) > MAX_DEPTH:
+    value = _parsed(data)
+    nested = data.count(b"[") + data.count(b"{") > MAX_DEPTH  # else it cannot be so deep
+    if nested and json_depth(value) > MAX_DEPTH:
         raise ValueError("is nested too deeply")
-    return replace_half_characters(value) if b"\\ud" in data.lower() else value
+    return value
 
 # %% ../../nbs/core/json_text.ipynb #c65172ef
 def load_json(

@@ -17,8 +17,10 @@ from .figures import Figure
 from .group_view import answer_view, group_still, group_view
 from .reviews import retag, review_answer, run_reviews
 from .reward_terms import term_colours
-from .rollout_columns import field_columns, rollout_ious
+from .rollout_columns import field_columns, pack_columns
+from .rollout_ious import rollout_ious
 from .run_reader import RunReader
+from .sample_links import find_answer
 from .view import View, missing_folder_in_a_sentence, notice_figure
 from dr2seg_lib.viewing.word_attention import (
     LOOKING_LOCK,
@@ -30,6 +32,10 @@ from dr2seg_lib.viewing.word_attention import (
 )
 
 # %% ../../nbs/viewing/inspector.ipynb #3f7c7ad0
+def _sent(index, widget):
+    return {source: pack_columns(columns) for source, columns in index.items()}
+
+
 LAYERS = "truth prediction contours fill difference prompts".split()
 
 
@@ -38,7 +44,7 @@ class InspectorView(View):
 
     kind = t.Unicode("inspect").tag(sync=True)
     about = t.Dict().tag(sync=True)  # what does not change: names, colours, what is missing
-    index = t.Dict().tag(sync=True)  # source: columns
+    index = t.Dict().tag(sync=True, to_json=_sent)  # source: columns
     source = t.Unicode("rollouts").tag(sync=True)  # or "evaluation"
     at = t.Int(0).tag(sync=True)  # number of the group in its source
     rollout = t.Int(0).tag(sync=True)  # number in its group
@@ -61,7 +67,8 @@ class Inspector(InspectorView):
     def __init__(self, run, policy=None):
         self.run = run if isinstance(run, RunReader) else RunReader(run)
         self.policy, self.grids, self.ious = policy, {}, {}
-        index = {source: field_columns(rows) for source, rows in self.run.groups.items() if rows}
+        groups = {source: groups.slim for source, groups in self.run.groups.items() if groups}
+        index = {source: field_columns(rows) for source, rows in groups.items()}
         quick = self.run.quick("rollouts")  # a large segmenter draws when asked, by the layer
         if "rollouts" in index and quick:  # measured once it is asked for
             index["rollouts"].setdefault("iou", [None] * len(index["rollouts"]["group"]))
@@ -95,7 +102,11 @@ def _about(self: Inspector, unread: str) -> dict:  # what does not change; unrea
 def _group(self: Inspector, at: int | None = None) -> list:  # rows of a group; [] without any
     groups = self.run.groups.get(self.source) or [[]]
     at = self.at if at is None else at
-    return groups[min(max(at, 0), len(groups) - 1)]
+    at = min(max(at, 0), len(groups) - 1)
+    try:
+        return groups[at]
+    except ValueError:  # its file has changed since
+        return groups.slim[at]
 
 # %% ../../nbs/viewing/inspector.ipynb #77b44735
 @patch
@@ -104,7 +115,10 @@ def _show(self: Inspector, change=None):  # another group, or another source
         self.at, self.rollout, self.filter, self.sort = 0, 0, "", "order"
     groups = self.run.groups.get(self.source) or []
     self.at = min(max(self.at, 0), max(0, len(groups) - 1))
-    self.shown = group_view(self.run, self.source, self.at) if groups else {}
+    try:
+        self.shown = group_view(self.run, self.source, self.at) if groups else {}
+    except ValueError as e:  # its file has changed since
+        self.shown = dict(note=str(e))
     self._choose()
 
 
@@ -122,7 +136,7 @@ def _choose(self: Inspector, change=None):  # another answer
 @patch
 def _seek(self: Inspector, change):  # a step or a sample was chosen by its name
     name, value = change["name"], change["new"]
-    groups = self.run.groups.get(self.source) or []
+    groups = self.run.groups[self.source].slim if self.source in self.run.groups else []
     names = [str(g[0]["sample"]) if name == "sample" else g[0].get("step", 0) for g in groups]
     if not groups or names[self.at] == value:
         return
@@ -219,18 +233,25 @@ def _reviewed(self: Inspector, source, at, rollout, said):  # in the browser
 @patch
 def still(self: Inspector) -> Figure:
     "A picture of what is shown."
-    if self.shown:
+    if "entries" in self.shown:
         return group_still(self.run, self.source, self.at, self.rollout)
-    return notice_figure(self.about["missing"] or self.about["empty"])
+    said = self.shown.get("note") or self.about["missing"] or self.about["empty"]
+    return notice_figure(said)
 
 
 def inspect(
     run,  # a run's folder, or a `Run`
     policy=None,  # whose attention is shown, see `cached_policy`; None: the run's own
+    **answer,  # what is shown first, as `find_answer` takes it: step, sample, rollout, source
 ) -> Inspector:
     "Look into a run, whatever state it is in."
     with missing_folder_in_a_sentence():
-        return Inspector(run, policy)
+        view = Inspector(run, policy)
+    if answer:
+        source, at, rollout = find_answer(view.run, **answer)
+        view.source = source
+        view.at, view.rollout = at, rollout
+    return view
 
 # %% ../../nbs/viewing/inspector.ipynb #1ed8d2a9
 @patch

@@ -46,7 +46,7 @@ def run_reviews(
     reviews = {}
     for source, groups in run.groups.items():
         reviews[source] = {}
-        for at, group in enumerate(groups if found else ()):
+        for at, group in enumerate(groups.slim if found else ()):
             reviews[source] |= _of_group(found, group, at)
     return reviews, problem
 

@@ -33,19 +33,20 @@ from dr2seg_lib.viewing.record_types import (
     RunRecord,
 )
 from .reward_terms import rollout_terms
-from .run_groups import group_rollouts, pair_predictions
+from .run_groups import pair_predictions, rollout_groups
 from dr2seg_lib.viewing.run_samples import (
     decode_stored_mask,
     local_data,
     response_parse,
     sample_by_id,
 )
+from .stored_rows import StoredRows
 
 # %% ../../nbs/viewing/run_reader.ipynb #25ce0796
-READER_SCHEMAS = {
-    "rollouts.jsonl": RolloutRecord,
-    "predictions_before.jsonl": PredictionRecord,
-    "predictions_after.jsonl": PredictionRecord,
+READER_SCHEMAS = {  # file: schema, and what each of its rows has beside what is written
+    "rollouts.jsonl": (RolloutRecord, {}),
+    "predictions_before.jsonl": (PredictionRecord, dict(when="before")),
+    "predictions_after.jsonl": (PredictionRecord, dict(when="after")),
 }
 
 
@@ -56,15 +57,15 @@ def _is_expected(name, info):  # whether a file's absence is worth a word
 
 def read_records(
     folder: Path,  # the run's
-) -> tuple:  # run.json; {file: rows}; sentences on what is left out
+) -> tuple:  # run.json; {file: StoredRows}; sentences on what is left out
     "The records of a run, as far as they fit."
     info, problem = open_json(folder / "run.json", RunRecord)
     remember_label(info)
     rows, problems = {}, [problem]
-    for name, schema in READER_SCHEMAS.items():
-        rows[name], problem = open_rows(folder / name, schema)
+    for name, (schema, more) in READER_SCHEMAS.items():
+        rows[name] = StoredRows(folder / name, schema, more)
         if rows[name] or (folder / name).exists() or _is_expected(name, info):
-            problems.append(problem)
+            problems.append(rows[name].problem)
     return info, rows, [p for p in problems if p]
 
 # %% ../../nbs/viewing/run_reader.ipynb #631f1a75
@@ -80,9 +81,9 @@ class RunReader:
         self.missing = f"Not shown: {'; '.join(problems)}." if problems else ""
         rollouts, before, after = rows.values()
         pairs = pair_predictions(before, after)
-        self.groups = dict(rollouts=group_rollouts(rollouts), evaluation=pairs)
-        self.factor = factor_of(rollouts)
-        self.terms = rollout_terms(rollouts)
+        self.groups = dict(rollouts=rollout_groups(rollouts), evaluation=pairs)
+        self.factor = factor_of(rollouts.slim)
+        self.terms = rollout_terms(rollouts.slim)
         self.masks, self._data = {}, {}
 
     def asked(
@@ -111,7 +112,7 @@ def frame(self: RunReader) -> int:
 @patch(as_prop=True)
 def lead(self: RunReader) -> str:
     "A line on the run."
-    steps = sorted({g[0]["step"] for g in self.groups["rollouts"]})
+    steps = sorted({g[0]["step"] for g in self.groups["rollouts"].slim})
     data, seed = self.asked("data"), self.asked("seed")
     parts = [
         self.asked("method"),
@@ -145,7 +146,7 @@ def asked_at(
     at: int,  # number of the group of rollouts
 ) -> Sample:
     "The question of a group: of its step's, in order, without those that training could not read."
-    groups = self.groups["rollouts"]
+    groups = self.groups["rollouts"].slim
     step, drawn = groups[at][0]["step"], groups[at][0].get("drawn")
     first = next(i for i, g in enumerate(groups) if g[0]["step"] == step)
     start = (step - 1) * self.parameters["rollout.questions_per_step"]
@@ -167,7 +168,7 @@ def asked_at(
 @patch
 def sample(self: RunReader, source: str, at: int) -> Sample:
     "The sample of a group; a ValueError says why there is none."
-    name = self.groups[source][at][0]["sample"]
+    name = self.groups[source].slim[at][0]["sample"]
     if drawn := sample_by_id(name):
         return drawn
     missing = f"the picture of {name} cannot be had"
@@ -218,7 +219,7 @@ def named(self: RunReader, name: str) -> Sample | None:  # None: its picture can
     if drawn := sample_by_id(name):
         return drawn
     for source, groups in self.groups.items():
-        for at, group in enumerate(groups):
+        for at, group in enumerate(groups.slim):
             if group[0]["sample"] == name:
                 try:
                     return self.sample(source, at)

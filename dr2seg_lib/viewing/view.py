@@ -35,11 +35,11 @@ def notice_figure(text: str) -> Figure:
     return fig
 
 # %% ../../nbs/viewing/view.ipynb #103c34b7
-SCRIPTS = "parts picture rewards filter gaze help review inspect live ask door".split()
+SCRIPTS = "parts picture rewards filter gaze help review inspect live ask browse door".split()
 
 
 def view_script() -> str:
-    "The drawing side: one module, four views (inspect, live, compare, ask)."
+    "The drawing side: one module, five views (inspect, live, compare, ask, browse)."
     files = [STATIC_FOLDER / f"view_{name}.js" for name in SCRIPTS]
     return "\n".join([file.read_text() for file in files])
 

@@ -1,5 +1,5 @@
 // ---- the door -----------------------------------------------------------------------------------------------------------------------
-const VIEWS = {inspect, live, compare, ask};
+const VIEWS = {inspect, live, compare, ask, browse};
 
 export default {
   render({model, el}) {

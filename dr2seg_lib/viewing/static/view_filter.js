@@ -1,11 +1,18 @@
 // ---- filter and sort ------------------------------------------------------------------------------------------------------------
 const OPS = {"=": (a, b) => a === b, "!=": (a, b) => a !== b, "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b};
 
+const opened = new WeakMap();
+
+function unpacked(columns) { // as `pack_columns` sends them -> a value a row; opened once
+  if (!opened.has(columns)) opened.set(columns, Object.fromEntries(Object.entries(columns).map(([name, c]) => [name, Array.isArray(c) ? c : c.at.map(i => c.names[i])])));
+  return opened.get(columns);
+}
+
 function matcher(text, columns) { // "accuracy>1 tokens<40 ring" -> row number -> bool; throws a sentence
-  const tests = (text.match(/\S+/g) || []).map(word => {
+  const tests = (text.match(/(?:"[^"]*"|\S)+/g) || []).map(word => {
     const m = word.match(/^([\w.]+)(>=|<=|!=|=|>|<)(.+)$/);
-    if (!m) { const w = word.toLowerCase(); return i => `${columns.query[i]} ${columns.sample[i]} ${columns.note ? columns.note[i] : ""}`.toLowerCase().includes(w); }
-    const [, field, op, value] = m, column = columns[field];
+    if (!m) { const w = word.replaceAll('"', "").toLowerCase(); return i => `${columns.query[i]} ${columns.sample[i]} ${columns.note ? columns.note[i] : ""}`.toLowerCase().includes(w); }
+    const field = m[1], op = m[2], value = m[3].replaceAll('"', ""), column = columns[field];
     if (!column) throw new Error(`there is no field "${field}"; known are ${Object.keys(columns).filter(k => k !== "group").join(", ")}`);
     const number = column.some(v => typeof v === "number"), b = number ? Number(value) : value.toLowerCase();
     if (number && isNaN(b)) throw new Error(`"${field}" is a number; write ${field}${op}1`);

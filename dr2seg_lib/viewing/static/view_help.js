@@ -9,8 +9,10 @@ const KEYS = {
     [["Tab", "← →"], "to a line of reasoning, then from word to word: where the model looks"]],
   live: [TAB, CHARTS, LEGEND], compare: [TAB, CHARTS, LEGEND],
   ask: [[["Enter"], "ask; with Shift, a new line"], [["drag", "click"], "on the picture: segment a box, a point; with Shift, move a picture that is zoomed"], LAYERS, ZOOM],
+  browse: [[["click"], "choose an answer, or let it go; with Shift, all up to it"], [["←", "→", "↑", "↓"], "go from answer to answer; with Shift, choose on the way"], [["Space"], "choose the answer at hand, or let it go"],
+    [["Ctrl A", "Esc"], "choose all that fit, none"], [["drag"], "in a histogram: filter by a range; a click takes it back"], TAB],
 };
-const TITLES = {inspect: "inspector", live: "a run as it goes", compare: "comparison of runs", ask: "a question to a picture"};
+const TITLES = {inspect: "inspector", live: "a run as it goes", compare: "comparison of runs", ask: "a question to a picture", browse: "grid of answers"};
 
 function help(root, kind) { // its button, which ? presses as well
   const row = ([keys, what]) => h("div", {}, h("dt", {}, keys.map(k => h("kbd", {}, k))), h("dd", {}, what));

@@ -24,7 +24,7 @@ function inspect(model, root) {
 
   let known = null; // the columns with what was said, of one state of both
   function columns() {
-    const source = model.get("source"), plain = model.get("index")[source], said = model.get("reviews");
+    const source = model.get("source"), plain = unpacked(model.get("index")[source]), said = model.get("reviews");
     if (!known || known.plain !== plain || known.said !== said) known = {plain, said, columns: reviews.columns(plain, source)};
     return known.columns;
   }
@@ -96,7 +96,7 @@ function inspect(model, root) {
   }
   function draw() { // a sample has come
     const s = model.get("shown");
-    if (!s.entries) { fill(question, about.empty || "Nothing to show."); return; }
+    if (!s.entries) { fill(question, s.note || about.empty || "Nothing to show."); return; }
     picture.show(s.image, s.size, s.note);
     picture.given = s.given || [];
     picture.mask("truth", s.truth);
