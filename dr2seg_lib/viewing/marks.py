@@ -168,7 +168,7 @@ def bars_traces(bars: Bars) -> list:  # of dicts
     text["hovertemplate"] = "%{y:.3g}<extra>%{fullData.name}</extra>"
     return [dict(type="bar", x=x, y=y, base=base, showlegend=False, **look, **text)]
 
-
+# %% ../../nbs/viewing/marks.ipynb #0687e507
 def stack_bars(
     x: Sequence,
     columns: list[tuple],  # (legend entry, colour, heights) each, the lowest first
