@@ -39,6 +39,7 @@ RECORDS = (
     "run.json",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "held_out.jsonl",
     "predictions.jsonl",
     "checkpoints",
     "results.json",

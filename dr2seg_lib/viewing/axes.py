@@ -24,6 +24,7 @@ class Panel:
     y_label: str = ""
     x_range: tuple = (None, None)  # (low, high); None where the data decide
     y_range: tuple = (None, None)
+    log: str = ""  # the axes that are logarithmic: "x", "y" or "xy"
     x_names: dict = field(default_factory=dict)  # {place: name}, instead of numbers
     keys: dict = field(default_factory=dict)  # {text: dash}, what the dashes mean
     value: str = ""  # the newest number, at the right end of the title
@@ -78,6 +79,8 @@ def draw_panel(
         ax.set(aspect="equal")
     if panel.both_grids:
         ax.grid(True, axis="both")
+    for axis in panel.log:
+        ax.set(**{f"{axis}scale": "log"})
     if panel.keys:
         draw_keys(ax, panel.keys)
     if panel.value:
@@ -87,7 +90,7 @@ def draw_panel(
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set_xlim(*panel.x_range)
     ax.set_ylim(*panel.y_range)
-    if max(map(abs, ax.get_ylim())) < SMALL:
+    if max(map(abs, ax.get_ylim())) < SMALL and "y" not in panel.log:
         ax.yaxis.set_major_formatter(_number)
 
 # %% ../../nbs/viewing/axes.ipynb #c0016
@@ -140,6 +143,10 @@ def axis_layout(panel: Panel, k: int, frame: Frame) -> dict:  # {"xaxis2": …, 
     for axis, limits in (x, panel.x_range), (y, panel.y_range):
         if limits != (None, None):
             axis["range"] = list(limits)
+    if "x" in panel.log:
+        x |= dict(type="log", dtick=1, nticks=0)
+    if "y" in panel.log:
+        y |= dict(type="log")
     if panel.x_names:
         names = [plotly_text(name) for name in panel.x_names.values()]
         x |= dict(tickvals=list(panel.x_names), ticktext=names, ticks="")

@@ -113,7 +113,8 @@ class RunDiff:
     def __init__(self, a: Path, b: Path):
         self.runs = RunFacts(a), RunFacts(b)
         one, two = (run.info for run in self.runs)
-        self.heads = [str(run.folder) for run in self.runs]
+        names = [run.name for run in self.runs]
+        self.heads = names if len(set(names)) == 2 else [str(run.folder) for run in self.runs]
         versions = [run.info.get("versions") or {} for run in self.runs]
         self.parts = [
             self.part("Parameters", *(run.parameters for run in self.runs)),
@@ -160,10 +161,16 @@ def __str__(self: RunDiff):
     for part in self.parts:
         head = f"{part['title']}: {part['note']}" if part["note"] else part["title"]
         body = aligned_lines(part["table"]) if part["table"].rows else []
-        lines += [head, *(f"  {line}" for line in body), ""]
-    return "\n".join(lines).rstrip()
+        lines += [head, *(f"  {line}" for line in body), ""] if part["note"] != "alike" else []
+    return "\n".join([*lines, f"Alike: {self.alike}" if self.alike else ""]).rstrip()
 
 # %% ../../nbs/viewing/run_diff.ipynb #2f0a0c7d
+@patch(as_prop=True)
+def alike(self: RunDiff) -> str:
+    "Which kinds of facts do not differ."
+    return ", ".join(p["title"].lower() for p in self.parts if p["note"] == "alike")
+
+
 @patch(as_prop=True)
 def html(self: RunDiff) -> Markup:
     "All parts as HTML."
