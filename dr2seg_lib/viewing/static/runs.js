@@ -215,9 +215,9 @@ function question(model, root) {
   const step = (by, sign, label) => h("button", {class: "d2-flip", title: label, "aria-label": label, onclick: () => go(at() + by)}, sign);
   const numbers = h("span", {class: "d2-tabs", hidden: true});
   root.append(h("div", {class: "d2-choice"}, step(-1, "‹", "the question before"), choice, step(1, "›", "the next question"), numbers, count),
-    h("div", {class: "d2-questionplot", "data-chart": "question"}), h("p", {class: "d2-key d2-questionkey"}, h("span", {}, h("i", {class: "d2-stroke"}), "this question"), h("span", {}, h("i", {class: "d2-stroke d2-palestroke"}), "all others; a click chooses one")), page);
+    h("div", {class: "d2-questionplot", "data-chart": "question"}), h("p", {class: "d2-key d2-questionkey"}, h("span", {}, h("i", {class: "d2-stroke"}), "this question"), h("span", {}, h("i", {class: "d2-stroke d2-palestroke"}), "all others; a click chooses one"), h("span", {}, h("i", {class: "d2-dot", style: `background:${css(COLOURS.truth)}`}), "ground truth"), h("span", {}, h("i", {class: "d2-dot", style: `background:${css(COLOURS.prediction)}`}), "its mask")), page);
   function fields() {
-    const change = q => q.change ? `  ${signed(q.change)}` : "";
+    const change = q => Math.abs(q.change) >= .005 ? ` · ${signed(q.change)}` : "";
     fill(choice, list().map(q => h("option", {value: q.sample}, `${q.query} · ${q.sample}${change(q)}`)));
     for (const b of root.querySelectorAll(".d2-tabs [data-source]")) b.setAttribute("aria-pressed", b.dataset.source === model.get("source"));
   }
@@ -229,7 +229,7 @@ function question(model, root) {
     numbers.hidden = n < 2;
     fill(numbers, Array.from({length: n}, (_, k) => h("button", {"aria-pressed": String(k === model.get("rollout")), title: `rollout ${k + 1} of each step`, onclick: () => { model.set("rollout", k); save(); }}, k + 1)));
   }
-  const columns = () => { const w = root.clientWidth, n = w < 620 ? 1 : 3; if (w && n !== model.get("cols")) { model.set("cols", n); save(); } };
+  const columns = () => { const w = root.clientWidth, n = w < 560 ? 1 : 3; if (w && n !== model.get("cols")) { model.set("cols", n); save(); } };
   const observer = new ResizeObserver(columns);
   observer.observe(root); columns();
   root.addEventListener("keydown", e => {
