@@ -98,8 +98,12 @@ def measure_marks(rows: list, name: str, keep: float, look: dict) -> list:
 
 def title_of(name: str) -> str:
     "A measure's name above its panel."
-    name = name.removeprefix("terms.").replace("held_out.", "held-out ")
-    return short(name.replace("_", " ").replace(".", " "))
+    title, words = name, name.split(".")
+    if name.startswith("terms."):
+        title = f"{name.removeprefix('terms.')} reward"
+    if words[0] == "held_out" and len(words) == 3:
+        title = f"held-out {words[2]}" + (f", {words[1]}" if words[1] != "greedy" else "")
+    return short(title.replace("_", " ").replace(".", " "))
 
 # %% ../../nbs/viewing/curve_browser.ipynb #48c3dc86
 def curves_chart(
@@ -172,7 +176,9 @@ def facts(self: CurveBrowser, problems: list[str], known: list[str]) -> dict:
     legend = [dict(name=n, colour=c) for n, c in zip(map(short, names), cycle(RUN_COLOURS))]
     missing = f"Not shown: {'; '.join(problems)}." if problems else ""
     name = names[0] if len(names) == 1 else f"{len(names)} runs"
-    return dict(name=name, lead=lead, missing=missing, measures=known, runs=legend)
+    titles = {measure: title_of(measure) for measure in known}
+    words = dict(name=name, lead=lead, missing=missing, titles=titles)
+    return words | dict(measures=known, runs=legend)
 
 
 @patch

@@ -50,7 +50,7 @@ def question_panel(found: dict, sample: str, measure: str) -> Panel:
     "One measure of one question, bold, above those of all others."
     others = [name for name in found if name != sample][:MOST_OTHERS]
     pale = Line(
-        *gapped(found, others, measure)[:2], MUTED, "another question", width=0.9, alpha=0.3
+        *gapped(found, others, measure)[:2], MUTED, "another question", width=0.9, alpha=0.45
     )
     x, y, _ = gapped(found, [sample], measure)
     look = dict(colour=METHOD_COLOURS["dr2seg"], name="this question")

@@ -68,7 +68,7 @@ function runs(model, root) {
     h("div", {class: "d2-bar d2-find"}, search, h("label", {class: "d2-sort"}, h("span", {}, "curve"), curves), count), wrong, note, said, scroll, bar, form, below);
 
   const status = r => h("span", {class: `d2-pill d2-is-${r.status}`, title: r.error || undefined}, r.status);
-  const right = {gIoU: r => num(r.gIoU), tokens: r => num(r.tokens), accuracy: r => num(r.accuracy), seed: r => r.seed ?? "–"};
+  const places = (v, n) => v === null ? "–" : v.toFixed(n), right = {gIoU: r => places(r.gIoU, 3), tokens: r => places(r.tokens, 1), accuracy: r => places(r.accuracy, 3), seed: r => r.seed ?? "–"};
   const columns = {
     run: {key: "name", cell: r => [h("span", {class: "d2-run", title: r.name}, r.name), r.tags.map(t => h("span", {class: "d2-tag"}, t)), r.error ? h("span", {class: "d2-why", title: r.error}, r.error) : null]},
     status: {key: "status", cell: status}, step: {key: "step", cell: r => r.place || "–"},
@@ -191,10 +191,10 @@ function curves(model, root) {
     const keep = model.get("keep"), chosen = model.get("measures");
     smooth.value = place(keep); out.textContent = keep.toFixed(keep > .99 ? 3 : 2); smooth.style.setProperty("--at", `${smooth.value}%`);
     fill(axes, [["log_x", "log steps"], ["log_y", "log values"]].map(([trait, label]) => chip(label, model.get(trait), () => { model.set(trait, !model.get(trait)); save(); }, "a logarithmic axis")));
-    fill(measures, about.measures.map(m => chip(words(m).replace("held out.", "held-out ").replace("terms.", ""), chosen.includes(m), () => { model.set("measures", about.measures.filter(n => chosen.includes(n) !== (n === m))); save(); }, m)));
+    fill(measures, about.measures.map(m => chip(about.titles[m], chosen.includes(m), () => { model.set("measures", about.measures.filter(n => chosen.includes(n) !== (n === m))); save(); }, m)));
     plots.hidden = !chosen.length; note.hidden = !model.get("note"); note.textContent = model.get("note");
   }
-  const columns = () => { const w = root.clientWidth, n = w < 620 ? 1 : w < 1000 ? 2 : 3; if (w && n !== model.get("cols")) { model.set("cols", n); save(); } };
+  const columns = () => { const w = root.clientWidth, n = w < 480 ? 1 : w < 900 ? 2 : 3; if (w && n !== model.get("cols")) { model.set("cols", n); save(); } };
   const observer = new ResizeObserver(columns);
   observer.observe(root); columns();
   for (const t of ["keep", "measures", "log_x", "log_y", "note"]) model.on(`change:${t}`, draw);
