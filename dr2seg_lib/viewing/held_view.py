@@ -25,6 +25,7 @@ class HoldingView(View):
     _esm = static_text("inspector.js", "runs.js")
     _css = static_text("inspector.css", "runs.css")
     held = t.Instance(Widget, allow_none=True).tag(sync=True, **widget_serialization)
+    retired = None  # the one that was held before
 
 # %% ../../nbs/viewing/held_view.ipynb #5606e158
 @patch
@@ -32,14 +33,18 @@ def hold(
     self: HoldingView,
     view: Widget | None,  # None: nothing any more
 ):
-    "Shows a view below; the one that was there ends."
+    "Shows a view below. The one before ends a turn later: the browser may still be drawing it."
     before, self.held = self.held, view
-    if before is not None and before is not view:
-        before.close()
+    if before is not view:
+        if self.retired is not None:
+            self.retired.close()
+        self.retired = before
 
 
 @patch
 def close(self: HoldingView):
-    "Ends the view and the one that it holds."
+    "Ends the view and those that it held."
     self.hold(None)
+    if self.retired is not None:
+        self.retired.close()
     super(HoldingView, self).close()

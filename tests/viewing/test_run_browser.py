@@ -269,6 +269,22 @@ def lab(tmp_path_factory):
         yield page
 
 
+def brought(page, number, kind):
+    "The view of a cell, in sight: JupyterLab draws no others."
+    page.evaluate(
+        """n => {
+            const book = window.jupyterapp.shell.currentWidget.content;
+            book.activeCellIndex = n;
+            return book.scrollToItem(n, 'start');
+        }""",
+        number,
+    )
+    view = page.locator(f".d2-{kind}").first
+    view.wait_for(state="attached")
+    view.scroll_into_view_if_needed()
+    return view
+
+
 def rows_shown(view):
     return view.locator("tbody .d2-run").all_text_contents()
 
@@ -333,7 +349,7 @@ def hovered(lab, view, text):
 
 @pytest.mark.browser
 def test_a_point_of_a_curve_leads_to_its_step(lab):
-    view = lab.locator(".d2-curves").first
+    view = brought(lab, 1, "curves")
     view.locator(".scatterlayer .trace").first.wait_for(state="attached")
     traces = view.locator(".scatterlayer .trace").count()
     view.locator(".d2-measures .d2-chip", has_text="loss").click()
@@ -355,7 +371,7 @@ def test_a_point_of_a_curve_leads_to_its_step(lab):
 
 @pytest.mark.browser
 def test_a_question_is_chosen_by_its_curve(lab):
-    view = lab.locator(".d2-question").first
+    view = brought(lab, 2, "question")
     view.locator(".scatterlayer .trace").first.wait_for(state="attached")
     chosen = view.get_by_role("combobox").input_value()
     hovered(lab, view, "another question")
