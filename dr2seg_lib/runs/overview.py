@@ -118,11 +118,12 @@ def run_row(
     asked = known_parameters(entry["parameters"])
     row = {key: asked.get(key) for key in ("method", "data", "seed", "steps")}
     row |= {key: entry[key] for key in ("folder", "status", "step", "progress", "started", "error")}
-    end = None if entry["status"] == "running" else entry["ended"] or entry["started"]
+    over = entry["status"] != "running"
     row |= final_numbers(read_results(folder), rows)
     row |= dict(name=name, tags=read_tags(folder), parameters=asked)
     row["curves"] = {title: small_curve(rows, key) for title, key in CURVES.items()}
-    return row | dict(seconds=seconds_between(entry["started"], end))
+    seconds = seconds_between(entry["started"], entry["ended"])
+    return row | dict(seconds=None if over and not entry["ended"] else seconds)
 
 # %% ../../nbs/runs/overview.ipynb #acd95960
 def shown_name(folder: Path, root: Path) -> str:
