@@ -66,7 +66,7 @@ def place_text(run: dict) -> str:
     total = finite(run["steps"])
     return f"{run['step']} of {total:.0f}" if total else f"step {run['step']}"
 
-
+# %% ../../nbs/commands/run_list.ipynb #38b03780
 def run_cells(
     run: dict,  # one of `run_rows`
     curve: str,  # one of CURVES
@@ -106,7 +106,7 @@ def fitting_heads(
                 heads[head], left = size, left - size - 2
     return heads
 
-
+# %% ../../nbs/commands/run_list.ipynb #9249e0ca
 def list_lines(
     rows: list[dict],  # of `run_cells`
     width: int,
@@ -161,7 +161,7 @@ class RunsAsked:
     rename: tuple[str, str] | None = None  # run, new name
     delete: list[str] = ()
 
-
+# %% ../../nbs/commands/run_list.ipynb #93174797
 def change_runs(root: Path, asked: RunsAsked) -> list[str]:  # what was done, a line each
     "Tags, renames and deletes runs."
     lines = []

@@ -194,7 +194,7 @@ def smooth_again(self: CurveBrowser, change=None):
     "Another smoothing: new values in the charts that are there."
     self.show_charts()
 
-
+# %% ../../nbs/viewing/curve_browser.ipynb #97849dbc
 @patch
 def draw_again(self: CurveBrowser, change=None):
     "Other axes or panels: the charts are made anew."
@@ -219,7 +219,7 @@ def clicked(self: CurveBrowser, trace, points, state):
     if points.xs:
         self.look_into(self.folders[trace.legendgroup], points.xs[0])
 
-
+# %% ../../nbs/viewing/curve_browser.ipynb #2436dd7a
 @patch
 def look_into(self: CurveBrowser, folder: Path, step: float):
     "Opens the inspector below, at the recorded step that is nearest."

@@ -79,7 +79,7 @@ def group_answer(
         at=at,
     )
 
-
+# %% ../../nbs/viewing/question_answers.ipynb #6186e01a
 def repeated_answers(run: RunReader) -> dict:  # {sample: answers}
     "The questions of training that were asked at two steps or more."
     found = {}

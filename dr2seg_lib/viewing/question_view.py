@@ -146,7 +146,7 @@ def choose(self: QuestionView, sample: str | None):
         self.source, self.sample = source, first if sample is None else str(sample)
     self.turn()
 
-
+# %% ../../nbs/viewing/question_view.ipynb #975a6ba6
 @patch
 def turn(self: QuestionView, change=None):
     "Another question: its page, and its curve."
@@ -188,7 +188,7 @@ def show_charts(self: QuestionView):
         for trace in widget.data:
             trace.on_click(self.clicked, append=False)
 
-
+# %% ../../nbs/viewing/question_view.ipynb #7dc240d4
 @patch
 def clicked(self: QuestionView, trace, points, state):
     "Chooses the question of a pale curve."

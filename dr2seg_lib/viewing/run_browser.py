@@ -111,7 +111,7 @@ class DiffView(View):
 
 
 def open_view(what: str, folders: list[Path]) -> View:
-    "A view of runs: curves, compare, diff or inspect."
+    "A view of runs: curves, compare, question, diff or inspect."
     if what == "compare":
         from dr2seg_lib.viewing.compare import compare
 
@@ -120,6 +120,10 @@ def open_view(what: str, folders: list[Path]) -> View:
         from dr2seg_lib.viewing.curve_browser import curves
 
         return curves(folders)
+    if what == "question":
+        from dr2seg_lib.viewing.question_view import question
+
+        return question(folders[0])
     if what == "diff":
         from dr2seg_lib.viewing.run_diff import diff
 

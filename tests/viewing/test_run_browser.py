@@ -399,3 +399,43 @@ def test_a_folder_that_is_not_there_is_a_sentence(tmp_path):
     for look in runs, curves, question:
         with pytest.raises(FileNotFoundError, match="does not exist"):
             look(tmp_path / Path("nowhere"))
+
+
+DRAWN = """([source, state]) => {
+  document.body.replaceChildren();
+  const module = new Function(source.replace('export default', 'const door =') + '; return door;');
+  const nothing = () => {};
+  const set = (k, v) => { state[k] = v; };
+  const model = {get: k => state[k], set, on: nothing, send: nothing, save_changes: nothing};
+  module().render({model, el: document.body});
+}"""
+SYNCED = "about rows differing chosen kind measures keep note source sample rollouts html".split()
+
+
+@pytest.mark.browser
+def test_nothing_of_a_stranger_runs_in_the_views(tmp_path):
+    "The drawing side itself, given what the kernel would send of hostile folders."
+    folders = list(hostile.cases(tmp_path / "runs", 25))
+    looks = [(runs, tmp_path / "runs")]
+    looks += [(look, folder) for folder in folders for look in (curves, question)]
+    drawn = 0
+    with browser.browser(900, 800) as page:
+        errors = []
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.on("console", lambda m: errors.append(m.text) if "pwned" in m.text else None)
+        for look, folder in looks:
+            try:
+                view = look(folder)
+            except SENTENCE:
+                continue
+            state = {k: v for k, v in view.get_state().items() if k in SYNCED}
+            page.goto("about:blank")
+            page.evaluate(DRAWN, [view._esm, json.loads(json.dumps(state, allow_nan=False))])
+            page.wait_for_timeout(30)
+            assert not page.evaluate("() => window.__pwned || document.title === 'pwned'")
+            assert page.locator(".dr2seg").inner_text().strip()
+            assert page.locator("script, iframe, [onerror], [onload], [onmouseover]").count() == 0
+            drawn += 1
+            view.close()
+    assert drawn > 20
+    assert not errors

@@ -118,14 +118,14 @@ function runs(model, root) {
     all.checked = inside > 0 && inside === shown.length; all.indeterminate = inside > 0 && inside < shown.length;
     const act = (label, what, fits, title, cls = "") => h("button", {class: `d2-button ${cls}`, disabled: !fits, title, onclick: what}, label);
     fill(bar, h("span", {class: "d2-chosen"}, n ? `${n} ${n === 1 ? "run" : "runs"} chosen` : "choose runs by a click; shift chooses a range"),
-      act("Curves", () => ask("curves"), n, "training curves of the runs chosen"), act("Compare", () => ask("compare"), n > 1, "two runs or more, side by side"), act("Diff", () => ask("diff"), n === 2, "what sets two runs apart"), act("Inspect", () => ask("inspect"), n === 1, "look into one run"),
+      act("Curves", () => ask("curves"), n, "training curves of the runs chosen"), act("Compare", () => ask("compare"), n > 1, "two runs or more, side by side"), act("Diff", () => ask("diff"), n === 2, "what sets two runs apart"), act("Inspect", () => ask("inspect"), n === 1, "look into one run"), act("Questions", () => ask("question"), n === 1, "one question over the steps"),
       act("Tag…", tagging, n, "tag the runs chosen"), act("Rename…", renaming, n === 1, "give one run another name"), act("Delete…", deleting, n, "move the runs chosen to the trash", "d2-danger"));
     if (!n) form.hidden = true;
     const ids = [...chosen];
     if (String(ids) !== String(model.get("chosen"))) { model.set("chosen", ids); model.save_changes(); }
   }
   function ask(what, more = {}) {
-    form.hidden = true; note.hidden = true; said.hidden = false; said.textContent = {refresh: "reading…", compare: "opening…", curves: "opening…", diff: "opening…", inspect: "opening…"}[what] || "…";
+    form.hidden = true; note.hidden = true; said.hidden = false; said.textContent = {refresh: "reading…", compare: "opening…", curves: "opening…", diff: "opening…", inspect: "opening…", question: "opening…"}[what] || "…";
     try { model.send({ask: what, ids: [...chosen], ...more}); } catch { note.hidden = false; said.hidden = true; note.textContent = "The kernel is gone; run the cell again."; }
   }
   function dialog(...parts) { form.hidden = false; fill(form, parts, h("button", {class: "d2-button", onclick: () => { form.hidden = true; }}, "Cancel")); const first = form.querySelector("input"); if (first) { first.focus(); first.select(); } }
