@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'EXPECTED', 'COMPLETION', 'print_version', 'top_level_options', 'split_pairs', 'PairCommand', 'run_command',
-           'runs_command', 'tables_command', 'join_command', 'check_command', 'segment_command', 'plan_command',
-           'usage_sentence', 'file_sentence', 'error_sentence', 'invoke', 'main']
+           'runs_command', 'diff_command', 'tables_command', 'join_command', 'check_command', 'segment_command',
+           'plan_command', 'usage_sentence', 'file_sentence', 'error_sentence', 'invoke', 'main']
 
 # %% ../nbs/cli.ipynb #51312590
 import os
@@ -97,14 +97,33 @@ def run_command(
 
 # %% ../nbs/cli.ipynb #5f487bdd
 @app.command("runs")
-def runs_command(folder: options.RunsFolder = Path("runs")) -> int:  # exit code
-    "List runs and what has become of them."
-    from dr2seg_lib.commands.summary import run_lines
+def runs_command(
+    folder: options.RunsFolder = Path("runs"),
+    where: options.Where = "",
+    sort: options.SortField = "started",
+    curve: options.CurveName = "reward",
+    tag: options.TagPair = None,
+    untag: options.UntagPair = None,
+    rename: options.RenamePair = None,
+    delete: options.DeletedRuns = None,
+) -> int:  # exit code
+    "List runs and what has become of them; or tag, rename or delete one."
+    from dr2seg_lib.commands.run_list import ListAsked, RunsAsked, change_runs, run_lines
 
-    print(run_lines(folder))
+    done = change_runs(folder, RunsAsked(tag, untag, rename, delete))
+    print("\n".join(done) if done else run_lines(folder, ListAsked(where, sort, curve)))
     return 0
 
 
+@app.command("diff")
+def diff_command(first: options.FirstRun, second: options.SecondRun) -> int:  # exit code
+    "Say what sets two runs apart: parameters, code, versions, hardware, results."
+    from dr2seg_lib.viewing.run_diff import diff
+
+    print(diff(first, second))
+    return 0
+
+# %% ../nbs/cli.ipynb #c3612be0
 @app.command("tables")
 def tables_command(
     runs: options.RunFolders = None,

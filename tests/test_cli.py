@@ -317,7 +317,7 @@ def test_a_list_of_runs_is_no_wider_than_the_terminal(tmp_path, capsys, monkeypa
         write_json(tmp_path / name / "run.json", record)
     monkeypatch.chdir(tmp_path)
     assert main(["runs", "."]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert {len(line) for line in lines} == {90}
     assert {line.index("failed") for line in lines} == {len("a-long-name  ")}
@@ -329,7 +329,9 @@ def test_a_value_may_start_with_a_minus_sign(capsys):
     assert "kl" in capsys.readouterr().err.partition(":")[2]
 
 
-@pytest.mark.parametrize("command", ["run", "runs", "join", "check", "segment", "plan", "tables"])
+@pytest.mark.parametrize(
+    "command", ["run", "runs", "diff", "join", "check", "segment", "plan", "tables"]
+)
 def test_every_command_has_help(capsys, command):
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()
@@ -705,7 +707,7 @@ def test_one_bad_record_does_not_hide_the_other_runs(tmp_path, capsys, text, why
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["runs", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert any("good" in line and "done" in line for line in lines)
     (bad,) = [line for line in lines if "/bad" in line]
@@ -751,7 +753,7 @@ def test_a_folder_for_a_record_and_a_run_that_vanishes(tmp_path, capsys, monkeyp
 
     monkeypatch.setattr("dr2seg_lib.runs.listing.run_status", status)
     assert main(["runs", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert sum("unreadable" in line for line in lines) == 1
 
@@ -764,7 +766,7 @@ def test_a_record_that_may_not_be_read_is_unreadable():
         for run in "bad", "good":
             Run.create(folder / run, {}, bar=False).finish("done")
         (folder / "bad" / "run.json").chmod(0)
-        script = f"""import encodings.utf_8_sig, os, dr2seg_lib.commands.summary
+        script = f"""import encodings.utf_8_sig, os, dr2seg_lib.commands.run_list
 from dr2seg_lib import cli
 os.geteuid() or os.seteuid(65534)
 cli.main(["runs", {name!r}])"""
@@ -784,7 +786,7 @@ def test_a_record_does_not_steer_the_terminal(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\x07" not in out
-    assert out.count("\n") == 1
+    assert out.count("\n") == 2
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ExperimentName', 'ParameterPairs', 'PresetName', 'RunFolder', 'Resume', 'Trust', 'ShowHelp', 'RunsFolder',
-           'JoinedFolder', 'RunFolders', 'TableFormat', 'DataSet', 'Photo', 'Question', 'Box', 'Point', 'PolicyName',
-           'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention', 'PhotoFolder',
-           'Overwrite', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search',
-           'PlanFile', 'complete_experiment', 'complete_preset']
+           'JoinedFolder', 'RunFolders', 'TableFormat', 'Where', 'SortField', 'CurveName', 'FirstRun', 'SecondRun',
+           'TagPair', 'UntagPair', 'RenamePair', 'DeletedRuns', 'DataSet', 'Photo', 'Question', 'Box', 'Point',
+           'PolicyName', 'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention',
+           'PhotoFolder', 'Overwrite', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount',
+           'Search', 'PlanFile', 'complete_experiment', 'complete_preset']
 
 # %% ../../nbs/commands/options.ipynb #eebe6f53
 from pathlib import Path
@@ -94,6 +95,40 @@ RunFolders = Annotated[
 TableFormat = Annotated[
     Literal["markdown", "latex", "html"],
     typer.Option("--format", help="What the tables are written in."),
+]
+
+# %% ../../nbs/commands/options.ipynb #2dba8999
+Where = Annotated[
+    str,
+    typer.Option(metavar="WORDS", help='Only these, such as "method=dpad gIoU>0.7 tag=good".'),
+]
+SortField = Annotated[
+    str,
+    typer.Option("--sort", metavar="FIELD", help="By a field; -FIELD: the largest first."),
+]
+CurveName = Annotated[
+    Literal["reward", "accuracy", "tokens", "held-out gIoU"],
+    typer.Option("--curve", help="What the small curve of a run shows."),
+]
+FirstRun = Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder.")]
+SecondRun = Annotated[Path, typer.Argument(metavar="RUN_B", help="Another's.")]
+
+# %% ../../nbs/commands/options.ipynb #b96ac77d
+TagPair = Annotated[
+    tuple[str, str] | None,
+    typer.Option("--tag", metavar="RUN TAGS", help="Tag a run; several tags with commas."),
+]
+UntagPair = Annotated[
+    tuple[str, str] | None,
+    typer.Option("--untag", metavar="RUN TAGS", help="Take tags from a run."),
+]
+RenamePair = Annotated[
+    tuple[str, str] | None,
+    typer.Option("--rename", metavar="RUN NAME", help="Give a run another name."),
+]
+DeletedRuns = Annotated[
+    list[str] | None,
+    typer.Option("--delete", metavar="RUN", help="Move a run to DIR/.trash; may be given again."),
 ]
 
 # %% ../../nbs/commands/options.ipynb #c6fba11f

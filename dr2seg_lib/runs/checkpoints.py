@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from ..core.files import fsync_path, permit, read_json, read_jsonl, write_json
-from .ledger import ROW_FILES, Ledger, find_row_problem
+from .ledger import ROW_FILES, STEP_FILES, Ledger, find_row_problem
 
 # %% ../../nbs/runs/checkpoints.ipynb #67a5587d
 def step_of(checkpoint: Path) -> int:
@@ -134,7 +134,7 @@ class Manifest(BaseModel):
     step: int = Field(ge=0)
     files: dict[str, str] = Field(min_length=1)
     rows: dict[Literal[ROW_FILES], RowMark] | None = Field(  # None: an older version's
-        None, min_length=len(ROW_FILES)
+        None, min_length=len(STEP_FILES)
     )
 
 # %% ../../nbs/runs/checkpoints.ipynb #8c21080a
@@ -212,7 +212,7 @@ def find_missing_steps(
 ) -> str | None:  # in words; None when every step is there
     "What is wrong with the rows of a run whose checkpoints do not remember them."
     try:
-        metrics, rollouts = (row_steps(Path(folder) / name, until) for name in ROW_FILES)
+        metrics, rollouts = (row_steps(Path(folder) / name, until) for name in STEP_FILES)
     except ValueError as error:
         return str(error)
     every_step = list(range(1, until + 1))
@@ -224,8 +224,8 @@ def find_missing_steps(
 # %% ../../nbs/runs/checkpoints.ipynb #b1e23f14
 def row_problems(folder: Path, marks: dict) -> Iterator[str | None]:
     "What is wrong with each file of rows since its mark was taken."
-    for name in ROW_FILES:
-        yield find_row_problem(Path(folder) / name, marks[name])
+    for name, mark in marks.items():
+        yield find_row_problem(Path(folder) / name, mark)
 
 
 def find_lost_rows(

@@ -53,6 +53,9 @@ class NonWriterRun(Run):
     def record(self, rollouts: list[dict]):
         pass
 
+    def keep_answers(self, answers: list[dict]):
+        pass
+
     def results(self, values: dict):
         pass
 

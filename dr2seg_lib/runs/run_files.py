@@ -68,6 +68,10 @@ class RunWriter(RunFiles):
         "Appends the rollouts of one step."
         self.ledgers["rollouts.jsonl"].append(rollouts)
 
+    def keep_answers(self, answers: list[dict]):
+        "Appends the answers to held-out questions after one step."
+        self.ledgers["held_out.jsonl"].append(answers)
+
     def results(self, values: dict):
         "Writes what came out."
         write_json(self.folder / "results.json", values)
@@ -101,5 +105,6 @@ def rewind(self: RunWriter) -> Path | None:  # the checkpoint's folder; None: fr
         self.truncate_after(step_of(checkpoint))  # an older version's, without marks
         return checkpoint
     for name, ledger in self.ledgers.items():
-        ledger.cut(marks[name]["bytes"] if marks else 0)
+        mark = marks.get(name) if marks else None  # an older checkpoint knows two of the files
+        ledger.cut(mark["bytes"] if mark else 0)
     return checkpoint

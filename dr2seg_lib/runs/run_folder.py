@@ -25,6 +25,7 @@ from dr2seg_lib.runs.status import (
     ProgressWriter,
     current_time,
     git_revision,
+    hardware_text,
     lock_folder,
     machine_at_work,
     package_versions,
@@ -38,6 +39,7 @@ RECORDS = (
     "run.json",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "held_out.jsonl",
     "predictions.jsonl",
     "checkpoints",
     "results.json",
@@ -97,7 +99,8 @@ def hold_folder(
 # %% ../../nbs/runs/run_folder.ipynb #f196c3c8
 def this_process() -> dict:
     "The process that writes a run, as the record names it."
-    return dict(status="running", host=socket.gethostname(), pid=os.getpid())
+    place = dict(host=socket.gethostname(), hardware=hardware_text(), pid=os.getpid())
+    return dict(status="running") | place
 
 
 def first_record(

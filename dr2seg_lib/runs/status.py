@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEARTBEAT_SECONDS', 'STALE_SECONDS', 'PACKAGES', 'BAR', 'RecordFields', 'read_record', 'update_record',
            'read_results', 'lock_folder', 'last_heartbeat', 'run_status', 'Heartbeat', 'machine_at_work',
-           'current_time', 'package_versions', 'git_output', 'git_revision', 'ProgressBar', 'ProgressWriter',
-           'ProgressFields', 'own_progress', 'says_running', 'read_progress']
+           'current_time', 'package_versions', 'git_output', 'git_revision', 'gpu_names', 'hardware_text',
+           'ProgressBar', 'ProgressWriter', 'ProgressFields', 'own_progress', 'says_running', 'read_progress']
 
 # %% ../../nbs/runs/status.ipynb #b1b5f99c
 import os
@@ -198,6 +198,21 @@ def git_revision() -> str | None:  # hash, with `-dirty` when files differ from 
         return None  # installed, perhaps within a checkout of something else
     changes = git_output("status", "--porcelain", "--untracked-files=no")
     return head + ("-dirty" if changes else "")
+
+# %% ../../nbs/runs/status.ipynb #8e6b0fdf
+def gpu_names() -> list[str]:
+    "The GPUs that torch sees, where it is loaded."
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def hardware_text() -> str:
+    "Processor and GPUs in a few words."
+    gpus = gpu_names()
+    kinds = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)]
+    return ", ".join([f"{os.cpu_count()} {platform.machine()} cores", *kinds])
 
 # %% ../../nbs/runs/status.ipynb #a28901da
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'CLEAR', 'TITLE', 'TICKS', 'LABEL', 'LEGEND', 'LEFT', 'GAP', 'KEY_SIGNS', 'Panel', 'draw_keys',
-           'draw_panel_legend', 'name_places', 'draw_panel', 'Frame', 'axis_number', 'axis_layout', 'panel_notes',
-           'panel_traces', 'panel_legend']
+           'draw_panel_legend', 'name_places', 'draw_scales', 'draw_panel', 'Frame', 'axis_number', 'axis_scale',
+           'bare_axes', 'axis_layout', 'panel_notes', 'panel_traces', 'panel_legend']
 
 # %% ../../nbs/viewing/axes.ipynb #c0003
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ class Panel:
     y_label: str = ""
     x_range: tuple = (None, None)  # (low, high); None where the data decide
     y_range: tuple = (None, None)
+    log: str = ""  # the axes that are logarithmic: "x", "y" or "xy"
     x_names: dict = field(default_factory=dict)  # {place: name}, instead of numbers
     keys: dict = field(default_factory=dict)  # {text: dash}, what the dashes mean
     value: str = ""  # the newest number, at the right end of the title
@@ -64,6 +65,16 @@ def name_places(ax, names: dict):
     ax.set_xticks(list(names), list(names.values()))
     ax.tick_params(axis="x", length=0)
 
+# %% ../../nbs/viewing/axes.ipynb #edeca62a
+def draw_scales(ax, panel: Panel):
+    "Grids and scales of both axes."
+    if panel.square:
+        ax.set(aspect="equal")
+    if panel.both_grids:
+        ax.grid(True, axis="both")
+    for axis in panel.log:
+        ax.set(**{f"{axis}scale": "log"})
+
 # %% ../../nbs/viewing/axes.ipynb #c0011
 def draw_panel(
     ax,  # matplotlib's Axes
@@ -74,10 +85,7 @@ def draw_panel(
         mark.draw(ax)
     if panel.x_names:
         name_places(ax, panel.x_names)
-    if panel.square:
-        ax.set(aspect="equal")
-    if panel.both_grids:
-        ax.grid(True, axis="both")
+    draw_scales(ax, panel)
     if panel.keys:
         draw_keys(ax, panel.keys)
     if panel.value:
@@ -87,7 +95,7 @@ def draw_panel(
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set_xlim(*panel.x_range)
     ax.set_ylim(*panel.y_range)
-    if max(map(abs, ax.get_ylim())) < SMALL:
+    if max(map(abs, ax.get_ylim())) < SMALL and "y" not in panel.log:
         ax.yaxis.set_major_formatter(_number)
 
 # %% ../../nbs/viewing/axes.ipynb #c0016
@@ -127,16 +135,27 @@ def axis_number(k: int) -> str:
     "What plotly's names of the axes of panel k end in: '', '2', '3', …"
     return str(k + 1) if k else ""
 
+# %% ../../nbs/viewing/axes.ipynb #8320ebf0
+def axis_scale(panel: Panel, axis: str) -> dict:  # axis: "x" or "y"
+    "What plotly is told of a logarithmic axis."
+    return dict(type="log") if axis in panel.log else {}
+
 # %% ../../nbs/viewing/axes.ipynb #c0020
-def axis_layout(panel: Panel, k: int, frame: Frame) -> dict:  # {"xaxis2": …, "yaxis2": …}
-    "Both axes of a panel as plotly's layout has them."
+def bare_axes(panel: Panel, k: int, frame: Frame) -> tuple[dict, dict]:  # x, y
+    "Where the axes of a panel stand, with their grids, scales and ticks."
     (across, up), n = frame.domains(k), axis_number(k)
     grid = dict(zeroline=False, gridcolor=fade(MUTED, 0.22), automargin=False)
     x = grid | dict(domain=across, anchor=f"y{n}", linecolor=MUTED, showgrid=panel.both_grids)
-    x |= dict(ticks="outside", ticklen=3, tickcolor=MUTED, nticks=8)
+    x |= dict(ticks="outside", ticklen=3, tickcolor=MUTED, nticks=8) | axis_scale(panel, "x")
     high = frame.cell - TITLE - frame.below
     y = grid | dict(domain=up, anchor=f"x{n}", nticks=max(3, round(high / 26)))
-    y |= dict(ticks="outside", ticklen=4, tickcolor=CLEAR)
+    y |= dict(ticks="outside", ticklen=4, tickcolor=CLEAR) | axis_scale(panel, "y")
+    return x, y
+
+# %% ../../nbs/viewing/axes.ipynb #fda4730e
+def axis_layout(panel: Panel, k: int, frame: Frame) -> dict:  # {"xaxis2": …, "yaxis2": …}
+    "Both axes of a panel as plotly's layout has them."
+    (x, y), n = bare_axes(panel, k, frame), axis_number(k)
     for axis, limits in (x, panel.x_range), (y, panel.y_range):
         if limits != (None, None):
             axis["range"] = list(limits)

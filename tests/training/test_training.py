@@ -32,6 +32,7 @@ from dr2seg_lib.runs.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
+from dr2seg_lib.runs.housekeeping import change_tags, read_tags, rename_run
 from dr2seg_lib.runs.run_folder import Run, new_folder
 from dr2seg_lib.runs.status import read_record, run_status, update_record
 from dr2seg_lib.training.batches import sample_batch
@@ -243,10 +244,46 @@ def test_held_out_questions_on_the_way_and_their_best_checkpoint(tmp_path, monke
     assert [r["step"] for r in rows if "held_out" in r] == [2, 4, 5]
     assert [r["step"] for r in rows if "held_out_start" in r] == [1]
     points = {r["step"]: r["held_out"]["greedy"]["gIoU"] for r in rows if "held_out" in r}
+    kept = read_jsonl(unbroken.folder / "held_out.jsonl")
+    assert read_jsonl(resumed.folder / "held_out.jsonl") == kept, "a resume keeps the same answers"
+    assert [r["step"] for r in kept] == [step for step in (0, 2, 4, 5) for _ in range(4)]
     for run in unbroken, resumed:
         best = read_json(run.folder / "results.json")["best"]
         assert points[best["step"]] == max(points.values())
         assert (run.folder / best["checkpoint"] / "manifest.json").is_file()
+
+
+def files_of(folder):
+    "What a run leaves, apart from its times, its process and its name."
+    names = "rollouts", "held_out", "predictions_before", "predictions_after"
+    return {name: (folder / f"{name}.jsonl").read_bytes() for name in names}
+
+
+def test_a_renamed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    "Ended between two checkpoints, tagged, renamed, gone on with: bit for bit the unbroken one."
+    config = TrainConfig(**ON_THE_WAY)
+    unbroken = train(config, tmp_path / "unbroken")
+    log = Run.log
+
+    def die_at_four(run, row):
+        if row["step"] == 4:  # after its held-out answers, before its row
+            raise KeyboardInterrupt
+        log(run, row)
+
+    monkeypatch.setattr(Run, "log", die_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "broken")
+    monkeypatch.undo()
+    assert {r["step"] for r in read_jsonl(tmp_path / "broken" / "held_out.jsonl")} == {0, 2, 4}
+    change_tags(tmp_path / "broken", ["good"])
+    renamed = rename_run(tmp_path / "broken", "renamed")
+    resumed = train(config, renamed, resume=True)
+    assert [timeless(r) for r in resumed.metrics()] == [timeless(r) for r in unbroken.metrics()]
+    assert files_of(renamed) == files_of(unbroken.folder)
+    for path in latest_checkpoint(unbroken.folder).glob("*.safetensors"):
+        a, b = load_file(str(path)), load_file(str(latest_checkpoint(renamed) / path.name))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert read_tags(renamed) == ["good"]
 
 
 def test_what_is_asked_on_the_way_changes_no_training(tmp_path):
