@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'EXPECTED', 'COMPLETION', 'print_version', 'top_level_options', 'split_pairs', 'PairCommand', 'run_command',
-           'runs_command', 'tables_command', 'join_command', 'check_command', 'segment_command', 'plan_command',
-           'usage_sentence', 'file_sentence', 'error_sentence', 'invoke', 'main']
+           'runs_command', 'tables_command', 'join_command', 'check_command', 'segment_command', 'push_command',
+           'app_command', 'plan_command', 'usage_sentence', 'file_sentence', 'error_sentence', 'invoke', 'main']
 
 # %% ../nbs/cli.ipynb #51312590
 import os
@@ -162,6 +162,38 @@ def segment_command(
 
     parts = PhotoParts(model, adapter, segmenter, method, dtype or "", max_new_tokens)
     return segment_and_save(photo, query, box, point, parts, attention, out, overwrite)
+
+# %% ../nbs/cli.ipynb #ec9a03cf
+@app.command("push")
+def push_command(
+    source: options.Pushed,
+    repository: options.Repository,
+    private: options.Private = False,
+) -> int:  # exit code
+    "Put a run's best adapter on the hub, with its card and its record."
+    from dr2seg_lib.commands.push import push_checkpoint
+
+    return push_checkpoint(source, repository, private)
+
+# %% ../nbs/cli.ipynb #223000a3
+@app.command("app")
+def app_command(
+    photo: options.ShownPhoto = "",
+    query: options.ShownQuestion = "",
+    model: options.PolicyName = "",
+    adapter: options.Adapter = "",
+    segmenter: options.SegmenterName = "",
+    method: options.MethodName = "",
+    dtype: options.WeightType = None,
+    max_new_tokens: options.MaxNewTokens = 0,
+    port: options.Port = 8866,
+    token: options.Token = "",
+) -> int:  # exit code
+    "Show the playground as a page of this machine, to those who have the token."
+    from dr2seg_lib.commands.app import PhotoParts, serve_app
+
+    parts = PhotoParts(model, adapter, segmenter, method, dtype or "", max_new_tokens)
+    return serve_app(photo, query, parts, port, token)
 
 # %% ../nbs/cli.ipynb #a91d17c3
 @app.command("plan", cls=PairCommand)

@@ -6,8 +6,9 @@
 __all__ = ['ExperimentName', 'ParameterPairs', 'PresetName', 'RunFolder', 'Resume', 'Trust', 'ShowHelp', 'RunsFolder',
            'JoinedFolder', 'RunFolders', 'TableFormat', 'DataSet', 'Photo', 'Question', 'Box', 'Point', 'PolicyName',
            'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention', 'PhotoFolder',
-           'Overwrite', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search',
-           'PlanFile', 'complete_experiment', 'complete_preset']
+           'Overwrite', 'Pushed', 'Repository', 'Private', 'ShownPhoto', 'ShownQuestion', 'Port', 'Token', 'GpuName',
+           'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search', 'PlanFile',
+           'complete_experiment', 'complete_preset']
 
 # %% ../../nbs/commands/options.ipynb #eebe6f53
 from pathlib import Path
@@ -181,6 +182,26 @@ Overwrite = Annotated[
     typer.Option(
         "--overwrite",
         help="Replace an earlier result of that name [default: the next one gets a number].",
+    ),
+]
+
+# %% ../../nbs/commands/options.ipynb #3f02b04c
+Pushed = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint's.")]
+Repository = Annotated[str, typer.Argument(metavar="USER/NAME", help="Its name on the hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
+
+# %% ../../nbs/commands/options.ipynb #8702afa2
+ShownPhoto = Annotated[
+    str, typer.Option("--photo", metavar="FILE", help="The first picture.", show_default=False)
+]
+ShownQuestion = Annotated[
+    str, typer.Option("--question", metavar="TEXT", help="The first one.", show_default=False)
+]
+Port = Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Of this machine.")]
+Token = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT", help="What lets a visitor in [default: a new one].", show_default=False
     ),
 ]
 
