@@ -144,7 +144,7 @@ def check_command(data: options.DataSet) -> int:  # exit code, 1 when a record i
 @app.command("segment")
 def segment_command(
     photo: options.Photo,
-    query: options.Question = "",
+    queries: options.Questions = None,
     box: options.Box = None,
     point: options.Point = None,
     model: options.PolicyName = "",
@@ -154,14 +154,16 @@ def segment_command(
     dtype: options.WeightType = None,
     max_new_tokens: options.MaxNewTokens = 0,
     attention: options.Attention = "sdpa",
+    compare: options.Compared = None,
     out: options.PhotoFolder = Path("."),
     overwrite: options.Overwrite = False,
 ) -> int:  # exit code
-    "Segment one photo by a question, or by a box, into PHOTO.segment.png and PHOTO.segment.json."
-    from dr2seg_lib.commands.segment import PhotoParts, segment_and_save
+    "Segment one photo by questions, or by a box, into PHOTO.segment.png and PHOTO.segment.json."
+    from dr2seg_lib.commands.segment import PhotoAsked, PhotoParts, segment_and_save
 
     parts = PhotoParts(model, adapter, segmenter, method, dtype or "", max_new_tokens)
-    return segment_and_save(photo, query, box, point, parts, attention, out, overwrite)
+    asked = PhotoAsked(photo, queries or [], box, point, compare or [])
+    return segment_and_save(asked, parts, attention, out, overwrite)
 
 # %% ../nbs/cli.ipynb #ec9a03cf
 @app.command("push")

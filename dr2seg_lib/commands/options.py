@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ExperimentName', 'ParameterPairs', 'PresetName', 'RunFolder', 'Resume', 'Trust', 'ShowHelp', 'RunsFolder',
-           'JoinedFolder', 'RunFolders', 'TableFormat', 'DataSet', 'Photo', 'Question', 'Box', 'Point', 'PolicyName',
-           'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention', 'PhotoFolder',
-           'Overwrite', 'Pushed', 'Repository', 'Private', 'ShownPhoto', 'ShownQuestion', 'Port', 'Token', 'GpuName',
-           'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search', 'PlanFile',
-           'complete_experiment', 'complete_preset']
+           'JoinedFolder', 'RunFolders', 'TableFormat', 'DataSet', 'Photo', 'Questions', 'Compared', 'Box', 'Point',
+           'PolicyName', 'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention',
+           'PhotoFolder', 'Overwrite', 'Pushed', 'Repository', 'Private', 'ShownPhoto', 'ShownQuestion', 'Port',
+           'Token', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search',
+           'PlanFile', 'complete_experiment', 'complete_preset']
 
 # %% ../../nbs/commands/options.ipynb #eebe6f53
 from pathlib import Path
@@ -105,12 +105,20 @@ DataSet = Annotated[
 
 # %% ../../nbs/commands/options.ipynb #91d9c36c
 Photo = Annotated[str, typer.Argument(metavar="PHOTO", help="A JPEG, PNG, WebP or BMP.")]
-Question = Annotated[
-    str,
+Questions = Annotated[
+    list[str] | None,
     typer.Argument(
         metavar="QUESTION",
-        help="What is looked for; may be left out with --box.",
+        help="What is looked for, one or several; may be left out with --box.",
         show_default=False,
+    ),
+]
+Compared = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compare",
+        metavar="NAME",
+        help="A method or an adapter to ask as well, side by side; may be given again.",
     ),
 ]
 Box = Annotated[

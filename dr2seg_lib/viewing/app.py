@@ -16,9 +16,8 @@ from ..core.parameters import EvaluateConfig, brief_text
 from ..data.images import read_pixels
 from ..data.samples import Sample
 from ..methods.wording import worded_method
-from ..models.loading import load_policy
 from ..models.policy import Policy
-from .photo import photo_policy
+from .photo import loaded_policy, photo_policy
 from .playground import Playground
 from .playground_inputs import askable_sample
 
@@ -38,8 +37,7 @@ class DemoSettings(BaseModel):
 def demo_policy(settings: DemoSettings) -> tuple[Policy, EvaluateConfig]:
     "The policy that answers, as the choices and its run have it."
     who = photo_policy(settings.choices, "sdpa")
-    few = dict(quantize=who.model.quantize, max_pixels=who.data.max_pixels)
-    return load_policy(who.model.name, who.model.adapter, who.model.dtype, **few), who
+    return loaded_policy(who), who
 
 # %% ../../nbs/viewing/app.ipynb #42ee42bb
 def playground_of(
