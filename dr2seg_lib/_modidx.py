@@ -3792,6 +3792,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                 'dr2seg_lib/viewing/photo.py'),
                                           'dr2seg_lib.viewing.photo.SegmentedPhoto._repr_png_': ( 'viewing/photo.html#segmentedphoto._repr_png_',
                                                                                                   'dr2seg_lib/viewing/photo.py'),
+                                          'dr2seg_lib.viewing.photo.SegmentedPhoto.found': ( 'viewing/photo.html#segmentedphoto.found',
+                                                                                             'dr2seg_lib/viewing/photo.py'),
                                           'dr2seg_lib.viewing.photo.SegmentedPhoto.mask': ( 'viewing/photo.html#segmentedphoto.mask',
                                                                                             'dr2seg_lib/viewing/photo.py'),
                                           'dr2seg_lib.viewing.photo.SegmentedPhoto.note': ( 'viewing/photo.html#segmentedphoto.note',

@@ -92,15 +92,21 @@ class SegmentedPhoto:
 
 # %% ../../nbs/viewing/photo.ipynb #4ad2c3e0
 @patch(as_prop=True)
-def note(self: SegmentedPhoto) -> str:
+def found(self: SegmentedPhoto) -> str:
     "What was found, in words."
     n = len(self.targets)
     found = "1 object" if n == 1 else f"{n} objects" if n else "nothing found"
     parts = [found, f"{self.mask.mean():.1%} of the image"]
     if self.response:
         parts.append(f"{self.response.think_tokens} tokens of reasoning")
-    parts += [f"{k} {self.asked[k]}" for k in ("model", "segmenter") if k in self.asked]
     return " · ".join(parts)
+
+
+@patch(as_prop=True)
+def note(self: SegmentedPhoto) -> str:
+    "What was found, and by whom."
+    asked = [f"{k} {self.asked[k]}" for k in ("model", "segmenter") if k in self.asked]
+    return " · ".join([self.found, *asked])
 
 
 @patch

@@ -1,6 +1,5 @@
 "The page of a demonstration, as a visitor finds it: in a browser, with the token and without."
 
-import json
 import os
 import signal
 import socket
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import UTC, datetime
 from urllib.error import HTTPError
 
 import pytest
@@ -76,8 +76,6 @@ def test_without_the_token_a_visitor_is_sent_to_the_door(address, path):
 def test_without_the_token_there_are_no_kernels_and_no_files(address):
     for path in "/api/kernels", "/api/kernels/x/channels", "/voila/files/app.ipynb":
         assert status(address + path)[0] in (302, 403, 404), path
-    code, text = status(f"{address}/api/kernels", Authorization=f"token {TOKEN}")
-    assert code == 200 and isinstance(json.loads(text), list)
     assert status(f"{address}/api/kernels", Authorization="token wrong")[0] in (302, 403)
 
 
@@ -123,7 +121,7 @@ def test_a_broken_upload_leaves_what_is_there():
     page = DemoPage(made, shown)
     content = b"\x89PNG\r\n\x1a\n" + b"\x00" * 50
     given = dict(name="<img src=x>.png", type="image/png", size=len(content), content=content)
-    page.upload.value = (given | dict(last_modified=0),)
+    page.upload.value = (given | dict(last_modified=datetime.now(UTC)),)
     assert page.playground is shown and "cannot be" in page.problem.value
 
 

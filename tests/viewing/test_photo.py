@@ -12,7 +12,7 @@ from PIL import Image
 
 from dr2seg_lib.cli import main
 from dr2seg_lib.core.masks import decode_rle
-from dr2seg_lib.data.mini import MiniReasonSeg
+from dr2seg_lib.data.mini import MiniReasonSeg, draw_sample
 from dr2seg_lib.data.samples import Target
 from dr2seg_lib.models.loading import load_policy
 from dr2seg_lib.segmenters.loading import load_segmenter
@@ -305,7 +305,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_several_questions_are_answered_on_one_page(tmp_path, capsys):
-    sample = MiniReasonSeg(1, 2_000_049)[0]
+    sample = draw_sample(2_000_049)
     photo, questions = tmp_path / "scene.png", [sample.query, "what here is round?", "what is red?"]
     Image.fromarray(sample.image).save(photo)
     assert main(["segment", str(photo), *questions, "--out", str(tmp_path / "out")]) == 0
@@ -317,7 +317,7 @@ def test_several_questions_are_answered_on_one_page(tmp_path, capsys):
         alone = segment_photo(sample.image, answer["query"])
         assert answer["response"]["text"] == alone.response.text
         assert np.array_equal(decode_rle(answer["mask"]), alone.mask)
-    assert Image.open(tmp_path / "out" / "scene.segment.png").width == 2 * 720
+    assert Image.open(tmp_path / "out" / "scene.segment.png").width == 2 * (360 + 12)
 
 
 def test_the_picture_is_encoded_once(monkeypatch):
@@ -330,13 +330,13 @@ def test_the_picture_is_encoded_once(monkeypatch):
         return encode(self, images)
 
     monkeypatch.setattr(Policy, "encode", counted)
-    image = MiniReasonSeg(1, 2_000_049)[0].image
+    image = draw_sample(2_000_049).image
     sheet = segment_questions(image, ["what is red?", "what here is round?"])
     assert seen == [1] and len(sheet.answers) == 2
 
 
 def test_two_adapters_are_compared_side_by_side(tmp_path, capsys):
-    sample = MiniReasonSeg(1, 2_000_049)[0]
+    sample = draw_sample(2_000_049)
     photo = tmp_path / "scene.png"
     Image.fromarray(sample.image).save(photo)
     load_policy("embedded", device="cpu").add_lora(4, 4).adapter.save_pretrained(tmp_path / "mine")
@@ -347,7 +347,7 @@ def test_two_adapters_are_compared_side_by_side(tmp_path, capsys):
     assert asked == [("dr2seg", ""), ("visionreasoner", ""), ("dr2seg", "mine")]
     first, _, last = (a["response"]["text"] for a in record["answers"])
     assert first == last  # a fresh adapter changes nothing
-    assert Image.open(tmp_path / "scene.segment.png").width == 3 * 720
+    assert Image.open(tmp_path / "scene.segment.png").width == 3 * (360 + 12)
 
 
 @pytest.mark.parametrize(
