@@ -2676,6 +2676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                      'dr2seg_lib.runs.hub.base_of': ('runs/hub.html#base_of', 'dr2seg_lib/runs/hub.py'),
                                      'dr2seg_lib.runs.hub.fetch_adapter': ('runs/hub.html#fetch_adapter', 'dr2seg_lib/runs/hub.py'),
                                      'dr2seg_lib.runs.hub.hub_name': ('runs/hub.html#hub_name', 'dr2seg_lib/runs/hub.py'),
+                                     'dr2seg_lib.runs.hub.hub_reason': ('runs/hub.html#hub_reason', 'dr2seg_lib/runs/hub.py'),
                                      'dr2seg_lib.runs.hub.is_adapter': ('runs/hub.html#is_adapter', 'dr2seg_lib/runs/hub.py')},
             'dr2seg_lib.runs.launch': { 'dr2seg_lib.runs.launch.NonWriterRun': ( 'runs/launch.html#nonwriterrun',
                                                                                  'dr2seg_lib/runs/launch.py'),

@@ -329,7 +329,9 @@ def test_a_value_may_start_with_a_minus_sign(capsys):
     assert "kl" in capsys.readouterr().err.partition(":")[2]
 
 
-@pytest.mark.parametrize("command", ["run", "runs", "join", "check", "segment", "plan", "tables"])
+@pytest.mark.parametrize(
+    "command", ["run", "runs", "join", "check", "segment", "push", "app", "plan", "tables"]
+)
 def test_every_command_has_help(capsys, command):
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.files import read_json, write_json, write_text
 from ..core.parameters import brief_text
 from ..runs.checkpoints import latest_checkpoint, verify_checkpoint
-from ..runs.hub import ADAPTER_CONFIG, HUB_NAME, base_of
+from ..runs.hub import ADAPTER_CONFIG, HUB_NAME, base_of, hub_reason
 from ..runs.model_card import public_name
 from ..runs.status import read_record, read_results
 from ..runs.verify import KEPT_WORDING, find_run_of, validate_adapter
@@ -111,9 +111,8 @@ def upload_files(folder: Path, repository: str, private: bool, message: str) -> 
             )
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except OSError as error:  # of the hub and of the network
-        reason = brief_text(str(error).strip().split("\n")[0], 150).rstrip(".")
         raise ValueError(
-            f"{repository} cannot be written on the hub ({reason}); "
+            f"{repository} cannot be written on the hub ({hub_reason(error)}); "
             "check the name and the token's rights, and push again"
         ) from None
     return commit.repo_url.url if commit.repo_url else repository

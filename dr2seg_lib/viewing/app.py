@@ -78,11 +78,11 @@ class DemoPage(widgets.VBox):
             return
         given = change["new"][0]
         try:
-            shown, self.problem.value = self.made(uploaded_sample(given.name, given.content)), ""
+            shown = self.made(uploaded_sample(given["name"], given["content"]))
         except (ValueError, OSError, RuntimeError) as error:
             self.problem.value = brief_text(str(error), 200)
             return
-        self.children = self.children[0], shown
+        self.problem.value, self.children = "", (self.children[0], shown)
 
 # %% ../../nbs/viewing/app.ipynb #141390ac
 def demo_page() -> DemoPage:
