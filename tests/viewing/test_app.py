@@ -100,7 +100,7 @@ def test_a_visitor_uploads_a_picture_and_asks(address, tmp_path):
         upload("text.png")
         page.get_by_text("text.png").wait_for()  # the sentence names the file
         upload("mine.png")
-        page.wait_for_function("() => !document.querySelector('.d2-ask textarea').value")
+        page.wait_for_function("() => document.querySelector('.d2-ask textarea')?.value === ''")
         page.locator(".d2-ask textarea").first.fill(sample.query)
         page.locator(".d2-ask button.d2-main").click()
         page.wait_for_function(
