@@ -3316,6 +3316,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                            'dr2seg_lib/training/trainer.py'),
                                              'dr2seg_lib.training.trainer.set_lr': ( 'training/trainer.html#set_lr',
                                                                                      'dr2seg_lib/training/trainer.py'),
+                                             'dr2seg_lib.training.trainer.start_training': ( 'training/trainer.html#start_training',
+                                                                                             'dr2seg_lib/training/trainer.py'),
                                              'dr2seg_lib.training.trainer.step_seed': ( 'training/trainer.html#step_seed',
                                                                                         'dr2seg_lib/training/trainer.py'),
                                              'dr2seg_lib.training.trainer.stop_for_all': ( 'training/trainer.html#stop_for_all',

@@ -63,7 +63,7 @@ class PhotoAsked:
     photo: str
     queries: list[str]  # may be empty with a box
     box: str | None = None  # "x1,y1,x2,y2" in pixels
-    point: str | None = None  # "x,y" in pixels
+    point: str | None = None  # "x,y" likewise
     compare: list[str] = field(default_factory=list)  # methods or adapters
 
     def check(self):
@@ -71,12 +71,12 @@ class PhotoAsked:
         for query in self.queries:
             check_text(query, "the question")
         if len(self.queries) > 1 and not any(" " in query.strip() for query in self.queries):
-            words = " ".join(self.queries)
-            raise ValueError(f'a question of several words needs quotes: "{brief_text(words)}"')
+            words = brief_text(" ".join(self.queries))
+            raise ValueError(f'a question of several words needs quotes: "{words}"')
         if self.box is not None and (len(self.queries) > 1 or self.compare):
             raise ValueError("with --box nobody is asked; leave it out, or the other questions")
 
-
+# %% ../../nbs/commands/segment.ipynb #c6854004
 def segmented(asked: PhotoAsked, attention: str, choices: dict):  # SegmentedPhoto or PhotoSheet
     "What was found in a photo."
     if len(asked.queries) > 1 or asked.compare:

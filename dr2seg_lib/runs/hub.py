@@ -35,7 +35,7 @@ PARTS = (
     "start.json",
 )  # of a checkpoint; another one, on which it stands, is in the folder `start`
 
-
+# %% ../../nbs/runs/hub.ipynb #8169ef72
 def hub_reason(error: Exception) -> str:
     "Why the hub gave nothing, in a few words."
     from huggingface_hub import errors
@@ -48,7 +48,7 @@ def hub_reason(error: Exception) -> str:
         return brief_text(str(error).strip().split("\n")[0], 150).rstrip(".")
     return "it cannot be reached"
 
-
+# %% ../../nbs/runs/hub.ipynb #1e2d7b1f
 @lru_cache
 def fetch_adapter(name: str) -> Path:  # a folder in the hub's cache
     "An adapter from the hub; a ValueError says why there is none."

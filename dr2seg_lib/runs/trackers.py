@@ -100,7 +100,7 @@ def mlflow_arguments(place: Place) -> dict:
         run |= dict(logging_dir=(folder / "mlflow").as_uri())
     return run | dict(run_id=place.identity or None)
 
-
+# %% ../../nbs/runs/trackers.ipynb #2c241850
 def tracker_arguments(name: str, place: Place) -> dict:
     "Of accelerate's class for a tracker."
     asked, folder = place.config.trackers, place.folder.resolve()
@@ -135,7 +135,7 @@ def plain_values(config: TrainConfig) -> dict:  # {dotted name: number or text}
     flat = config.flat().items()
     return {name: value if isinstance(value, kinds) else str(value) for name, value in flat}
 
-
+# %% ../../nbs/runs/trackers.ipynb #1c7e2869
 def start_tracker(name: str, place: Place):  # -> a tracker of accelerate
     "A tracker at work; one that cannot be had is a sentence."
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # here: most of runs/ is without torch

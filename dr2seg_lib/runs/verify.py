@@ -132,7 +132,7 @@ def with_base(adapter: str) -> dict:  # flat; empty: the default is what it says
     base = base_of(adapter_folder(adapter))
     return {"model": base} if base not in (None, "embedded") else {}
 
-
+# %% ../../nbs/runs/verify.ipynb #50ba88cf
 def inherit(
     given: dict,  # an evaluation's parameters, in any spelling
 ) -> tuple[dict, str]:  # nested, with what was left out; a sentence, "" where nothing is to say
@@ -143,15 +143,14 @@ def inherit(
     if not adapter or not left_out:
         return nested, ""
     validate_adapter(adapter)
-    run, defaults = (
-        find_run_of(adapter),
-        f"the defaults hold where nothing is given ({', '.join(left_out)})",
-    )
+    run = find_run_of(adapter)
+    defaults = f"the defaults hold where nothing is given ({', '.join(left_out)})"
     if run is None:
         base = {} if "model" in given else with_base(adapter)
         told = "".join(f"; its model is {name}" for name in base.values())
-        nested = nested_parameters(given | base, {})
-        return nested, f"adapter {adapter} lies in no run{told}; {defaults}"
+        return nested_parameters(
+            given | base, {}
+        ), f"adapter {adapter} lies in no run{told}; {defaults}"
     try:
         recorded = recorded_parameters(run)
     except (OSError, ValueError) as e:

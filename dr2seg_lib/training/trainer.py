@@ -6,7 +6,7 @@
 __all__ = ['TrainingState', 'build_policy', 'build_optimizer', 'reward_models', 'build_method', 'open_accelerator',
            'build_training_state', 'step_seed', 'lr_factor', 'set_lr', 'compute_rewards', 'ask', 'collect_rollouts',
            'ask_others', 'score_with_contrast', 'train_step', 'stop_for_all', 'measure_step', 'keep_step', 'take_step',
-           'record_start', 'record_skipped', 'serve_policy', 'run_steps', 'train']
+           'record_start', 'record_skipped', 'serve_policy', 'start_training', 'run_steps', 'train']
 
 # %% ../../nbs/training/trainer.ipynb #aa927f28
 import math
@@ -386,6 +386,14 @@ def serve_policy(state: TrainingState, config: TrainConfig, run: Run, stack: Exi
     served = ServedPolicy(state.policy, *named, folder, process)
     return state._replace(policy=stack.enter_context(served))
 
+# %% ../../nbs/training/trainer.ipynb #29967924
+def start_training(run: Run, config: TrainConfig, stack: ExitStack) -> TrainingState:
+    "Trackers first, so that what is wrong with them shows before weights are loaded."
+    accelerator = open_accelerator()
+    follow_run(run, config, accelerator, stack)
+    state = build_training_state(config, run.folder, accelerator)
+    return serve_policy(state, config, run, stack)
+
 # %% ../../nbs/training/trainer.ipynb #3265c2af
 def run_steps(
     run: Run, state: TrainingState, config: TrainConfig, data: TrainingData, checkpoint: Path | None
@@ -428,10 +436,7 @@ def train(
             )
         if data.held_out is not None and not config.evaluation.allow_overlap:
             check_disjoint(data.train, data.held_out)
-        accelerator = open_accelerator()
-        follow_run(run, config, accelerator, stack)
-        state = build_training_state(config, run.folder, accelerator)
-        state = serve_policy(state, config, run, stack)
+        state = start_training(run, config, stack)
         record_start(run, state, config, data)
         take_start(run, alike, config, data.held_out)
         run_steps(run, state, config, data, checkpoint)

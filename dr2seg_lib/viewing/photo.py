@@ -108,7 +108,7 @@ def note(self: SegmentedPhoto) -> str:
     asked = [f"{k} {self.asked[k]}" for k in ("model", "segmenter") if k in self.asked]
     return " · ".join([self.found, *asked])
 
-
+# %% ../../nbs/viewing/photo.ipynb #96174b6a
 @patch
 def picture(self: SegmentedPhoto) -> np.ndarray:  # [h,w,3] uint8
     "The photo with what was found."

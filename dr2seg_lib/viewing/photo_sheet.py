@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.parameters import EvaluateConfig
 from ..methods.names import method_names
@@ -90,25 +91,33 @@ class PhotoSheet:
     def __repr__(self):
         return self.note
 
-    def picture(self, longest: int = 720) -> np.ndarray:  # [h,w,3] uint8
-        "The page; `longest` is the side of one photo on it."
-        rows = [[answer_tile(answer, longest) for answer in row] for row in self.answers]
-        if len(self.titles) > 1:
-            width = rows[0][0].shape[1]
-            return stack_tiles([[draw_photo_caption(width, t, "") for t in self.titles], *rows])
-        tiles, across = [row[0] for row in rows], math.ceil(math.sqrt(len(rows)))
-        return stack_tiles([tiles[i : i + across] for i in range(0, len(tiles), across)])
+# %% ../../nbs/viewing/photo_sheet.ipynb #6a3acdc0
+@patch
+def picture(self: PhotoSheet, longest: int = 720) -> np.ndarray:  # [h,w,3] uint8
+    "The page; `longest` is the side of one photo on it."
+    rows = [[answer_tile(answer, longest) for answer in row] for row in self.answers]
+    if len(self.titles) > 1:
+        width = rows[0][0].shape[1]
+        return stack_tiles([[draw_photo_caption(width, t, "") for t in self.titles], *rows])
+    tiles, across = [row[0] for row in rows], math.ceil(math.sqrt(len(rows)))
+    return stack_tiles([tiles[i : i + across] for i in range(0, len(tiles), across)])
 
-    def _repr_png_(self) -> bytes:
-        return png_bytes(self.picture())
 
-    def record(self) -> dict:
-        "All of it but the pixels, ready for JSON."
-        return dict(photo=self.name, answers=[a.record() for row in self.answers for a in row])
+@patch
+def _repr_png_(self: PhotoSheet) -> bytes:
+    return png_bytes(self.picture())
 
-    def save(self, folder=".", overwrite: bool = False) -> tuple:  # the two paths
-        "Writes picture and record, as `SegmentedPhoto.save` does."
-        return save_result(self, folder, overwrite)
+
+@patch
+def record(self: PhotoSheet) -> dict:
+    "All of it but the pixels, ready for JSON."
+    return dict(photo=self.name, answers=[a.record() for row in self.answers for a in row])
+
+
+@patch
+def save(self: PhotoSheet, folder=".", overwrite: bool = False) -> tuple:  # the two paths
+    "Writes picture and record, as `SegmentedPhoto.save` does."
+    return save_result(self, folder, overwrite)
 
 # %% ../../nbs/viewing/photo_sheet.ipynb #1b166f00
 def answer_tile(answer: SegmentedPhoto, longest: int) -> np.ndarray:  # [h,w,3] uint8
@@ -122,7 +131,7 @@ def same_policy(one: EvaluateConfig, other: EvaluateConfig) -> bool:
     "Whether two are answered by the same weights."
     return one.model == other.model and one.data.max_pixels == other.data.max_pixels
 
-
+# %% ../../nbs/viewing/photo_sheet.ipynb #58fc01b8
 def segment_questions(
     photo,  # a file, or pixels [H,W,3] uint8
     queries: list[str],
