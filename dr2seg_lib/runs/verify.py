@@ -140,9 +140,8 @@ def inherit(
     given = with_adapter_named(flat_parameters(without_empty(given), EVALUATION_NAMES))
     nested, adapter = nested_parameters(given, {}), given.get("model.adapter")
     left_out = [n for n in INHERITED if n not in given]
-    if not adapter or not left_out:
+    if not adapter or not left_out or not validate_adapter(adapter):
         return nested, ""
-    validate_adapter(adapter)
     run = find_run_of(adapter)
     defaults = f"the defaults hold where nothing is given ({', '.join(left_out)})"
     if run is None:
