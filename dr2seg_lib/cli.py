@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'EXPECTED', 'COMPLETION', 'print_version', 'top_level_options', 'split_pairs', 'PairCommand', 'run_command',
            'runs_command', 'diff_command', 'tables_command', 'join_command', 'check_command', 'segment_command',
-           'plan_command', 'usage_sentence', 'file_sentence', 'error_sentence', 'invoke', 'main']
+           'push_command', 'app_command', 'plan_command', 'usage_sentence', 'file_sentence', 'error_sentence', 'invoke',
+           'main']
 
 # %% ../nbs/cli.ipynb #51312590
 import os
@@ -163,7 +164,7 @@ def check_command(data: options.DataSet) -> int:  # exit code, 1 when a record i
 @app.command("segment")
 def segment_command(
     photo: options.Photo,
-    query: options.Question = "",
+    queries: options.Questions = None,
     box: options.Box = None,
     point: options.Point = None,
     model: options.PolicyName = "",
@@ -173,14 +174,48 @@ def segment_command(
     dtype: options.WeightType = None,
     max_new_tokens: options.MaxNewTokens = 0,
     attention: options.Attention = "sdpa",
+    compare: options.Compared = None,
     out: options.PhotoFolder = Path("."),
     overwrite: options.Overwrite = False,
 ) -> int:  # exit code
-    "Segment one photo by a question, or by a box, into PHOTO.segment.png and PHOTO.segment.json."
-    from dr2seg_lib.commands.segment import PhotoParts, segment_and_save
+    "Segment one photo by questions, or by a box, into PHOTO.segment.png and PHOTO.segment.json."
+    from dr2seg_lib.commands.segment import PhotoAsked, PhotoParts, segment_and_save
 
     parts = PhotoParts(model, adapter, segmenter, method, dtype or "", max_new_tokens)
-    return segment_and_save(photo, query, box, point, parts, attention, out, overwrite)
+    asked = PhotoAsked(photo, queries or [], box, point, compare or [])
+    return segment_and_save(asked, parts, attention, out, overwrite)
+
+# %% ../nbs/cli.ipynb #ec9a03cf
+@app.command("push")
+def push_command(
+    source: options.Pushed,
+    repository: options.Repository,
+    private: options.Private = False,
+) -> int:  # exit code
+    "Put a run's best adapter on the hub, with its card and its record."
+    from dr2seg_lib.commands.push import push_checkpoint
+
+    return push_checkpoint(source, repository, private)
+
+# %% ../nbs/cli.ipynb #223000a3
+@app.command("app")
+def app_command(
+    photo: options.ShownPhoto = "",
+    query: options.ShownQuestion = "",
+    model: options.PolicyName = "",
+    adapter: options.Adapter = "",
+    segmenter: options.SegmenterName = "",
+    method: options.MethodName = "",
+    dtype: options.WeightType = None,
+    max_new_tokens: options.MaxNewTokens = 0,
+    port: options.Port = 8866,
+    token: options.Token = "",
+) -> int:  # exit code
+    "Show the playground as a page of this machine, to those who have the token."
+    from dr2seg_lib.commands.app import PhotoParts, serve_app
+
+    parts = PhotoParts(model, adapter, segmenter, method, dtype or "", max_new_tokens)
+    return serve_app(photo, query, parts, port, token)
 
 # %% ../nbs/cli.ipynb #a91d17c3
 @app.command("plan", cls=PairCommand)

@@ -330,7 +330,8 @@ def test_a_value_may_start_with_a_minus_sign(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "runs", "diff", "join", "check", "segment", "plan", "tables"]
+    "command",
+    ["run", "runs", "diff", "join", "check", "segment", "push", "app", "plan", "tables"],
 )
 def test_every_command_has_help(capsys, command):
     assert main([command, "--help"]) == 0

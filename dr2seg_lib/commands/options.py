@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ExperimentName', 'ParameterPairs', 'PresetName', 'RunFolder', 'Resume', 'Trust', 'ShowHelp', 'RunsFolder',
            'JoinedFolder', 'RunFolders', 'TableFormat', 'Where', 'SortField', 'CurveName', 'FirstRun', 'SecondRun',
-           'TagPair', 'UntagPair', 'RenamePair', 'DeletedRuns', 'DataSet', 'Photo', 'Question', 'Box', 'Point',
-           'PolicyName', 'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention',
-           'PhotoFolder', 'Overwrite', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount',
-           'Search', 'PlanFile', 'complete_experiment', 'complete_preset']
+           'TagPair', 'UntagPair', 'RenamePair', 'DeletedRuns', 'DataSet', 'Photo', 'Questions', 'Compared', 'Box',
+           'Point', 'PolicyName', 'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention',
+           'PhotoFolder', 'Overwrite', 'Pushed', 'Repository', 'Private', 'ShownPhoto', 'ShownQuestion', 'Port',
+           'Token', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search',
+           'PlanFile', 'complete_experiment', 'complete_preset']
 
 # %% ../../nbs/commands/options.ipynb #eebe6f53
 from pathlib import Path
@@ -139,12 +140,20 @@ DataSet = Annotated[
 
 # %% ../../nbs/commands/options.ipynb #91d9c36c
 Photo = Annotated[str, typer.Argument(metavar="PHOTO", help="A JPEG, PNG, WebP or BMP.")]
-Question = Annotated[
-    str,
+Questions = Annotated[
+    list[str] | None,
     typer.Argument(
         metavar="QUESTION",
-        help="What is looked for; may be left out with --box.",
+        help="What is looked for, one or several; may be left out with --box.",
         show_default=False,
+    ),
+]
+Compared = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compare",
+        metavar="NAME",
+        help="A method or an adapter to ask as well, side by side; may be given again.",
     ),
 ]
 Box = Annotated[
@@ -216,6 +225,26 @@ Overwrite = Annotated[
     typer.Option(
         "--overwrite",
         help="Replace an earlier result of that name [default: the next one gets a number].",
+    ),
+]
+
+# %% ../../nbs/commands/options.ipynb #3f02b04c
+Pushed = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint's.")]
+Repository = Annotated[str, typer.Argument(metavar="USER/NAME", help="Its name on the hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
+
+# %% ../../nbs/commands/options.ipynb #8702afa2
+ShownPhoto = Annotated[
+    str, typer.Option("--photo", metavar="FILE", help="The first picture.", show_default=False)
+]
+ShownQuestion = Annotated[
+    str, typer.Option("--question", metavar="TEXT", help="The first one.", show_default=False)
+]
+Port = Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Of this machine.")]
+Token = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT", help="What lets a visitor in [default: a new one].", show_default=False
     ),
 ]
 

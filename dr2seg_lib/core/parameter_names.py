@@ -10,7 +10,7 @@ __all__ = ['NAMED', 'GROUPS', 'MERGED', 'SHARED_NAMES', 'TRAINING_NAMES', 'EVALU
 from pydantic import BaseModel
 
 # %% ../../nbs/core/parameter_names.ipynb #80ef9d35
-NAMED = "method", "model", "data"  # groups with a field `name`
+NAMED = "method", "model", "data", "trackers"  # groups with a field `name`
 GROUPS = (*NAMED, "lora", "rollout", "optim", "evaluation", "runtime", "candidates")
 MERGED = (*GROUPS, "config", "cluster")  # of a sweep: what its trainings share, and who trains
 

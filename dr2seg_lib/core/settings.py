@@ -7,8 +7,8 @@ __all__ = ['MAX_QUESTION_TOKENS', 'NEW_TOKENS', 'PROJECTIONS', 'DATA_SET', 'METH
            'Settings', 'ModelSettings', 'TrainedModel', 'EvaluatedModel', 'LoraSettings', 'QuestionSettings',
            'TrainingDataSettings', 'EvaluatedDataSettings', 'Rea2SegDataSettings', 'AnswerSettings', 'RolloutSettings',
            'MethodSettings', 'TrainedMethod', 'OptimSettings', 'HeldOutSettings', 'CandidateSettings', 'check_form',
-           'ProcessSettings', 'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime', 'ClusterSettings',
-           'SweepSettings']
+           'ProcessSettings', 'RuntimeSettings', 'TrainingRuntime', 'EvaluationRuntime', 'TrackerSettings',
+           'ClusterSettings', 'SweepSettings']
 
 # %% ../../nbs/core/settings.ipynb #fc1dbf33
 import re
@@ -303,6 +303,24 @@ class EvaluationRuntime(RuntimeSettings):
     "How it is computed: time and memory, not the mathematics."
 
     batch_size: int = Field(32, ge=1, description="questions asked at once")
+
+# %% ../../nbs/core/settings.ipynb #304b6a40
+class TrackerSettings(Settings):
+    "Who else is told of a training."
+
+    name: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description="tensorboard, wandb, trackio, mlflow, one or several; empty: none"
+    )
+    project: str = Field("dr2seg", min_length=1, description="their name for runs of one purpose")
+    group: str = Field("", description="their name for runs that belong together; a sweep's own")
+    pictures_every: int = Field(
+        20, ge=0, description="steps between pictures of rollouts, first and last besides; 0: none"
+    )
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def names_with_commas(cls, given):
+        return tuple(filter(None, given.split(","))) if isinstance(given, str) else given
 
 # %% ../../nbs/core/settings.ipynb #c1a00002
 class ClusterSettings(Settings):

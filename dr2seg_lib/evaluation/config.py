@@ -16,13 +16,14 @@ from ..models.loading import validate_attention, validate_processes
 from ..models.quantized import validate_quantize
 from ..models.vllm_adapter import validate_lora_only
 from ..models.vllm_protocol import served_names
+from ..runs.hub import adapter_folder
 from ..runs.verify import validate_adapter, validate_model
 
 # %% ../../nbs/evaluation/config.ipynb #5f71555d
 def check_server(config: EvaluateConfig):
     "Refuses a server that does not answer, or that cannot take the adapter."
     if config.runtime.server and config.model.adapter:
-        validate_lora_only(config.model.adapter)
+        validate_lora_only(adapter_folder(config.model.adapter))
     if config.runtime.server:
         served_names(config.runtime.server, config.model.name)
 

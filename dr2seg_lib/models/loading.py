@@ -18,6 +18,7 @@ from ..core.files import LOAD_ERRORS, read_json
 from .policy import Policy
 from .pretrained import ATTENTION_KINDS
 from .quantized import validate_quantize
+from ..runs.hub import adapter_folder
 
 # %% ../../nbs/models/loading.ipynb #3ed29166
 def validate_attention(name: str, dtype: str) -> str:
@@ -65,8 +66,9 @@ def start_of(
     return start
 
 # %% ../../nbs/models/loading.ipynb #f01d0005
-def load_checkpoint(policy: Policy, adapter: str):  # adapter: a checkpoint's folder
+def load_checkpoint(policy: Policy, adapter: str):  # a checkpoint's folder, or one of the hub
     "Put what training saved into a policy, and below it that on which it was trained."
+    adapter = adapter_folder(adapter)
     if start := start_of(adapter):
         fold_checkpoint(policy, start)
     weights = Path(adapter) / "weights.safetensors"

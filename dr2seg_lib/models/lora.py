@@ -179,6 +179,8 @@ def unmerged_adapter(self: AdapterMerging):
 class Lora(AdapterMerging, FullTuning):
     "A policy's part that is trained. It needs `model` and `adapter`."
 
+    name = None  # by which the model was asked for; None: as transformers has it
+
     def add_lora(
         self,
         rank: int = 64,
@@ -193,6 +195,7 @@ class Lora(AdapterMerging, FullTuning):
             warnings.simplefilter("ignore", FutureWarning)
             config = lora_config(rank, alpha, norm, targets, tokens)
             self.adapter = get_peft_model(self.model, config)
+        config.base_model_name_or_path = self.name or config.base_model_name_or_path
         self.adapter.train(False)
         return self
 

@@ -57,7 +57,9 @@ def load(
     "A policy from a checkpoint in the layout of transformers."
     model, processor = load_pretrained(name, dtype, attention, quantize, **kwargs)
     side = image_side(processor, side, max_pixels)
-    return cls(model, processor, 1000 if model.config.model_type == "qwen3_vl" else side, side)
+    policy = cls(model, processor, 1000 if model.config.model_type == "qwen3_vl" else side, side)
+    policy.name = str(name)
+    return policy
 
 # %% ../../nbs/models/policy.ipynb #a5f00002
 @patch

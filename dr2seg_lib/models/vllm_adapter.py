@@ -86,7 +86,7 @@ class ServerAdapter:
             return
         part, old = self.folder / "new", self.name
         shutil.rmtree(part, ignore_errors=True)
-        self.adapter.save_pretrained(str(part))
+        self.adapter.save_pretrained(str(part), save_embedding_layers=False)
         config = validate_lora_only(part)
         name = adapter_name(part, config, self.folder.parent)
         if name == old:

@@ -53,6 +53,7 @@ class RunWriter(RunFiles):
 
     def __init__(self, folder: Path, writes: bool = True):
         super().__init__(folder)
+        self.followers = []  # told of each row and each step's rollouts, by `log` and `record`
         self.ledgers = {name: Ledger(self.folder / name) for name in ROW_FILES} if writes else {}
 
     def log(self, row: dict):
@@ -63,10 +64,14 @@ class RunWriter(RunFiles):
                 f"step {row['step']} is already in {ledger.path}; call truncate_after first"
             )
         ledger.append([row])
+        for follower in self.followers:
+            follower.log(row)
 
     def record(self, rollouts: list[dict]):
         "Appends the rollouts of one step."
         self.ledgers["rollouts.jsonl"].append(rollouts)
+        for follower in self.followers:
+            follower.record(rollouts)
 
     def keep_answers(self, answers: list[dict]):
         "Appends the answers to held-out questions after one step."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEFT', 'NEWEST', 'KEPT_WORDING', 'validate_model', 'find_adapter_damage', 'validate_adapter', 'find_run_of',
-           'recorded_parameters', 'refuse_recorded_code', 'inherit']
+           'recorded_parameters', 'refuse_recorded_code', 'with_adapter_named', 'with_base', 'inherit']
 
 # %% ../../nbs/runs/verify.ipynb #a5c01cd5
 import os.path
@@ -28,6 +28,7 @@ from dr2seg_lib.core.parameters import (
     without_empty,
 )
 from .checkpoints import verify_checkpoint
+from .hub import adapter_folder, base_of, hub_name, is_adapter
 from .status import read_record
 
 # %% ../../nbs/runs/verify.ipynb #c6cb4afa
@@ -63,11 +64,11 @@ def validate_adapter(name: str) -> str:  # "" for none
     "A checkpoint folder of `train`, or any adapter that peft has saved."
     if not name:
         return name
-    if not os.path.exists(name):
+    folder = adapter_folder(name)
+    if not os.path.exists(folder):
         raise ValueError(
             f"adapter {brief_text(name)} does not exist; name a checkpoint such as {NEWEST}"
         )
-    folder = Path(name)
     is_peft = all((folder / file).is_file() for file in PEFT)
     if not is_peft and not (folder / "weights.safetensors").is_file():
         newest = max((folder / "checkpoints").glob("step-*"), default=NEWEST)
@@ -78,7 +79,10 @@ def validate_adapter(name: str) -> str:  # "" for none
 
 # %% ../../nbs/runs/verify.ipynb #2c354185
 def find_run_of(adapter: str) -> Path | None:  # None: it lies in no run
-    "The folder of the run that a checkpoint belongs to, by where it lies."
+    "The folder of the run that a checkpoint belongs to, by where it lies; its own, from the hub."
+    if hub_name(adapter):
+        folder = adapter_folder(adapter)
+        return folder if (folder / "run.json").is_file() else None
     checkpoints = Path(os.path.abspath(adapter)).parent
     if checkpoints.name != "checkpoints":
         return None
@@ -115,22 +119,37 @@ def refuse_recorded_code(run: Path, taken: dict):
         )
 
 # %% ../../nbs/runs/verify.ipynb #b3bdea84
+def with_adapter_named(given: dict) -> dict:  # flat
+    "The parameters; an adapter that stands in the place of the model is named as what it is."
+    model = str(given.get("model", ""))
+    if given.get("model.adapter") or not is_adapter(model):
+        return given
+    return {n: v for n, v in given.items() if n != "model"} | {"model.adapter": model}
+
+
+def with_base(adapter: str) -> dict:  # flat; empty: the default is what it says, or it says none
+    "The model that an adapter without a run says it is for."
+    base = base_of(adapter_folder(adapter))
+    return {"model": base} if base not in (None, "embedded") else {}
+
+# %% ../../nbs/runs/verify.ipynb #50ba88cf
 def inherit(
     given: dict,  # an evaluation's parameters, in any spelling
 ) -> tuple[dict, str]:  # nested, with what was left out; a sentence, "" where nothing is to say
     "The given parameters with those of the adapter's run, and where they are from."
-    given = flat_parameters(without_empty(given), EVALUATION_NAMES)
+    given = with_adapter_named(flat_parameters(without_empty(given), EVALUATION_NAMES))
     nested, adapter = nested_parameters(given, {}), given.get("model.adapter")
     left_out = [n for n in INHERITED if n not in given]
-    if not adapter or not left_out:
+    if not adapter or not left_out or not validate_adapter(adapter):
         return nested, ""
-    validate_adapter(adapter)
-    run, defaults = (
-        find_run_of(adapter),
-        f"the defaults hold where nothing is given ({', '.join(left_out)})",
-    )
+    run = find_run_of(adapter)
+    defaults = f"the defaults hold where nothing is given ({', '.join(left_out)})"
     if run is None:
-        return nested, f"adapter {adapter} lies in no run; {defaults}"
+        base = {} if "model" in given else with_base(adapter)
+        told = "".join(f"; its model is {name}" for name in base.values())
+        return nested_parameters(
+            given | base, {}
+        ), f"adapter {adapter} lies in no run{told}; {defaults}"
     try:
         recorded = recorded_parameters(run)
     except (OSError, ValueError) as e:

@@ -68,7 +68,7 @@ def save_state(
     "The adapter as a peft folder, or the tuned weights; the optimizer's state beside it."
     weights, optimizer = state
     if policy.adapter is not None:
-        policy.adapter.save_pretrained(str(folder))
+        policy.adapter.save_pretrained(str(folder), save_embedding_layers=False)  # asks no hub
     else:
         contiguous = {n: p.contiguous() for n, p in weights.items()}
         save_file(contiguous, str(folder / "weights.safetensors"))

@@ -22,6 +22,7 @@ from ..methods.wording import with_kept_wording, worded_method
 from ..models.loading import validate_attention, validate_processes
 from ..models.quantized import require_bitsandbytes, validate_quantize
 from ..models.vllm_protocol import served_names
+from ..runs.trackers import check_trackers
 from ..runs.verify import validate_model
 from ..segmenters.sam3 import is_sam3
 from .starting_point import check_start, with_kept_start
@@ -47,6 +48,7 @@ def check_machine(config: TrainConfig):
     validate_quantize(config.model.quantize)
     if config.optim.states == "8bit":
         require_bitsandbytes("optim.states 8bit")
+    check_trackers(config.trackers.name)
     if runtime.server:
         served_names(runtime.server, config.model.name)
 

@@ -131,7 +131,8 @@ def test_every_field_of_version_0_1_has_a_place():
     added |= {"data.difficulty", "method.prompt", "method.newline", "data.polygons"}
     added |= {"rollout.redraws", "runtime.nodes", "runtime.rendezvous"}
     added |= {"model.quantize", "data.max_pixels", "runtime.offload"}
-    added |= {"optim.states"}
+    added |= {"optim.states", "trackers"}
+    added |= {f"trackers.{name}" for name in ("project", "group", "pictures_every")}
     added |= {f"optim.{name}" for name in ("warmup", "average", "kl_most", "entropy", "clip_high")}
     gone = [""]  # chunk: a forward is bounded by its tokens
     assert sorted(new) == sorted([*gone, *TrainConfig().flat().keys() - added])

@@ -840,7 +840,7 @@ def test_inspector_in_the_browser(lab):
     )
     assert time.perf_counter() - began < 5
     settled("step 12")
-    view.locator("h4").click()
+    view.locator("h4").first.click()
     lab.keyboard.press("ArrowDown")
     lab.wait_for_function(
         """() => document.querySelector('.d2-inspect .d2-slider:nth-of-type(2) output')
@@ -1094,12 +1094,12 @@ def test_where_the_model_looks_in_the_browser(lab):
     assert (pixels() != before).any(-1).mean() > 0.9
     assert "weights" in view.locator(".d2-status").inner_text()
     assert view.locator(".d2-seen").count() == 1
-    view.locator("h4").hover()
+    view.locator("h4").first.hover()
     says("IoU")
     lab.wait_for_timeout(200)
     assert (pixels() == before).all()
     word.click()  # held: the pointer may leave
-    view.locator("h4").hover()
+    view.locator("h4").first.hover()
     lab.wait_for_timeout(300)
     held = view.locator(".d2-status").inner_text()
     assert "of its attention" in held

@@ -12,12 +12,13 @@ from PIL import Image
 
 from dr2seg_lib.cli import main
 from dr2seg_lib.core.masks import decode_rle
-from dr2seg_lib.data.mini import MiniReasonSeg
+from dr2seg_lib.data.mini import MiniReasonSeg, draw_sample
 from dr2seg_lib.data.samples import Target
 from dr2seg_lib.models.loading import load_policy
 from dr2seg_lib.segmenters.loading import load_segmenter
 from dr2seg_lib.viewing.photo import check_photo_folder, segment_photo
 from dr2seg_lib.viewing.photo_picture import draw_photo_caption, draw_segmented
+from dr2seg_lib.viewing.photo_sheet import segment_questions
 
 HOPPER = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"  # 512 × 600
 CAP = "150,18,384,152"
@@ -301,3 +302,63 @@ def test_the_command(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "tokens of reasoning" in out
     assert "knows only the drawn world" in err
+
+
+def test_several_questions_are_answered_on_one_page(tmp_path, capsys):
+    sample = draw_sample(2_000_049)
+    photo, questions = tmp_path / "scene.png", [sample.query, "what here is round?", "what is red?"]
+    Image.fromarray(sample.image).save(photo)
+    assert main(["segment", str(photo), *questions, "--out", str(tmp_path / "out")]) == 0
+    out, _ = capsys.readouterr()
+    assert [line.partition(": ")[0] for line in out.splitlines()[:3]] == questions
+    record = json.loads((tmp_path / "out" / "scene.segment.json").read_text())
+    assert [answer["query"] for answer in record["answers"]] == questions
+    for answer in record["answers"]:
+        alone = segment_photo(sample.image, answer["query"])
+        assert answer["response"]["text"] == alone.response.text
+        assert np.array_equal(decode_rle(answer["mask"]), alone.mask)
+    assert Image.open(tmp_path / "out" / "scene.segment.png").width == 2 * (360 + 12)
+
+
+def test_the_picture_is_encoded_once(monkeypatch):
+    from dr2seg_lib.models.policy import Policy
+
+    encode, seen = Policy.encode, []
+
+    def counted(self, images):
+        seen.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(Policy, "encode", counted)
+    image = draw_sample(2_000_049).image
+    sheet = segment_questions(image, ["what is red?", "what here is round?"])
+    assert seen == [1] and len(sheet.answers) == 2
+
+
+def test_two_adapters_are_compared_side_by_side(tmp_path, capsys):
+    sample = draw_sample(2_000_049)
+    photo = tmp_path / "scene.png"
+    Image.fromarray(sample.image).save(photo)
+    load_policy("embedded", device="cpu").add_lora(4, 4).adapter.save_pretrained(tmp_path / "mine")
+    words = ["--compare", "visionreasoner", "--compare", str(tmp_path / "mine")]
+    assert main(["segment", str(photo), sample.query, *words, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "scene.segment.json").read_text())
+    asked = [(a["method"], Path(a["adapter"]).name) for a in record["answers"]]
+    assert asked == [("dr2seg", ""), ("visionreasoner", ""), ("dr2seg", "mine")]
+    first, _, last = (a["response"]["text"] for a in record["answers"])
+    assert first == last  # a fresh adapter changes nothing
+    assert Image.open(tmp_path / "scene.segment.png").width == 3 * (360 + 12)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["what", "is", "red"], 'a question of several words needs quotes: "what is red"'),
+        (["what is it?", "and that?", "--box", CAP], "with --box nobody is asked"),
+        (["what is it?", "--compare", "nope"], "adapter nope does not exist"),
+        (["what is it?", " "], "a question is empty"),
+    ],
+)
+def test_questions_that_cannot_be_meant_are_a_sentence(tmp_path, capsys, words, says):
+    assert main(["segment", str(HOPPER), *words, "--out", str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
