@@ -133,7 +133,7 @@ def cell(self: GridTable, row: int, shown: str) -> dict:  # shown: name of a fie
     "What stands below a thumbnail, and what its tooltip says."
     source, _, rollout = self.place(row)
     step = f"step {self.columns['step'][row]}, " if "step" in self.columns else ""
-    which = self.columns["when"][row] if source == "evaluation" else f"rollout {rollout}"
+    which = self.columns["when"][row] if source == "evaluation" else f"rollout {rollout + 1}"
     place, sample = f"{step}{which}", self.columns["sample"][row]
     title = dict(place=place, title=f"{sample} · {place}", query=self.columns["query"][row])
     said = dict(verdict=self.columns["verdict"][row], tags=self.columns["tag"][row])
