@@ -1,5 +1,5 @@
 // ---- the door -----------------------------------------------------------------------------------------------------------------------
-const VIEWS = {inspect, live, compare, ask, browse};
+const VIEWS = {inspect, live, compare, ask, browse, runs, curves, question};
 
 export default {
   render({model, el}) {

@@ -11,8 +11,11 @@ const KEYS = {
   ask: [[["Enter"], "ask; with Shift, a new line"], [["drag", "click"], "on the picture: segment a box, a point; with Shift, move a picture that is zoomed"], LAYERS, ZOOM],
   browse: [[["click"], "choose an answer, or let it go; with Shift, all up to it"], [["←", "→", "↑", "↓"], "go from answer to answer; with Shift, choose on the way"], [["Space"], "choose the answer at hand, or let it go"],
     [["Ctrl A", "Esc"], "choose all that fit, none"], [["drag"], "in a histogram: filter by a range; a click takes it back"], TAB],
+  runs: [[["click"], "choose a run, or let it go; with Shift, all up to it"], [["click"], "on a head: sort, and the other way round"], [["double click"], "look into a run"], TAB],
+  curves: [[["click"], "on a point: look into its step"], CHARTS, TAB],
+  question: [[["←", "→"], "the question before, the next one"], [["click"], "on a pale curve: that question"], TAB],
 };
-const TITLES = {inspect: "inspector", live: "a run as it goes", compare: "comparison of runs", ask: "a question to a picture", browse: "grid of answers"};
+const TITLES = {inspect: "inspector", live: "a run as it goes", compare: "comparison of runs", ask: "a question to a picture", browse: "grid of answers", runs: "table of runs", curves: "curves of runs", question: "a question over the steps"};
 
 function help(root, kind) { // its button, which ? presses as well
   const row = ([keys, what]) => h("div", {}, h("dt", {}, keys.map(k => h("kbd", {}, k))), h("dd", {}, what));

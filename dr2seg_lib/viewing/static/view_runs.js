@@ -1,5 +1,5 @@
 
-// ==== appended to inspector.js: runs in a table, curves over time, one question over time ====================================
+// ==== runs in a table, curves over time, one question over time ============================================================
 
 // ---- another view below ---------------------------------------------------------------------------------------------------
 function holding(model, box) { // what the kernel holds for this view: its widget, or nothing
@@ -147,7 +147,6 @@ function runs(model, root) {
   model.on("msg:custom", m => { if (m.done === undefined) return; said.hidden = !m.done; said.textContent = m.done; note.hidden = !m.error; note.textContent = m.error; });
   draw(); holding(model, below);
 }
-Object.assign(VIEWS, {runs});
 
 // ---- charts that come and go ----
 function plotted(model, root) { // as `charts`, but a chart that is replaced is taken down first
@@ -201,7 +200,6 @@ function curves(model, root) {
   draw(); plotted(model, root); holding(model, below);
   return () => observer.disconnect();
 }
-Object.assign(VIEWS, {curves});
 
 // ---- one question over the steps --------------------------------------------------------------------------------------------------
 function question(model, root) {
@@ -242,4 +240,3 @@ function question(model, root) {
   fields(); draw(); plotted(model, root);
   return () => observer.disconnect();
 }
-Object.assign(VIEWS, {question});
