@@ -1,5 +1,5 @@
 // ---- the door -----------------------------------------------------------------------------------------------------------------------
-const VIEWS = {inspect, live, compare, ask, browse, runs, curves, question};
+const VIEWS = {inspect, live, compare, ask, browse, runs, curves, question, embedding};
 
 export default {
   render({model, el}) {

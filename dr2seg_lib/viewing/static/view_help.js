@@ -13,9 +13,10 @@ const KEYS = {
     [["Ctrl A", "Esc"], "choose all that fit, none"], [["drag"], "in a histogram: filter by a range; a click takes it back"], TAB],
   runs: [[["click"], "choose a run, or let it go; with Shift, all up to it"], [["click"], "on a head: sort, and the other way round"], [["double click"], "look into a run"], TAB],
   curves: [[["click"], "on a point: look into its step"], CHARTS, TAB],
+  embedding: [[["drag"], "around dots: their answers come below; with Shift, add more"], [["double click"], "let them go"], TAB],
   question: [[["←", "→"], "the question before, the next one"], [["click"], "on a pale curve: that question"], TAB],
 };
-const TITLES = {inspect: "inspector", live: "a run as it goes", compare: "comparison of runs", ask: "a question to a picture", browse: "grid of answers", runs: "table of runs", curves: "curves of runs", question: "a question over the steps"};
+const TITLES = {inspect: "inspector", live: "a run as it goes", compare: "comparison of runs", ask: "a question to a picture", browse: "grid of answers", runs: "table of runs", curves: "curves of runs", question: "a question over the steps", embedding: "questions by likeness"};
 
 function help(root, kind) { // its button, which ? presses as well
   const row = ([keys, what]) => h("div", {}, h("dt", {}, keys.map(k => h("kbd", {}, k))), h("dd", {}, what));

@@ -149,6 +149,10 @@ function runs(model, root) {
 }
 
 // ---- charts that come and go ----
+function settle(box, tries = 50) { // plotly measures its place once it has drawn: before, it would draw nothing
+  if (box.querySelector(".main-svg")) window.dispatchEvent(new Event("resize"));
+  else if (tries) setTimeout(settle, 100, box, tries - 1);
+}
 function plotted(model, root) { // as `charts`, but a chart that is replaced is taken down first
   const manager = model.widget_manager, views = {};
   if (!manager) return;
@@ -163,6 +167,7 @@ function plotted(model, root) { // as `charts`, but a chart that is replaced is 
       if (!reference) continue;
       const next = await manager.create_view(await manager.get_model(reference.replace("IPY_MODEL_", "")));
       views[name] = [reference, next]; fill(box, next.el);
+      settle(box);
     }
   }
   const queue = () => { turn = turn.then(place).catch(() => {}); };
