@@ -41,11 +41,13 @@ class ChartView(View):
     "A view with charts, which are widgets once a browser has asked for them."
 
     figures = t.Dict().tag(sync=True, **widget_serialization)  # {name: FigureWidget}
+    cols = t.Int(4, min=1, max=4).tag(sync=True)  # panels in a row at most: the view's width tells
     asked = False  # whether a browser shows the view
 
     def __init__(self, **traits):
         super().__init__(**traits)
         self.on_msg(self.respond)
+        self.observe(self.draw_again, "cols")
 
     def charts(self) -> dict:
         "{name: Chart}, of what there is to draw."
@@ -70,7 +72,17 @@ def show_charts(self: ChartView):
     if not self.asked:
         return
     for name, chart in self.charts().items():
+        chart.cols = min(chart.cols or len(chart.panels), self.cols)
         if name in self.figures:
             grow_figure(self.figures[name], chart)
         else:
             self.figures = self.figures | {name: figure_widget(chart)}
+
+
+@patch
+def draw_again(self: ChartView, change=None):
+    "Other axes or panels: the charts are made anew."
+    before, self.figures = self.figures, {}
+    self.show_charts()
+    for widget in before.values():
+        widget.close()

@@ -163,7 +163,7 @@ class CurveBrowser(ChartView, HoldingView):
         known = measure_names(list(self.runs.values()))
         shown = [name for name in FIRST if name in known] or known[:3]
         super().__init__(about=self.facts(problems, known), measures=shown)
-        self.observe(self.draw_again, ["measures", "log_x", "log_y", "cols"])
+        self.observe(self.draw_again, ["measures", "log_x", "log_y"])
         self.observe(self.smooth_again, "keep")
 
 # %% ../../nbs/viewing/curve_browser.ipynb #a1989dbf
@@ -193,15 +193,6 @@ def charts(self: CurveBrowser) -> dict:  # {name: Chart}
 def smooth_again(self: CurveBrowser, change=None):
     "Another smoothing: new values in the charts that are there."
     self.show_charts()
-
-# %% ../../nbs/viewing/curve_browser.ipynb #97849dbc
-@patch
-def draw_again(self: CurveBrowser, change=None):
-    "Other axes or panels: the charts are made anew."
-    before, self.figures = self.figures, {}
-    self.show_charts()
-    for widget in before.values():
-        widget.close()
 
 # %% ../../nbs/viewing/curve_browser.ipynb #11183a2a
 @patch

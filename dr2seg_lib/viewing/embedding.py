@@ -160,7 +160,7 @@ def __init__(self: EmbeddingView, run, feature, colour, source, scorer, projecti
     fields = self.table.first_fields(12) if self.table else []
     ChartView.__init__(self, about=self.facts(fields), feature=feature)
     self.colour = known_choice("colour", colour, fields)
-    self.observe(self.draw_again, ["feature", "colour"])
+    self.observe(self.ask_anew, ["feature", "colour"])
     self.observe(self.show_chosen, "chosen")
 
 # %% ../../nbs/viewing/embedding.ipynb #6ebb9396
@@ -225,12 +225,10 @@ def charts(self: EmbeddingView) -> dict:  # {name: Chart}
 
 # %% ../../nbs/viewing/embedding.ipynb #1fa9cd57
 @patch
-def draw_again(self: EmbeddingView, change=None):
-    "Other features or colours: the chart is made anew."
-    before, self.figures, self.chosen = self.figures, {}, []
-    self.show_charts()
-    for widget in before.values():
-        widget.close()
+def ask_anew(self: EmbeddingView, change=None):
+    "Other features or colours: the chart is made anew, and nothing is chosen."
+    self.chosen = []
+    self.draw_again()
 
 
 @patch

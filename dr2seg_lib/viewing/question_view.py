@@ -123,7 +123,6 @@ class QuestionView(ChartView, HoldingView):
         super().__init__(about=self.facts(lists, problem))
         self.choose(sample)
         self.observe(self.turn, ["source", "sample", "rollout"])
-        self.observe(self.draw_again, "cols")
 
     def facts(self, lists: dict, problem: str) -> dict:
         "What does not change."
@@ -169,15 +168,6 @@ def charts(self: QuestionView) -> dict:  # {name: Chart}
     if self.sample not in found:
         return {}
     return dict(question=question_chart(found, self.sample, self.cols))
-
-
-@patch
-def draw_again(self: QuestionView, change=None):
-    "Other columns: the charts are made anew."
-    before, self.figures = self.figures, {}
-    self.show_charts()
-    for widget in before.values():
-        widget.close()
 
 
 @patch

@@ -1,19 +1,35 @@
 // ---- charts -------------------------------------------------------------------------------------------------------------------------
 // What plotly draws: its widgets come from the kernel once they are asked for, and go to the element with data-chart="name".
-function charts(model, root) {
-  const manager = model.widget_manager, shown = {};
+function settle(box, tries = 50) { // plotly measures its place once it has drawn: before, it would draw nothing
+  if (box.querySelector(".main-svg")) window.dispatchEvent(new Event("resize"));
+  else if (tries) setTimeout(settle, 100, box, tries - 1);
+}
+function plotted(model, root) { // a chart that is replaced is taken down first
+  const manager = model.widget_manager, views = {};
   if (!manager) return; // a page without a kernel keeps the stills
+  let turn = Promise.resolve();
   async function place() {
-    for (const [name, reference] of Object.entries(model.get("figures") || {})) {
-      const box = root.querySelector(`[data-chart="${name}"]`);
-      if (!box || shown[name] === reference) continue;
-      shown[name] = reference;
-      const view = await manager.create_view(await manager.get_model(reference.replace("IPY_MODEL_", "")));
-      fill(box, view.el);
+    const figures = model.get("figures") || {};
+    for (const box of root.querySelectorAll("[data-chart]")) {
+      const name = box.dataset.chart, reference = figures[name], [known, view] = views[name] || [];
+      if (known === reference) continue;
+      if (view) view.remove();
+      views[name] = undefined;
+      if (!reference) continue;
+      const next = await manager.create_view(await manager.get_model(reference.replace("IPY_MODEL_", "")));
+      views[name] = [reference, next]; fill(box, next.el);
+      settle(box);
     }
   }
-  model.on("change:figures", place); place();
+  const queue = () => { turn = turn.then(place).catch(() => {}); };
+  model.on("change:figures", queue); queue();
   model.send({ask: "figures"});
+}
+function fitColumns(model, root, count = w => Math.floor(w / 230), most = 4) { // so many panels in a row as the view is wide
+  const place = () => { const w = root.clientWidth, n = clamp(count(w), 1, most); if (w && n !== model.get("cols")) { model.set("cols", n); model.save_changes(); } };
+  const observer = new ResizeObserver(place);
+  observer.observe(root); place();
+  return () => observer.disconnect();
 }
 
 // ---- live -----------------------------------------------------------------------------------------------------------------------------
@@ -32,8 +48,9 @@ function live(model, root) {
   }
   const drawn = () => { wait.hidden = Object.keys(model.get("figures") || {}).length > 0; };
   model.on("change:state", said); model.on("change:about", said); model.on("change:figures", drawn);
-  said(); drawn(); charts(model, root);
+  said(); drawn(); plotted(model, root);
+  return fitColumns(model, root);
 }
 
 // ---- compare ----------------------------------------------------------------------------------------------------------------------------
-function compare(model, root) { root.innerHTML = model.get("html"); charts(model, root); }
+function compare(model, root) { root.innerHTML = model.get("html"); plotted(model, root); return fitColumns(model, root); }

@@ -148,33 +148,6 @@ function runs(model, root) {
   draw(); holding(model, below);
 }
 
-// ---- charts that come and go ----
-function settle(box, tries = 50) { // plotly measures its place once it has drawn: before, it would draw nothing
-  if (box.querySelector(".main-svg")) window.dispatchEvent(new Event("resize"));
-  else if (tries) setTimeout(settle, 100, box, tries - 1);
-}
-function plotted(model, root) { // as `charts`, but a chart that is replaced is taken down first
-  const manager = model.widget_manager, views = {};
-  if (!manager) return;
-  let turn = Promise.resolve();
-  async function place() {
-    const figures = model.get("figures") || {};
-    for (const box of root.querySelectorAll("[data-chart]")) {
-      const name = box.dataset.chart, reference = figures[name], [known, view] = views[name] || [];
-      if (known === reference) continue;
-      if (view) view.remove();
-      views[name] = undefined;
-      if (!reference) continue;
-      const next = await manager.create_view(await manager.get_model(reference.replace("IPY_MODEL_", "")));
-      views[name] = [reference, next]; fill(box, next.el);
-      settle(box);
-    }
-  }
-  const queue = () => { turn = turn.then(place).catch(() => {}); };
-  model.on("change:figures", queue); queue();
-  model.send({ask: "figures"});
-}
-
 // ---- curves -----------------------------------------------------------------------------------------------------------------------
 function curves(model, root) {
   const about = model.get("about"), plots = h("div", {class: "d2-curveplot", "data-chart": "curves"}), below = h("div", {class: "d2-held"}), note = h("p", {class: "d2-notice", hidden: true});
@@ -198,12 +171,10 @@ function curves(model, root) {
     fill(measures, about.measures.map(m => chip(about.titles[m], chosen.includes(m), () => { model.set("measures", about.measures.filter(n => chosen.includes(n) !== (n === m))); save(); }, m)));
     plots.hidden = !chosen.length; note.hidden = !model.get("note"); note.textContent = model.get("note");
   }
-  const columns = () => { const w = root.clientWidth, n = w < 480 ? 1 : w < 900 ? 2 : 3; if (w && n !== model.get("cols")) { model.set("cols", n); save(); } };
-  const observer = new ResizeObserver(columns);
-  observer.observe(root); columns();
+  const rest = fitColumns(model, root, w => w < 480 ? 1 : w < 900 ? 2 : 3);
   for (const t of ["keep", "measures", "log_x", "log_y", "note"]) model.on(`change:${t}`, draw);
   draw(); plotted(model, root); holding(model, below);
-  return () => observer.disconnect();
+  return rest;
 }
 
 // ---- one question over the steps --------------------------------------------------------------------------------------------------
@@ -232,9 +203,7 @@ function question(model, root) {
     numbers.hidden = n < 2;
     fill(numbers, Array.from({length: n}, (_, k) => h("button", {"aria-pressed": String(k === model.get("rollout")), title: `rollout ${k + 1} of each step`, onclick: () => { model.set("rollout", k); save(); }}, k + 1)));
   }
-  const columns = () => { const w = root.clientWidth, n = w < 560 ? 1 : 3; if (w && n !== model.get("cols")) { model.set("cols", n); save(); } };
-  const observer = new ResizeObserver(columns);
-  observer.observe(root); columns();
+  const rest = fitColumns(model, root, w => w < 560 ? 1 : 3);
   root.addEventListener("keydown", e => {
     const by = {ArrowLeft: -1, ArrowRight: 1}[e.key];
     if (!by || e.target.matches("select,input,.d2-film")) return;
@@ -243,5 +212,5 @@ function question(model, root) {
   model.on("change:source", () => { fields(); draw(); });
   for (const t of ["sample", "html", "rollout", "rollouts"]) model.on(`change:${t}`, draw);
   fields(); draw(); plotted(model, root);
-  return () => observer.disconnect();
+  return rest;
 }
