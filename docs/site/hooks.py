@@ -21,6 +21,7 @@ SERVED = (
     "*.md",
     "docs/*.md",
     "docs/*.png",
+    "docs/*.gif",
     "docs/site/*.css",
     "nbs/**/*.ipynb",
     "benchmarks/results/*",

@@ -73,13 +73,17 @@ class RunWriter(RunFiles):
         for follower in self.followers:
             follower.record(rollouts)
 
-    def keep_answers(self, answers: list[dict]):
-        "Appends the answers to held-out questions after one step."
-        self.ledgers["held_out.jsonl"].append(answers)
+# %% ../../nbs/runs/run_files.ipynb #3bd33ad5
+@patch
+def keep_answers(self: RunWriter, answers: list[dict]):
+    "Appends the answers to held-out questions after one step."
+    self.ledgers["held_out.jsonl"].append(answers)
 
-    def results(self, values: dict):
-        "Writes what came out."
-        write_json(self.folder / "results.json", values)
+
+@patch
+def results(self: RunWriter, values: dict):
+    "Writes what came out."
+    write_json(self.folder / "results.json", values)
 
 # %% ../../nbs/runs/run_files.ipynb #c0f5f4bc
 @patch

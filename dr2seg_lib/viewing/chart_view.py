@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from ipywidgets import widget_serialization
 
 from .charts import CONFIG, Chart
-from .view import View
+from .figures import Figure
+from .view import View, notice_figure
 
 # %% ../../nbs/viewing/chart_view.ipynb #c0005
 def figure_widget(chart: Chart) -> go.FigureWidget:
@@ -43,6 +44,8 @@ class ChartView(View):
     figures = t.Dict().tag(sync=True, **widget_serialization)  # {name: FigureWidget}
     cols = t.Int(4, min=1, max=4).tag(sync=True)  # panels in a row at most: the view's width tells
     asked = False  # whether a browser shows the view
+    clicked = None  # a method: what a click on a point does, as plotly calls it
+    nothing = "nothing to draw"  # said where there is no chart
 
     def __init__(self, **traits):
         super().__init__(**traits)
@@ -77,8 +80,25 @@ def show_charts(self: ChartView):
             grow_figure(self.figures[name], chart)
         else:
             self.figures = self.figures | {name: figure_widget(chart)}
+        self.listen(self.figures[name])
+
+# %% ../../nbs/viewing/chart_view.ipynb #89e88772
+@patch
+def listen(self: ChartView, widget: go.FigureWidget):
+    "Hears what is done to a chart's points."
+    if self.clicked:
+        for trace in widget.data:
+            trace.on_click(self.clicked, append=False)
 
 
+@patch
+def still(self: ChartView) -> Figure:
+    "The first chart, for where no widget lives."
+    for chart in self.charts().values():
+        return chart.matplotlib()
+    return notice_figure(self.about["missing"] or self.nothing)
+
+# %% ../../nbs/viewing/chart_view.ipynb #6118961e
 @patch
 def draw_again(self: ChartView, change=None):
     "Other axes or panels: the charts are made anew."

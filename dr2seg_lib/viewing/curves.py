@@ -66,8 +66,8 @@ def curve_band(
     "Several runs of one arm as a line and its range."
     lines = [smooth_series(rows, name, keep) for rows in runs]
     steps = sorted(set().union(*lines))
-    values = [[line[step] for line in lines if step in line] for step in steps]
-    return np.array(steps), *(np.array(list(map(f, values))) for f in (np.mean, np.min, np.max))
+    values = np.array([[line.get(step, np.nan) for step in steps] for line in lines])  # [seeds,T]
+    return np.array(steps), *(f(values, axis=0) for f in (np.nanmean, np.nanmin, np.nanmax))
 
 # %% ../../nbs/viewing/curves.ipynb #c0014
 def thin_steps(
@@ -239,7 +239,7 @@ def training_health(
     return Chart(panels, arm_groups(arms), height=1.9, linked=True, unified=True)
 
 # %% ../../nbs/viewing/curves.ipynb #c0036
-STAGE_COLOURS = dict(first="#5470ee", second="#1db0d7", reward="#ca493d")
+STAGE_COLOURS = dict(first="#5470ee", second="#0da1ff", reward="#ca493d")
 STAGE_COLOURS |= dict(reference="#0aa574", update="#c8780a")
 
 

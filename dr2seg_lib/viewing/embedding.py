@@ -9,6 +9,7 @@ __all__ = ['PROJECTIONS', 'PICTURES', 'FEATURES', 'MOST_PLACES', 'RANGES', 'KIND
 
 # %% ../../nbs/viewing/embedding.ipynb #b1958b2b
 import numpy as np
+import plotly.graph_objects as go
 import torch
 import traitlets as t
 from fastcore.basics import patch
@@ -17,13 +18,13 @@ from ..scorers.clip import load_scorer, target_crop
 from .axes import Panel
 from .chart_view import ChartView
 from .charts import Chart
-from .figures import Figure
 from .grid import Grid
 from .held_view import HoldingView
 from .marks import Points
+from .question_answers import known_mean
 from .run_reader import RunReader
-from .style import MUTED, short
-from .view import missing_folder_in_a_sentence, notice_figure
+from .style import DISTINCT_COLOURS, MUTED, short
+from .view import missing_folder_in_a_sentence
 
 # %% ../../nbs/viewing/embedding.ipynb #13c24a9c
 def principal_components(
@@ -66,7 +67,7 @@ PICTURES = dict(picture=_picture, target=_target)
 FEATURES = *PICTURES, "question"
 MOST_PLACES = 2000  # questions; of more, every so manieth
 
-
+# %% ../../nbs/viewing/embedding.ipynb #134d8a42
 def feature_vectors(
     run: RunReader,
     source: str,  # "rollouts" or "evaluation"
@@ -89,9 +90,7 @@ def feature_vectors(
 
 # %% ../../nbs/viewing/embedding.ipynb #52b9d61d
 RANGES = "#f0c239", "#e58b4a", "#cf5f78", "#a159b4", "#6358d8"  # from the least to the most
-KINDS = (
-    "#5470ee", "#d0503f", "#149a80", "#c8780a", "#9a5fd0", "#1f93b8", "#c2487f", "#6b8f5e",
-)  # fmt: skip
+KINDS = DISTINCT_COLOURS[:8]
 
 
 def number_groups(values: list) -> list[tuple]:  # (name, colour, places) each
@@ -108,7 +107,7 @@ def number_groups(values: list) -> list[tuple]:  # (name, colour, places) each
     ]
     return [group for group in found if len(group[2])]
 
-
+# %% ../../nbs/viewing/embedding.ipynb #b8dba613
 def word_groups(values: list) -> list[tuple]:  # (name, colour, places) each
     "The most frequent words apart, all others together."
     words, counts = np.unique([str(v) for v in values], return_counts=True)
@@ -136,6 +135,7 @@ class EmbeddingView(ChartView, HoldingView):
     "Questions by likeness. `feature`, `colour` and `chosen` may be set here, or by hand."
 
     kind = t.Unicode("embedding").tag(sync=True)
+    nothing = "No question's picture can be had."
     about = t.Dict().tag(sync=True)  # name, lead, missing, features, fields
     feature = t.Enum(FEATURES, "target").tag(sync=True)
     colour = t.Unicode().tag(sync=True)  # a field
@@ -183,7 +183,7 @@ def places(self: EmbeddingView) -> tuple:  # numbers of the groups; [N,2]
         self.cache[self.feature] = known, found
     return self.cache[self.feature]
 
-
+# %% ../../nbs/viewing/embedding.ipynb #a8ec340f
 @patch
 def values(self: EmbeddingView, groups: list[int]) -> list:
     "What the field of the colour says of each question: its answers' mean, or the last one's word."
@@ -201,7 +201,7 @@ def summary(values: list, source: str):  # of a question's answers
     if not known:
         return None
     if source == "rollouts" and all(isinstance(v, (int, float)) for v in known):
-        return sum(known) / len(known)
+        return known_mean(known)
     return ", ".join(known[-1]) or "none" if isinstance(known[-1], list) else known[-1]
 
 
@@ -232,17 +232,15 @@ def ask_anew(self: EmbeddingView, change=None):
 
 
 @patch
-def show_charts(self: EmbeddingView):
-    "Makes the chart; a lasso chooses its dots, a double click lets them go."
-    super(EmbeddingView, self).show_charts()
-    for widget in self.figures.values():
-        widget.update_layout(dragmode="lasso")
-        dots = widget.data[-len(self.traces) :]  # before them stand those of the legend
-        for number, trace in enumerate(dots):
-            trace.on_selection(self.lassoed(number), append=False)
-        dots[-1].on_deselect(self.let_go, append=False)
+def listen(self: EmbeddingView, widget: go.FigureWidget):
+    "A lasso chooses dots, a double click lets them go."
+    widget.update_layout(dragmode="lasso")
+    dots = widget.data[-len(self.traces) :]  # before them stand those of the legend
+    for number, trace in enumerate(dots):
+        trace.on_selection(self.lassoed(number), append=False)
+    dots[-1].on_deselect(self.let_go, append=False)
 
-
+# %% ../../nbs/viewing/embedding.ipynb #acd79063
 @patch
 def lassoed(self: EmbeddingView, number: int):  # of a trace
     "What plotly calls with a trace's dots that a lasso holds, for one trace after the other."
@@ -282,7 +280,7 @@ def show_chosen(self: EmbeddingView, change=None):
     self.note = f"{len(inside)} questions chosen"
     self.hold(self.grid)
 
-
+# %% ../../nbs/viewing/embedding.ipynb #be3db60d
 @patch
 def respond(self: EmbeddingView, _, content: dict, buffers):
     "Answers the drawing side."
@@ -292,14 +290,6 @@ def respond(self: EmbeddingView, _, content: dict, buffers):
         super(EmbeddingView, self).respond(_, content, buffers)
 
 # %% ../../nbs/viewing/embedding.ipynb #09dbdb82
-@patch
-def still(self: EmbeddingView) -> Figure:
-    "The picture for where no widget lives."
-    for chart in self.charts().values():
-        return chart.matplotlib()
-    return notice_figure(self.about["missing"] or "No question's picture can be had.")
-
-
 def embedding(
     run,  # a run's folder, or a `Run`
     feature: str = "target",  # or picture, question

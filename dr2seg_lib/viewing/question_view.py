@@ -15,7 +15,6 @@ from ..core.templates import render
 from .axes import Panel
 from .chart_view import ChartView
 from .charts import Chart
-from .figures import Figure
 from .held_view import HoldingView
 from .marks import Line, Points
 from .question_answers import all_answers, question_list
@@ -24,7 +23,7 @@ from .report_samples import drawn_answer, stored_mask, tags_text
 from .responses import pass_parts
 from .run_reader import RunReader
 from .style import METHOD_COLOURS, MUTED
-from .view import missing_folder_in_a_sentence, notice_figure
+from .view import missing_folder_in_a_sentence
 
 # %% ../../nbs/viewing/question_view.ipynb #b8571d20
 TITLES = dict(iou="IoU", reward="reward", tokens="reasoning tokens", entropy="answer entropy, nats")
@@ -108,6 +107,7 @@ class QuestionView(ChartView, HoldingView):
     "One question over the steps. `source` and `sample` choose it; set them here, or by hand."
 
     kind = t.Unicode("question").tag(sync=True)
+    nothing = "no question was asked at two steps"
     about = t.Dict().tag(sync=True)  # name, lead, missing, questions of each source
     source = t.Unicode().tag(sync=True)  # held-out or training
     sample = t.Unicode().tag(sync=True)
@@ -169,15 +169,6 @@ def charts(self: QuestionView) -> dict:  # {name: Chart}
         return {}
     return dict(question=question_chart(found, self.sample, self.cols))
 
-
-@patch
-def show_charts(self: QuestionView):
-    "Makes the charts or shows the new data in them; the pale curves answer to a click."
-    super(QuestionView, self).show_charts()
-    for widget in self.figures.values():
-        for trace in widget.data:
-            trace.on_click(self.clicked, append=False)
-
 # %% ../../nbs/viewing/question_view.ipynb #7dc240d4
 @patch
 def clicked(self: QuestionView, trace, points, state):
@@ -189,14 +180,6 @@ def clicked(self: QuestionView, trace, points, state):
         self.sample = names[points.point_inds[0]]
 
 # %% ../../nbs/viewing/question_view.ipynb #de1c71df
-@patch
-def still(self: QuestionView) -> Figure:
-    "The picture for where no widget lives."
-    for chart in self.charts().values():
-        return chart.matplotlib()
-    return notice_figure(self.about["missing"] or "no question was asked at two steps")
-
-
 def question(
     run,  # a run's folder, or a `Run`
     sample: str | None = None,  # a sample's id; None: the one whose answer changed most

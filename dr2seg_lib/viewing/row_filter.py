@@ -6,21 +6,14 @@
 __all__ = ['filter_words', 'is_numeric', 'filter_rows', 'sort_rows', 'without_field', 'with_range', 'with_value', 'asked_of']
 
 # %% ../../nbs/viewing/row_filter.ipynb #3959d19a
-import operator
 import re
 from collections.abc import Sequence
+
+from ..runs.overview import SIGNS
 
 # %% ../../nbs/viewing/row_filter.ipynb #603aed5f
 _WORD = re.compile(r'(?:"[^"]*"|\S)+')
 _TEST = re.compile(r"([\w.]+)(>=|<=|!=|=|>|<)(.+)", re.ASCII)
-_SIGNS = {
-    "=": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    ">": operator.gt,
-    "<=": operator.le,
-    ">=": operator.ge,
-}
 
 
 def filter_words(text: str) -> list[str]:
@@ -41,7 +34,7 @@ def _as_number(field, sign, value):
 
 
 def _compared(column, field, sign, value):
-    compare = _SIGNS[sign]
+    compare = SIGNS[sign]
     if is_numeric(column):
         bound = _as_number(field, sign, value)
         return [isinstance(v, (int, float)) and compare(v, bound) for v in column]
