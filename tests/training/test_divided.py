@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dr2seg_lib.core.files import read_jsonl
 from dr2seg_lib.models.loading import load_policy
 from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.runs.checkpoints import latest_checkpoint
@@ -50,11 +51,17 @@ def two(tmp_path_factory):
 
 def test_an_adapter_beside_divided_weights_learns_as_in_one_process(tmp_path):
     "Processes with different numbers of microbatches gather the layers together."
-    small = SMALL | dict(rank=4, alpha=4)
+    asked = dict(samples=5, every=2, every_samples=5)
+    small = SMALL | dict(rank=4, alpha=4, evaluation=asked)
+    del small["eval_samples"]
     one = train(TrainConfig(**small), tmp_path / "one")
     two = train(TrainConfig(**small | TWO), tmp_path / "two")
     assert [list(row) for row in two.metrics()] == [list(row) for row in one.metrics()]
     assert numbers(two) == [row.expected for row in numbers(one)]
+    kept, others = (read_jsonl(run.folder / "held_out.jsonl") for run in (one, two))
+    assert [row["step"] for row in kept] == [0] * 5 + [2] * 5
+    same = "step", "sample", "text", "words", "rle"
+    assert [[row[k] for k in same] for row in others] == [[row[k] for k in same] for row in kept]
 
 
 def test_all_weights_divided_learn_as_in_one_process(alone, two):
