@@ -3852,6 +3852,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                          'dr2seg_lib/viewing/grid.py'),
                                          'dr2seg_lib.viewing.grid.Grid._turned': ( 'viewing/grid.html#grid._turned',
                                                                                    'dr2seg_lib/viewing/grid.py'),
+                                         'dr2seg_lib.viewing.grid.Grid.add_field': ( 'viewing/grid.html#grid.add_field',
+                                                                                     'dr2seg_lib/viewing/grid.py'),
                                          'dr2seg_lib.viewing.grid.Grid.cells': ( 'viewing/grid.html#grid.cells',
                                                                                  'dr2seg_lib/viewing/grid.py'),
                                          'dr2seg_lib.viewing.grid.Grid.export': ( 'viewing/grid.html#grid.export',

@@ -19,6 +19,7 @@ from .axes import Panel
 from .chart_view import ChartView
 from .charts import Chart
 from .grid import Grid
+from .grid_table import GridTable
 from .held_view import HoldingView
 from .marks import Points
 from .question_answers import known_mean
@@ -152,11 +153,11 @@ def known_choice(kind: str, value: str, known) -> str:
 
 @patch
 def __init__(self: EmbeddingView, run, feature, colour, source, scorer, projection):
-    self.grid = Grid(run)
-    self.run = self.grid.run
-    self.source = known_choice("source", source, self.grid.about["sources"][::-1])
+    self.run = run if isinstance(run, RunReader) else RunReader(run)
+    there = [name for name, groups in self.run.groups.items() if len(groups)]
+    self.source = known_choice("source", source, there[::-1])
     self.scorer, self.projection, self.cache = scorer, PROJECTIONS[projection], {}
-    self.table = self.grid.tables.get(self.source)
+    self.table = GridTable(self.run, self.source) if self.source else None
     fields = self.table.first_fields(12) if self.table else []
     ChartView.__init__(self, about=self.facts(fields), feature=feature)
     self.colour = known_choice("colour", colour, fields)
@@ -168,7 +169,7 @@ def __init__(self: EmbeddingView, run, feature, colour, source, scorer, projecti
 def facts(self: EmbeddingView, fields: list[str]) -> dict:
     "What does not change."
     run = self.run
-    words = dict(name=run.name, lead=run.lead, missing=self.grid.about["missing"])
+    words = dict(name=run.name, lead=run.lead, missing=run.missing)
     return words | dict(features=list(FEATURES) if self.source else [], fields=fields)
 
 
@@ -268,17 +269,12 @@ def show_chosen(self: EmbeddingView, change=None):
         self.hold(None)
         return
     inside = set(self.chosen)
-    column = ["yes" if group in inside else None for group in self.table.columns["group"]]
-    self.table.columns["lasso"] = column
-    if self.held is None:
-        self.grid = Grid(self.run)
-        self.grid.tables[self.source] = self.table
-    self.grid.source = self.source
-    self.grid.known = self.table.fields()
-    self.grid.filter = "lasso=yes"
-    self.grid._arrange()
+    grid = self.held or Grid(self.run)
+    grid.source = self.source
+    grid.add_field("lasso", ["yes" if g in inside else None for g in grid.table.columns["group"]])
+    grid.filter = "lasso=yes"
     self.note = f"{len(inside)} questions chosen"
-    self.hold(self.grid)
+    self.hold(grid)
 
 # %% ../../nbs/viewing/embedding.ipynb #be3db60d
 @patch

@@ -219,6 +219,20 @@ def _on_tag(self: Grid, words):
     self.tag(*words)
     self.send(dict(told=f"{len(self.selected)} answers have the tag {', '.join(words)}"))
 
+# %% ../../nbs/viewing/grid.ipynb #09df9140
+@patch
+def add_field(
+    self: Grid,
+    name: str,  # as filters name it
+    values: list,  # of the answers of this source, in the run's order; None: not known
+):
+    "Puts a field of your own beside those of the run; one of the same name is replaced."
+    if len(values) != len(self.table):
+        raise ValueError(f"{name} has {len(values)} values for {len(self.table)} answers")
+    self.table.columns[name] = values
+    self.known = self.table.fields()
+    self._arrange()
+
 # %% ../../nbs/viewing/grid.ipynb #61b516f5
 @patch
 def save_view(self: Grid, name: str):
