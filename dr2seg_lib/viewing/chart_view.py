@@ -6,6 +6,8 @@
 __all__ = ['figure_widget', 'grow_figure', 'ChartView']
 
 # %% ../../nbs/viewing/chart_view.ipynb #c0003
+import threading
+
 import plotly.graph_objects as go
 import traitlets as t
 from fastcore.basics import patch
@@ -48,6 +50,7 @@ class ChartView(View):
     nothing = "nothing to draw"  # said where there is no chart
 
     def __init__(self, **traits):
+        self.drawing = threading.RLock()  # a thread may bring news while the browser asks
         super().__init__(**traits)
         self.on_msg(self.respond)
         self.observe(self.draw_again, "cols")
@@ -74,13 +77,14 @@ def show_charts(self: ChartView):
     "Makes the widgets, or shows the new data in them."
     if not self.asked:
         return
-    for name, chart in self.charts().items():
-        chart.cols = min(chart.cols or len(chart.panels), self.cols)
-        if name in self.figures:
-            grow_figure(self.figures[name], chart)
-        else:
-            self.figures = self.figures | {name: figure_widget(chart)}
-        self.listen(self.figures[name])
+    with self.drawing:
+        for name, chart in self.charts().items():
+            chart.cols = min(chart.cols or len(chart.panels), self.cols)
+            if name in self.figures:
+                grow_figure(self.figures[name], chart)
+            else:
+                self.figures = self.figures | {name: figure_widget(chart)}
+            self.listen(self.figures[name])
 
 # %% ../../nbs/viewing/chart_view.ipynb #89e88772
 @patch
@@ -102,7 +106,8 @@ def still(self: ChartView) -> Figure:
 @patch
 def draw_again(self: ChartView, change=None):
     "Other axes or panels: the charts are made anew."
-    before, self.figures = self.figures, {}
-    self.show_charts()
+    with self.drawing:
+        before, self.figures = self.figures, {}
+        self.show_charts()
     for widget in before.values():
         widget.close()

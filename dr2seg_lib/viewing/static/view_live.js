@@ -16,7 +16,9 @@ function plotted(model, root) { // a chart that is replaced is taken down first
       if (view) view.remove();
       views[name] = undefined;
       if (!reference) continue;
-      const next = await manager.create_view(await manager.get_model(reference.replace("IPY_MODEL_", "")));
+      let next;
+      try { next = await manager.create_view(await manager.get_model(reference.replace("IPY_MODEL_", ""))); }
+      catch { continue; } // it was replaced meanwhile: the other comes with the next change
       views[name] = [reference, next]; fill(box, next.el);
       settle(box);
     }
