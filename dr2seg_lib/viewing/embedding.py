@@ -141,6 +141,7 @@ class EmbeddingView(ChartView, HoldingView):
     feature = t.Enum(FEATURES, "target").tag(sync=True)
     colour = t.Unicode().tag(sync=True)  # a field
     chosen = t.List(t.Int()).tag(sync=True)  # numbers of groups
+    legend = t.List().tag(sync=True)  # name and colour of the dots
     note = t.Unicode().tag(sync=True)
 
 # %% ../../nbs/viewing/embedding.ipynb #1e36d13b
@@ -219,9 +220,10 @@ def charts(self: EmbeddingView) -> dict:  # {name: Chart}
         marks.append(Points(x, y, colour, name, name, size=7, alpha=0.8, texts=texts))
         self.traces.append([groups[i] for i in own])
     legend = {mark.group: mark.colour for mark in marks}
-    label = f"{len(groups)} questions by likeness of their {self.feature}"
+    self.legend = [dict(name=name, colour=colour) for name, colour in legend.items()]
     told = f", coloured by {self.colour.replace('_', ' ')}" if self.colour else ""
-    panel = Panel(label + told, marks)
+    panel = Panel(f"{len(groups)} questions{told}", marks)
+    label = f"{len(groups)} questions by likeness of their {self.feature}"
     return dict(embedding=Chart([panel], legend, height=4.2, marker="dot", label=label))
 
 # %% ../../nbs/viewing/embedding.ipynb #1fa9cd57
@@ -235,7 +237,7 @@ def ask_anew(self: EmbeddingView, change=None):
 @patch
 def listen(self: EmbeddingView, widget: go.FigureWidget):
     "A lasso chooses dots, a double click lets them go."
-    widget.update_layout(dragmode="lasso")
+    widget.update_layout(dragmode="lasso", showlegend=False)  # the page has one that folds
     dots = widget.data[-len(self.traces) :]  # before them stand those of the legend
     for number, trace in enumerate(dots):
         trace.on_selection(self.lassoed(number), append=False)
