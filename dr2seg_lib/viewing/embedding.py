@@ -206,7 +206,7 @@ def summary(values: list, source: str):  # of a question's answers
         return known_mean(known)
     return ", ".join(known[-1]) or "none" if isinstance(known[-1], list) else known[-1]
 
-
+# %% ../../nbs/viewing/embedding.ipynb #ce8d83a7
 @patch
 def charts(self: EmbeddingView) -> dict:  # {name: Chart}
     "The questions as dots."
