@@ -3059,6 +3059,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                      'dr2seg_lib/runs/trackers.py'),
                                           'dr2seg_lib.runs.trackers.tracker_arguments': ( 'runs/trackers.html#tracker_arguments',
                                                                                           'dr2seg_lib/runs/trackers.py'),
+                                          'dr2seg_lib.runs.trackers.trackio_arguments': ( 'runs/trackers.html#trackio_arguments',
+                                                                                          'dr2seg_lib/runs/trackers.py'),
                                           'dr2seg_lib.runs.trackers.wandb_arguments': ( 'runs/trackers.html#wandb_arguments',
                                                                                         'dr2seg_lib/runs/trackers.py')},
             'dr2seg_lib.runs.verify': { 'dr2seg_lib.runs.verify.find_adapter_damage': ( 'runs/verify.html#find_adapter_damage',

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['INSTALL', 'PACKAGES', 'NOTE', 'check_trackers', 'read_identities', 'Place', 'wandb_arguments', 'mlflow_arguments',
-           'tracker_arguments', 'identity_of', 'plain_values', 'start_tracker', 'flat_numbers', 'tell_picture',
-           'Trackers', 'start_trackers']
+           'trackio_arguments', 'tracker_arguments', 'identity_of', 'plain_values', 'start_tracker', 'flat_numbers',
+           'tell_picture', 'Trackers', 'start_trackers']
 
 # %% ../../nbs/runs/trackers.ipynb #e764ed19
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -101,17 +102,26 @@ def mlflow_arguments(place: Place) -> dict:
     return run | dict(run_id=place.identity or None)
 
 # %% ../../nbs/runs/trackers.ipynb #2c241850
+def trackio_arguments(place: Place) -> dict:
+    "Of `TrackioTracker`."
+    import trackio
+
+    machine = {"auto_log_gpu", "auto_log_cpu"}  # what it would gather by itself
+    quiet = dict.fromkeys(machine & signature(trackio.init).parameters.keys(), False)
+    run = dict(name=place.folder.resolve().name, group=place.group, resume="allow", embed=False)
+    asked = place.config.trackers
+    return dict(run_name=asked.project, config=place.config.flat(), **quiet, **run)
+
+
 def tracker_arguments(name: str, place: Place) -> dict:
     "Of accelerate's class for a tracker."
-    asked, folder = place.config.trackers, place.folder.resolve()
     match name:
         case "tensorboard":
             again = dict(purge_step=place.step) if place.identity else {}
-            return dict(run_name="tensorboard", logging_dir=str(folder), **again)
+            folder = str(place.folder.resolve())
+            return dict(run_name="tensorboard", logging_dir=folder, **again)
         case "trackio":
-            run = dict(name=folder.name, group=place.group, resume="allow", embed=False)
-            flat = place.config.flat()
-            return dict(run_name=asked.project, config=flat, auto_log_gpu=False, **run)
+            return trackio_arguments(place)
         case "wandb":
             return wandb_arguments(place)
         case _:
@@ -199,7 +209,8 @@ class Trackers:
 
     def log(self, values: dict, step: int):
         "Numbers of a step."
-        self.tell(lambda tracker: tracker.log(values, step=step))
+        others = {name: value for name, value in values.items() if name != "step"}
+        self.tell(lambda tracker: tracker.log(others, step=step))
 
     def picture(self, title: str, picture: np.ndarray, step: int):
         "A picture of a step."
