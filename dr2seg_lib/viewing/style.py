@@ -16,18 +16,11 @@ from ..methods.names import method_colour, method_names
 MUTED = "#808893"  # text, axes and what belongs to no method
 METHOD_COLOURS = {name: method_colour(name) for name in method_names() if method_colour(name)}
 OTHER_COLOURS = "#d04612", "#1f93b8", "#b99238", "#728869"  # for arms without one of their own
+# of runs and of words, which have no colour of their own
 DISTINCT_COLOURS = (
-    "#5470ee",
-    "#d0503f",
-    "#149a80",
-    "#c8780a",
-    "#9a5fd0",
-    "#1f93b8",
-    "#c2487f",
-    "#6b8f5e",
-    "#8a6d3b",
-    "#5b6b8c",
-)  # fmt: skip; of runs, of words
+    "#5470ee", "#d0503f", "#149a80", "#c8780a", "#9a5fd0", "#1f93b8", "#c2487f", "#6b8f5e",
+    "#8a6d3b", "#5b6b8c",
+)  # fmt: skip
 
 # %% ../../nbs/viewing/style.ipynb #c0005
 def arm_colours(

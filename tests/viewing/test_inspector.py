@@ -1,5 +1,6 @@
 "The inspector: what a folder holds, how fast it is shown, and a real JupyterLab in a real browser."
 
+import gc
 import json
 import shutil
 import time
@@ -273,7 +274,16 @@ def thousand(whole, tmp_path_factory):
     return folder
 
 
-def test_a_thousand_rollouts_open_in_two_seconds(thousand):
+@pytest.fixture
+def others_set_aside():
+    "What other tests have left in the memory is not looked through for garbage meanwhile."
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_a_thousand_rollouts_open_in_two_seconds(thousand, others_set_aside):
     began = time.process_time()
     widget = inspect(thousand)
     opened = time.process_time() - began
@@ -285,8 +295,7 @@ def test_a_thousand_rollouts_open_in_two_seconds(thousand):
         widget.at = at
         times.append(time.process_time() - began)
     assert widget.shown["at"] == 29, f"{max(times):.3f} s"
-    usual = np.quantile(times, 0.9)  # the slowest may hold a garbage collection of all tests
-    assert usual < 0.2, f"{usual:.3f} s"
+    assert max(times) < 0.2, f"{max(times):.3f} s"
 
 
 def test_traits_and_messages(whole):
