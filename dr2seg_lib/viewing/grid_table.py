@@ -14,7 +14,7 @@ from ..runs.annotations import annotate, open_annotations
 from .histograms import histogram
 from .reviews import answer_key
 from .rollout_columns import field_columns
-from .row_filter import filter_rows, sort_rows
+from .row_filter import filter_rows, order_rows
 from .run_reader import RunReader
 from .sample_links import sample_link
 
@@ -99,7 +99,7 @@ def find(
     if sort != "order" and sort not in self.columns:
         raise ValueError(f'there is no field "{sort}" to sort by')
     rows = filter_rows(text, self.columns)
-    return sort_rows(rows, None if sort == "order" else self.columns[sort], down)
+    return order_rows(rows, None if sort == "order" else self.columns[sort], down)
 
 
 @patch
