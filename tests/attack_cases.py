@@ -33,7 +33,7 @@ from dr2seg_lib.evaluation.evaluate import answer_greedily, evaluate
 from dr2seg_lib.methods.registry import METHODS
 from dr2seg_lib.models import http_client
 from dr2seg_lib.models.loading import load_policy
-from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.models.requirements import EMBEDDED
 from dr2seg_lib.models.vllm_client import ServedPolicy
 from dr2seg_lib.runs.checkpoints import latest_checkpoint
 from dr2seg_lib.runs.status import read_record, run_status

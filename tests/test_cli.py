@@ -385,6 +385,22 @@ raise SystemExit(cli.main({list(args)!r}))"""
     return done.returncode, done.stdout + done.stderr
 
 
+def test_what_a_machine_lacks_is_found_without_transformers():
+    "Data, weights and servers are looked at by a process that never imports what takes longest."
+    heavy = "transformers", "peft", "open_clip", "sam2", "bitsandbytes"
+    code = f"""import sys
+for name in {heavy}:
+    sys.modules[name] = None
+from dr2seg_lib.core.parameters import EvaluateConfig, Rea2SegConfig, TrainConfig
+from dr2seg_lib.evaluation.config import check_evaluation, check_rea2seg
+from dr2seg_lib.training.config import check_training
+check_training(TrainConfig())
+check_evaluation(EvaluateConfig())
+check_rea2seg(Rea2SegConfig())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     "args, says",
     [

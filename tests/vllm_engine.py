@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dr2seg_lib.models.policy import Policy
-from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.models.requirements import EMBEDDED
 
 LOCK = threading.Lock()  # transformers loads one model at a time, and engines may share a policy
 

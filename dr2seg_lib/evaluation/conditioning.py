@@ -13,7 +13,7 @@ import numpy as np
 from ..core.settings import default_new_tokens
 from ..data.samples import Sample
 from ..models.policy import Policy
-from ..models.pretrained import EMBEDDED
+from ..models.requirements import EMBEDDED
 from ..rollouts.response import Response
 from ..rollouts.two_stage import generate_rollouts
 

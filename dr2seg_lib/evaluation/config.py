@@ -12,8 +12,11 @@ from pathlib import Path
 from ..core.parameters import EvaluateConfig, Rea2SegConfig
 from ..data.datasets import load_data, validate_data
 from ..methods.wording import with_kept_wording, worded_method
-from ..models.loading import validate_attention, validate_processes
-from ..models.quantized import validate_quantize
+from dr2seg_lib.models.requirements import (
+    validate_attention,
+    validate_processes,
+    validate_quantize,
+)
 from ..models.vllm_adapter import validate_lora_only
 from ..models.vllm_protocol import served_names
 from ..runs.hub import adapter_folder

@@ -32,8 +32,11 @@ from ..methods.wording import keep_wording, worded_method
 from ..models.loading import load_policy
 from ..models.policy import Policy
 from ..models.vllm_client import ServedPolicy
+
+# %% ../../nbs/evaluation/evaluate.ipynb #a2a603a7
 from ..rollouts.parsing import Parsed, draw_answer, parse_response
-from ..rollouts.response import Response, to_responses
+from ..rollouts.response import Response
+from ..rollouts.two_stage import to_responses
 from dr2seg_lib.runs.launch import (
     PEER_TIMEOUT,
     destroy_process_group,

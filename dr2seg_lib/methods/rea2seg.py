@@ -26,7 +26,7 @@ from ..models.attention_maps import heat_map
 from ..models.loading import load_policy
 from ..models.policy import Policy
 from ..models.prefix_tree import Prefix
-from ..models.pretrained import EMBEDDED
+from ..models.requirements import EMBEDDED
 from ..models.vision import EncodedImage
 from ..segmenters.base import Segmenter
 
@@ -39,8 +39,8 @@ from dr2seg_lib.rollouts.parsing import (
     parsed_record,
     to_image_coordinates,
 )
-from ..rollouts.response import Response, to_responses
-from ..rollouts.two_stage import StageTimer
+from ..rollouts.response import Response
+from ..rollouts.two_stage import StageTimer, to_responses
 
 # %% ../../nbs/methods/rea2seg.ipynb #e124326c
 GAP = 1 / 56  # distance of the line from the mask, share of the picture's longer side

@@ -8,7 +8,8 @@ __all__ = ['lora_target_regex', 'lora_config', 'FullTuning', 'MergedLinear', 'me
 
 # %% ../../nbs/models/lora.ipynb #c3b00001
 # before peft, which imports bitsandbytes
-from .quantized import NO_MERGING, is_quantized
+from .quantized import is_quantized
+from .requirements import NO_MERGING
 
 # %% ../../nbs/models/lora.ipynb #146c72f8
 import copy

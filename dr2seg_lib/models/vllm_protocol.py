@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from .chat import chat_messages, well_formed
 from .http_client import SERVER_KEY, PassingError, post_json, printable_line
-from .pretrained import EMBEDDED
+from .requirements import EMBEDDED
 
 # %% ../../nbs/models/vllm_protocol.ipynb #fa3315b3
 ADDRESS_PATTERN = re.compile(

@@ -30,7 +30,7 @@ from dr2seg_lib.methods.rea2seg import (
 )
 from ..models.policy import Policy
 from ..models.vision import EncodedImage
-from ..rollouts.response import to_responses
+from ..rollouts.two_stage import to_responses
 from ..segmenters.base import Segmenter
 
 # %% ../../nbs/pretraining/judge.ipynb #a164b0e6

@@ -19,8 +19,9 @@ from transformers.initialization import no_init_weights
 
 from ..core.parameters import TrainConfig
 from ..models.policy import Policy
-from ..models.pretrained import ATTENTION_KINDS, EMBEDDED, MODEL_CLASSES, image_side
+from ..models.pretrained import MODEL_CLASSES, image_side
 from ..models.quantized import use_dequantized_products
+from ..models.requirements import ATTENTION_KINDS, EMBEDDED
 from .account import ADAPTER, WEIGHTS, forget_peak, of_kind
 from .fake_device import FakeDevice
 

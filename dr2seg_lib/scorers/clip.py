@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import open_clip
 import torch
 from fastcore.basics import patch
-from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,7 +30,7 @@ def text_tokens(
     text: str,
 ) -> list:  # of int, without start and end
     "The tokens of a text, however many."
-    if isinstance(tokenizer, SimpleTokenizer):
+    if not hasattr(tokenizer, "tokenizer"):  # open_clip's own
         return tokenizer.encode(text)
     return tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False)["input_ids"]
 
@@ -155,6 +153,8 @@ def check_open_clip(
     weights: str,  # tag or path
 ):
     "Raises where open_clip knows no such model, or no such weights of it."
+    import open_clip
+
     if model not in open_clip.list_models() or not weights:
         own = "a model and weights of open_clip such as ViT-B-32:openai"
         ways = f"{own}, MODEL:PATH for a checkpoint, or a folder with {' and '.join(SCORER_FILES)}"
@@ -187,6 +187,8 @@ def load_scorer(
     device: str | None = None,  # "cpu" or "cuda"; the GPU where there is one
 ) -> Scorer:
     "The scorer of a name."
+    import open_clip  # here: every method is known by a command, and this takes a second
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, weights = resolve_scorer(name)
     folder, tokenizer_options, options = Path(model.removeprefix("local-dir:")), {}, {}

@@ -15,9 +15,9 @@ from torch import distributed
 from torch.utils._pytree import tree_map
 
 from ..core.files import naming_load_errors, write_json
-from ..models.loading import START_NOTE
 from ..models.parallel import cut_like, own_part, whole
 from ..models.policy import Policy
+from ..models.requirements import START_NOTE
 
 # %% ../../nbs/training/checkpoint_state.ipynb #1635e6b5
 def named_values(policy: Policy, optimizer) -> dict:  # {name: tensor}

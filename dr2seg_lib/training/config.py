@@ -19,12 +19,16 @@ from ..data.reader import SplitReader
 from ..data.reasonseg import ReasonSegDataset
 from ..methods.registry import load_method
 from ..methods.wording import with_kept_wording, worded_method
-from ..models.loading import validate_attention, validate_processes
-from ..models.quantized import require_bitsandbytes, validate_quantize
+from dr2seg_lib.models.requirements import (
+    require_bitsandbytes,
+    validate_attention,
+    validate_processes,
+    validate_quantize,
+)
 from ..models.vllm_protocol import served_names
 from ..runs.trackers import check_trackers
 from ..runs.verify import validate_model
-from ..segmenters.sam3 import is_sam3
+from ..segmenters.loading import is_sam3
 from .starting_point import check_start, with_kept_start
 
 # %% ../../nbs/training/config.ipynb #716f9637

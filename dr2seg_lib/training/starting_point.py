@@ -4,20 +4,15 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'WEIGHTS', 'KEPT', 'adapter_shape', 'asked_shape', 'difference', 'check_start', 'copy_start', 'keep_start',
-           'with_kept_start', 'stands_on', 'add_below', 'continue_adapter', 'note_of_start']
+           'with_kept_start', 'stands_on', 'note_of_start']
 
 # %% ../../nbs/training/starting_point.ipynb #57a47002
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from ..core.files import naming_load_errors, read_json, write_json
 from ..core.parameters import TrainConfig
-from ..models.loading import START_NOTE, load_named_checkpoint, start_of
-from ..models.policy import Policy
-from ..models.quantized import NO_MERGING
-from .checkpoint_state import copy_weights
+from ..models.requirements import NO_MERGING, START_NOTE, start_of
 
 # %% ../../nbs/training/starting_point.ipynb #57a47005
 ADAPTER = "adapter_model.safetensors"
@@ -113,19 +108,6 @@ def stands_on(config: TrainConfig, start: Path | None) -> Path | None:
     if start is None or config.start_form == "merged":
         return start
     return start_of(start)
-
-
-def add_below(policy: Policy, config: TrainConfig, start: Path | None):
-    "Makes the start part of the frozen weights, or what it stands on if it is continued."
-    if below := stands_on(config, start):
-        load_named_checkpoint(policy, str(below), config.model.name)
-        policy.fold_adapter()
-
-# %% ../../nbs/training/starting_point.ipynb #f01d0009
-def continue_adapter(policy: Policy, config: TrainConfig, start: Path | None):
-    "Gives a fresh adapter the numbers of the one that is continued."
-    if start is not None and config.start_form == "continued":
-        copy_weights(policy, load_file(str(start / ADAPTER)))
 
 
 def note_of_start(config: TrainConfig, run: Path) -> dict:  # of START_NOTE

@@ -66,12 +66,8 @@ from dr2seg_lib.training.held_out_curve import (
 
 # %% ../../nbs/training/trainer.ipynb #f01d0010
 from .self_check import check_engine
-from dr2seg_lib.training.starting_point import (
-    add_below,
-    continue_adapter,
-    keep_start,
-    note_of_start,
-)
+from .start_weights import add_below, continue_adapter
+from .starting_point import keep_start, note_of_start
 from dr2seg_lib.training.step_records import (
     StepOutcome,
     all_gather_groups,

@@ -17,6 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
+# %% ../../nbs/viewing/photo.ipynb #8eec85b2
 from ..core.files import naming_write_errors
 from ..core.masks import encode_rle
 from ..core.parameters import EvaluateConfig, brief_text
@@ -24,10 +25,12 @@ from ..data.images import read_pixels
 from ..data.samples import Target
 from ..methods.registry import validate_method
 from ..methods.wording import worded_method
-from ..models.loading import load_policy, validate_attention
+from ..models.loading import load_policy
 from ..models.policy import Policy
+from ..models.requirements import validate_attention
 from ..rollouts.parsing import segmenter_prompts
-from ..rollouts.response import Response, to_responses
+from ..rollouts.response import Response
+from ..rollouts.two_stage import to_responses
 from ..runs.verify import inherit, validate_adapter, validate_model
 from ..segmenters.base import clip_prompt
 from ..segmenters.loading import load_segmenter

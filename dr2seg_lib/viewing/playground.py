@@ -21,8 +21,8 @@ from ..methods.base import Method
 from ..methods.registry import METHODS
 from ..models.policy import Policy
 from ..rollouts.parsing import parsed_record, recorded_parse, to_image_coordinates
-from ..rollouts.response import Response, to_responses
-from ..rollouts.two_stage import second_pass
+from ..rollouts.response import Response
+from ..rollouts.two_stage import second_pass, to_responses
 
 # %% ../../nbs/viewing/playground.ipynb #a5b59801
 from .figures import Figure, panels

@@ -16,7 +16,7 @@ from ..core.parameter_names import flat_parameters
 from ..data.mini import draw_sample
 from ..data.samples import Sample
 from ..models.policy import Policy
-from ..models.quantized import validate_quantize
+from ..models.requirements import validate_quantize
 from ..runs.checkpoints import latest_checkpoint
 from .run_samples import sample_by_id
 

@@ -6,7 +6,7 @@ import pytest
 
 from dr2seg_lib.core.parameters import EvaluateConfig
 from dr2seg_lib.evaluation import conditioning
-from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.models.requirements import EMBEDDED
 
 
 @pytest.fixture

@@ -760,7 +760,7 @@ def test_flash_attention_is_told_before_anything_starts_where_it_cannot_be(
         "install it with pip install flash-attn, or use sdpa",
     ):
         check(config(attention="flash", dtype="bfloat16"))
-    monkeypatch.setattr("dr2seg_lib.models.loading.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr("dr2seg_lib.models.requirements.has_flash_attention", lambda: True)
     with pytest.raises(
         ValueError,
         match="attention flash does not compute in float32; use dtype bfloat16, or attention sdpa",

@@ -30,8 +30,7 @@ from dr2seg_lib.models.vision import EncodedImage
 from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import make_processor, make_tokenizer
 from dr2seg_lib.rollouts.parsing import reasoning_text
-from dr2seg_lib.rollouts.response import to_responses
-from dr2seg_lib.rollouts.two_stage import second_pass
+from dr2seg_lib.rollouts.two_stage import second_pass, to_responses
 
 
 def test_shared_prefix_equals_plain_forward_in_values_and_gradients(policy, batch):

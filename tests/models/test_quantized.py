@@ -14,7 +14,7 @@ from dr2seg_lib.core.parameters import TrainConfig
 from dr2seg_lib.data.mini import MiniReasonSeg
 from dr2seg_lib.data.samples import Sample, Target
 from dr2seg_lib.methods.visionreasoner import score, visionreasoner_prompt
-from dr2seg_lib.models import quantized
+from dr2seg_lib.models import requirements
 from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.models.quantized import dequantized, quantized_layers, weight_bytes
 from dr2seg_lib.rollouts.parsing import parse_response, to_image_coordinates
@@ -221,11 +221,11 @@ def test_what_quantised_weights_cannot_is_refused(values, sentence):
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr(
-        quantized, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
+        requirements, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
     )
     with pytest.raises(ValueError, match="install it with: pip install bitsandbytes"):
-        quantized.validate_quantize("int8")
-    assert quantized.validate_quantize("none") == "none"
+        requirements.validate_quantize("int8")
+    assert requirements.validate_quantize("none") == "none"
 
 
 # --- image tokens capped

@@ -27,13 +27,13 @@ from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.http_client import SERVER_KEY, post_json
 from dr2seg_lib.models.policy import Policy
-from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.models.requirements import EMBEDDED
 from dr2seg_lib.models.served_completions import completion_statistics, logprob_gap
 from dr2seg_lib.models.vllm_client import ServedPolicy
 from dr2seg_lib.models.vllm_protocol import list_models, served_name, server_address
 from dr2seg_lib.rollouts.parsing import parse_response
-from dr2seg_lib.rollouts.response import Response, to_responses
-from dr2seg_lib.rollouts.two_stage import generate_rollouts, second_pass
+from dr2seg_lib.rollouts.response import Response
+from dr2seg_lib.rollouts.two_stage import generate_rollouts, second_pass, to_responses
 from dr2seg_lib.runs.checkpoints import latest_checkpoint
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.training.config import TrainConfig, check_training

@@ -12,7 +12,7 @@ from dr2seg_lib.core.files import read_json
 from dr2seg_lib.data.mini import draw_problem
 from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.models.policy import Policy
-from dr2seg_lib.models.pretrained import EMBEDDED
+from dr2seg_lib.models.requirements import EMBEDDED
 from dr2seg_lib.pretraining import precision
 from dr2seg_lib.pretraining.curriculum import CURRICULUM, CurriculumStage
 from dr2seg_lib.pretraining.lesson_batches import soft_number_labels

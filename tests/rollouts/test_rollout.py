@@ -16,8 +16,8 @@ from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.methods.visionreasoner import visionreasoner_prompt
 from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.rollouts.parsing import parse_response, reasoning_text
-from dr2seg_lib.rollouts.response import Response, to_responses
-from dr2seg_lib.rollouts.two_stage import StageTimer, generate_rollouts, second_pass
+from dr2seg_lib.rollouts.response import Response
+from dr2seg_lib.rollouts.two_stage import StageTimer, generate_rollouts, second_pass, to_responses
 from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training.trainer import build_training_state, train
 

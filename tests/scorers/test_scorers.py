@@ -23,7 +23,7 @@ from dr2seg_lib.evaluation.discrimination import (
     similarity_ratio,
 )
 from dr2seg_lib.methods.dpad import discriminative
-from dr2seg_lib.models.pretrained import EMBEDDED as POLICY
+from dr2seg_lib.models.requirements import EMBEDDED as POLICY
 from dr2seg_lib.pretraining.scorer import draw_scorer_batch, train_clip
 from dr2seg_lib.pretraining.scorer_loss import caption_fit, contrastive_loss
 from dr2seg_lib.pretraining.scorer_pages import (

@@ -33,8 +33,8 @@ from dr2seg_lib.rollouts.parsing import (
     segmenter_prompts,
 )
 from dr2seg_lib.rollouts.response import Group, Response
-from dr2seg_lib.segmenters.loading import EMBEDDED_SEGMENTER, load_segmenter
-from dr2seg_lib.segmenters.sam3 import Sam3Segmenter, Sam3Size, is_sam3
+from dr2seg_lib.segmenters.loading import EMBEDDED_SEGMENTER, is_sam3, load_segmenter
+from dr2seg_lib.segmenters.sam3 import Sam3Segmenter, Sam3Size
 from dr2seg_lib.training.config import TrainConfig, check_training
 from dr2seg_lib.training.trainer import build_training_state, train
 from dr2seg_lib.viewing.photo import segment_photo
