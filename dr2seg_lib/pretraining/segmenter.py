@@ -22,6 +22,7 @@ from ..core.masks import iou, ratio
 from ..data.mini import WARM_START, draw_problem
 from ..data.samples import Target
 from ..data.scenes import SIDE
+from .precision import fast_muon
 from ..segmenters.base import Segmenter, clip_prompt
 from ..segmenters.sam2 import Sam2Size
 
@@ -157,7 +158,7 @@ def segmenter_optimizers(model: nn.Module, lr: float, steps: int) -> tuple:  # t
     matrices = [p for name, p in model.named_parameters() if is_matrix(name, p)]
     others = [p for name, p in model.named_parameters() if not is_matrix(name, p)]
     optimizers = [
-        torch.optim.Muon(matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        fast_muon(matrices, lr),
         torch.optim.AdamW(others, lr, betas=(0.9, 0.98)),
     ]
     return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
