@@ -165,8 +165,8 @@ def check_command(data: options.DataSet) -> int:  # exit code, 1 when a record i
 def segment_command(
     photo: options.Photo,
     queries: options.Questions = None,
-    box: options.Box = None,
-    point: options.Point = None,
+    box: options.BoxText = None,
+    point: options.PointText = None,
     model: options.PolicyName = "",
     adapter: options.Adapter = "",
     segmenter: options.SegmenterName = "",

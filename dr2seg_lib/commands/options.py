@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ExperimentName', 'ParameterPairs', 'PresetName', 'RunFolder', 'Resume', 'Trust', 'ShowHelp', 'RunsFolder',
            'JoinedFolder', 'RunFolders', 'TableFormat', 'Where', 'SortField', 'CurveName', 'FirstRun', 'SecondRun',
-           'TagPair', 'UntagPair', 'RenamePair', 'DeletedRuns', 'DataSet', 'Photo', 'Questions', 'Compared', 'Box',
-           'Point', 'PolicyName', 'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens', 'Attention',
-           'PhotoFolder', 'Overwrite', 'Pushed', 'Repository', 'Private', 'ShownPhoto', 'ShownQuestion', 'Port',
-           'Token', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search',
+           'TagPair', 'UntagPair', 'RenamePair', 'DeletedRuns', 'DataSet', 'Photo', 'Questions', 'Compared', 'BoxText',
+           'PointText', 'PolicyName', 'Adapter', 'SegmenterName', 'MethodName', 'WeightType', 'MaxNewTokens',
+           'Attention', 'PhotoFolder', 'Overwrite', 'Pushed', 'Repository', 'Private', 'ShownPhoto', 'ShownQuestion',
+           'Port', 'Token', 'GpuName', 'GpuCount', 'NodeCount', 'AnswerMean', 'AnswerSpread', 'LayerCount', 'Search',
            'PlanFile', 'complete_experiment', 'complete_preset']
 
 # %% ../../nbs/commands/options.ipynb #eebe6f53
@@ -156,11 +156,11 @@ Compared = Annotated[
         help="A method or an adapter to ask as well, side by side; may be given again.",
     ),
 ]
-Box = Annotated[
+BoxText = Annotated[
     str | None,
     typer.Option(metavar="X1,Y1,X2,Y2", help="Left, top, right and bottom edge, in pixels."),
 ]
-Point = Annotated[
+PointText = Annotated[
     str | None,
     typer.Option(metavar="X,Y", help="A pixel of the object [default: the middle of the box]."),
 ]

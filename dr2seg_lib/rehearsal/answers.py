@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..methods.base import BLOCKS
 from ..models.sampling import Record
-from .fake_device import FakeDevice, known_values
+from .fake_device import FakeDevice, readable_values
 
 # %% ../../nbs/rehearsal/answers.ipynb #9423c77b
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def scripted_record(
 
         def write(self, rows: Tensor, places: Tensor, on: Tensor, ids: Tensor, statistics):
             "One token for each row: that of the script."
-            said = self.script[known_values(rows), known_values(places)]
+            said = self.script[readable_values(rows), readable_values(places)]
             device.tell(ids, said)
             super().write(rows, places, on, ids, statistics)
 

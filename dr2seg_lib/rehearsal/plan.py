@@ -17,7 +17,7 @@ from ..core.parameters import TrainConfig
 from ..core.presets import with_preset
 from .account import GRADIENTS, OPTIMIZER, WEIGHTS
 from .answers import USUAL, AnswerLengths
-from .gpus import USUAL_EFFICIENCY, find_gpu, stage_seconds, usable_gib
+from .gpus import USUAL_EFFICIENCY, find_gpu, operations_seconds, usable_gib
 from .step import Rehearsal, rehearse_training
 
 # %% ../../nbs/rehearsal/plan.ipynb #2f97f8b8
@@ -141,7 +141,7 @@ def stage_row(
         terabytes=sum(op.bytes * n for op, n in operations.items()) / 1e12,
         operations=operations.total(),
         waits=dict(waits),
-        seconds=stage_seconds(operations, waits, find_gpu(request.gpu)),
+        seconds=operations_seconds(operations, waits, find_gpu(request.gpu)),
     )
 
 # %% ../../nbs/rehearsal/plan.ipynb #27206e64

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'POINTS', 'FIELDS', 'STANDING', 'finite', 'number_at', 'small_curve', 'last_number', 'final_numbers',
-           'seconds_between', 'known_parameters', 'run_row', 'shown_name', 'unreadable_row', 'run_rows', 'as_text',
-           'differing_parameters', 'field_value', 'check_field', 'fits', 'select_rows', 'sort_rows']
+           'seconds_between', 'duration_text', 'known_parameters', 'run_row', 'shown_name', 'unreadable_row',
+           'run_rows', 'as_text', 'differing_parameters', 'place_text', 'field_value', 'check_field', 'fits',
+           'select_rows', 'sort_rows']
 
 # %% ../../nbs/runs/overview.ipynb #e7a58f1d
 import json
@@ -90,6 +91,18 @@ def seconds_between(start: str, end: str | None) -> float | None:  # ISO times; 
         return None
 
 
+def duration_text(seconds: float | None) -> str:
+    "A time in two units at most."
+    if seconds is None:
+        return ""
+    days, hours, minutes = (int(seconds // size) for size in (86400, 3600, 60))
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+# %% ../../nbs/runs/overview.ipynb #bce2aa86
 def known_parameters(
     parameters: dict,  # of a record, of whatever version
 ) -> dict:  # {dotted name: value}
@@ -169,6 +182,16 @@ def differing_parameters(
         for name, value in row["parameters"].items():
             values.setdefault(name, set()).add(as_text(value))
     return [n for n, found in values.items() if len(found) > 1 and n not in STANDING]
+
+# %% ../../nbs/runs/overview.ipynb #0a5e62a8
+def place_text(row: dict) -> str:
+    "How far a run is."
+    if row["status"] == "running" and row["progress"]:
+        return "{stage} {i}/{n}".format(**row["progress"])
+    if row["step"] is None:
+        return ""
+    total = finite(row["steps"])
+    return f"{row['step']} of {total:.0f}" if total else f"step {row['step']}"
 
 # %% ../../nbs/runs/overview.ipynb #ccda93c6
 def field_value(row: dict, field: str):  # a number, a text, or None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RIGHT', 'PAIRED', 'open_all', 'load_arms', 'final_predictions', 'measure_level', 'difference_cells',
-           'measure_differences', 'paired_arms', 'disagreements', 'answer_facts', 'qualitative_pairs', 'page_part',
+           'measure_differences', 'paired_arms', 'won_and_lost', 'answer_facts', 'qualitative_pairs', 'page_part',
            'chart_part', 'Comparison', 'compare']
 
 # %% ../../nbs/viewing/compare.ipynb #c0002
@@ -124,7 +124,7 @@ def _loss(pair):
     return pair[1]["iou"] - pair[0]["iou"]
 
 
-def disagreements(
+def won_and_lost(
     a: list,  # rows of one arm
     b: list,  # of another
     right: float = RIGHT,
@@ -150,7 +150,7 @@ def answer_facts(
 
 
 def qualitative_pairs(
-    pairs: list,  # of `disagreements`
+    pairs: list,  # of `won_and_lost`
     names: tuple,  # of the two arms
     sample_of: Callable,  # row -> Sample | None
 ) -> list:  # of cards, as the template lays them out
@@ -277,7 +277,7 @@ def answers(self: Comparison) -> list:
     names, parts = list(self.rows)[:2], []
     one, two = (self.seeds[name][0] for name in names)  # a chain is one seed's
     several = ", of each the first seed" if len(self.seeds[names[0]]) > 1 else ""
-    for (x, y), pairs in zip((names, names[::-1]), disagreements(one, two)):
+    for (x, y), pairs in zip((names, names[::-1]), won_and_lost(one, two)):
         cards = qualitative_pairs(pairs[: self.cards], names, self.sample_of)
         note = f"{len(pairs)} of {len(one)} samples{several}; right is an IoU of 0.5 or more."
         text = "" if cards else "No sample."

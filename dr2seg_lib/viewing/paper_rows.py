@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SET_TITLES', 'SPLIT_TITLES', 'SWEPT', 'set_name', 'format_figure', 'format_figures', 'our_row', 'row_parameter',
            'table_titles', 'evaluation_rows', 'arm_title', 'number_text', 'inner_evaluation', 'remember_inner_labels',
-           'ablation_rows', 'training_rows', 'discriminated_rows', 'run_rows']
+           'ablation_rows', 'training_rows', 'discriminated_rows', 'rows_of_run']
 
 # %% ../../nbs/viewing/paper_rows.ipynb #c0002
 import re
@@ -212,7 +212,7 @@ def discriminated_rows(folder: Path, results: dict) -> list:  # of (title, row)
     return rows
 
 # %% ../../nbs/viewing/paper_rows.ipynb #c0019
-def run_rows(
+def rows_of_run(
     folder,  # of a run
 ) -> list:  # of (title, row)
     "What a run adds to the tables."

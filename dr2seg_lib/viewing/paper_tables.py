@@ -17,7 +17,7 @@ from dr2seg_lib.evaluation.published import (
     MORE_TITLES,
     published_tables,
 )
-from .paper_rows import run_rows
+from .paper_rows import rows_of_run
 
 # %% ../../nbs/viewing/paper_tables.ipynb #c0005
 PROTOCOLS_DIFFER = (
@@ -63,7 +63,7 @@ def side_by_side(
     "The papers' tables with our rows."
     tables = published_tables() | {"Other data": []}
     for folder in folders:
-        for title, row in run_rows(folder):
+        for title, row in rows_of_run(folder):
             tables.setdefault(title, []).append(row)
     filled = {title: rows for title, rows in tables.items() if rows}
     return {k: (rows_table(rows, columns_of(rows)), caveats(rows)) for k, rows in filled.items()}

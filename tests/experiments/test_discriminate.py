@@ -19,7 +19,7 @@ from dr2seg_lib.evaluation.evaluate import run_evaluation
 from dr2seg_lib.experiments.evaluated import answered
 from dr2seg_lib.scorers.clip import load_scorer
 from dr2seg_lib.training.trainer import train
-from dr2seg_lib.viewing.paper_rows import run_rows
+from dr2seg_lib.viewing.paper_rows import rows_of_run
 
 DR2SEG = Path(sys.executable).parent / "dr2seg"
 
@@ -73,9 +73,9 @@ def test_runs_are_measured_and_stand_beside_the_papers(runs):
     found = read_json(runs / "measured" / "results.json")["discrimination"]
     assert list(found) == ["hub", "dpad"]
     assert found["hub"]["n"] == 4
-    rows = dict(run_rows(runs / "measured"))["Discrimination"]
+    rows = dict(rows_of_run(runs / "measured"))["Discrimination"]
     assert rows["SNR"] is None or rows["SNR"].mean > 0  # of captions, which a policy may not give
-    told = [row for _, row in run_rows(runs / "measured")]
+    told = [row for _, row in rows_of_run(runs / "measured")]
     assert [row["on"] for row in told][0].startswith("Set_val")
     assert [row["TSNR"].mean for row in told] == [found[k]["TSNR"] for k in found]
 

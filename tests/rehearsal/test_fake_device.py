@@ -12,7 +12,7 @@ from dr2seg_lib.methods.dr2seg import dr2seg_prompt
 from dr2seg_lib.models import decoding, joined_attention, prefill, prefix_tree
 from dr2seg_lib.models.policy import Policy
 from dr2seg_lib.rehearsal.answers import AnswerLengths
-from dr2seg_lib.rehearsal.fake_device import FakeDevice, known_values
+from dr2seg_lib.rehearsal.fake_device import FakeDevice, readable_values
 from dr2seg_lib.rehearsal.sizes import fake_policy
 from dr2seg_lib.rehearsal.step import rehearse_training
 
@@ -54,7 +54,7 @@ def test_what_is_not_known_makes_its_place_unknown(device):
     x = torch.zeros(4, dtype=torch.long, device="cuda")
     view = x[1:]
     view[0] = torch.randn(4, device="cuda").argmax()
-    assert known_values(x) is None
+    assert readable_values(x) is None
     with pytest.raises(ValueError, match="depend on the weights"):
         x.tolist()
 

@@ -23,9 +23,9 @@ from dr2seg_lib.training.batches import sample_batch
 from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.viewing.compare import (
     compare,
-    disagreements,
     final_predictions,
     measure_differences,
+    won_and_lost,
 )
 from dr2seg_lib.viewing.group_view import rollout_entry
 from dr2seg_lib.viewing.inspector import inspect
@@ -574,7 +574,7 @@ def test_comparison(whole, other):
     assert "dr2seg against visionreasoner" in view.html
     assert view.html.count('class="d2-chart"') == 2
     a, b = (final_predictions(RunReader(f)) for f in (whole, other))
-    won, lost = disagreements(a, b)
+    won, lost = won_and_lost(a, b)
     assert len(won) + len(lost) == sum((x["iou"] >= 0.5) != (y["iou"] >= 0.5) for x, y in zip(a, b))
     assert view.html.count("<article") == min(len(won), 3) + min(len(lost), 3)
     tokens = measure_differences(dict(a=a, b=b)).rows[0]
