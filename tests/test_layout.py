@@ -120,6 +120,26 @@ def test_no_module_imports_itself_by_a_detour():
     TopologicalSorter(graph).prepare()  # raises a CycleError
 
 
+def public_definitions(path):
+    "The functions and classes of a module; what is patched into a class has its class's name."
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if not any("patch" in ast.unparse(decorator) for decorator in node.decorator_list):
+            yield node.name
+
+
+def test_a_public_name_means_one_thing():
+    places = {}
+    for path in MODULES:
+        for name in public_definitions(path):
+            places.setdefault(name, set()).add(from_root(path))
+    rewards = "dr2seg_lib/methods/visionreasoner.py", "dr2seg_lib/methods/seg_zero.py"
+    assert places.pop("score") == {*rewards}  # each paper's reward, by its module's name
+    twice = {name: sorted(found) for name, found in places.items() if len(found) > 1}
+    assert not twice, f"another name for one of them: {twice}"
+
+
 def packages_in(text, pattern):
     "The packages that a text names, in its order."
     names = re.findall(pattern, text, re.M)
