@@ -297,10 +297,10 @@ def test_the_table_in_the_browser(lab):
     view.get_by_role("button", name="gIoU").click()
     cells = view.locator("tbody tr td:nth-child(5)").all_text_contents()
     assert cells == sorted(cells, reverse=True)
-    view.locator(".d2-filter").fill("method=dr2seg")
+    view.locator(".d2-filter").fill('method="dr2seg"')
     assert set(rows_shown(view)) == {"star", "third"}
     view.locator(".d2-filter").fill("gIoU>much")
-    assert '"gIoU" is a number' in view.locator(".d2-wrong").text_content()
+    assert "gIoU is a number; write gIoU>1, not much" in view.locator(".d2-wrong").text_content()
     view.locator(".d2-filter").fill("")
     for name in "star", "vr":
         view.locator("tbody tr", has_text=name).click()
@@ -352,7 +352,11 @@ def test_a_point_of_a_curve_leads_to_its_step(lab):
     view = brought(lab, 1, "curves")
     view.locator(".scatterlayer .trace").first.wait_for(state="attached")
     traces = view.locator(".scatterlayer .trace").count()
+    assert not view.locator(".d2-measures .d2-chip", has_text="loss").count()
+    view.get_by_role("button", name="more").click()
     view.locator(".d2-measures .d2-chip", has_text="loss").click()
+    view.get_by_role("button", name="fewer").click()
+    assert view.locator(".d2-measures .d2-chip", has_text="loss").count()  # what is drawn stays
     lab.wait_for_function(
         "n => document.querySelectorAll('.d2-curves .scatterlayer .trace').length > n", arg=traces
     )

@@ -8,14 +8,21 @@ function unpacked(columns) { // as `pack_columns` sends them -> a value a row; o
   return opened.get(columns);
 }
 
+// The language of core/conditions: what is typed is cut into words, and a word is a condition or a text to look for.
+const unquoted = text => text.replaceAll('"', ""), filterWords = text => text.match(/(?:"[^"]*"|\S)+/g) || [];
+function conditionOf(word) { // [field, sign, value], or null
+  const m = word.match(/^([\w.]+)(>=|<=|!=|=|>|<)(.+)$/);
+  return m && [m[1], m[2], unquoted(m[3])];
+}
+
 function matcher(text, columns) { // "accuracy>1 tokens<40 ring" -> row number -> bool; throws a sentence
-  const tests = (text.match(/(?:"[^"]*"|\S)+/g) || []).map(word => {
-    const m = word.match(/^([\w.]+)(>=|<=|!=|=|>|<)(.+)$/);
-    if (!m) { const w = word.replaceAll('"', "").toLowerCase(); return i => `${columns.query[i]} ${columns.sample[i]} ${columns.note ? columns.note[i] : ""}`.toLowerCase().includes(w); }
-    const field = m[1], op = m[2], value = m[3].replaceAll('"', ""), column = columns[field];
+  const tests = filterWords(text).map(word => {
+    const condition = conditionOf(word);
+    if (!condition) { const w = unquoted(word).toLowerCase(); return i => `${columns.query[i]} ${columns.sample[i]} ${columns.note ? columns.note[i] : ""}`.toLowerCase().includes(w); }
+    const [field, op, value] = condition, column = columns[field];
     if (!column) throw new Error(`there is no field "${field}"; known are ${Object.keys(columns).filter(k => k !== "group").join(", ")}`);
     const number = column.some(v => typeof v === "number"), b = number ? Number(value) : value.toLowerCase();
-    if (number && isNaN(b)) throw new Error(`"${field}" is a number; write ${field}${op}1`);
+    if (number && isNaN(b)) throw new Error(`${field} is a number; write ${field}${op}1, not ${value}`);
     return i => {
       const a = column[i], fits = v => OPS[op](number ? v : String(v).toLowerCase(), b);
       if (Array.isArray(a)) return op === "!=" ? a.every(fits) : a.some(fits); // tags

@@ -34,17 +34,17 @@ const FIELDS = ["name", "tags", "status", "method", "data", "seed", "step", "ste
 const field = (row, name) => FIELDS.includes(name) ? row[name] : row.parameters[name];
 function fitting(rows, text) { // the rows that fit; throws a sentence
   const known = new Set(FIELDS.concat(rows.flatMap(r => Object.keys(r.parameters))));
-  const tests = (text.match(/\S+/g) || []).map(word => {
-    const m = word.match(/^([\w.]+)(>=|<=|!=|=|>|<)(.+)$/);
-    if (!m) return r => `${r.name} ${r.tags.join(" ")}`.toLowerCase().includes(word.toLowerCase());
-    const [, name, op, value] = m;
+  const tests = filterWords(text).map(word => {
+    const condition = conditionOf(word);
+    if (!condition) { const w = unquoted(word).toLowerCase(); return r => `${r.name} ${r.tags.join(" ")}`.toLowerCase().includes(w); }
+    const [name, op, value] = condition;
     if (name === "tag" || name === "tags") return r => r.tags.includes(value) === (op !== "!=");
     if (!known.has(name)) throw new Error(`runs have no field "${name}"; known are ${[...known].slice(0, 24).join(", ")}`);
     return r => {
       const a = field(r, name);
       if (a === null || a === undefined) return false;
       if (typeof a !== "number") return OPS[op](String(a).toLowerCase(), value.toLowerCase());
-      if (isNaN(Number(value))) throw new Error(`"${name}" is a number; write ${name}${op}1`);
+      if (isNaN(Number(value))) throw new Error(`${name} is a number; write ${name}${op}1, not ${value}`);
       return OPS[op](a, Number(value));
     };
   });
@@ -152,7 +152,8 @@ function runs(model, root) {
 function curves(model, root) {
   const about = model.get("about"), plots = h("div", {class: "d2-curveplot", "data-chart": "curves"}), below = h("div", {class: "d2-held"}), note = h("p", {class: "d2-notice", hidden: true});
   const save = () => model.save_changes(), out = h("output", {});
-  let timer = null;
+  let timer = null, all = false; // all: every measure that the run has is offered
+  const seen = new Set();
   const place = keep => keep <= 0 ? 0 : Math.round(-100 / 3 * Math.log10(1 - keep)); // 0 to 100: the higher, the finer
   const smooth = h("input", {type: "range", min: 0, max: 100, "aria-label": "smoothing", oninput: e => {
     const keep = +e.target.value ? 1 - 10 ** (-3 * e.target.value / 100) : 0;
@@ -168,7 +169,9 @@ function curves(model, root) {
     const keep = model.get("keep"), chosen = model.get("measures");
     smooth.value = place(keep); out.textContent = keep.toFixed(keep > .99 ? 3 : 2); smooth.style.setProperty("--at", `${smooth.value}%`);
     fill(axes, [["log_x", "log steps"], ["log_y", "log values"]].map(([trait, label]) => chip(label, model.get(trait), () => { model.set(trait, !model.get(trait)); save(); }, "a logarithmic axis")));
-    fill(measures, about.measures.map(m => chip(about.titles[m], chosen.includes(m), () => { model.set("measures", about.measures.filter(n => chosen.includes(n) !== (n === m))); save(); }, m)));
+    for (const m of chosen) seen.add(m); // once drawn, a measure stays at hand
+    const more = about.measures.filter(m => !seen.has(m)).length, open = h("button", {class: "d2-chip d2-more", "aria-expanded": String(all), onclick: () => { all = !all; draw(); }}, all ? "fewer" : `${more} more`);
+    fill(measures, about.measures.filter(m => all || seen.has(m)).map(m => chip(about.titles[m], chosen.includes(m), () => { model.set("measures", about.measures.filter(n => chosen.includes(n) !== (n === m))); save(); }, m)), more ? open : null);
     plots.hidden = !chosen.length; note.hidden = !model.get("note"); note.textContent = model.get("note");
   }
   const rest = fitColumns(model, root, w => w < 480 ? 1 : w < 900 ? 2 : 3);
