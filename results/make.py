@@ -3,9 +3,12 @@
     python results/make.py run [STUDY ...]    the experiments, one by one (hours); resumable
     python results/make.py keep [STUDY ...]   their tables, as results/STUDY.json, and their plots
     python results/make.py write              those tables into the pages
+    python results/make.py pack STUDY ...     records of finished runs, as records/STUDY.tar.xz
+    python results/make.py unpack STUDY ...   those records as run folders, from which `run` goes on
 
-`make results` does all three. A study is an experiment of the workbench with its parameters, and
-perhaps a plot in docs/; they stand in results/studies.json.
+`make results` does the first three. A study is an experiment of the workbench with its parameters,
+and perhaps a plot in docs/; they stand in results/studies.json. Records are what tables are made
+of: parameters, metrics and answers to held-out questions, without weights and rollouts.
 """
 
 import json
@@ -13,10 +16,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from dr2seg_lib.core.files import read_jsonl
-from dr2seg_lib.experiments.sweeps import arm_results, sweep_arms
+from dr2seg_lib.experiments.sweeps import arm_results, is_done, sweep_arms
 from dr2seg_lib.runs.run_folder import Run
 from dr2seg_lib.viewing.comparison_plots import before_after_plot
 from dr2seg_lib.viewing.curves import training_curves
@@ -26,6 +30,8 @@ from dr2seg_lib.viewing.tables import aggregate_seeds, before_after_table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RUNS = ROOT / "runs" / "results"
+PACKED = HERE / "records"
+RECORDS = "run.json", "results.json", "metrics.jsonl", "predictions*.jsonl"
 PAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "world.md", ROOT / "README.md"
 STUDIES = json.loads((HERE / "studies.json").read_text())
 BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
@@ -124,6 +130,24 @@ def keep(name: str):
     (HERE / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
+def pack(name: str):
+    "Packs the records of a study and of its finished runs."
+    folder = RUNS / name
+    PACKED.mkdir(exist_ok=True)
+    with tarfile.open(PACKED / f"{name}.tar.xz", "w:xz", preset=9) as archive:
+        for run in [folder, *(p for p in sorted(folder.iterdir()) if p.is_dir() and is_done(p))]:
+            for path in sorted(path for kind in RECORDS for path in run.glob(kind)):
+                archive.add(path, path.relative_to(RUNS))
+
+
+def unpack(name: str):
+    "Makes run folders of a study's records, where it has none."
+    if (RUNS / name).exists():
+        raise SystemExit(f"{RUNS / name} exists; delete it, or go on with it: make.py run {name}")
+    with tarfile.open(PACKED / f"{name}.tar.xz") as archive:
+        archive.extractall(RUNS, filter="data")
+
+
 def written(page: str) -> str:
     "The page with each of its tables as it is kept."
 
@@ -136,7 +160,7 @@ def written(page: str) -> str:
 
 def main(task: str, *names: str):
     for name in names or STUDIES:
-        dict(run=run, keep=keep, write=lambda _: None)[task](name)
+        dict(run=run, keep=keep, write=lambda _: None, pack=pack, unpack=unpack)[task](name)
     for page in PAGES if task == "write" else ():
         page.write_text(written(page.read_text()))
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dr2seg_lib.core.files import write_jsonl
+from dr2seg_lib.experiments.sweeps import arm_results, unfinished_runs
+from dr2seg_lib.runs.run_folder import Run
+
 ROOT = Path(__file__).parents[1]
 KEPT = sorted(p for p in (ROOT / "results").glob("*.json") if p.name != "studies.json")
 
@@ -45,3 +49,31 @@ def test_a_kept_study_is_one_of_those_asked(make, path):
     assert kept["versions"]["torch"]
     for picture in make.STUDIES[path.stem].get("plots", {}):
         assert (ROOT / "docs" / picture).exists()
+
+
+def test_records_go_on_elsewhere(make, tmp_path, monkeypatch):
+    "A study half done is packed here, unpacked there, and only what is missing is left to do."
+    monkeypatch.setattr(make, "RUNS", tmp_path / "here")
+    monkeypatch.setattr(make, "PACKED", tmp_path / "packed")
+    folders = {name: tmp_path / "here" / "study" / name for name in ("done", "half")}
+    with Run.create(tmp_path / "here" / "study", dict(methods=["dr2seg"])):
+        pass
+    for name, folder in folders.items():
+        with Run.create(folder, dict(method="dr2seg")) as run:
+            run.log(dict(step=1))
+            run.results(dict(after=dict(gIoU=0.5)))
+            write_jsonl(folder / "predictions_after.jsonl", [dict(sample="a", iou=0.5)])
+            (folder / "rollouts.jsonl").write_text("not packed")
+            run.stopped = name == "half"
+    make.pack("study")
+    with pytest.raises(SystemExit, match="exists; delete it, or go on with it"):
+        make.unpack("study")
+    monkeypatch.setattr(make, "RUNS", tmp_path / "there")
+    make.unpack("study")
+    folders = {name: tmp_path / "there" / "study" / name for name in folders}
+    assert list(unfinished_runs(folders)[0]) == ["half"]
+    assert Run.open(folders["done"]).metrics() == [dict(step=1)]
+    assert not (folders["done"] / "rollouts.jsonl").exists()
+    assert arm_results(tmp_path / "there" / "study", dict(dr2seg=["done", "half"])) == {
+        "dr2seg": [dict(after=dict(gIoU=0.5))]
+    }
