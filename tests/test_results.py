@@ -77,3 +77,17 @@ def test_records_go_on_elsewhere(make, tmp_path, monkeypatch):
     assert arm_results(tmp_path / "there" / "study", dict(dr2seg=["done", "half"])) == {
         "dr2seg": [dict(after=dict(gIoU=0.5))]
     }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "records").glob("*.tar.xz")), ids=str)
+def test_packed_runs_are_of_the_study(make, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "RUNS", tmp_path)
+    study = path.name.removesuffix(".tar.xz")
+    make.unpack(study)
+    arms, asked = make.sweep_runs(tmp_path / study), make.STUDIES[study]["parameters"]["config"]
+    results = arm_results(tmp_path / study, arms)
+    assert any(results.values())
+    assert all(r["after"]["n"] == asked["evaluation"]["samples"] for r in sum(results.values(), []))
+    for run in (path.parent for path in (tmp_path / study).glob("*/run.json")):
+        assert run.name in sum(arms.values(), [])
+        assert Run.open(run).metrics()[-1]["step"] == asked["steps"]

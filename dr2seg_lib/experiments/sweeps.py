@@ -83,14 +83,13 @@ def run_sweep(
     if not names:
         return failed
     with closing(open_pool(workers, cluster)) as pool:
-        while names or busy:
-            while names and pool.has_place():
+        while busy or (names and not run.stopped):
+            while names and not run.stopped and pool.has_place():
                 name = names.popleft()
                 busy[name] = pool.start(job_of(configs, folders, name))
             failed |= _collect(busy, run.stopped)
             run.progress("runs", len(configs) - len(names) - len(busy), len(configs))
             if run.stop_requested():
-                names.clear()
                 pool.stop()
             time.sleep(0.2)
     return failed
