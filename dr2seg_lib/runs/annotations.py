@@ -132,7 +132,8 @@ def _append(path: Path, row: dict):
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:  # inside, nobody else annotates this run
     try:
-        lock = lock_folder(path.parent, ".annotations.lock", tries=200)  # ten seconds
+        # ten seconds; one who writes row after row leaves it free for an instant only
+        lock = lock_folder(path.parent, ".annotations.lock", tries=2000, pause=0.005)
         if lock is None:
             raise ValueError(f"{path} is being written by someone else; annotate again")
         try:

@@ -86,6 +86,7 @@ def lock_folder(
     folder: Path,
     name: str = ".lock",  # a folder may have several locks
     tries: int = 5,  # someone asking for the status holds it for an instant
+    pause: float = 0.05,  # seconds between two tries
 ) -> int | None:  # an open file that holds the lock until closed; None when another holds it
     "Takes a folder's lock."
     from filelock import lock_descriptor  # here: not every command needs it
@@ -94,7 +95,7 @@ def lock_folder(
     for _ in range(tries):
         if lock_descriptor(lock, blocking=False):
             return lock
-        time.sleep(0.05)
+        time.sleep(pause)
     os.close(lock)
 
 # %% ../../nbs/runs/status.ipynb #d0fd5b52
