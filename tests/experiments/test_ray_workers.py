@@ -18,7 +18,7 @@ from dr2seg_lib.experiments.local_workers import find_answered
 from dr2seg_lib.experiments.ray_workers import STORE_BYTES, TRIES, start_ray
 from dr2seg_lib.experiments.sweeps import interleave_seeds, run_sweep, sweep_arms
 from dr2seg_lib.runs.run_folder import Run
-from dr2seg_lib.runs.status import read_progress, run_status
+from dr2seg_lib.runs.status import run_status
 from dr2seg_lib.training.trainer import train
 
 ray = pytest.importorskip("ray", reason='Ray is missing; pip install "dr2seg_lib[cluster]"')
@@ -168,5 +168,4 @@ def test_stop_reaches_the_runs_and_those_that_wait_never_begin(cluster, tmp_path
     begun = [name for name in configs if (run.folder / name / "run.json").exists()]
     assert {run_status(run.folder / name) for name in begun} == {"interrupted"}
     assert len(begun) < len(configs)
-    assert read_progress(run.folder)["i"] == len(begun) + 1  # those that wait are not done
     assert find_answered(tuple(run.folder / name for name in begun))

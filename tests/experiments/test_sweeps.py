@@ -9,7 +9,7 @@ from dr2seg_lib.core.files import read_json, read_jsonl
 from dr2seg_lib.experiments.local_workers import Job, LocalPool, find_answered
 from dr2seg_lib.experiments.sweeps import arm_results, job_of, run_sweep
 from dr2seg_lib.runs.run_folder import Run
-from dr2seg_lib.runs.status import run_status
+from dr2seg_lib.runs.status import read_progress, run_status
 from dr2seg_lib.training import both_ends
 from dr2seg_lib.training.config import TrainConfig
 from dr2seg_lib.training.trainer import train
@@ -121,3 +121,14 @@ def test_a_process_that_was_killed_leaves_a_sentence(tmp_path):
     worker = pool.start(Job(TrainConfig(**SMALL), tmp_path / "a"))
     pool.close()
     assert worker.problem() == "its process ended with -9, perhaps for memory; resume the sweep"
+
+
+def test_a_stopped_sweep_does_not_count_runs_that_never_began(tmp_path):
+    bad = SMALL | dict(model="no-such/model")
+    configs = {f"bad-{seed}": TrainConfig(**bad, seed=seed) for seed in range(3)}
+    with Run.create(tmp_path / "run", {}, bar=False) as run:
+        (run.folder / "stop").touch()
+        run_sweep(run, configs, workers=1)
+    assert run.status == "interrupted"
+    progress = read_progress(run.folder)
+    assert (progress["i"], progress["n"]) == (1, 3)
