@@ -13,6 +13,8 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "DR2SEG_WATCHED": "1",
 }
+for name in "NO_PROXY", "no_proxy":  # the servers of the tests are on this machine
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, more threads each are ten times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")

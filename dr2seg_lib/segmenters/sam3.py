@@ -116,7 +116,9 @@ def encode_image(self: Sam3Segmenter, image: np.ndarray):  # Sam3VisionEncoderOu
     inputs = self.processor.image_processor(
         image, input_data_format="channels_last", return_tensors="pt"
     )
-    return self.model.get_vision_features(inputs.pixel_values.to(self.model.device))
+    return self.model.get_vision_features(
+        inputs.pixel_values.to(self.model.device, self.model.dtype)
+    )
 
 # %% ../../nbs/segmenters/sam3.ipynb #ef16d9c2
 @patch

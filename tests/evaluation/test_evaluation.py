@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -378,8 +379,10 @@ def test_killed_with_all_its_processes_and_resumed_with_another_number(
     ):
         assert process.poll() is None, "it ended before its first row"
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # so that it neither ends nor changes while it is looked at
     for pid in [process.pid, *descendants(process.pid)]:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # ended with its parent
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     deadline = time.time() + 30
     while Run.open(folder).status == "running" and time.time() < deadline:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from time import perf_counter
+from time import process_time
 
 import pytest
 from hypothesis import given
@@ -290,22 +290,22 @@ def test_an_empty_list_is_an_answer():
     ],
 )
 def test_hostile_answers_neither_raise_nor_hang(text):
-    start = perf_counter()
+    start = process_time()
     (
         parse_answer(text),
         parse_response(f"<answer>{text}</answer>"),
         parse_response("<answer>" * 1000 + text),
     )
-    assert perf_counter() - start < 5
+    assert process_time() - start < 5
 
 
 @pytest.mark.parametrize(
     "piece", ["<think>", "</think>", "<", "<answer>" + " " * 100, "<think></answer>"]
 )
 def test_long_tag_soup_is_linear(piece):
-    start = perf_counter()
+    start = process_time()
     parse_response(piece * 100_000)
-    assert perf_counter() - start < 2
+    assert process_time() - start < 2
 
 
 @given(st.text() | soup)

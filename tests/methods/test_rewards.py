@@ -3,7 +3,7 @@
 import json
 import re
 from itertools import permutations
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -881,7 +881,7 @@ def test_matched_is_the_best_of_all_matchings(scores):
     ],
 )
 def test_hostile_text_neither_raises_nor_hangs(text):
-    start = perf_counter()
+    start = process_time()
     assert in_range(vision_reasoner(text, [MUG]))
     assert in_range(vision_reasoner(text, [MUG] * 200, description=True))
     assert set(seg_zero(text, [PAIR]).values()) <= {0, 1}
@@ -889,7 +889,7 @@ def test_hostile_text_neither_raises_nor_hangs(text):
         0,
         1,
     )
-    assert perf_counter() - start < 10
+    assert process_time() - start < 10
 
 
 def test_written_answers_keep_their_score():

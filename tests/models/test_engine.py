@@ -20,7 +20,7 @@ def both():
     "Two steps of DR²Seg with two updates each: rows, records and the adapter that comes of them."
     config = TrainConfig(
         rollout=dict(questions_per_step=2, group_size=3, max_new_tokens=60),
-        optim=dict(updates=2, kl=0.1),
+        optim=dict(updates=2, kl=0.1, max_grad_norm=1e-3),  # no step is made of rounding
         lora=dict(rank=4, alpha=4),
         evaluation=dict(samples=0),
     )

@@ -456,11 +456,11 @@ def test_the_limit_is_a_number_of_tokens(text_policy, monkeypatch):
     "query", ["a" * 10**8, "<|image_pad|>" * 10**6, "猫" * 10**7, " " * 10**7], ids=lambda q: q[:5]
 )
 def test_a_huge_question_is_refused_at_once(text_policy, picture, query):
-    sample, began = Sample("x-1", MiniReasonSeg("val")[0].image, query, ()), time.monotonic()
+    sample, began = Sample("x-1", MiniReasonSeg("val")[0].image, query, ()), time.process_time()
     assert "more than 512 tokens" in text_policy.question_problem(sample)
     with pytest.raises(ValueError, match="has more than 2560 tokens; shorten its question"):
         text_policy.prefill([query], [picture])
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_description_that_is_too_long_is_none(text_policy, picture, monkeypatch):

@@ -189,13 +189,13 @@ def test_training_by_a_server(engine, tmp_path):
         server=engine.url,
         norm_lr=0,
         steps=2,
-        prompts=2,
+        prompts=4,
         samples=3,
         rank=4,
         alpha=4,
         eval_samples=2,
         segmenter="grabcut",
-        max_new_tokens=60,
+        max_new_tokens=192,
         lr=1e-2,
     )
     run = train(config, tmp_path / "run")

@@ -16,6 +16,7 @@ from dr2seg_lib.core.masks import iou, ratio
 from dr2seg_lib.data.mini import SPLIT_SEEDS, WARM_START, draw_problem
 from dr2seg_lib.data.samples import Target
 from dr2seg_lib.data.scenes import SIDE
+from dr2seg_lib.pretraining import precision
 from dr2seg_lib.pretraining.segmenter import (
     decode_prompts,
     draw_batch,
@@ -244,7 +245,9 @@ def test_metas_checkpoint_is_one_sentence_where_it_is_none(tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_a_hub_without_network_is_one_sentence():
+def test_a_hub_without_network_is_one_sentence(tmp_path, monkeypatch):
+    "Nor does this machine hold the model."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         ValueError,
         match="segmenter facebook/sam2.1-hiera-tiny cannot be loaded .*connect to the hub",
@@ -379,7 +382,11 @@ def test_training_decodes_as_the_predictor_does(sam, scene):
 TINY = Sam2Size(image_size=64, embed_dim=8, d_model=32, window_spec=(8, 4, 4, 2))
 
 
-def test_training_is_repeatable_and_learns():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_training_is_repeatable_and_learns(monkeypatch, dtype):
+    "In either arithmetic of Muon, of which a probe chooses the faster."
+    monkeypatch.setattr(precision, "probe_dtype", lambda: dtype)
+
     def figures(seed):
         rows = []
         model = train_sam2(

@@ -24,7 +24,8 @@ SMALL = dict(
     norm_lr=0,
     kl=0.1,
 )
-FULL = SMALL | dict(tune="full", lr=1e-4)
+# Clipped to a small norm: AdamW makes a whole step of a gradient near its 1e-8, and so of rounding.
+FULL = SMALL | dict(tune="full", lr=1e-4, grad_norm=1e-3)
 TWO = dict(shard=True, runtime=dict(processes=2, max_tokens=330))  # microbatches 2 1 2 and 2 2 1
 
 
