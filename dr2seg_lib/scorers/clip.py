@@ -73,14 +73,14 @@ class Scorer(Offloading):
 def encode_once(self: Scorer, items: list, key: Callable, encode: Callable) -> Tensor:  # [N,D]
     "The vectors of items, of which only those with a new key are encoded."
     keys = [key(x) for x in items]
-    vectors = {k: self.cache[k] for k in keys if k in self.cache}
+    vectors = {k: self.cache.pop(k) for k in keys if k in self.cache}
     new = list({k: x for k, x in zip(keys, items) if k not in vectors}.items())
     for i in range(0, len(new), self.batch):
         new_keys, batch = zip(*new[i : i + self.batch])
         vectors |= zip(new_keys, encode(batch).float().cpu())
     self.cache |= vectors
     for k in list(self.cache)[: -self.keep]:
-        del self.cache[k]  # the oldest
+        del self.cache[k]  # what was asked for the longest ago
     return torch.stack([vectors[k] for k in keys]) if keys else torch.empty(0, 0)
 
 # %% ../../nbs/scorers/clip.ipynb #d1c5bbe6

@@ -244,6 +244,17 @@ def test_the_cache_is_bounded_and_never_wrong():
     assert sum(scorer.model.seen) == 8 + 5
 
 
+def test_what_is_asked_again_is_kept_the_longest():
+    "The pictures of many runs are the same, their texts are not."
+    scorer = counted(keep=4, batch=2)
+    pictures = [np.full((2, 2, 3), i, np.uint8) for i in range(2)]
+    for run in range(5):
+        scorer.images(pictures)
+        scorer.texts([f"one text of run {run}", f"another of run {run}"])
+    assert scorer.model.seen[0] == 2
+    assert len(scorer.model.seen) == 1 + 5, "the pictures once, the texts of five runs"
+
+
 def test_pictures_of_a_step_are_encoded_once(clip, samples):
     "Eight captions a sample: two pictures a sample, each text once."
     scorer = Scorer(clip.model, clip.preprocess, clip.tokenizer)
