@@ -34,7 +34,7 @@ PACKED = HERE / "records"
 RECORDS = "run.json", "results.json", "metrics.jsonl", "predictions*.jsonl"
 PAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "world.md", ROOT / "README.md"
 STUDIES = json.loads((HERE / "studies.json").read_text())
-BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def words_of(name: str) -> list[str]:
@@ -153,7 +153,7 @@ def written(page: str) -> str:
 
     def table(match):
         head, study, name, end = match.groups()
-        return head + json.loads((HERE / f"{study}.json").read_text())["tables"][name] + end
+        return head + json.loads((HERE / f"{study}.json").read_text())["tables"][name] + "\n" + end
 
     return BLOCK.sub(table, page)
 

@@ -40,6 +40,14 @@ def test_an_altered_figure_is_found(make):
     assert make.written(altered) == text
 
 
+def test_an_empty_block_is_filled_and_the_next_left_alone(make, monkeypatch, tmp_path):
+    (tmp_path / "a.json").write_text('{"tables": {"one": "| 1 |", "two": "| 2 |"}}')
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    empty = "<!-- table a one -->\n<!-- end -->\nprose\n<!-- table a two -->\n<!-- end -->\n"
+    filled = empty.replace("one -->", "one -->\n| 1 |").replace("two -->", "two -->\n| 2 |")
+    assert make.written(empty) == make.written(filled) == filled
+
+
 @pytest.mark.parametrize("path", KEPT, ids=lambda p: p.stem)
 def test_a_kept_study_is_one_of_those_asked(make, path):
     kept = json.loads(path.read_text())
