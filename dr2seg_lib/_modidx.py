@@ -1020,6 +1020,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dr2seg', 'doc_host': '', '
                                                                                                             'dr2seg_lib/evaluation/discrimination.py'),
                                                       'dr2seg_lib.evaluation.discrimination.discrimination_numbers': ( 'evaluation/discrimination.html#discrimination_numbers',
                                                                                                                        'dr2seg_lib/evaluation/discrimination.py'),
+                                                      'dr2seg_lib.evaluation.discrimination.discrimination_of_runs': ( 'evaluation/discrimination.html#discrimination_of_runs',
+                                                                                                                       'dr2seg_lib/evaluation/discrimination.py'),
                                                       'dr2seg_lib.evaluation.discrimination.discrimination_rows': ( 'evaluation/discrimination.html#discrimination_rows',
                                                                                                                     'dr2seg_lib/evaluation/discrimination.py'),
                                                       'dr2seg_lib.evaluation.discrimination.measured_texts': ( 'evaluation/discrimination.html#measured_texts',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_SIMILARITY', 'response_caption', 'measured_texts', 'similarity_ratio', 'discrimination_numbers',
-           'check_order', 'discrimination_rows']
+           'check_order', 'discrimination_of_runs', 'discrimination_rows']
 
 # %% ../../nbs/evaluation/discrimination.ipynb #43a8ba18
 from collections.abc import Callable, Sequence
@@ -74,25 +74,37 @@ def check_order(rows: list[dict], samples: list[Sample]):
             )
 
 # %% ../../nbs/evaluation/discrimination.ipynb #0911323d
+def discrimination_of_runs(
+    scorer: Scorer,
+    runs: Sequence,  # the rows of each evaluation of the same samples
+    samples: Sequence,  # of Sample, in the order of the rows
+    batch: int = 64,  # samples at once
+    progress: Callable = _silent,  # (done, total) after each batch
+) -> list:  # the runs, their rows with s1, s2, snr, ts1, ts2, tsnr and caption_tokens
+    "DPAD's numbers for several evaluations, each picture read once; never raises on any text."
+    for rows in runs:
+        if len(rows) != len(samples):
+            raise ValueError(
+                f"samples: {len(samples)} of them for {len(rows)} rows; "
+                "give the samples that were evaluated, in their order"
+            )
+    measured = [[] for _ in runs]
+    for start in range(0, len(samples) if runs else 0, batch):
+        end = min(start + batch, len(samples))
+        pictures = [samples[i] for i in range(start, end)]
+        for rows, found in zip(runs, measured):
+            check_order(rows[start:end], pictures)
+            numbers = discrimination_numbers(scorer, rows[start:end], pictures)
+            found += [row | more for row, more in zip(rows[start:end], numbers)]
+        progress(end, len(samples))
+    return measured
+
+# %% ../../nbs/evaluation/discrimination.ipynb #f3b3d344
 def discrimination_rows(
     scorer: Scorer,
     rows: list[dict],  # of an evaluation
     samples: Sequence,  # of Sample, in the order of the rows
-    batch: int = 64,  # samples at once
-    progress: Callable = _silent,  # (done, total) after each batch
+    **options,  # batch and progress, as of `discrimination_of_runs`
 ) -> list[dict]:  # the rows with s1, s2, snr, ts1, ts2, tsnr and caption_tokens
     "DPAD's numbers for every row of an evaluation; never raises on any text."
-    if len(rows) != len(samples):
-        raise ValueError(
-            f"samples: {len(samples)} of them for {len(rows)} rows; "
-            "give the samples that were evaluated, in their order"
-        )
-    measured = []
-    for start in range(0, len(rows), batch):
-        some = rows[start : start + batch]
-        pictures = [samples[start + i] for i in range(len(some))]
-        check_order(some, pictures)
-        numbers = discrimination_numbers(scorer, some, pictures)
-        measured += [row | more for row, more in zip(some, numbers)]
-        progress(len(measured), len(rows))
-    return measured
+    return discrimination_of_runs(scorer, [rows], samples, **options)[0]

@@ -1,8 +1,14 @@
 "Many runs in one: finished ones are skipped, a failing one is named and hurts no other."
 
+import json
+import os
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dr2seg_lib.core.files import read_json, read_jsonl
@@ -132,3 +138,87 @@ def test_a_stopped_sweep_does_not_count_runs_that_never_began(tmp_path):
     assert run.status == "interrupted"
     progress = read_progress(run.folder)
     assert (progress["i"], progress["n"]) == (1, 3)
+
+
+DR2SEG = Path(sys.executable).parent / "dr2seg"
+ASKED = dict(methods=["dpad", "dr2seg"], seeds=[0], config=SMALL | dict(eval_samples=4))
+
+
+def words_of(experiment, folder, *more):
+    given = [word for k, v in ASKED.items() for word in ("-p", k, json.dumps(v))]
+    return [str(word) for word in (DR2SEG, "run", experiment, *given, "--out", folder, *more)]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared") / "run"
+    done = subprocess.run(words_of("compare", folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_compare_sets_each_start_beside_the_trained(compared):
+    results = read_json(compared / "results.json")
+    assert {"table", "start", "differences", "arms"} <= results.keys()
+    for name in "table", "start":
+        assert "SNR | TSNR" in results[name]
+        assert {"dpad", "dr2seg"} == {row.split()[1] for row in results[name].splitlines()[2:]}
+    assert all(runs[0]["before"]["TSNR"] > 0 for runs in results["arms"].values())
+    assert "dr2seg − its start" in results["differences"]
+    assert (compared / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["compare", "ablate"])
+def test_a_sweep_is_done_when_its_tables_are(compared, experiment, tmp_path):
+    "Killed behind its last training, it goes on, and trains nothing again."
+    folder = tmp_path / "run"
+    shutil.copytree(compared, folder)
+    recorded = read_json(folder / "run.json") | dict(status="interrupted")
+    if experiment == "ablate":
+        recorded["parameters"]["vary"] = recorded["parameters"].pop("against") and {}
+    (folder / "run.json").write_text(json.dumps(recorded))
+    (folder / "results.json").unlink()
+    trained = (folder / "dr2seg-s0" / "run.json").read_text()
+    kill_at_its_tables(words_of(experiment, folder, "--resume"), tmp_path)
+    assert run_status(folder) == "failed"
+    mended = subprocess.run(
+        words_of(experiment, folder, "--resume"), capture_output=True, text=True
+    )
+    assert mended.returncode == 0, mended.stderr
+    assert run_status(folder) == "done"
+    assert "differences" in read_json(folder / "results.json")
+    assert (folder / "dr2seg-s0" / "run.json").read_text() == trained
+
+
+# Reading the last run's answers, a process says so and waits.
+WAITING = """
+import os, pathlib, time
+
+read_bytes = pathlib.Path.read_bytes
+
+def waiting(path):
+    if str(path).endswith("dr2seg-s0/predictions_after.jsonl"):
+        pathlib.Path(os.environ["READS"]).touch()
+        time.sleep(600)
+    return read_bytes(path)
+
+pathlib.Path.read_bytes = waiting
+"""
+
+
+def kill_at_its_tables(words, folder, seconds=300):
+    "SIGKILL to the command and its kernel, once they read what was answered."
+    (folder / "sitecustomize.py").write_text(WAITING)
+    environment = os.environ | dict(PYTHONPATH=str(folder), READS=str(folder / "reads"))
+    nothing, until = subprocess.DEVNULL, time.monotonic() + seconds
+    with subprocess.Popen(words, stdout=nothing, stderr=nothing, env=environment) as command:
+        while not (folder / "reads").exists():
+            assert command.poll() is None, "it came to its end"
+            assert time.monotonic() < until, "nobody has read the rows"
+            time.sleep(0.1)
+        family = psutil.Process(command.pid).children(recursive=True)
+        for process in (*family, command):
+            process.kill()
+        psutil.wait_procs(family, timeout=30)  # their locks fall when they are gone
