@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SENTENCES', 'SPECIAL_TOKEN', 'SPLIT_COUNTS', 'MINI_DRAWN', 'Sentences', 'rough_tokens', 'DataReport',
-           'find_question_problem', 'find_question_remark', 'DataChecker', 'no_progress', 'mini_report', 'check_data']
+           'find_question_problem', 'find_question_remark', 'DataChecker', 'mini_report', 'check_data']
 
 # %% ../../nbs/data/checking.ipynb #74490d3c
 import re
@@ -14,7 +14,7 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 
 from ..core.settings import MAX_QUESTION_TOKENS
 from .datasets import detect_format, locate_data
@@ -185,16 +185,12 @@ def remark_on_shared_pictures(self: DataChecker):
         what = f"{' and '.join(splits)} have {len(names):,} of the same pictures"
         self.remarks.add(f"{what}, such as {example}.")
 
-# %% ../../nbs/data/checking.ipynb #594788d0
-def no_progress(split: str, i: int, n: int):
-    "Shows nothing."
-
 # %% ../../nbs/data/checking.ipynb #c0a1d504
 MINI_DRAWN = 20  # scenes of a split that a check draws
 
 
 def mini_report(
-    progress: Callable = no_progress,
+    progress: Callable = noop,
 ) -> DataReport:
     "What the embedded world is, and that its scenes can be drawn."
     splits = {}
@@ -211,7 +207,7 @@ def mini_report(
 # %% ../../nbs/data/checking.ipynb #73e75ef2
 def check_data(
     name: str | Path,  # a path, or a data set of the hub
-    progress: Callable = no_progress,  # called after each sample: split, number, of how many
+    progress: Callable = noop,  # called after each sample: split, number, of how many
     count_tokens: Callable = rough_tokens,  # text -> tokens, a tokenizer's own where it matters
 ) -> DataReport:
     "Reads a whole data set and says what is in it and what is wrong with it."

@@ -10,6 +10,7 @@ __all__ = ['SMALLEST_SIMILARITY', 'response_caption', 'measured_texts', 'similar
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from fastcore.basics import noop
 
 from ..data.samples import Sample
 from ..rollouts.parsing import Parsed, recorded_parse
@@ -60,10 +61,6 @@ def discrimination_numbers(
     return [dict(zip(names, values)) for values in zip(*columns)]
 
 # %% ../../nbs/evaluation/discrimination.ipynb #11d32b89
-def _silent(done: int, total: int):
-    "No progress."
-
-
 def check_order(rows: list[dict], samples: list[Sample]):
     "Refuses samples that are not those of the rows."
     for row, sample in zip(rows, samples):
@@ -79,7 +76,7 @@ def discrimination_of_runs(
     runs: Sequence,  # the rows of each evaluation of the same samples
     samples: Sequence,  # of Sample, in the order of the rows
     batch: int = 64,  # samples at once
-    progress: Callable = _silent,  # (done, total) after each batch
+    progress: Callable = noop,  # (done, total) after each batch
 ) -> list:  # the runs, their rows with s1, s2, snr, ts1, ts2, tsnr and caption_tokens
     "DPAD's numbers for several evaluations, each picture read once; never raises on any text."
     for rows in runs:

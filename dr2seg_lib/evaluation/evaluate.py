@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from fastcore.basics import noop
 
 # %% ../../nbs/evaluation/evaluate.ipynb #c90740b2
 from ..core.files import append_jsonl, read_jsonl
@@ -133,10 +134,6 @@ def iter_predictions(
         rows = predict_batch(policy, segmenter, samples, *asked)
         yield gather_object(rows) if n > 1 else rows
 
-# %% ../../nbs/evaluation/evaluate.ipynb #5dfb5461
-def _silent(done: int, total: int):
-    "No progress."
-
 # %% ../../nbs/evaluation/evaluate.ipynb #595421ea
 def evaluate(
     policy: Policy,
@@ -145,7 +142,7 @@ def evaluate(
     prompt: Callable,  # (query, eval=True) -> user text, the method's
     batch_size: int = 64,
     max_new_tokens: int = 256,
-    progress: Callable[[int, int], None] = _silent,  # (done, total) after each batch
+    progress: Callable[[int, int], None] = noop,  # (done, total) after each batch
     accelerator: PartialState | None = None,  # accelerate's; the processes that share the work
     parse: Callable[[str], Parsed] = parse_response,  # the method's
     answer: Callable | None = None,  # None: `answer_greedily`

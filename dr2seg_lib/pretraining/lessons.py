@@ -7,12 +7,13 @@ __all__ = ['EXAMPLE_PROMPTS', 'ONE_OBJECT', 'LessonPage', 'to_world_frame', 'dra
            'referring_example', 'implicit_example', 'draw_example', 'training_example']
 
 # %% ../../nbs/pretraining/lessons.ipynb #98d5bd45
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from tqdm.auto import tqdm
+from fastcore.basics import noop
 
 from ..data.chains import Chain, describe_places, think_aloud, think_concise, think_direct
 from ..data.mini import WARM_START, draw_problem
@@ -52,12 +53,20 @@ def draw_lesson_page(seed: int) -> LessonPage:
     picture = cv2.resize(p.scene.picture(), size, interpolation=cv2.INTER_AREA)
     return LessonPage(p, picture, [to_world_frame(Target.of(m)) for m in p.scene.masks()])
 
-
-def draw_pool(n: int, seed: int = WARM_START, workers: int = 2) -> list:  # of LessonPage
+# %% ../../nbs/pretraining/lessons.ipynb #5b1c0e7d
+def draw_pool(
+    n: int,
+    seed: int = WARM_START,
+    workers: int = 2,
+    progress: Callable[[int, int], None] = noop,  # (done, total) after each page
+) -> list:  # of LessonPage
     "n pages from consecutive seeds."
+    pages = []
     with ProcessPoolExecutor(workers) as pool:
-        pages = pool.map(draw_lesson_page, range(seed, seed + n), chunksize=64)
-        return list(tqdm(pages, total=n, desc="drawing the pool", mininterval=2))
+        for page in pool.map(draw_lesson_page, range(seed, seed + n), chunksize=64):
+            pages.append(page)
+            progress(len(pages), n)
+    return pages
 
 # %% ../../nbs/pretraining/lessons.ipynb #a1a08323
 def listing_example(rng, scene: Scene) -> tuple[str, str, list]:  # question, chain, objects

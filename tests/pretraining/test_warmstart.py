@@ -16,7 +16,7 @@ from dr2seg_lib.models.requirements import EMBEDDED
 from dr2seg_lib.pretraining import precision
 from dr2seg_lib.pretraining.curriculum import CURRICULUM, CurriculumStage
 from dr2seg_lib.pretraining.lesson_batches import soft_number_labels
-from dr2seg_lib.pretraining.lessons import draw_lesson_page, training_example
+from dr2seg_lib.pretraining.lessons import draw_lesson_page, draw_pool, training_example
 from dr2seg_lib.pretraining.policy import warm_start
 from dr2seg_lib.pretraining.policy_model import make_model
 from dr2seg_lib.pretraining.tokenizer import WORLD_FRAME, make_tokenizer
@@ -36,6 +36,14 @@ def test_tokenizer_gives_every_lesson_back_byte_for_byte(tokenizer):
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids) == text
             assert tokenizer.unk_token_id not in ids
+
+
+def test_drawing_the_pool_tells_how_far_it_is():
+    told = []
+    pages = draw_pool(3, seed=5, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    for page, seed in zip(pages, (5, 6, 7), strict=True):
+        assert (page.picture == draw_lesson_page(seed).picture).all()
 
 
 def test_tokenizer_of_the_weights_is_the_one_made_here(tokenizer):
