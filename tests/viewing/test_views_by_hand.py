@@ -1,5 +1,7 @@
 "The views as a person uses them: by keys and by eye, in a real JupyterLab in a real browser."
 
+import time
+
 import browser
 import pytest
 from browser import chromium
@@ -289,22 +291,30 @@ def test_the_question_mark_lists_the_keys(lab, kind):
 CONTROLS = "button slider combobox textbox searchbox checkbox link switch spinbutton img".split()
 
 
+LEAST = dict(inspect=30, live=1, compare=1, ask=8)  # controls of a view
+
+
+def controls_of(client, kind):
+    "Role and name of a view's controls, as the browser's accessibility tree has them now."
+    root = client.send("DOM.getDocument")["root"]["nodeId"]
+    at = client.send("DOM.querySelector", dict(nodeId=root, selector=f".d2-{kind}"))["nodeId"]
+    return [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in client.send("Accessibility.queryAXTree", dict(nodeId=at))["nodes"]
+        if not node["ignored"] and node["role"]["value"].lower() in CONTROLS
+    ]
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_control_has_a_name_for_a_screen_reader(lab, kind):
-    "As the browser's accessibility tree has it."
     lab.locator(f".d2-{kind}").scroll_into_view_if_needed()
     client = lab.context.new_cdp_session(lab)
     client.send("DOM.enable")
-    root = client.send("DOM.getDocument")["root"]["nodeId"]
-    at = client.send("DOM.querySelector", dict(nodeId=root, selector=f".d2-{kind}"))["nodeId"]
-    tree = client.send("Accessibility.queryAXTree", dict(nodeId=at))["nodes"]
-    controls = [
-        (node["role"]["value"], node.get("name", {}).get("value", ""))
-        for node in tree
-        if not node["ignored"] and node["role"]["value"].lower() in CONTROLS
-    ]
-    assert len(controls) >= dict(inspect=30, live=1, compare=1, ask=8)[kind]
+    ends = time.monotonic() + 20  # the tree follows the page after a while
+    while len(controls := controls_of(client, kind)) < LEAST[kind] and time.monotonic() < ends:
+        lab.wait_for_timeout(200)
+    assert len(controls) >= LEAST[kind]
     assert [role for role, name in controls if not name.strip()] == []
     client.detach()
 
