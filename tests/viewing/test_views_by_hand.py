@@ -75,6 +75,14 @@ def waits(page, script, *values):
     page.wait_for_function(script, arg=list(values))
 
 
+def until(page, reached, seconds=20):
+    "Waits for what no script of the page can see: its accessibility tree, and Python behind it."
+    ends = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < ends
+        page.wait_for_timeout(200)
+
+
 def verdict(page, rollout, name):
     "Waits until a card shows a verdict, and no other."
     waits(
@@ -255,11 +263,12 @@ def test_python_leads_filter_order_and_layers(lab, view):
     view.get_by_label("sort by").select_option("order")
     view.locator(".d2-filter").fill("")
     code = "print(w.layers['truth'], w.sort, repr(w.filter), type(w.iou).__name__, w.sample)"
-    ends = time.monotonic() + 20  # what a person changes reaches Python after a while
-    while not lab.get_by_text("True order '' float mini-").count() and time.monotonic() < ends:
+
+    def heard():
         runs(lab, code)
-        lab.wait_for_timeout(200)
-    lab.get_by_text("True order '' float mini-").wait_for(timeout=5000)
+        return lab.get_by_text("True order '' float mini-").is_visible()
+
+    until(lab, heard)
     assert not lab.errors
 
 
@@ -292,8 +301,6 @@ def test_the_question_mark_lists_the_keys(lab, kind):
 
 
 CONTROLS = "button slider combobox textbox searchbox checkbox link switch spinbutton img".split()
-
-
 LEAST = dict(inspect=30, live=1, compare=1, ask=8)  # controls of a view
 
 
@@ -314,9 +321,8 @@ def test_every_control_has_a_name_for_a_screen_reader(lab, kind):
     lab.locator(f".d2-{kind}").scroll_into_view_if_needed()
     client = lab.context.new_cdp_session(lab)
     client.send("DOM.enable")
-    ends = time.monotonic() + 20  # the tree follows the page after a while
-    while len(controls := controls_of(client, kind)) < LEAST[kind] and time.monotonic() < ends:
-        lab.wait_for_timeout(200)
+    until(lab, lambda: len(controls_of(client, kind)) >= LEAST[kind])
+    controls = controls_of(client, kind)
     assert len(controls) >= LEAST[kind]
     assert [role for role, name in controls if not name.strip()] == []
     client.detach()
